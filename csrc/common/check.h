@@ -1,0 +1,34 @@
+// What memory safety needs of an op's arguments; everything a user can get wrong is checked, with
+// the better message, by the public Python function.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace fastmeta {
+
+inline void check_same(const at::Tensor& a, const at::Tensor& b, const char* what) {
+  TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.device() == b.device(), what,
+              " must share one dtype and device, got ", a.scalar_type(), " on ", a.device(),
+              " and ", b.scalar_type(), " on ", b.device());
+}
+
+inline void check_shape(const at::Tensor& x, at::IntArrayRef shape, const char* name) {
+  TORCH_CHECK(x.sizes() == shape, name, " must have shape ", shape, ", got ", x.sizes());
+}
+
+inline void check_dims(const at::Tensor& x, int64_t dims, const char* name) {
+  TORCH_CHECK(x.dim() == dims, name, " must have ", dims, " dimensions, got shape ", x.sizes());
+}
+
+inline void check_labels(const at::Tensor& labels, const at::Tensor& x, const char* name) {
+  TORCH_CHECK(labels.scalar_type() == at::kLong && labels.device() == x.device(), name,
+              " must be int64 on ", x.device(), ", got ", labels.scalar_type(), " on ",
+              labels.device());
+}
+
+// `x` itself where its rows are contiguous (the task dimension may be expanded), else a copy.
+inline at::Tensor with_contiguous_rows(const at::Tensor& x) {
+  return x.numel() == 0 || x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
+}
+
+}  // namespace fastmeta

@@ -1,0 +1,54 @@
+// Every op of fastmeta on one page: the schemas, and the Python module that says what was built.
+// T tasks, S support examples, Q queries, N ways, D features, P parameters; formulas in <op>/<op>.h.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+TORCH_LIBRARY(fastmeta, m) {
+  // params, grads [T, P]; lr broadcastable to [T, P] -> [T, P]
+  m.def("inner_update(Tensor params, Tensor grads, Tensor lr) -> Tensor");
+  m.def(
+      "inner_update_backward(Tensor grad_out, Tensor grads, Tensor lr)"
+      " -> (Tensor grad_grads, Tensor grad_lr)");
+
+  // x [T, S, D], labels [T, S] -> [T, N, D]; and its transpose
+  m.def("prototypes(Tensor x, Tensor labels, int num_classes) -> Tensor");
+  m.def("prototypes_backward(Tensor grad_prototypes, Tensor labels) -> Tensor");
+
+  // x [T, Q, D], y [T, N, D] -> [T, Q, N]
+  m.def("pairwise_distance(Tensor x, Tensor y, str metric) -> Tensor");
+  m.def(
+      "pairwise_distance_backward(Tensor grad_distance, Tensor x, Tensor y, str metric)"
+      " -> (Tensor grad_x, Tensor grad_y)");
+
+  // query [T, Q, D], labels [T, Q], prototypes [T, N, D] -> loss of each query [T, Q]
+  m.def(
+      "prototype_loss(Tensor query, Tensor labels, Tensor prototypes, str metric, float scale)"
+      " -> Tensor");
+  // the same loss, and the gradient of sum(weight * loss) in the same pass; weight [T, Q]
+  m.def(
+      "prototype_loss_backward(Tensor weight, Tensor query, Tensor labels, Tensor prototypes,"
+      " str metric, float scale) -> (Tensor loss, Tensor grad_query, Tensor grad_prototypes)");
+}
+
+namespace {
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["compiler"] = "g++ " __VERSION__;
+  info["torch"] = TORCH_VERSION;
+  info["isa"] = FASTMETA_ISA;
+#ifdef FASTMETA_CUDA
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Loads the fastmeta ops into torch.ops.fastmeta.";
+  m.def("build_info", &build_info, "How this extension was compiled.");
+}

@@ -1,0 +1,25 @@
+// Loss of prototypical networks (Snell, Swersky, Zemel 2017, eq. 2) and its gradient, fused.
+//
+//   loss[t, q] = logsumexp_n(-scale d(query[t, q], prototypes[t, n])) + scale d(.., label[t, q])
+//
+// query [T, Q, D], labels [T, Q], prototypes [T, N, D], all contiguous; d of pairwise_distance.h.
+// The gradient of sum(weight * loss), weight [T, Q], with p = softmax_n(-scale d):
+//
+//   upstream of d[q, n] = -scale weight[q] (p[q, n] - [n == label[q]])
+//
+// goes through the weighted sums of pairwise_distance.h. The [Q, N] matrix exists a block of rows at
+// a time, so memory beyond inputs and outputs is O(N D).
+#pragma once
+
+#include "common/host_device.h"
+#include "pairwise_distance/pairwise_distance.h"
+
+namespace fastmeta {
+
+template <typename value_t>
+FASTMETA_HOST_DEVICE inline value_t distance_upstream(value_t scale, value_t weight,
+                                                      value_t probability, bool is_label) {
+  return -scale * weight * (probability - value_t(is_label ? 1 : 0));
+}
+
+}  // namespace fastmeta

@@ -1,0 +1,203 @@
+// CPU implementation of prototype_loss: threads own blocks of queries, or tasks where there are many.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string_view>
+#include <tuple>
+
+#include "common/check.h"
+#include "common/labels.h"
+#include "common/parallel.h"
+#include "common/widen.h"
+#include "pairwise_distance/check.h"
+#include "pairwise_distance/gradient_cpu.h"
+#include "pairwise_distance/tile_cpu.h"
+#include "prototype_loss/prototype_loss.h"
+
+namespace fastmeta {
+namespace {
+
+constexpr int64_t kRowBlock = 48;
+
+template <typename value_t>
+struct Softmax {
+  value_t loss, largest, sum;  // sum of exp(-scale d - largest)
+};
+
+// One row of softmax(-scale distances): `exponentials` gets exp(-scale d - largest).
+template <typename value_t>
+Softmax<value_t> softmax_row(const value_t* distances, value_t* exponentials, int64_t classes,
+                             int64_t label, value_t scale) {
+  using Vec = at::vec::Vectorized<value_t>;
+  const value_t largest = at::vec::map_reduce_all<value_t>(
+      [scale](Vec d) { return Vec(-scale) * d; },
+      [](Vec a, Vec b) { return at::vec::maximum(a, b); }, distances, classes);
+  const value_t logit = -scale * distances[label];
+  at::vec::map<value_t>([scale, largest](Vec d) { return (Vec(-scale) * d - Vec(largest)).exp(); },
+                        exponentials, distances, classes);
+  const value_t sum = sum_of(exponentials, classes);
+  return {std::log(sum) + largest - logit, largest, sum};
+}
+
+template <typename scalar_t>
+struct Task {
+  Metric metric;
+  PairwiseShape shape;
+  acc_t<scalar_t> scale;
+  const scalar_t* query;
+  const int64_t* labels;
+  const scalar_t* prototypes;
+};
+
+template <typename scalar_t>
+void loss_task(const Task<scalar_t>& task, const Panels<acc_t<scalar_t>>& prototypes,
+               scalar_t* loss) {
+  using value_t = acc_t<scalar_t>;
+  const auto& shape = task.shape;
+  const int64_t blocks = (shape.queries + kRowBlock - 1) / kRowBlock;
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    const FlushDenormals flush;
+    Buffer<value_t> rows(kRowBlock * shape.features), distances(kRowBlock * shape.classes);
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b * kRowBlock, count = std::min(kRowBlock, shape.queries - first);
+      for (int64_t r = 0; r < count; ++r) {
+        prepare_row(task.metric, task.query + (first + r) * shape.features,
+                    &rows[r * shape.features], shape.features);
+      }
+      distance_rows(task.metric, rows.data(), count, prototypes, distances.data(), shape.classes);
+      for (int64_t r = 0; r < count; ++r) {
+        value_t* row = &distances[r * shape.classes];
+        loss[first + r] =
+            softmax_row(row, row, shape.classes, task.labels[first + r], task.scale).loss;
+      }
+    }
+  });
+}
+
+// Fills rows of W for PairwiseGradient, and the loss of these rows.
+template <typename scalar_t>
+auto weights_of(const Task<scalar_t>& task, const Panels<acc_t<scalar_t>>& prototypes,
+                const scalar_t* weight, scalar_t* loss) {
+  using value_t = acc_t<scalar_t>;
+  return [=, &task, &prototypes](int64_t first, int64_t rows, const value_t* query,
+                                 value_t* weights) {
+    const int64_t classes = task.shape.classes;
+    Buffer<value_t> exponentials(classes);
+    distance_rows(task.metric, query, rows, prototypes, weights, classes);
+    with_metric(task.metric, [&](auto metric) {
+      for (int64_t r = 0; r < rows; ++r) {
+        value_t* row = weights + r * classes;  // distances in, weights out
+        const int64_t label = task.labels[first + r];
+        const auto softmax = softmax_row(row, exponentials.data(), classes, label, task.scale);
+        loss[first + r] = softmax.loss;
+        const value_t w = weight[first + r], inverse_sum = 1 / softmax.sum;
+        const auto weight_of = [&](int64_t n, bool is_label) {
+          const value_t probability = exponentials[n] * inverse_sum;
+          const value_t upstream = distance_upstream(task.scale, w, probability, is_label);
+          return gradient_weight(metric(), upstream, row[n]);
+        };
+        const value_t at_label = weight_of(label, true);
+        for (int64_t n = 0; n < classes; ++n) row[n] = weight_of(n, false);
+        row[label] = at_label;
+      }
+    });
+  };
+}
+
+struct Arguments {
+  Metric metric;
+  PairwiseShape shape;
+  at::Tensor query, labels, prototypes;
+
+  template <typename scalar_t>
+  Task<scalar_t> task(int64_t t, double scale) const {
+    return {metric,
+            shape,
+            static_cast<acc_t<scalar_t>>(scale),
+            query.const_data_ptr<scalar_t>() + t * shape.queries * shape.features,
+            labels.const_data_ptr<int64_t>() + t * shape.queries,
+            prototypes.const_data_ptr<scalar_t>() + t * shape.classes * shape.features};
+  }
+};
+
+Arguments checked(const at::Tensor& query, const at::Tensor& labels, const at::Tensor& prototypes,
+                  std::string_view metric) {
+  const PairwiseShape shape = checked_pairwise_shape(query, prototypes);
+  check_labels(labels, query, "query_labels");
+  check_shape(labels, query.sizes().slice(0, 2), "query_labels");
+  Arguments arguments{checked_metric(metric), shape, query.contiguous(), labels.contiguous(),
+                      prototypes.contiguous()};
+  check_label_range(arguments.labels, shape.classes, "query_labels");
+  return arguments;
+}
+
+at::Tensor prototype_loss_cpu(const at::Tensor& query, const at::Tensor& labels,
+                              const at::Tensor& prototypes, std::string_view metric,
+                              double scale) {
+  const Arguments arguments = checked(query, labels, prototypes, metric);
+  auto loss = at::empty(labels.sizes(), query.options());
+  if (loss.numel() == 0) return loss;
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, query.scalar_type(), "prototype_loss", [&] {
+        auto* loss_data = loss.mutable_data_ptr<scalar_t>();
+        const auto& shape = arguments.shape;
+        for_each_task_range(shape.tasks, [&](int64_t begin, int64_t end) {
+          Panels<acc_t<scalar_t>> prototypes(shape.classes, shape.features);
+          for (int64_t t = begin; t < end; ++t) {
+            const auto task = arguments.task<scalar_t>(t, scale);
+            prototypes.pack(task.metric, task.prototypes);
+            loss_task(task, prototypes, loss_data + t * shape.queries);
+          }
+        });
+      });
+  return loss;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> prototype_loss_backward_cpu(
+    const at::Tensor& weight, const at::Tensor& query, const at::Tensor& labels,
+    const at::Tensor& prototypes, std::string_view metric, double scale) {
+  const Arguments arguments = checked(query, labels, prototypes, metric);
+  check_shape(weight, labels.sizes(), "weight");
+  check_same(weight, query, "weight and query");
+  const auto weights = weight.contiguous();
+  auto loss = at::empty(labels.sizes(), query.options());
+  auto grad_query = at::empty(query.sizes(), query.options());
+  auto grad_prototypes = at::zeros(prototypes.sizes(), prototypes.options());
+  if (loss.numel() == 0) return {loss, grad_query, grad_prototypes};
+  const auto& shape = arguments.shape;
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, query.scalar_type(), "prototype_loss_backward", [&] {
+        const auto* weight_data = weights.const_data_ptr<scalar_t>();
+        auto* loss_data = loss.mutable_data_ptr<scalar_t>();
+        auto* grad_query_data = grad_query.mutable_data_ptr<scalar_t>();
+        auto* grad_prototypes_data = grad_prototypes.mutable_data_ptr<scalar_t>();
+        for_each_task_range(shape.tasks, [&](int64_t begin, int64_t end) {
+          Panels<acc_t<scalar_t>> panels(shape.classes, shape.features);
+          PairwiseGradient<scalar_t> gradient(arguments.metric, shape);
+          for (int64_t t = begin; t < end; ++t) {
+            const auto task = arguments.task<scalar_t>(t, scale);
+            const int64_t row = t * shape.queries;
+            panels.pack(task.metric, task.prototypes);
+            gradient.run(task.query, task.prototypes,
+                         weights_of(task, panels, weight_data + row, loss_data + row),
+                         grad_query_data + row * shape.features,
+                         grad_prototypes_data + t * shape.classes * shape.features);
+          }
+        });
+      });
+  return {loss, grad_query, grad_prototypes};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastmeta, CPU, m) {
+  m.impl("prototype_loss", &prototype_loss_cpu);
+  m.impl("prototype_loss_backward", &prototype_loss_backward_cpu);
+}
+
+}  // namespace fastmeta

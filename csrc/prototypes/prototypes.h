@@ -1,0 +1,22 @@
+// Class means of every task's support embeddings, and the transpose of that linear map.
+//
+//   prototypes[t, n]  = mean of x[t, s] over the s with labels[t, s] == n; zero for a class without one
+//   grad_x[t, s]      = grad_prototypes[t, labels[t, s]] / count[t, labels[t, s]]
+//
+// x [T, S, D], labels [T, S], prototypes [T, N, D], all contiguous. Both maps are linear and each
+// is the other's derivative, so these two kernels serve every order. Sums run over s in order, in
+// float for bfloat16 and half.
+#pragma once
+
+#include <cstdint>
+
+namespace fastmeta {
+
+struct PrototypesShape {
+  int64_t tasks;
+  int64_t support;
+  int64_t classes;
+  int64_t features;
+};
+
+}  // namespace fastmeta

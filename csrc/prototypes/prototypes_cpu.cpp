@@ -1,0 +1,139 @@
+// CPU kernels of prototypes: one owner a (task, slice of features), so sums need no atomics.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "common/check.h"
+#include "common/labels.h"
+#include "common/parallel.h"
+#include "common/widen.h"
+#include "prototypes/prototypes.h"
+
+namespace fastmeta {
+namespace {
+
+constexpr int64_t kSlice = 256;
+template <typename value_t>
+using Slice = std::array<value_t, kSlice>;
+
+std::vector<int64_t> counts_of(const int64_t* labels, const PrototypesShape& shape) {
+  std::vector<int64_t> counts(shape.classes, 0);
+  for (int64_t s = 0; s < shape.support; ++s) ++counts[labels[s]];
+  return counts;
+}
+
+// Calls body(task, counts, first feature, number of features) for every slice, in parallel.
+template <typename Body>
+void for_each_slice(const int64_t* labels, const PrototypesShape& shape, const Body& body) {
+  const int64_t slices = (shape.features + kSlice - 1) / kSlice;
+  const int64_t work = std::max<int64_t>(1, shape.support * std::min(kSlice, shape.features));
+  const int64_t grain = std::max<int64_t>(1, kGrain / work);
+  at::parallel_for(0, shape.tasks * slices, grain, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> counts;
+    for (int64_t i = begin; i < end; ++i) {
+      if (i == begin || i % slices == 0) {
+        counts = counts_of(labels + i / slices * shape.support, shape);
+      }
+      const int64_t first = i % slices * kSlice;
+      body(i / slices, counts, first, std::min(kSlice, shape.features - first));
+    }
+  });
+}
+
+template <typename value_t>
+void add(const value_t* x, value_t* sum, int64_t n) {
+  using Vec = at::vec::Vectorized<value_t>;
+  at::vec::map2<value_t>([](Vec a, Vec b) { return a + b; }, sum, sum, x, n);
+}
+
+template <typename value_t>
+void divide(const value_t* x, value_t* out, int64_t n, int64_t count) {
+  using Vec = at::vec::Vectorized<value_t>;
+  const Vec divisor(static_cast<value_t>(count));
+  at::vec::map<value_t>([divisor](Vec a) { return a / divisor; }, out, x, n);
+}
+
+template <typename scalar_t>
+void prototypes_kernel(const scalar_t* x, const int64_t* labels, scalar_t* out,
+                       const PrototypesShape& shape) {
+  using value_t = acc_t<scalar_t>;
+  for_each_slice(labels, shape, [&](int64_t t, const auto& counts, int64_t first, int64_t n) {
+    std::vector<value_t> sums(shape.classes * n, 0);
+    Slice<value_t> row;
+    for (int64_t s = 0; s < shape.support; ++s) {
+      const auto* source = x + (t * shape.support + s) * shape.features + first;
+      add(widen(source, row.data(), n), &sums[labels[t * shape.support + s] * n], n);
+    }
+    for (int64_t c = 0; c < shape.classes; ++c) {
+      divide(&sums[c * n], row.data(), n, std::max<int64_t>(1, counts[c]));
+      narrow(row.data(), out + (t * shape.classes + c) * shape.features + first, n);
+    }
+  });
+}
+
+template <typename scalar_t>
+void prototypes_backward_kernel(const scalar_t* grad, const int64_t* labels, scalar_t* grad_x,
+                                const PrototypesShape& shape) {
+  using value_t = acc_t<scalar_t>;
+  for_each_slice(labels, shape, [&](int64_t t, const auto& counts, int64_t first, int64_t n) {
+    Slice<value_t> row;
+    for (int64_t s = 0; s < shape.support; ++s) {
+      const int64_t label = labels[t * shape.support + s];
+      const auto* source = grad + (t * shape.classes + label) * shape.features + first;
+      divide(widen(source, row.data(), n), row.data(), n, counts[label]);
+      narrow(row.data(), grad_x + (t * shape.support + s) * shape.features + first, n);
+    }
+  });
+}
+
+at::Tensor prototypes_cpu(const at::Tensor& x, const at::Tensor& labels, int64_t num_classes) {
+  check_dims(x, 3, "x");
+  check_labels(labels, x, "labels");
+  check_shape(labels, x.sizes().slice(0, 2), "labels");
+  TORCH_CHECK(num_classes >= 0, "num_classes must be at least 0, got ", num_classes);
+  const auto embeddings = x.contiguous(), classes = labels.contiguous();
+  check_label_range(classes, num_classes, "labels");
+  const PrototypesShape shape{x.size(0), x.size(1), num_classes, x.size(2)};
+  auto out = at::empty({shape.tasks, shape.classes, shape.features}, x.options());
+  if (out.numel() == 0) return out;
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, x.scalar_type(), "prototypes", [&] {
+        prototypes_kernel(embeddings.const_data_ptr<scalar_t>(), classes.const_data_ptr<int64_t>(),
+                          out.mutable_data_ptr<scalar_t>(), shape);
+      });
+  return out;
+}
+
+at::Tensor prototypes_backward_cpu(const at::Tensor& grad_prototypes, const at::Tensor& labels) {
+  check_dims(grad_prototypes, 3, "grad_prototypes");
+  check_labels(labels, grad_prototypes, "labels");
+  check_dims(labels, 2, "labels");
+  TORCH_CHECK(labels.size(0) == grad_prototypes.size(0), "labels must have ",
+              grad_prototypes.size(0), " tasks, got ", labels.size(0));
+  const auto grad = grad_prototypes.contiguous(), classes = labels.contiguous();
+  check_label_range(classes, grad.size(1), "labels");
+  const PrototypesShape shape{grad.size(0), labels.size(1), grad.size(1), grad.size(2)};
+  auto grad_x = at::empty({shape.tasks, shape.support, shape.features}, grad.options());
+  if (grad_x.numel() == 0) return grad_x;
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, grad.scalar_type(), "prototypes_backward", [&] {
+        prototypes_backward_kernel(grad.const_data_ptr<scalar_t>(),
+                                   classes.const_data_ptr<int64_t>(),
+                                   grad_x.mutable_data_ptr<scalar_t>(), shape);
+      });
+  return grad_x;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastmeta, CPU, m) {
+  m.impl("prototypes", &prototypes_cpu);
+  m.impl("prototypes_backward", &prototypes_backward_cpu);
+}
+
+}  // namespace fastmeta
