@@ -84,7 +84,13 @@ def compile_flags(chosen_isa: str, cuda: bool) -> list[str]:
     capability = ISA_CAPABILITY[chosen_isa]
     return [
         *("-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
-        *("-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"),
+        *(
+            "-Wall",
+            "-Wextra",
+            "-Wno-unused-parameter",
+            "-Wno-unknown-pragmas",
+            "-Wno-maybe-uninitialized",
+        ),
         *ISA_FLAGS[chosen_isa],
         *(f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"),
         f'-DFASTMETA_ISA="{chosen_isa}"',

@@ -1,11 +1,12 @@
 // Every op of fastmeta on one page: the schemas, and the Python module that says what was built.
-// T tasks, S support examples, Q queries, N ways, D features, P parameters; formulas in <op>/<op>.h.
+// T tasks, S support examples, Q queries, N ways, D features, P parameters; formulas in
+// <op>/<op>.h.
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 TORCH_LIBRARY(fastmeta, m) {
-  // params, grads [T, P]; lr broadcastable to [T, P] -> [T, P]
+  // params, grads [T, P]; lr [T or 1, P or 1], float32 for bfloat16 and float16 -> [T, P]
   m.def("inner_update(Tensor params, Tensor grads, Tensor lr) -> Tensor");
   m.def(
       "inner_update_backward(Tensor grad_out, Tensor grads, Tensor lr)"
@@ -21,11 +22,13 @@ TORCH_LIBRARY(fastmeta, m) {
       "pairwise_distance_backward(Tensor grad_distance, Tensor x, Tensor y, str metric)"
       " -> (Tensor grad_x, Tensor grad_y)");
 
-  // query [T, Q, D], labels [T, Q], prototypes [T, N, D] -> loss of each query [T, Q]
+  // query [T, Q, D], labels [T, Q], prototypes [T, N, D] -> loss of each query [T, Q],
+  // in float32 for bfloat16 and float16
   m.def(
       "prototype_loss(Tensor query, Tensor labels, Tensor prototypes, str metric, float scale)"
       " -> Tensor");
-  // the same loss, and the gradient of sum(weight * loss) in the same pass; weight [T, Q]
+  // the same loss, and the gradient of sum(weight * loss) in the same pass; weight [T, Q],
+  // of the loss's dtype
   m.def(
       "prototype_loss_backward(Tensor weight, Tensor query, Tensor labels, Tensor prototypes,"
       " str metric, float scale) -> (Tensor loss, Tensor grad_query, Tensor grad_prototypes)");

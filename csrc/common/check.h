@@ -2,6 +2,7 @@
 // the better message, by the public Python function.
 #pragma once
 
+#include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 
 namespace fastmeta {
@@ -24,6 +25,17 @@ inline void check_labels(const at::Tensor& labels, const at::Tensor& x, const ch
   TORCH_CHECK(labels.scalar_type() == at::kLong && labels.device() == x.device(), name,
               " must be int64 on ", x.device(), ", got ", labels.scalar_type(), " on ",
               labels.device());
+}
+
+// Per-query and step-size tensors have the accumulation type of `x`: float for bfloat16 and half.
+inline at::TensorOptions wide_options(const at::Tensor& x) {
+  return x.options().dtype(at::toOpMathType(x.scalar_type()));
+}
+
+inline void check_wide(const at::Tensor& wide, const at::Tensor& x, const char* name) {
+  const auto type = at::toOpMathType(x.scalar_type());
+  TORCH_CHECK(wide.scalar_type() == type && wide.device() == x.device(), name, " must be ", type,
+              " on ", x.device(), ", got ", wide.scalar_type(), " on ", wide.device());
 }
 
 // `x` itself where its rows are contiguous (the task dimension may be expanded), else a copy.

@@ -1,7 +1,8 @@
 // Row-major matrix product on one thread: C[M, N] (+)= A[M, K] B[K, N].
 //
 // float32 runs on oneDNN's brgemm microkernel through libtorch: on an AVX-512 core it sustained
-// about 2.5 times what at::mm did. Where it is absent (no AVX-512, float64) at::addmm does the work.
+// about 2.5 times what at::mm did. Where it is absent (no AVX-512, float64) at::addmm does the
+// work.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>

@@ -8,8 +8,8 @@ namespace fastmeta {
 
 inline constexpr int64_t kGrain = 32768;  // elements that are worth another thread
 
-// Calls body(begin, end) on ranges of tasks: a range a thread where there are enough tasks, else all
-// of them in one range, so that parallel loops inside body share the threads.
+// Calls body(begin, end) on ranges of tasks: a range a thread where there are enough tasks, else
+// all of them in one range, so that parallel loops inside body share the threads.
 template <typename Body>
 void for_each_task_range(int64_t tasks, const Body& body) {
   if (tasks < at::get_num_threads()) {

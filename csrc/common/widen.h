@@ -32,7 +32,8 @@ class Buffer {
   std::unique_ptr<value_t[]> data_;
 };
 
-// `n` values as acc_t: the source itself where it has that type, else a converted copy in `scratch`.
+// `n` values as acc_t: the source itself where it has that type, else a converted copy in
+// `scratch`.
 template <typename scalar_t>
 const acc_t<scalar_t>* widen(const scalar_t* source, acc_t<scalar_t>* scratch, int64_t n) {
   if constexpr (is_reduced<scalar_t>) {

@@ -126,9 +126,9 @@ void backward_column(const scalar_t* grad_out, const scalar_t* grads, const acc_
 }
 
 template <typename scalar_t>
-void update_backward_cpu(const scalar_t* grad_out, const scalar_t* grads,
-                         const acc_t<scalar_t>* lr, scalar_t* grad_grads,
-                         acc_t<scalar_t>* grad_lr, const InnerUpdateShape& shape) {
+void update_backward_cpu(const scalar_t* grad_out, const scalar_t* grads, const acc_t<scalar_t>* lr,
+                         scalar_t* grad_grads, acc_t<scalar_t>* grad_lr,
+                         const InnerUpdateShape& shape) {
   const int64_t columns = blocks_of(shape.parameters);
   const int64_t rows = shape.lr_task_stride != 0 ? shape.tasks : 1;
   std::vector<double> partial(shape.lr_parameter_stride == 0 ? rows * columns : 0);
@@ -147,7 +147,7 @@ void update_backward_cpu(const scalar_t* grad_out, const scalar_t* grads,
 }
 
 InnerUpdateShape checked_shape(const at::Tensor& params, const at::Tensor& grads,
-                               const at::Tensor& lr, at::ScalarType lr_type) {
+                               const at::Tensor& lr) {
   check_dims(params, 2, "params");
   check_shape(grads, params.sizes(), "grads");
   check_same(params, grads, "params and grads");
@@ -155,22 +155,18 @@ InnerUpdateShape checked_shape(const at::Tensor& params, const at::Tensor& grads
   TORCH_CHECK(lr.dim() == 2 && (lr.size(0) == 1 || lr.size(0) == tasks) &&
                   (lr.size(1) == 1 || lr.size(1) == parameters),
               "lr must have shape [1 or T, 1 or P], got ", lr.sizes());
-  TORCH_CHECK(lr.scalar_type() == lr_type && lr.device() == params.device(), "lr must be ",
-              lr_type, " on ", params.device(), ", got ", lr.scalar_type(), " on ", lr.device());
-  const bool per_parameter = lr.size(1) != 1;
-  return {tasks,
-          parameters,
-          params.stride(0),
-          grads.stride(0),
-          lr.size(0) == 1 ? 0 : lr.size(1),
-          per_parameter ? 1 : 0};
+  check_wide(lr, params, "lr");
+  const int64_t lr_task_stride = lr.size(0) == 1 ? 0 : lr.size(1);
+  const int64_t lr_parameter_stride = lr.size(1) == 1 ? 0 : 1;
+  return {tasks,           parameters,     params.stride(0),
+          grads.stride(0), lr_task_stride, lr_parameter_stride};
 }
 
 at::Tensor inner_update_cpu(const at::Tensor& params, const at::Tensor& grads,
                             const at::Tensor& lr) {
   const auto p = with_contiguous_rows(params), g = with_contiguous_rows(grads);
   const auto step = lr.contiguous();
-  const auto shape = checked_shape(p, g, step, at::toOpMathType(params.scalar_type()));
+  const auto shape = checked_shape(p, g, step);
   auto out = at::empty(params.sizes(), params.options());
   if (out.numel() == 0) return out;
   AT_DISPATCH_FLOATING_TYPES_AND2(
@@ -186,7 +182,7 @@ std::tuple<at::Tensor, at::Tensor> inner_update_backward_cpu(const at::Tensor& g
                                                              const at::Tensor& lr) {
   const auto v = with_contiguous_rows(grad_out), g = with_contiguous_rows(grads);
   const auto step = lr.contiguous();
-  const auto shape = checked_shape(v, g, step, at::toOpMathType(grads.scalar_type()));
+  const auto shape = checked_shape(v, g, step);
   auto grad_grads = at::empty(grads.sizes(), grads.options());
   auto grad_lr = at::zeros(lr.sizes(), lr.options());
   if (grad_grads.numel() == 0) return {grad_grads, grad_lr};

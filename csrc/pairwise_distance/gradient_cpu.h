@@ -1,9 +1,9 @@
 // Gradient of anything that is a function of pairwise distances: the weighted sums of
 // pairwise_distance.h, as matrix products over blocks of W, which never exists as a whole.
 //
-// Blocks of kRows rows of x are taken a few at a time, at least one a thread. First each thread fills
-// its own blocks of W and finishes grad_x for them; then each adds all of these blocks to its own
-// columns of grad_y. Every sum has one owner and one order, whatever the number of threads.
+// Blocks of kRows rows of x are taken a few at a time, at least one a thread. First each thread
+// fills its own blocks of W and finishes grad_x for them; then each adds all of these blocks to its
+// own columns of grad_y. Every sum has one owner and one order, whatever the number of threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -55,17 +55,20 @@ class PairwiseGradient {
 
  public:
   PairwiseGradient(Metric metric, const PairwiseShape& shape)
-      : metric_(metric), shape_(shape),
-        blocks_at_once_(std::min(blocks(shape.queries, kRows),
-                                 std::max<int64_t>(4, at::get_num_threads()))),
-        center_(shape.features), inverse_norm_(shape.classes),
+      : metric_(metric),
+        shape_(shape),
+        blocks_at_once_(
+            std::min(blocks(shape.queries, kRows), std::max<int64_t>(4, at::get_num_threads()))),
+        center_(shape.features),
+        inverse_norm_(shape.classes),
         y_(blocks(shape.features, kPanel) * kPanel * shape.classes),
         weights_(blocks_at_once_ * kRows * shape.classes),
         xt_(blocks_at_once_ * kRows * shape.features),
-        grad_yt_(shape.features * shape.classes), column_sums_(shape.classes) {}
+        grad_yt_(shape.features * shape.classes),
+        column_sums_(shape.classes) {}
 
-  // weigh(first, rows, x, weights) fills rows [first, first + rows) of W, `shape.classes` wide, given
-  // these rows of x, prepared for distance_rows.
+  // weigh(first, rows, x, weights) fills rows [first, first + rows) of W, `shape.classes` wide,
+  // given these rows of x, prepared for distance_rows.
   template <typename Weigh>
   void run(const scalar_t* x, const scalar_t* y, const Weigh& weigh, scalar_t* grad_x,
            scalar_t* grad_y) {
@@ -78,9 +81,8 @@ class PairwiseGradient {
       for_each_block(rows, kRows, [&](int64_t begin, int64_t count) {
         rows_of_x(x, weigh, first, begin, count, grad_x);
       });
-      for_each_block(shape_.classes, kPanel, [&](int64_t begin, int64_t count) {
-        columns_of_y(rows, begin, count);
-      });
+      for_each_block(shape_.classes, kPanel,
+                     [&](int64_t begin, int64_t count) { columns_of_y(rows, begin, count); });
     }
     for_each_block(shape_.classes, kPanel, [&](int64_t begin, int64_t count) {
       for (int64_t j = begin; j < begin + count; ++j) finish_row_of_y(j, grad_y);
@@ -111,8 +113,8 @@ class PairwiseGradient {
     for_each_block(shape_.classes, kPanel, [&](int64_t begin, int64_t count) {
       Buffer<value_t> row(shape_.features);
       for (int64_t j = begin; j < begin + count; ++j) {
-        inverse_norm_[j] = prepare_row(metric_, y + j * shape_.features, row.data(),
-                                       shape_.features);
+        inverse_norm_[j] =
+            prepare_row(metric_, y + j * shape_.features, row.data(), shape_.features);
         subtract_center(row.data());
         for (int64_t d = 0; d < shape_.features; d += kPanel) {
           std::copy_n(&row[d], std::min(kPanel, shape_.features - d), y_panel(d, j));
@@ -147,8 +149,8 @@ class PairwiseGradient {
     const int64_t features = shape_.features;
     Buffer<value_t> a(rows * features), grad(rows * features), inverse_norm(rows);
     for (int64_t r = 0; r < rows; ++r) {
-      inverse_norm[r] = prepare_row(metric_, x + (first + begin + r) * features, &a[r * features],
-                                    features);
+      inverse_norm[r] =
+          prepare_row(metric_, x + (first + begin + r) * features, &a[r * features], features);
     }
     value_t* weights = &weights_[begin * shape_.classes];
     weigh(first + begin, rows, a.data(), weights);

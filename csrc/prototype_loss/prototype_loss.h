@@ -3,6 +3,7 @@
 //   loss[t, q] = logsumexp_n(-scale d(query[t, q], prototypes[t, n])) + scale d(.., label[t, q])
 //
 // query [T, Q, D], labels [T, Q], prototypes [T, N, D], all contiguous; d of pairwise_distance.h.
+// loss and weight are of the accumulation type: float for bfloat16, half and float.
 // The gradient of sum(weight * loss), weight [T, Q], with p = softmax_n(-scale d):
 //
 //   upstream of d[q, n] = -scale weight[q] (p[q, n] - [n == label[q]])

@@ -1,4 +1,5 @@
-// CPU implementation of prototype_loss: threads own blocks of queries, or tasks where there are many.
+// CPU implementation of prototype_loss: threads own blocks of queries, or tasks where there are
+// many.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -56,7 +57,7 @@ struct Task {
 
 template <typename scalar_t>
 void loss_task(const Task<scalar_t>& task, const Panels<acc_t<scalar_t>>& prototypes,
-               scalar_t* loss) {
+               acc_t<scalar_t>* loss) {
   using value_t = acc_t<scalar_t>;
   const auto& shape = task.shape;
   const int64_t blocks = (shape.queries + kRowBlock - 1) / kRowBlock;
@@ -82,31 +83,31 @@ void loss_task(const Task<scalar_t>& task, const Panels<acc_t<scalar_t>>& protot
 // Fills rows of W for PairwiseGradient, and the loss of these rows.
 template <typename scalar_t>
 auto weights_of(const Task<scalar_t>& task, const Panels<acc_t<scalar_t>>& prototypes,
-                const scalar_t* weight, scalar_t* loss) {
+                const acc_t<scalar_t>* weight, acc_t<scalar_t>* loss) {
   using value_t = acc_t<scalar_t>;
-  return [=, &task, &prototypes](int64_t first, int64_t rows, const value_t* query,
-                                 value_t* weights) {
-    const int64_t classes = task.shape.classes;
-    Buffer<value_t> exponentials(classes);
-    distance_rows(task.metric, query, rows, prototypes, weights, classes);
-    with_metric(task.metric, [&](auto metric) {
-      for (int64_t r = 0; r < rows; ++r) {
-        value_t* row = weights + r * classes;  // distances in, weights out
-        const int64_t label = task.labels[first + r];
-        const auto softmax = softmax_row(row, exponentials.data(), classes, label, task.scale);
-        loss[first + r] = softmax.loss;
-        const value_t w = weight[first + r], inverse_sum = 1 / softmax.sum;
-        const auto weight_of = [&](int64_t n, bool is_label) {
-          const value_t probability = exponentials[n] * inverse_sum;
-          const value_t upstream = distance_upstream(task.scale, w, probability, is_label);
-          return gradient_weight(metric(), upstream, row[n]);
-        };
-        const value_t at_label = weight_of(label, true);
-        for (int64_t n = 0; n < classes; ++n) row[n] = weight_of(n, false);
-        row[label] = at_label;
-      }
-    });
-  };
+  return
+      [=, &task, &prototypes](int64_t first, int64_t rows, const value_t* query, value_t* weights) {
+        const int64_t classes = task.shape.classes;
+        Buffer<value_t> exponentials(classes);
+        distance_rows(task.metric, query, rows, prototypes, weights, classes);
+        with_metric(task.metric, [&](auto metric) {
+          for (int64_t r = 0; r < rows; ++r) {
+            value_t* row = weights + r * classes;  // distances in, weights out
+            const int64_t label = task.labels[first + r];
+            const auto softmax = softmax_row(row, exponentials.data(), classes, label, task.scale);
+            loss[first + r] = softmax.loss;
+            const value_t w = weight[first + r], inverse_sum = 1 / softmax.sum;
+            const auto weight_of = [&](int64_t n, bool is_label) {
+              const value_t probability = exponentials[n] * inverse_sum;
+              const value_t upstream = distance_upstream(task.scale, w, probability, is_label);
+              return gradient_weight(metric(), upstream, row[n]);
+            };
+            const value_t at_label = weight_of(label, true);
+            for (int64_t n = 0; n < classes; ++n) row[n] = weight_of(n, false);
+            row[label] = at_label;
+          }
+        });
+      };
 }
 
 struct Arguments {
@@ -137,14 +138,13 @@ Arguments checked(const at::Tensor& query, const at::Tensor& labels, const at::T
 }
 
 at::Tensor prototype_loss_cpu(const at::Tensor& query, const at::Tensor& labels,
-                              const at::Tensor& prototypes, std::string_view metric,
-                              double scale) {
+                              const at::Tensor& prototypes, std::string_view metric, double scale) {
   const Arguments arguments = checked(query, labels, prototypes, metric);
-  auto loss = at::empty(labels.sizes(), query.options());
+  auto loss = at::empty(labels.sizes(), wide_options(query));
   if (loss.numel() == 0) return loss;
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, query.scalar_type(), "prototype_loss", [&] {
-        auto* loss_data = loss.mutable_data_ptr<scalar_t>();
+        auto* loss_data = loss.mutable_data_ptr<acc_t<scalar_t>>();
         const auto& shape = arguments.shape;
         for_each_task_range(shape.tasks, [&](int64_t begin, int64_t end) {
           Panels<acc_t<scalar_t>> prototypes(shape.classes, shape.features);
@@ -163,17 +163,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> prototype_loss_backward_cpu(
     const at::Tensor& prototypes, std::string_view metric, double scale) {
   const Arguments arguments = checked(query, labels, prototypes, metric);
   check_shape(weight, labels.sizes(), "weight");
-  check_same(weight, query, "weight and query");
+  check_wide(weight, query, "weight");
   const auto weights = weight.contiguous();
-  auto loss = at::empty(labels.sizes(), query.options());
+  auto loss = at::empty(labels.sizes(), wide_options(query));
   auto grad_query = at::empty(query.sizes(), query.options());
   auto grad_prototypes = at::zeros(prototypes.sizes(), prototypes.options());
   if (loss.numel() == 0) return {loss, grad_query, grad_prototypes};
   const auto& shape = arguments.shape;
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, query.scalar_type(), "prototype_loss_backward", [&] {
-        const auto* weight_data = weights.const_data_ptr<scalar_t>();
-        auto* loss_data = loss.mutable_data_ptr<scalar_t>();
+        const auto* weight_data = weights.const_data_ptr<acc_t<scalar_t>>();
+        auto* loss_data = loss.mutable_data_ptr<acc_t<scalar_t>>();
         auto* grad_query_data = grad_query.mutable_data_ptr<scalar_t>();
         auto* grad_prototypes_data = grad_prototypes.mutable_data_ptr<scalar_t>();
         for_each_task_range(shape.tasks, [&](int64_t begin, int64_t end) {

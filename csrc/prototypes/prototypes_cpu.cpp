@@ -101,11 +101,10 @@ at::Tensor prototypes_cpu(const at::Tensor& x, const at::Tensor& labels, int64_t
   const PrototypesShape shape{x.size(0), x.size(1), num_classes, x.size(2)};
   auto out = at::empty({shape.tasks, shape.classes, shape.features}, x.options());
   if (out.numel() == 0) return out;
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, x.scalar_type(), "prototypes", [&] {
-        prototypes_kernel(embeddings.const_data_ptr<scalar_t>(), classes.const_data_ptr<int64_t>(),
-                          out.mutable_data_ptr<scalar_t>(), shape);
-      });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "prototypes", [&] {
+    prototypes_kernel(embeddings.const_data_ptr<scalar_t>(), classes.const_data_ptr<int64_t>(),
+                      out.mutable_data_ptr<scalar_t>(), shape);
+  });
   return out;
 }
 

@@ -1,0 +1,32 @@
+"""fastmeta: meta-learning for PyTorch, batched over tasks, on compiled kernels.
+
+ops         inner_update, prototypes, pairwise_distance, prototype_loss, hvp
+learners    MAML, ProtoNet: `meta_loss` and `adapt_tasks`
+data        data.Omniglot, data.Glyphs, data.Sinusoid, data.Episodes
+networks    models.Conv4, models.MLP
+backends    backend_of, use_backend, build_info
+"""
+
+from fastmeta import data, models
+from fastmeta._native import backend_of, build_info, use_backend
+from fastmeta.algorithms.maml import MAML
+from fastmeta.algorithms.protonet import ProtoNet
+from fastmeta.functional import hvp
+from fastmeta.ops import inner_update, pairwise_distance, prototype_loss, prototypes
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MAML",
+    "ProtoNet",
+    "backend_of",
+    "build_info",
+    "data",
+    "hvp",
+    "inner_update",
+    "models",
+    "pairwise_distance",
+    "prototype_loss",
+    "prototypes",
+    "use_backend",
+]

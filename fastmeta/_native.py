@@ -1,0 +1,130 @@
+"""Which implementation an op runs: the compiled one, or plain PyTorch.
+
+`FASTMETA_BACKEND=native|torch` (read at every call) or `use_backend` force the choice; without
+either, native kernels run wherever they exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+import warnings
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+try:
+    from fastmeta import _C
+
+    UNAVAILABLE = ""
+except ImportError as error:
+    _C = None
+    built = "cannot import name '_C'" not in str(error)
+    UNAVAILABLE = str(error) if built else "it was installed without the compiled extension"
+
+OPS = ("inner_update", "prototypes", "pairwise_distance", "prototype_loss")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+BACKENDS = ("native", "torch")
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+
+
+def _checked_backend(value: str, source: str) -> str:
+    if value not in BACKENDS:
+        raise ValueError(f"{source} must be 'native' or 'torch', got {value!r}")
+    return value
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Forces "native" or "torch" for the ops called inside a `with` block, on this thread.
+
+    Overrides the environment variable FASTMETA_BACKEND. Raises ValueError for another name.
+
+    >>> with fm.use_backend("torch"):
+    ...     distance = fm.pairwise_distance(x, y)
+    """
+    token = _forced.set(_checked_backend(backend, "backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _requested() -> str | None:
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    value = os.environ.get("FASTMETA_BACKEND")
+    return _checked_backend(value, "FASTMETA_BACKEND") if value else None
+
+
+@lru_cache(maxsize=None)
+def _missing(op: str, device: str, dtype: torch.dtype) -> str:
+    """Why there is no native kernel; empty where there is one."""
+    if _C is None:
+        return f"the native extension is missing: {UNAVAILABLE}"
+    key = device.upper()
+    if key not in ("CPU", "CUDA") or not torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"fastmeta::{op}", key
+    ):
+        return f"the extension was built without {op} for {device}"
+    return "" if dtype in DTYPES else f"{op} has no native kernel for {dtype}"
+
+
+@lru_cache(maxsize=None)
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"fastmeta runs in plain PyTorch: {reason}. Set FASTMETA_BACKEND=torch to accept that.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _select(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
+    requested = _requested()
+    reason = "" if requested == "torch" else _missing(op, device, dtype)
+    return ("torch" if requested == "torch" or reason else "native"), reason
+
+
+def is_native(op: str, x: torch.Tensor) -> bool:
+    """Whether `op` on `x` runs its native kernel; warns once where one was to be expected."""
+    backend, reason = _select(op, x.device.type, x.dtype)
+    if reason and not torch.compiler.is_compiling():
+        _warn(reason)
+    return backend == "native"
+
+
+def backend_of(
+    op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> str:
+    """The implementation that `op` runs for tensors of `dtype` on `device`: "native" or "torch".
+
+    Args:
+        op: "inner_update", "prototypes", "pairwise_distance" or "prototype_loss".
+        device: a device or its name.
+        dtype: the tensors' dtype.
+
+    Raises:
+        ValueError: unknown op, or FASTMETA_BACKEND is neither "native" nor "torch".
+
+    >>> fm.backend_of("prototype_loss", "cpu", torch.float32)
+    'native'
+    """
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    return _select(op, torch.device(device).type, dtype)[0]
+
+
+def build_info() -> dict[str, Any]:
+    """What was built: `native` (bool) and, with it, compiler, torch, isa and cuda; else `reason`.
+
+    >>> fm.build_info()["native"]
+    True
+    """
+    if _C is None:
+        return {"native": False, "reason": UNAVAILABLE}
+    return {"native": True, **_C.build_info()}

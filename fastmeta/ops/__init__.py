@@ -1,0 +1,17 @@
+"""The ops: one function, one contract, three implementations (C++, CUDA, plain PyTorch)."""
+
+from fastmeta._native import backend_of, build_info, use_backend
+from fastmeta.ops.inner_update import inner_update
+from fastmeta.ops.pairwise_distance import pairwise_distance
+from fastmeta.ops.prototype_loss import prototype_loss
+from fastmeta.ops.prototypes import prototypes
+
+__all__ = [
+    "backend_of",
+    "build_info",
+    "inner_update",
+    "pairwise_distance",
+    "prototype_loss",
+    "prototypes",
+    "use_backend",
+]

@@ -1,0 +1,85 @@
+"""Gives the compiled ops what PyTorch's transforms need, and joins them to autograd.
+
+Derivatives are `torch.autograd.Function`s with `setup_context` and `jvp`: in torch 2.13
+`torch.library.register_autograd` fails under `torch.func.grad` and gives a silently zero tangent
+under `torch.func.jvp`. The compiled ops themselves carry a fake and a vmap rule, so that
+`generate_vmap_rule` serves every Function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import Function
+
+from fastmeta import _native
+
+
+def fold(x: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
+    """Merges a vmapped dimension of `size` into the task dimension, which leads."""
+    moved = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return moved.flatten(0, 1)
+
+
+def unfold(x: torch.Tensor, size: int) -> torch.Tensor:
+    return x.unflatten(0, (size, x.shape[0] // size if size else 0))
+
+
+def register(name: str, fake: Callable[..., Any], vmap: Callable[..., Any] | None = None) -> None:
+    """Registers `fake` and a vmap rule for `torch.ops.fastmeta.<name>`, where it was built.
+
+    The rule folds the vmapped dimension into the tasks, unless `vmap` does it another way.
+    """
+    if _native._C is None:
+        return
+    op = getattr(torch.ops.fastmeta, name)
+
+    def fold_into_tasks(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        size = info.batch_size
+        folded = (
+            fold(arg, dim, size) if isinstance(arg, torch.Tensor) else arg
+            for arg, dim in zip(args, in_dims, strict=True)
+        )
+        out = op(*folded)
+        if isinstance(out, torch.Tensor):
+            return unfold(out, size), 0
+        return tuple(unfold(o, size) for o in out), (0,) * len(out)
+
+    torch.library.register_fake(f"fastmeta::{name}", fake)
+    torch.library.register_vmap(f"fastmeta::{name}", vmap or fold_into_tasks)
+
+
+def traces_transform() -> bool:
+    """Whether torch.compile is tracing the inside of a torch.func transform.
+
+    There it loses the derivative of an autograd.Function without a word, so ops trace their
+    plain-PyTorch form instead.
+    """
+    return torch.compiler.is_compiling() and isinstance(
+        torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter
+    )
+
+
+def is_native(op: str, x: torch.Tensor) -> bool:
+    return not traces_transform() and _native.is_native(op, x)
+
+
+def callable_of(cls: type[Function]) -> Callable[..., Any]:
+    """`cls.apply`, and under torch.compile that of a twin without `jvp`, which it refuses."""
+    twin = type(f"{cls.__name__}Compiled", (cls,), {"jvp": Function.jvp})
+
+    def apply(*args: Any) -> Any:
+        return twin.apply(*args) if torch.compiler.is_compiling() else cls.apply(*args)
+
+    return apply
+
+
+def contiguous_like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for bfloat16 and float16, else `dtype`."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

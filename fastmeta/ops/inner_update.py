@@ -1,0 +1,257 @@
+"""One gradient-descent step on the parameters of every task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.autograd import Function
+from torch.utils import _pytree as pytree
+
+from fastmeta import reference
+from fastmeta.ops._checks import check_floating, check_together
+from fastmeta.ops._raw import (
+    accumulation_dtype,
+    callable_of,
+    contiguous_like,
+    fold,
+    is_native,
+    register,
+    unfold,
+)
+
+StepSize = float | torch.Tensor | Mapping[str, Any] | Sequence[Any]
+
+
+def _sum_to(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Sums x [T, P] over the dimensions that `like` shares, in like's dtype."""
+    return x.to(like.dtype).sum_to_size(like.shape)
+
+
+class InnerUpdate(Function):
+    """params - lr * grads for params, grads [T, P] and lr [1 or T, 1 or P]."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(params: torch.Tensor, grads: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
+        return torch.ops.fastmeta.inner_update(params, grads, lr)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple:
+        grads, lr = ctx.saved_tensors
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            return grad_out, *inner_update_backward(grad_out, grads, lr)
+        return grad_out, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, params_dot: Any, grads_dot: Any, lr_dot: Any) -> torch.Tensor:
+        grads, lr = ctx.saved_tensors
+        out_dot = torch.zeros_like(grads) if params_dot is None else params_dot
+        if grads_dot is not None:
+            out_dot = reference.inner_update(out_dot, grads_dot, lr)
+        if lr_dot is not None:
+            out_dot = reference.inner_update(out_dot, grads, lr_dot)
+        return out_dot
+
+
+class InnerUpdateBackward(Function):
+    """grad_grads = -lr * grad_out and grad_lr = -sum grads * grad_out: bilinear in all three."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad_out: torch.Tensor, grads: torch.Tensor, lr: torch.Tensor) -> tuple:
+        return torch.ops.fastmeta.inner_update_backward(grad_out, grads, lr)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> tuple:
+        grad_out, grads, lr = ctx.saved_tensors
+        to_grad_out = (-lr * a - b * grads).to(grad_out.dtype)
+        to_grads = (-b * grad_out).to(grads.dtype)
+        return to_grad_out, to_grads, -_sum_to(grad_out * a, lr)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple:
+        grad_out, grads, lr = ctx.saved_tensors
+        v, g, step = (
+            torch.zeros_like(x) if dot is None else dot
+            for dot, x in zip(tangents, ctx.saved_tensors, strict=True)
+        )
+        grad_grads = (-lr * v - step * grad_out).to(grads.dtype)
+        return grad_grads, -_sum_to(grad_out * g + v * grads, lr)
+
+
+_update = callable_of(InnerUpdate)
+_native_backward = callable_of(InnerUpdateBackward)
+
+
+def _fold_with_lr(info: Any, in_dims: tuple, first: Any, grads: Any, lr: Any) -> tuple:
+    """Merges a vmapped dimension into the tasks; lr gets a row for each of them."""
+    size = info.batch_size
+    first, grads = fold(first, in_dims[0], size), fold(grads, in_dims[1], size)
+    tasks = first.shape[0] // size if size else 0
+    lr = lr.expand(size, *lr.shape) if in_dims[2] is None else lr.movedim(in_dims[2], 0)
+    return first, grads, lr.expand(size, tasks, lr.shape[2]).flatten(0, 1)
+
+
+def _update_vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
+    out = torch.ops.fastmeta.inner_update(*_fold_with_lr(info, in_dims, *args))
+    return unfold(out, info.batch_size), 0
+
+
+def _backward_vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
+    lr_rows = args[2].shape[0 if in_dims[2] is None else int(in_dims[2] == 0)]
+    folded = _fold_with_lr(info, in_dims, *args)
+    grad_grads, grad_lr = torch.ops.fastmeta.inner_update_backward(*folded)
+    grad_lr = unfold(grad_lr, info.batch_size)
+    if lr_rows == 1:
+        grad_lr = grad_lr.sum(1, keepdim=True)
+    return (unfold(grad_grads, info.batch_size), grad_lr), (0, 0)
+
+
+register("inner_update", lambda params, grads, lr: contiguous_like(params), _update_vmap)
+register(
+    "inner_update_backward",
+    lambda grad_out, grads, lr: (contiguous_like(grads), contiguous_like(lr)),
+    _backward_vmap,
+)
+
+
+def inner_update_backward(
+    grad_out: torch.Tensor, grads: torch.Tensor, lr: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of `inner_update` to grads [T, P] and lr [1 or T, 1 or P], in one pass.
+
+    `lr` is float32 for bfloat16 and float16 gradients. (The gradient to params is grad_out.)
+    """
+    if is_native("inner_update", grads):
+        return _native_backward(grad_out, grads, lr)
+    return (-lr * grad_out).to(grads.dtype), -_sum_to(grad_out * grads, lr)
+
+
+def step_size_rows(
+    lr: float | torch.Tensor, params: torch.Tensor, layer_sizes: Sequence[int] | None = None
+) -> torch.Tensor:
+    """`lr` as [1 or T, 1 or P] for params [T, P], in the accumulation dtype. Differentiable."""
+    tasks, parameters = params.shape
+    dtype = accumulation_dtype(params.dtype)
+    if not isinstance(lr, torch.Tensor):
+        return torch.full((1, 1), float(lr), dtype=dtype, device=params.device)
+    check_floating("lr", lr)
+    if lr.device != params.device and lr.dim():
+        raise ValueError(f"lr must be on {params.device} like params, got {lr.device}")
+    lr = lr.to(device=params.device, dtype=dtype)
+    if layer_sizes is not None:
+        sizes = torch.tensor(layer_sizes, device=params.device)
+        if lr.shape != (len(layer_sizes),) or sum(layer_sizes) != parameters:
+            raise ValueError(
+                f"lr must hold one step size a layer, [{len(layer_sizes)}], and layer_sizes must "
+                f"sum to P = {parameters}; got lr {list(lr.shape)}, sum {sum(layer_sizes)}"
+            )
+        return lr.repeat_interleave(sizes, output_size=parameters).unsqueeze(0)
+    if lr.dim() <= 1:
+        lr = lr.reshape(1, -1)
+    if lr.dim() != 2 or lr.shape[0] not in (1, tasks) or lr.shape[1] not in (1, parameters):
+        raise ValueError(
+            f"lr must be a number, [P], [T, 1] or [T, P] with T = {tasks}, P = {parameters}, "
+            f"got {list(lr.shape)}"
+        )
+    return lr
+
+
+def _update_arena(
+    params: torch.Tensor,
+    grads: torch.Tensor,
+    lr: float | torch.Tensor,
+    layer_sizes: Sequence[int] | None,
+) -> torch.Tensor:
+    check_floating("params", params)
+    check_floating("grads", grads)
+    check_together("grads", grads, "params", params)
+    if params.dim() not in (1, 2) or grads.shape != params.shape:
+        raise ValueError(
+            "params and grads must both have shape [T, P] or [P], "
+            f"got {list(params.shape)} and {list(grads.shape)}"
+        )
+    if params.dim() == 1:
+        rows = (params.unsqueeze(0), grads.unsqueeze(0), lr, layer_sizes)
+        return _update_arena(*rows).squeeze(0)
+    step = step_size_rows(lr, params, layer_sizes)
+    if is_native("inner_update", params):
+        return _update(params, grads, step)
+    return reference.inner_update(params, grads, step)
+
+
+def _update_leaf(param: torch.Tensor, grad: torch.Tensor, lr: Any) -> torch.Tensor:
+    check_floating("params", param)
+    check_floating("grads", grad)
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"grads must have the shapes of params, got {list(grad.shape)} "
+            f"for a parameter of {list(param.shape)}"
+        )
+    if isinstance(lr, torch.Tensor) and lr.dim():
+        lr = lr.expand(param.shape).reshape(1, -1)
+    return _update_arena(param.reshape(1, -1), grad.reshape(1, -1), lr, None).reshape(param.shape)
+
+
+def inner_update(
+    params: Any, grads: Any, lr: StepSize, *, layer_sizes: Sequence[int] | None = None
+) -> Any:
+    """params - lr * grads: one inner-loop step of gradient descent for every task.
+
+    Differentiable any number of times in params, grads and lr; works under torch.func and
+    torch.compile. bfloat16 and float16 are computed in float32, with lr kept in float32.
+
+    Args:
+        params: [T, P], the flat parameters of T tasks (or [P] for one); or a tree (dict, list or
+            tuple) of tensors of any shapes.
+        grads: the same shape, or a tree of the same structure.
+        lr: the step size: a number or 0-d tensor; for [T, P] params also [P] per element,
+            [T, 1] per task, [T, P] per task and element, or, with `layer_sizes`, [L] per layer. For
+            a tree: one number for all, or a tree of the same structure of numbers or of tensors
+            broadcastable to the parameter's shape.
+        layer_sizes: number of parameters of each of the L layers, in arena order; sums to P.
+
+    Returns:
+        A new tensor or tree like params; inputs are left as they are.
+
+    Raises:
+        TypeError: something is not a floating-point tensor, or dtypes differ.
+        ValueError: shapes, trees or devices do not agree.
+
+    Source: Finn, Abbeel, Levine 2017 (arXiv 1703.03400), equation 1; per-element step sizes are
+    Meta-SGD's (Li et al. 2017, arXiv 1707.09835).
+
+    >>> fm.inner_update(torch.ones(2, 3), torch.ones(2, 3), torch.tensor([0.1, 0.2, 0.3]))
+    tensor([[0.9000, 0.8000, 0.7000],
+            [0.9000, 0.8000, 0.7000]])
+    """
+    if isinstance(params, torch.Tensor):
+        return _update_arena(params, grads, lr, layer_sizes)
+    if layer_sizes is not None:
+        raise ValueError("layer_sizes goes with [T, P] params; give a tree of step sizes instead")
+    leaves, tree = pytree.tree_flatten(params)
+    grad_leaves, grad_tree = pytree.tree_flatten(grads)
+    if tree != grad_tree:
+        raise ValueError(f"grads must have the structure of params, {tree}, got {grad_tree}")
+    if isinstance(lr, Mapping | list | tuple):
+        lr_leaves, lr_tree = pytree.tree_flatten(lr)
+        if lr_tree != tree:
+            raise ValueError(f"lr must have the structure of params, {tree}, got {lr_tree}")
+    else:
+        lr_leaves = [lr] * len(leaves)
+    updated = [_update_leaf(*leaf) for leaf in zip(leaves, grad_leaves, lr_leaves, strict=True)]
+    return pytree.tree_unflatten(updated, tree)

@@ -1,0 +1,212 @@
+"""The loss of prototypical networks, fused with its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import Function
+
+from fastmeta import reference
+from fastmeta.ops import pairwise_distance as distances
+from fastmeta.ops._checks import METRICS, check_labels, check_option, check_rows
+from fastmeta.ops._pairs import PairOp, differentiable, hessian_vector_product, save, saved
+from fastmeta.ops._raw import (
+    accumulation_dtype,
+    contiguous_like,
+    is_native,
+    register,
+)
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def _loss_fake(query: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return query.new_empty(labels.shape, dtype=accumulation_dtype(query.dtype))
+
+
+register(
+    "prototype_loss", lambda query, labels, prototypes, metric, scale: _loss_fake(query, labels)
+)
+register(
+    "prototype_loss_backward",
+    lambda weight, query, labels, prototypes, metric, scale: (
+        _loss_fake(query, labels),
+        contiguous_like(query),
+        contiguous_like(prototypes),
+    ),
+)
+
+
+def tangent(
+    query: torch.Tensor,
+    prototypes: torch.Tensor,
+    query_dot: torch.Tensor,
+    prototypes_dot: torch.Tensor,
+    labels: torch.Tensor,
+    metric: str,
+    scale: float,
+) -> torch.Tensor:
+    """Derivative [T, Q] of each query's loss along query_dot and prototypes_dot."""
+    wide = accumulation_dtype(query.dtype)
+    rows = [z.to(wide) for z in (query, prototypes, query_dot, prototypes_dot)]
+    probability = (-scale * reference.pairwise_distance(*rows[:2], metric)).softmax(-1)
+    distance_dot = distances.tangent(*rows, metric)
+    at_label = distance_dot.gather(2, labels.unsqueeze(2)).squeeze(2)
+    return scale * (at_label - (probability * distance_dot).sum(2))
+
+
+def _loss(query, prototypes, labels, metric, scale):
+    return torch.ops.fastmeta.prototype_loss(query, labels, prototypes, metric, scale)
+
+
+def _gradient(weight, query, prototypes, labels, metric, scale):
+    """Per-query loss, and the gradient of sum(weight * loss) to query and prototypes."""
+    return torch.ops.fastmeta.prototype_loss_backward(
+        weight, query, labels, prototypes, metric, scale
+    )
+
+
+_loss_of_each = differentiable(
+    PairOp(forward=_loss, backward=lambda *args: _gradient(*args)[1:], tangent=tangent)
+)
+
+
+class LossSum(Function):
+    """Each task's summed loss [T] and, found in the same pass, its gradient.
+
+    The gradient is an output of its own, which makes it differentiable: whoever differentiates it
+    arrives in `backward` with its cotangents and is served by a Hessian-vector product.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(query, prototypes, labels, metric, scale):
+        weight = torch.ones_like(labels, dtype=accumulation_dtype(query.dtype))
+        loss, *gradient = _gradient(weight, query, prototypes, labels, metric, scale)
+        return loss.sum(1), *gradient
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.set_materialize_grads(False)
+        save(ctx, (*inputs[:2], *output[1:]), inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Any, *direction: Any) -> tuple:
+        (query, prototypes, *gradient), rest = saved(ctx)
+        grads = _scaled(grad_loss, gradient)
+        if any(d is not None for d in direction):
+            second = _second(query, prototypes, direction, rest)
+            grads = [b if a is None else a + b for a, b in zip(grads, second, strict=True)]
+        return *grads, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, query_dot: Any, prototypes_dot: Any, *_: Any) -> tuple:
+        (query, prototypes, *gradient), rest = saved(ctx)
+        pairs = zip(gradient, (query_dot, prototypes_dot), strict=True)
+        along = [(g * d).sum((1, 2)) for g, d in pairs if d is not None]
+        loss_dot = sum(along[1:], along[0]).to(accumulation_dtype(query.dtype))
+        return loss_dot, *_second(query, prototypes, (query_dot, prototypes_dot), rest)
+
+
+class LossSumCompiled(LossSum):
+    """LossSum for torch.compile, which has no second derivatives and refuses a `jvp`."""
+
+    jvp = Function.jvp
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        save(ctx, (*inputs[:2], *output[1:]), inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple:
+        (_query, _prototypes, *gradient), _rest = saved(ctx)
+        return *_scaled(grad_loss, gradient), None, None, None
+
+
+def _scaled(grad_loss: torch.Tensor | None, gradient: list[torch.Tensor]) -> list:
+    if grad_loss is None:
+        return [None, None]
+    return [(grad_loss[:, None, None] * g).to(g.dtype) for g in gradient]
+
+
+def _second(query: torch.Tensor, prototypes: torch.Tensor, direction: tuple, rest: tuple) -> tuple:
+    rows = (query, prototypes)
+    filled = tuple(
+        torch.zeros_like(r) if d is None else d for r, d in zip(rows, direction, strict=True)
+    )
+    ones = torch.ones_like(rest[0], dtype=accumulation_dtype(query.dtype))
+    return hessian_vector_product(tangent, ones, rows, filled, rest)
+
+
+def _loss_sum(*args: Any) -> torch.Tensor:
+    cls = LossSumCompiled if torch.compiler.is_compiling() else LossSum
+    return cls.apply(*args)[0]
+
+
+def prototype_loss(
+    query: torch.Tensor,
+    query_labels: torch.Tensor,
+    prototypes: torch.Tensor,
+    metric: str = "sqeuclidean",
+    scale: float = 1.0,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Cross entropy of queries against prototypes, logits = -scale * distance.
+
+        loss[t, q] = logsumexp_n(-scale d(t, q, n)) + scale d(t, q, query_labels[t, q])
+
+    Fused: the native kernels compute distances, softmax, loss and (for "mean" and "sum", where an
+    input requires grad) the gradient in one pass over blocks of queries. No [Q, N] matrix exists;
+    memory beyond inputs and outputs is O(N D). Second and higher derivatives are exact, and do
+    build [T, Q, N]. Works under torch.func and torch.compile. bfloat16 and float16 are computed in
+    float32. A NaN in a query makes that query's loss NaN.
+
+    Args:
+        query: embeddings [T, Q, D], or [Q, D] for one task.
+        query_labels: int64 [T, Q], or [Q], in [0, N).
+        prototypes: [T, N, D], or [N, D], same dtype and device; N at least 1.
+        metric: "sqeuclidean", "euclidean", "cosine" or "dot", see `pairwise_distance`.
+        scale: inverse temperature of the softmax.
+        reduction: "mean" over all queries of all tasks, "sum", or "none".
+
+    Returns:
+        A scalar, or [T, Q] ([Q]) for "none", in the dtype of `query`. Without queries "sum" is 0
+        and "mean" is NaN, as in torch.nn.functional.cross_entropy.
+
+    Raises:
+        TypeError: dtypes do not fit.
+        ValueError: shapes or devices do not agree, there is no prototype, an option is unknown, or
+            a label is out of range (the message names the first).
+
+    Source: Snell, Swersky, Zemel 2017 (arXiv 1703.05175), equation 2.
+
+    >>> query, label = torch.tensor([[0.0], [2.0]]), torch.tensor([0, 1])
+    >>> fm.prototype_loss(query, label, torch.tensor([[0.0], [2.0]]))
+    tensor(0.0181)
+    """
+    check_rows("query", query, "prototypes", prototypes, "[T, Q, D]", "[T, N, D]")
+    check_labels("query_labels", query_labels, query.shape[:-1], query.device)
+    check_option("metric", metric, METRICS)
+    check_option("reduction", reduction, REDUCTIONS)
+    if prototypes.shape[-2] == 0:
+        raise ValueError("prototypes must have at least one class, got 0")
+    if query.dim() == 2:
+        batched = (x.unsqueeze(0) for x in (query, query_labels, prototypes))
+        loss = prototype_loss(*batched, metric=metric, scale=scale, reduction=reduction)
+        return loss.squeeze(0) if reduction == "none" else loss
+    rest = (query_labels, metric, float(scale))
+    native = is_native("prototype_loss", query)
+    wants_gradient = torch.is_grad_enabled() and (query.requires_grad or prototypes.requires_grad)
+    if native and wants_gradient and reduction != "none":
+        total = _loss_sum(query, prototypes, *rest).sum()
+        mean = reduction == "mean"
+        return (total / query_labels.numel() if mean else total).to(query.dtype)
+    if native:
+        loss = _loss_of_each(query, prototypes, *rest)
+    else:
+        loss = reference.prototype_loss(query, query_labels, prototypes, metric, float(scale))
+    reduce = {"mean": torch.mean, "sum": torch.sum, "none": torch.Tensor.contiguous}[reduction]
+    return reduce(loss).to(query.dtype)

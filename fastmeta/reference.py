@@ -1,0 +1,90 @@
+"""Every op in plain PyTorch: the fallback where nothing was compiled, and the tests' oracle.
+
+All tensors lead with tasks, arguments are checked. bfloat16 and float16 are computed in float32.
+Each function is differentiable any number of times, and works under torch.func and torch.compile.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastmeta.ops._raw import accumulation_dtype
+
+COSINE_EPS = 1e-8
+_DIRECT_LIMIT = 1 << 22  # differences [T, Q, N, D] held at once, in elements
+
+
+def inner_update(params: torch.Tensor, grads: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
+    """params - lr * grads for [T, P] params and grads, lr broadcastable to [T, P]."""
+    out = params.to(lr.dtype) - lr * grads.to(lr.dtype)
+    return out.to(params.dtype)
+
+
+def check_label_range(labels: torch.Tensor, classes: int, name: str) -> None:
+    """Raises ValueError for the first label outside [0, classes).
+
+    A tensor without values to look at (fake, traced or vmapped) is not checked.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(labels):
+        return
+    if labels.device.type == "meta" or labels.numel() == 0:
+        return
+    bad = ((labels < 0) | (labels >= classes)).nonzero()
+    if len(bad):
+        first = bad[0].tolist()
+        raise ValueError(
+            f"{name}{first} is {int(labels[tuple(first)])}, expected 0 <= label < {classes}"
+        )
+
+
+def prototypes(x: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Class means [T, N, D] of x [T, S, D]; zero for a class without an example."""
+    check_label_range(labels, num_classes, "labels")
+    wide = x.to(accumulation_dtype(x.dtype))
+    member = (labels.unsqueeze(-1) == torch.arange(num_classes, device=x.device)).to(wide.dtype)
+    counts = member.sum(1).clamp(min=1)
+    return ((member.mT @ wide) / counts.unsqueeze(-1)).to(x.dtype)
+
+
+def _squared_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    if x.shape[0] * x.shape[1] * y.shape[1] * x.shape[2] <= _DIRECT_LIMIT:
+        return (x.unsqueeze(2) - y.unsqueeze(1)).square().sum(-1)
+    center = y.mean(1, keepdim=True)
+    x, y = x - center, y - center
+    norms = x.square().sum(-1).unsqueeze(2) + y.square().sum(-1).unsqueeze(1)
+    return (norms - 2 * x @ y.mT).clamp(min=0)
+
+
+def _safe_sqrt(x: torch.Tensor) -> torch.Tensor:
+    """Square root whose derivatives at 0 are 0 instead of infinite."""
+    zero = x == 0
+    return torch.where(zero, 1.0, x).sqrt().masked_fill(zero, 0.0)
+
+
+def _normalize(x: torch.Tensor) -> torch.Tensor:
+    return x / _safe_sqrt(x.square().sum(-1, keepdim=True)).clamp(min=COSINE_EPS)
+
+
+def pairwise_distance(x: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
+    """Distances [T, Q, N] between the rows of x [T, Q, D] and y [T, N, D]."""
+    a, b = (z.to(accumulation_dtype(x.dtype)) for z in (x, y))
+    if metric == "sqeuclidean":
+        out = _squared_distance(a, b)
+    elif metric == "euclidean":
+        out = _safe_sqrt(_squared_distance(a, b))
+    elif metric == "cosine":
+        out = 1 - _normalize(a) @ _normalize(b).mT
+    else:
+        out = -(a @ b.mT)
+    return out.to(x.dtype)
+
+
+def prototype_loss(
+    query: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor, metric: str, scale: float
+) -> torch.Tensor:
+    """Loss [T, Q] of each query: cross entropy of logits -scale * distance."""
+    check_label_range(labels, prototypes.shape[1], "query_labels")
+    a, b = (z.to(accumulation_dtype(query.dtype)) for z in (query, prototypes))
+    logits = -scale * pairwise_distance(a, b, metric)
+    return F.cross_entropy(logits.mT, labels, reduction="none")
