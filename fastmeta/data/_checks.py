@@ -1,0 +1,42 @@
+"""Argument checks of the data sources: each error names the argument and what was expected."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+import torch
+
+
+def check_count(name: str, value: object, least: int, below: int | None = None) -> int:
+    """``value`` as an int in [least, below); TypeError if it is none, ValueError out of range."""
+    expected = f"an integer >= {least}" + ("" if below is None else f" and < {below}")
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected {expected}, got the bool {value}")
+    try:
+        count = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"{name}: expected {expected}, got {value!r} of type {type(value).__name__}"
+        ) from None
+    if count < least or (below is not None and count >= below):
+        raise ValueError(f"{name}: expected {expected}, got {count}")
+    return count
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
+    """``value`` if it is one of ``choices``; ValueError otherwise."""
+    known = tuple(choices)
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    return value
+
+
+def check_device(device: object) -> torch.device:
+    """``device`` as a torch.device; ValueError if torch knows none like it."""
+    try:
+        return torch.device(device)  # type: ignore[call-overload, no-any-return]
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device: expected a device such as 'cpu' or 'cuda:0', got {device!r}"
+        ) from error

@@ -1,0 +1,109 @@
+"""Few-shot episodes: what one is, where it comes from, and an endless reproducible stream."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._checks import check_count, check_device
+
+
+class Episode(NamedTuple):
+    """T few-shot tasks as four tensors, each with the task dimension first.
+
+    Classification: ``support_x`` [T, S, ...] with ``support_y`` [T, S] int64 labels in 0..N-1,
+    ``query_x`` [T, Q, ...] with ``query_y`` [T, Q]; S = N * shots, Q = N * queries, in class-major
+    order. Regression: ``support_y`` [T, S, 1] and ``query_y`` [T, Q, 1] in the dtype of x.
+    """
+
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+
+    def to(self, device: str | torch.device) -> Episode:
+        """The same episode on another device."""
+        return Episode(*(tensor.to(device) for tensor in self))
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What episodes can be drawn from: the three methods a data set of your own needs."""
+
+    def to(self, device: str | torch.device) -> Source:
+        """A source that holds the same data and gives its episodes on ``device``."""
+
+    def check(self, ways: int, shots: int, queries: int) -> None:
+        """Raise ValueError where the source cannot give such tasks."""
+
+    def sample(
+        self, rng: np.random.Generator, tasks: int, ways: int, shots: int, queries: int
+    ) -> Episode:
+        """``tasks`` tasks that depend on nothing but the arguments and the state of ``rng``."""
+
+
+class Episodes:
+    """An endless stream of episodes; ``episodes[i]`` depends on the seed and ``i`` alone.
+
+    All random draws come from numpy's counter-based Philox generator (Salmon et al. 2011) on the
+    CPU, keyed by (seed, i): a resumed run goes on with the very episodes it would have seen, and
+    every device sees the same ones.
+
+    Args:
+        source: an :class:`Omniglot`, :class:`Glyphs`, :class:`Sinusoid`, or any :class:`Source`.
+        ways: N, classes a task, at least 1 (1 for regression).
+        shots: support examples a class, at least 1.
+        queries: query examples a class; 0 gives empty query tensors.
+        tasks: T, tasks an episode; 0 gives empty tensors.
+        seed: 0 to 2**64 - 1.
+        device: where the source and its episodes live; the source is moved there once.
+
+    Raises:
+        TypeError: an argument that should be an integer is not, or ``source`` is no source.
+        ValueError: a count or the seed is out of range, the device is unknown, or the source has
+            too few classes, or too few examples in a class.
+
+    Example::
+
+        >>> from fastmeta.data import Episodes, Sinusoid
+        >>> episodes = Episodes(Sinusoid(), ways=1, shots=10, queries=15, tasks=4, seed=1)
+        >>> episodes[7].support_x.shape, episodes[7].query_y.shape
+        (torch.Size([4, 10, 1]), torch.Size([4, 15, 1]))
+        >>> first = next(iter(episodes))        # the same as episodes[0]
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        ways: int,
+        shots: int,
+        queries: int,
+        tasks: int,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.ways = check_count("ways", ways, least=1)
+        self.shots = check_count("shots", shots, least=1)
+        self.queries = check_count("queries", queries, least=0)
+        self.tasks = check_count("tasks", tasks, least=0)
+        self.seed = check_count("seed", seed, least=0, below=2**64)
+        if not isinstance(source, Source):
+            raise TypeError(
+                f"source: expected methods to, check and sample, got {type(source).__name__}"
+            )
+        source.check(self.ways, self.shots, self.queries)
+        self.source = source.to(check_device(device))
+
+    def __getitem__(self, index: int) -> Episode:
+        counter = check_count("index", index, least=0, below=2**64)
+        key = np.array([self.seed, counter], dtype=np.uint64)
+        rng = np.random.Generator(np.random.Philox(key=key))
+        return self.source.sample(rng, self.tasks, self.ways, self.shots, self.queries)
+
+    def __iter__(self) -> Iterator[Episode]:
+        return map(self.__getitem__, itertools.count())
