@@ -7,11 +7,10 @@ either, native kernels run wherever they exist.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import os
 import warnings
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,7 +28,16 @@ OPS = ("inner_update", "prototypes", "pairwise_distance", "prototype_loss")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BACKENDS = ("native", "torch")
 
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+
+def _has_kernel(op: str, device: str) -> bool:
+    """Whether an op was compiled for a device."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return _C is not None and has(f"fastmeta::{op}", device.upper())
+
+
+# What follows is traced by torch.compile: plain tables and globals, which it guards on.
+KERNELS = {(op, device) for op in OPS for device in ("cpu", "cuda") if _has_kernel(op, device)}
+_forced: str | None = None
 
 
 def _checked_backend(value: str, source: str) -> str:
@@ -40,42 +48,36 @@ def _checked_backend(value: str, source: str) -> str:
 
 @contextlib.contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Forces "native" or "torch" for the ops called inside a `with` block, on this thread.
+    """Forces "native" or "torch" for the ops called inside a `with` block, on every thread.
 
     Overrides the environment variable FASTMETA_BACKEND. Raises ValueError for another name.
 
     >>> with fm.use_backend("torch"):
     ...     distance = fm.pairwise_distance(x, y)
     """
-    token = _forced.set(_checked_backend(backend, "backend"))
+    global _forced
+    before, _forced = _forced, _checked_backend(backend, "backend")
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def _requested() -> str | None:
-    forced = _forced.get()
-    if forced is not None:
-        return forced
-    value = os.environ.get("FASTMETA_BACKEND")
+    value = _forced or os.environ.get("FASTMETA_BACKEND")
     return _checked_backend(value, "FASTMETA_BACKEND") if value else None
 
 
-@lru_cache(maxsize=None)
 def _missing(op: str, device: str, dtype: torch.dtype) -> str:
     """Why there is no native kernel; empty where there is one."""
     if _C is None:
         return f"the native extension is missing: {UNAVAILABLE}"
-    key = device.upper()
-    if key not in ("CPU", "CUDA") or not torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"fastmeta::{op}", key
-    ):
+    if (op, device) not in KERNELS:
         return f"the extension was built without {op} for {device}"
     return "" if dtype in DTYPES else f"{op} has no native kernel for {dtype}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn(reason: str) -> None:
     warnings.warn(
         f"fastmeta runs in plain PyTorch: {reason}. Set FASTMETA_BACKEND=torch to accept that.",

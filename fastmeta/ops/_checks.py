@@ -1,4 +1,4 @@
-"""Argument checks that the public ops share: each names the argument, what it takes and what came."""
+"""Argument checks that the public ops share: what the argument takes, and what came."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 The compiled op gives f and its gradient; the rest follows from the tangent of f, written once in
 plain PyTorch. With <g, f> the objective and H its Hessian in (x, y):
 
-    jvp of f in direction v             tangent(v)
-    derivative of the gradient          in g: tangent(v);  in (x, y): H v = gradient of <g, tangent(v)>
+    jvp of f in direction v         tangent(v)
+    derivative of the gradient      in g: tangent(v);  in (x, y): H v = gradient of <g, tangent(v)>
 """
 
 from __future__ import annotations
@@ -20,9 +20,15 @@ from fastmeta.ops._raw import callable_of
 Rows = tuple[torch.Tensor, torch.Tensor]
 
 
-class PairOp(NamedTuple):
-    """`rest` is what an op takes after x and y: at most one tensor (labels), then options."""
+class Rest(NamedTuple):
+    """What an op takes after x and y; None where it has no such argument."""
 
+    labels: torch.Tensor | None
+    metric: str
+    scale: float | None
+
+
+class PairOp(NamedTuple):
     forward: Callable[..., torch.Tensor]  # (x, y, *rest) -> out
     backward: Callable[..., Rows]  # (grad_out, x, y, *rest) -> grad_x, grad_y
     tangent: Callable[..., torch.Tensor]  # (x, y, x_dot, y_dot, *rest) -> out_dot
@@ -33,24 +39,27 @@ def _or_zeros(tangent: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 
 
 def hessian_vector_product(
-    tangent: Callable[..., torch.Tensor], g: torch.Tensor, rows: Rows, direction: Rows, rest: tuple
+    tangent: Callable[..., torch.Tensor],
+    g: torch.Tensor,
+    rows: Rows,
+    direction: tuple[torch.Tensor | None, ...],
+    rest: Rest,
 ) -> Rows:
-    """H v of <g, f> for v = `direction`."""
-    _, pullback = torch.func.vjp(lambda x, y: tangent(x, y, *direction, *rest), *rows)
+    """H v of <g, f> for v = `direction`, None meaning zero."""
+    v = tuple(_or_zeros(d, r) for d, r in zip(direction, rows, strict=True))
+    _, pullback = torch.func.vjp(lambda x, y: tangent(x, y, *v, *rest), *rows)
     return pullback(g)
 
 
 def save(ctx: Any, tensors: tuple[torch.Tensor, ...], rest: tuple) -> None:
-    labels = tuple(r for r in rest if isinstance(r, torch.Tensor))
-    ctx.options = rest[len(labels) :]
-    ctx.num_labels = len(labels)
-    ctx.save_for_backward(*tensors, *labels)
-    ctx.save_for_forward(*tensors, *labels)
+    labels, ctx.metric, ctx.scale = rest
+    ctx.save_for_backward(*tensors, labels)
+    ctx.save_for_forward(*tensors, labels)
 
 
-def saved(ctx: Any) -> tuple[tuple[torch.Tensor, ...], tuple]:
-    split = len(ctx.saved_tensors) - ctx.num_labels
-    return ctx.saved_tensors[:split], (*ctx.saved_tensors[split:], *ctx.options)
+def saved(ctx: Any) -> tuple[tuple[torch.Tensor, ...], Rest]:
+    *tensors, labels = ctx.saved_tensors
+    return tuple(tensors), Rest(labels, ctx.metric, ctx.scale)
 
 
 def differentiable(op: PairOp) -> Callable[..., torch.Tensor]:
@@ -60,8 +69,8 @@ def differentiable(op: PairOp) -> Callable[..., torch.Tensor]:
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(grad_out: torch.Tensor, x: torch.Tensor, y: torch.Tensor, *rest: Any) -> Rows:
-            return op.backward(grad_out, x, y, *rest)
+        def forward(grad_out, x, y, labels, metric, scale):
+            return op.backward(grad_out, x, y, labels, metric, scale)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: Rows) -> None:
@@ -69,25 +78,24 @@ def differentiable(op: PairOp) -> Callable[..., torch.Tensor]:
 
         @staticmethod
         def backward(ctx: Any, grad_grad_x: torch.Tensor, grad_grad_y: torch.Tensor) -> tuple:
-            (g, *rows), rest = saved(ctx)
+            (g, x, y), rest = saved(ctx)
             direction = (grad_grad_x, grad_grad_y)
-            second = hessian_vector_product(op.tangent, g, tuple(rows), direction, rest)
-            return op.tangent(*rows, *direction, *rest), *second, *(None for _ in rest)
+            second = hessian_vector_product(op.tangent, g, (x, y), direction, rest)
+            return op.tangent(x, y, *direction, *rest), *second, None, None, None
 
         @staticmethod
         def jvp(ctx: Any, g_dot: Any, x_dot: Any, y_dot: Any, *_: Any) -> Rows:
             (g, x, y), rest = saved(ctx)
-            direction = (_or_zeros(x_dot, x), _or_zeros(y_dot, y))
             along_g = backward(_or_zeros(g_dot, g), x, y, *rest)
-            second = hessian_vector_product(op.tangent, g, (x, y), direction, rest)
+            second = hessian_vector_product(op.tangent, g, (x, y), (x_dot, y_dot), rest)
             return along_g[0] + second[0], along_g[1] + second[1]
 
     class Forward(Function):
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(x: torch.Tensor, y: torch.Tensor, *rest: Any) -> torch.Tensor:
-            return op.forward(x, y, *rest)
+        def forward(x, y, labels, metric, scale):
+            return op.forward(x, y, labels, metric, scale)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
@@ -96,7 +104,9 @@ def differentiable(op: PairOp) -> Callable[..., torch.Tensor]:
         @staticmethod
         def backward(ctx: Any, grad_out: torch.Tensor) -> tuple:
             (x, y), rest = saved(ctx)
-            return *backward(grad_out, x, y, *rest), *(None for _ in rest)
+            # torch.compile has no second derivatives, and loses track of a nested Function.
+            gradient = op.backward if torch.compiler.is_compiling() else backward
+            return *gradient(grad_out, x, y, *rest), None, None, None
 
         @staticmethod
         def jvp(ctx: Any, x_dot: Any, y_dot: Any, *_: Any) -> torch.Tensor:

@@ -10,14 +10,14 @@ from fastmeta.ops._pairs import PairOp, differentiable
 from fastmeta.ops._raw import contiguous_like, is_native, register
 
 
-def tangent(
+def distance_tangent(
     x: torch.Tensor, y: torch.Tensor, x_dot: torch.Tensor, y_dot: torch.Tensor, metric: str
 ) -> torch.Tensor:
     """Derivative [T, Q, N] of the distances when x and y move along x_dot and y_dot."""
     if metric == "dot":
         return -(x_dot @ y.mT) - x @ y_dot.mT
     if metric == "cosine":
-        return tangent(*_normalized(x, x_dot, y, y_dot), "dot")
+        return distance_tangent(*_normalized(x, x_dot, y, y_dot), "dot")
     # Distances do not change when everything moves together: without a common offset, the sums
     # below keep their digits.
     center, center_dot = y.mean(1, keepdim=True), y_dot.mean(1, keepdim=True)
@@ -53,15 +53,20 @@ register(
     lambda grad_distance, x, y, metric: (contiguous_like(x), contiguous_like(y)),
 )
 
-_native_distance = differentiable(
-    PairOp(
-        forward=lambda x, y, metric: torch.ops.fastmeta.pairwise_distance(x, y, metric),
-        backward=lambda g, x, y, metric: torch.ops.fastmeta.pairwise_distance_backward(
-            g, x, y, metric
-        ),
-        tangent=tangent,
-    )
-)
+
+def _forward(x, y, labels, metric, scale):
+    return torch.ops.fastmeta.pairwise_distance(x, y, metric)
+
+
+def _backward(grad_distance, x, y, labels, metric, scale):
+    return torch.ops.fastmeta.pairwise_distance_backward(grad_distance, x, y, metric)
+
+
+def _tangent(x, y, x_dot, y_dot, labels, metric, scale):
+    return distance_tangent(x, y, x_dot, y_dot, metric)
+
+
+_native_distance = differentiable(PairOp(_forward, _backward, _tangent))
 
 
 def pairwise_distance(
@@ -106,5 +111,5 @@ def pairwise_distance(
     if x.dim() == 2:
         return pairwise_distance(x.unsqueeze(0), y.unsqueeze(0), metric).squeeze(0)
     if is_native("pairwise_distance", x):
-        return _native_distance(x, y, metric)
+        return _native_distance(x, y, None, metric, None)
     return reference.pairwise_distance(x, y, metric)

@@ -8,15 +8,15 @@ import torch
 from torch.autograd import Function
 
 from fastmeta import reference
-from fastmeta.ops import pairwise_distance as distances
 from fastmeta.ops._checks import METRICS, check_labels, check_option, check_rows
-from fastmeta.ops._pairs import PairOp, differentiable, hessian_vector_product, save, saved
+from fastmeta.ops._pairs import PairOp, Rest, differentiable, hessian_vector_product, save, saved
 from fastmeta.ops._raw import (
     accumulation_dtype,
     contiguous_like,
     is_native,
     register,
 )
+from fastmeta.ops.pairwise_distance import distance_tangent
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -38,7 +38,7 @@ register(
 )
 
 
-def tangent(
+def loss_tangent(
     query: torch.Tensor,
     prototypes: torch.Tensor,
     query_dot: torch.Tensor,
@@ -51,7 +51,7 @@ def tangent(
     wide = accumulation_dtype(query.dtype)
     rows = [z.to(wide) for z in (query, prototypes, query_dot, prototypes_dot)]
     probability = (-scale * reference.pairwise_distance(*rows[:2], metric)).softmax(-1)
-    distance_dot = distances.tangent(*rows, metric)
+    distance_dot = distance_tangent(*rows, metric)
     at_label = distance_dot.gather(2, labels.unsqueeze(2)).squeeze(2)
     return scale * (at_label - (probability * distance_dot).sum(2))
 
@@ -67,9 +67,11 @@ def _gradient(weight, query, prototypes, labels, metric, scale):
     )
 
 
-_loss_of_each = differentiable(
-    PairOp(forward=_loss, backward=lambda *args: _gradient(*args)[1:], tangent=tangent)
-)
+def _backward(*args):
+    return _gradient(*args)[1:]
+
+
+_loss_of_each = differentiable(PairOp(_loss, _backward, loss_tangent))
 
 
 class LossSum(Function):
@@ -132,13 +134,9 @@ def _scaled(grad_loss: torch.Tensor | None, gradient: list[torch.Tensor]) -> lis
     return [(grad_loss[:, None, None] * g).to(g.dtype) for g in gradient]
 
 
-def _second(query: torch.Tensor, prototypes: torch.Tensor, direction: tuple, rest: tuple) -> tuple:
-    rows = (query, prototypes)
-    filled = tuple(
-        torch.zeros_like(r) if d is None else d for r, d in zip(rows, direction, strict=True)
-    )
-    ones = torch.ones_like(rest[0], dtype=accumulation_dtype(query.dtype))
-    return hessian_vector_product(tangent, ones, rows, filled, rest)
+def _second(query: torch.Tensor, prototypes: torch.Tensor, direction: tuple, rest: Rest) -> tuple:
+    ones = torch.ones_like(rest.labels, dtype=accumulation_dtype(query.dtype))
+    return hessian_vector_product(loss_tangent, ones, (query, prototypes), direction, rest)
 
 
 def _loss_sum(*args: Any) -> torch.Tensor:

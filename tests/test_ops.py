@@ -1,0 +1,111 @@
+"""Every op on every case of tests/cases.py: values, derivatives, layouts, and that bits repeat."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastmeta as fm
+from tests.cases import CASES, DTYPES, SMALL_CASES, Case, as_function
+
+# Relative to the largest entry, or to 0.01 where all are smaller: rounding of the inputs' own
+# dtype, summed over up to 600 terms.
+TOLERANCE = {
+    torch.float64: 1e-13,
+    torch.float32: 5e-6,
+    torch.bfloat16: 1.6e-2,
+    torch.float16: 2e-3,
+}
+
+BACKENDS = [b for b in ("native", "torch") if b == "torch" or fm.build_info()["native"]]
+
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_small_case = pytest.mark.parametrize("case", SMALL_CASES, ids=str)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    assert actual.shape == expected.shape
+    error = (actual.double().cpu() - expected.double().cpu()).abs()
+    assert error.max().item() <= tolerance * max(1e-2, expected.double().abs().max().item())
+
+
+def value_and_grads(
+    case: Case, args: tuple, options: dict, rounded_to: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, ...]:
+    """The output and the gradients for an upstream that weighs every entry differently."""
+    function, inputs = as_function(case, args, options)
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    upstream = torch.linspace(0.5, 1.5, out.numel(), dtype=torch.float64).view(out.shape)
+    upstream = upstream.to(rounded_to).to(out.device, out.dtype)
+    grads = torch.autograd.grad(out, leaves, upstream)
+    return out.detach(), *grads
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_backend
+@each_case
+def test_value_and_gradient_match_the_float64_reference(case, backend, dtype, device):
+    args, options = case(dtype, device)
+    exact = [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+    with fm.use_backend("torch"):
+        expected = value_and_grads(case, tuple(exact), options, dtype)
+    with fm.use_backend(backend):
+        actual = value_and_grads(case, args, options)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == dtype
+        assert_near(a, e, TOLERANCE[dtype])
+
+
+@each_backend
+@each_small_case
+def test_derivatives_match_finite_differences(case, backend, device):
+    function, inputs = as_function(case, *case(torch.float64, device))
+    inputs = tuple(x.requires_grad_() for x in inputs)
+    with fm.use_backend(backend):
+        assert gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
+        assert gradgradcheck(function, inputs, check_fwd_over_rev=True, check_batched_grad=True)
+
+
+@each_case
+def test_non_contiguous_and_expanded_inputs(case, device):
+    args, options = case(torch.float64, device)
+    strided = tuple(
+        torch.stack([a, a], -1)[..., 0] if torch.is_tensor(a) and a.dim() else a for a in args
+    )
+    plain = value_and_grads(case, args, options)
+    for a, b in zip(value_and_grads(case, strided, options), plain, strict=True):
+        assert torch.equal(a, b)
+    if case.name.endswith("unbatched"):
+        return
+    expanded = tuple(
+        a[:1].expand(a.shape) if torch.is_tensor(a) and a.dim() > 1 else a for a in args
+    )
+    copied = tuple(a.contiguous() if torch.is_tensor(a) else a for a in expanded)
+    function = case.function
+    assert torch.equal(function(*expanded, **options), function(*copied, **options))
+
+
+@each_case
+def test_inputs_are_left_as_they_are(case, device):
+    args, options = case(torch.float32, device)
+    before = [a.clone() if torch.is_tensor(a) else a for a in args]
+    value_and_grads(case, args, options)
+    for a, b in zip(args, before, strict=True):
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+@each_case
+def test_bits_repeat_whatever_the_number_of_threads(case, device):
+    args, options = case(torch.float32, device)
+    first = value_and_grads(case, args, options)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        second = value_and_grads(case, args, options)
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
