@@ -1,12 +1,14 @@
 """Builds fastmeta; everything that is not about compiling stands in pyproject.toml.
 
 Environment:
-  FASTMETA_NO_EXT=1       pure PyTorch: compile nothing
-  FASTMETA_CUDA=0|1       leave the CUDA kernels out / insist on them (default: built when torch has CUDA and nvcc is found)
-  FASTMETA_ISA=avx512|avx2|portable   vector instructions of the CPU kernels (default: this machine's)
-  TORCH_CUDA_ARCH_LIST    GPU architectures, as everywhere in PyTorch
+  FASTMETA_NO_EXT=1      pure PyTorch: compile nothing
+  FASTMETA_CUDA=0|1      leave the CUDA kernels out, or insist on them (default: they are built
+                         where torch has CUDA and nvcc is found)
+  FASTMETA_ISA=avx512|avx2|portable
+                         vector instructions of the CPU kernels (default: this machine's)
+  TORCH_CUDA_ARCH_LIST   GPU architectures, as everywhere in PyTorch
 
-`python setup.py plan` prints sources and flags, one per line; CMakeLists.txt builds from that same plan.
+`python setup.py plan` prints sources and flags, one per line: CMakeLists.txt builds from it.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 
 ISA_FLAGS = {
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c".split(),
-    "avx2": "-mavx2 -mfma -mf16c".split(),
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "portable": [],
 }
 ISA_CAPABILITY = {"avx512": "AVX512", "avx2": "AVX2", "portable": "DEFAULT"}

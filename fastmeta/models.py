@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,7 @@ class MLP(nn.Sequential):
         if len(sizes) < 2 or min(sizes) < 1:
             raise ValueError(f"sizes must hold at least two widths of at least 1, got {sizes}")
         layers: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+        for inputs, outputs in itertools.pairwise(sizes):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
         super().__init__(*layers[:-1])
 
@@ -67,7 +68,7 @@ class Conv4(nn.Module):
         if image_size < 16 and pool == "max":
             raise ValueError(f"image_size must be at least 16 with max pooling, got {image_size}")
         channels = [in_channels, *[hidden] * 4]
-        blocks = [_block(i, o, pool) for i, o in zip(channels[:-1], channels[1:], strict=True)]
+        blocks = [_block(i, o, pool) for i, o in itertools.pairwise(channels)]
         self.features = nn.Sequential(*blocks)
         self.mean = pool == "stride"
         self.embedding_size = hidden if self.mean else hidden * (image_size // 16) ** 2

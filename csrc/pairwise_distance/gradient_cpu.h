@@ -115,7 +115,7 @@ class PairwiseGradient {
       for (int64_t j = begin; j < begin + count; ++j) {
         inverse_norm_[j] =
             prepare_row(metric_, y + j * shape_.features, row.data(), shape_.features);
-        subtract_center(row.data());
+        subtract_center(row.data(), 1, row.data());
         for (int64_t d = 0; d < shape_.features; d += kPanel) {
           std::copy_n(&row[d], std::min(kPanel, shape_.features - d), y_panel(d, j));
         }
@@ -138,31 +138,39 @@ class PairwiseGradient {
     });
   }
 
-  void subtract_center(value_t* row) const {
-    if (!is_difference(metric_)) return;
-    for (int64_t d = 0; d < shape_.features; ++d) row[d] -= center_[d];
+  // out = rows - center (rows themselves where products are summed); out may be rows.
+  void subtract_center(const value_t* rows, int64_t count, value_t* out) const {
+    if (!is_difference(metric_)) {
+      if (rows != out) std::copy_n(rows, count * shape_.features, out);
+      return;
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t d = 0; d < shape_.features; ++d) {
+        out[r * shape_.features + d] = rows[r * shape_.features + d] - center_[d];
+      }
+    }
   }
 
   template <typename Weigh>
   void rows_of_x(const scalar_t* x, const Weigh& weigh, int64_t first, int64_t begin, int64_t rows,
                  scalar_t* grad_x) {
-    const int64_t features = shape_.features;
-    Buffer<value_t> a(rows * features), grad(rows * features), inverse_norm(rows);
-    for (int64_t r = 0; r < rows; ++r) {
-      inverse_norm[r] =
-          prepare_row(metric_, x + (first + begin + r) * features, &a[r * features], features);
-    }
+    const int64_t features = shape_.features, row = first + begin;
+    Buffer<value_t> a(rows * features), wide(is_reduced<scalar_t> ? rows * features : 0);
+    Buffer<value_t> inverse_norms(rows);
     value_t* weights = &weights_[begin * shape_.classes];
-    weigh(first + begin, rows, a.data(), weights);
-    for (int64_t r = 0; r < rows; ++r) subtract_center(&a[r * features]);
+    const value_t* prepared =
+        prepare_rows(metric_, x + row * features, rows, features, a.data(), inverse_norms.data());
+    weigh(row, rows, prepared, weights);
+    subtract_center(prepared, rows, a.data());
     transpose(a.data(), rows, &xt_[begin * features]);
-    multiply_by_y(weights, rows, grad.data());
+    value_t* grad = widened_target(grad_x + row * features, wide.data());
+    multiply_by_y(weights, rows, grad);
     for (int64_t r = 0; r < rows; ++r) {
       const value_t weight_sum = sum_of(weights + r * shape_.classes, shape_.classes);
-      finish_gradient_row(metric_, &grad[r * features], &a[r * features], weight_sum,
-                          inverse_norm[r], features);
+      finish_gradient_row(metric_, grad + r * features, &a[r * features], weight_sum,
+                          inverse_norms[r], features);
     }
-    narrow(grad.data(), grad_x + (first + begin) * features, rows * features);
+    if constexpr (is_reduced<scalar_t>) narrow(grad, grad_x + row * features, rows * features);
   }
 
   // out [features, kRows] = a' for a [rows, features].

@@ -31,13 +31,11 @@ void distance_task(Metric metric, const scalar_t* x, const Panels<acc_t<scalar_t
     Buffer<value_t> wide(is_reduced<scalar_t> ? kRowBlock * shape.classes : 0);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * kRowBlock, count = std::min(kRowBlock, shape.queries - first);
-      for (int64_t r = 0; r < count; ++r) {
-        prepare_row(metric, x + (first + r) * shape.features, &rows[r * shape.features],
-                    shape.features);
-      }
+      const value_t* prepared =
+          prepare_rows(metric, x + first * shape.features, count, shape.features, rows.data());
       scalar_t* target = out + first * shape.classes;
       value_t* distances = widened_target(target, wide.data());
-      distance_rows(metric, rows.data(), count, y, distances, shape.classes);
+      distance_rows(metric, prepared, count, y, distances, shape.classes);
       if constexpr (is_reduced<scalar_t>) narrow(distances, target, count * shape.classes);
     }
   });

@@ -45,6 +45,22 @@ acc_t<scalar_t> prepare_row(Metric metric, const scalar_t* row, acc_t<scalar_t>*
   return inverse;
 }
 
+// prepare_row for consecutive rows: their own memory where nothing has to change, else `scratch`.
+// For cosine, `inverse_norms` gets what prepare_row returns, unless it is null.
+template <typename scalar_t>
+const acc_t<scalar_t>* prepare_rows(Metric metric, const scalar_t* x, int64_t rows,
+                                    int64_t features, acc_t<scalar_t>* scratch,
+                                    acc_t<scalar_t>* inverse_norms = nullptr) {
+  if constexpr (!is_reduced<scalar_t>) {
+    if (metric != Metric::kCosine) return x;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto inverse = prepare_row(metric, x + r * features, scratch + r * features, features);
+    if (inverse_norms) inverse_norms[r] = inverse;
+  }
+  return scratch;
+}
+
 template <typename value_t>
 class Panels {
  public:

@@ -66,11 +66,9 @@ void loss_task(const Task<scalar_t>& task, const Panels<acc_t<scalar_t>>& protot
     Buffer<value_t> rows(kRowBlock * shape.features), distances(kRowBlock * shape.classes);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * kRowBlock, count = std::min(kRowBlock, shape.queries - first);
-      for (int64_t r = 0; r < count; ++r) {
-        prepare_row(task.metric, task.query + (first + r) * shape.features,
-                    &rows[r * shape.features], shape.features);
-      }
-      distance_rows(task.metric, rows.data(), count, prototypes, distances.data(), shape.classes);
+      const value_t* query = prepare_rows(task.metric, task.query + first * shape.features, count,
+                                          shape.features, rows.data());
+      distance_rows(task.metric, query, count, prototypes, distances.data(), shape.classes);
       for (int64_t r = 0; r < count; ++r) {
         value_t* row = &distances[r * shape.classes];
         loss[first + r] =
