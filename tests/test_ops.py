@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastmeta as fm
-from tests.cases import CASES, DTYPES, SMALL_CASES, Case, as_function
+from tests.cases import CASES, DTYPES, METRICS, SMALL_CASES, Case, Maker, as_function
 
 # Relative to the largest entry, or to 0.01 where all are smaller: rounding of the inputs' own
 # dtype, summed over up to 600 terms.
@@ -109,3 +111,49 @@ def test_bits_repeat_whatever_the_number_of_threads(case, device):
         torch.set_num_threads(threads)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    metric=st.sampled_from(METRICS),
+    sizes=st.tuples(
+        st.integers(1, 3), st.integers(1, 150), st.integers(1, 150), st.integers(1, 70)
+    ),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+)
+def test_losses_and_distances_of_any_shape(metric, sizes, reduction):
+    t, q, n, d = sizes
+    make = Maker(torch.float64)
+    query, prototypes, labels = make.randn(t, q, d), make.randn(t, n, d), make.labels(n, t, q)
+    for op, args, options in (
+        ("pairwise_distance", (query, prototypes), {"metric": metric}),
+        ("prototype_loss", (query, labels, prototypes), {"metric": metric, "reduction": reduction}),
+    ):
+        case = Case(op, "any shape", lambda make: (), small=False)
+        actual = value_and_grads(case, args, options)
+        with fm.use_backend("torch"):
+            expected = value_and_grads(case, args, options)
+        for a, e in zip(actual, expected, strict=True):
+            assert_near(a, e, 1e-12)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    sizes=st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 9), st.integers(1, 600)),
+    lr_rows=st.booleans(),
+    lr_columns=st.booleans(),
+)
+def test_prototypes_and_updates_of_any_shape(sizes, lr_rows, lr_columns):
+    t, s, n, d = sizes
+    make = Maker(torch.float64)
+    lr = make.randn(t if lr_rows else 1, s * d if lr_columns else 1)
+    for op, args in (
+        ("prototypes", (make.randn(t, s, d), make.labels(n, t, s), n)),
+        ("inner_update", (make.randn(t, s * d), make.randn(t, s * d), lr)),
+    ):
+        case = Case(op, "any shape", lambda make: (), small=False)
+        actual = value_and_grads(case, args, {})
+        with fm.use_backend("torch"):
+            expected = value_and_grads(case, args, {})
+        for a, e in zip(actual, expected, strict=True):
+            assert_near(a, e, 1e-12)

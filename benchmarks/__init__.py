@@ -1,0 +1,1 @@
+"""Measurements of fastmeta: `python -m benchmarks`, and `pytest benchmarks --benchmark-enable`."""

@@ -1,0 +1,23 @@
+"""Fair timings on a noisy machine: contenders take turns, and only their ratios are quoted."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def interleave(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call in `rounds` rounds A B C A B C, after one round to warm up."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            begun = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - begun)
+    return {name: seconds[1:] for name, seconds in taken.items()}
+
+
+def ratio(slow: list[float], fast: list[float]) -> float:
+    """Median over rounds of how many times as fast the second one was."""
+    return statistics.median(s / f for s, f in zip(slow, fast, strict=True))
