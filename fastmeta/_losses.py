@@ -1,0 +1,53 @@
+"""Class labels checked against a module's outputs before a loss reads them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmeta._stateless import Loss
+
+_DEFAULT_IGNORE_INDEX = -100
+
+
+def with_checked_labels(loss: Loss, labels: Tensor, name: str) -> Loss:
+    """A classification loss that raises for a label without a class; other losses as they are.
+
+    A loss on CUDA would otherwise answer a wrong label by an assertion that ends the CUDA context.
+    The labels are read once, here, which on CUDA waits for the device (so not while a CUDA graph is
+    captured).
+
+    Args:
+        loss: ``F.cross_entropy``, ``F.nll_loss``, their modules, or any other loss.
+        labels: the targets of all tasks ``[T, S, ...]``.
+        name: what the message calls them.
+
+    Raises:
+        TypeError: integer labels that are not int64.
+        ValueError: (from the loss) a label outside ``0..N-1``.
+    """
+    if not _takes_classes(loss) or labels.is_floating_point() or labels.numel() == 0:
+        return loss
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{name}: expected int64 class labels, got {labels.dtype}")
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        return loss
+    ignored = labels == getattr(loss, "ignore_index", _DEFAULT_IGNORE_INDEX)
+    lowest, highest = torch.stack(labels.masked_fill(ignored, 0).aminmax()).tolist()
+
+    def checked(outputs: Tensor, targets: Tensor) -> Tensor:
+        classes = outputs.shape[1 if outputs.ndim > 1 else 0]
+        if lowest < 0 or highest >= classes:
+            raise ValueError(
+                f"{name}: expected labels in 0..{classes - 1}, as the module gives {classes} "
+                f"outputs, got labels from {lowest} to {highest}"
+            )
+        return loss(outputs, targets)
+
+    return checked
+
+
+def _takes_classes(loss: Loss) -> bool:
+    classification = (nn.CrossEntropyLoss, nn.NLLLoss)
+    return loss in (F.cross_entropy, F.nll_loss) or isinstance(loss, classification)

@@ -1,0 +1,199 @@
+"""A module as a pure function of one task's parameters, mapped over the tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.backends import cudnn, mha
+from torch.func import vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+_RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+# What a recurrent module caches of its weights at each call; it would cache one task's.
+_RECURRENT_CACHE = ("_flat_weights", "_flat_weight_refs")
+_REFUSALS = ("vmap", "batching rule", "functorch", "batchedtensor")
+
+
+def map_tasks(fn: Callable[..., Any], *args: Any) -> Any:
+    """``fn`` of one task's tensors, over the leading task dimension of every tensor in ``args``.
+
+    Several tasks are vmapped, each with random numbers of its own. A single task is called
+    directly: no batching rule is needed then, and a convolution stays an ordinary one.
+    """
+    if tree_leaves(args)[0].shape[0] != 1:
+        return vmap(fn, randomness="different")(*args)
+    result = fn(*tree_map(lambda tensor: tensor.squeeze(0), args))
+    return tree_map(lambda tensor: tensor.unsqueeze(0), result)
+
+
+def under_derivative(fn: Callable[[Any], Tensor], params: Any) -> Tensor:
+    """``fn(params)`` for use inside ``map_tasks``, also where it has recurrent layers.
+
+    Their kernels have no batching rule; under a derivative they fall into parts that have one.
+    """
+    return vjp(fn, params)[0]
+
+
+class TaskModule:
+    """A module as a function of parameters, one set a task.
+
+    Takes a snapshot of the module's training flags, so that a step can be run again later as it
+    ran. Batch and instance norms use batch statistics, in training and evaluation alike, and their
+    running statistics are left alone. Every call starts from the module's own buffers and drops
+    what the module writes into them; floating-point buffers are given to each task as a copy of its
+    own, others (counters, indices, masks) as one copy that the tasks share.
+
+    Example:
+        >>> import torch
+        >>> call = TaskModule(torch.nn.Linear(3, 2))
+        >>> params = {"weight": torch.zeros(4, 2, 3), "bias": torch.ones(4, 2)}
+        >>> with call.conditions():
+        ...     call.outputs(params, torch.randn(4, 5, 3)).shape
+        torch.Size([4, 5, 2])
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        modules = list(module.modules())
+        self._training = [(m, m.training) for m in modules]
+        self._norms = [
+            m
+            for m in modules
+            if getattr(m, "track_running_stats", False) and "running_mean" in m._buffers
+        ]
+        self._recurrent = [m for m in modules if isinstance(m, (nn.RNNBase, nn.RNNCellBase))]
+        running = {id(m._buffers.get(name)) for m in self._norms for name in _RUNNING_STATISTICS}
+        buffers = {name: b for name, b in module.named_buffers() if id(b) not in running}
+        self._task_buffers = {name: b for name, b in buffers.items() if b.is_floating_point()}
+        self._shared_buffers = {n: b for n, b in buffers.items() if n not in self._task_buffers}
+        self._frozen = [p for p in module.parameters() if not p.requires_grad]
+        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        names = {id(tensor): name for name, tensor in (buffers | trainable).items()}
+        # Where each tensor is registered. A tensor registered twice (tied weights, a submodule in
+        # two places) is replaced in both, which torch.func.functional_call fails to undo.
+        tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
+        self._places = [
+            (table, {key: names[id(t)] for key, t in table.items() if id(t) in names})
+            for table in tables
+        ]
+
+    @property
+    def constants(self) -> list[Tensor]:
+        """The tensors of the module that a call reads besides the tasks' parameters."""
+        return [*self._frozen, *self._task_buffers.values(), *self._shared_buffers.values()]
+
+    @contextmanager
+    def conditions(self) -> Iterator[None]:
+        """Batch statistics, the snapshot's training flags, and kernels with second derivatives."""
+        with ExitStack() as stack:
+            for m in self._norms:
+                stack.enter_context(
+                    _temporarily(
+                        m._buffers, {n: None for n in _RUNNING_STATISTICS if n in m._buffers}
+                    )
+                )
+                stack.enter_context(_temporarily(m.__dict__, {"track_running_stats": False}))
+            for m, training in self._training:
+                if m.training != training:
+                    stack.enter_context(_temporarily(m.__dict__, {"training": training}))
+            for m in self._recurrent:
+                cache = {n: m.__dict__[n] for n in _RECURRENT_CACHE if n in m.__dict__}
+                stack.enter_context(_temporarily(m.__dict__, cache))
+            stack.enter_context(differentiable_kernels(recurrent=bool(self._recurrent)))
+            yield
+
+    def outputs(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """The outputs ``[T, S, ...]`` for parameters ``[T, *shape]`` and x ``[T, S, ...]``."""
+        return self._mapped(lambda call, x: call(x), params, x)
+
+    def losses(
+        self, params: Mapping[str, Tensor], x: Tensor, y: Tensor, loss: Loss
+    ) -> tuple[Tensor, Tensor]:
+        """Each task's loss ``[T]`` and outputs ``[T, S, ...]``."""
+
+        def task_loss(call: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Any:
+            outputs = call(x)
+            value = loss(outputs, y)
+            if not isinstance(value, Tensor) or value.ndim != 0:
+                got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"loss: expected a scalar tensor, the mean over a task's examples, got {got}"
+                )
+            return value, outputs
+
+        return self._mapped(task_loss, params, x, y)
+
+    def _mapped(self, fn: Callable[..., Any], params: Mapping[str, Tensor], *inputs: Tensor) -> Any:
+        tasks = inputs[0].shape[0]
+        buffers = {
+            name: b.expand(tasks, *b.shape).clone() for name, b in self._task_buffers.items()
+        }
+        shared = {name: b.clone() for name, b in self._shared_buffers.items()}
+        decompose = bool(self._recurrent) and tasks != 1
+
+        def one_task(params: dict[str, Tensor], buffers: dict[str, Tensor], *inputs: Tensor) -> Any:
+            def call(x: Tensor) -> Tensor:
+                def run(params: dict[str, Tensor]) -> Tensor:
+                    return self._call({**params, **buffers, **shared}, x)
+
+                outputs = under_derivative(run, params) if decompose else run(params)
+                if not isinstance(outputs, Tensor):
+                    raise TypeError(
+                        f"module: expected one output tensor, got {type(outputs).__name__}"
+                    )
+                return outputs
+
+            return fn(call, *inputs)
+
+        try:
+            return map_tasks(one_task, dict(params), buffers, *inputs)
+        except RuntimeError as error:
+            if tasks != 1 and any(word in str(error).lower() for word in _REFUSALS):
+                raise RuntimeError(
+                    f"{type(self.module).__name__} cannot be vmapped over tasks; task_chunk=1 runs "
+                    f"the tasks one at a time, without vmap. The reason: {error}"
+                ) from error
+            raise
+
+    def _call(self, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+        with ExitStack() as stack:
+            for table, names in self._places:
+                values = {key: tensors[name] for key, name in names.items()}
+                stack.enter_context(_temporarily(table, values))
+            return self.module(x)
+
+
+@contextmanager
+def _temporarily(namespace: dict[str, Any], values: dict[str, Any]) -> Iterator[None]:
+    before = {name: namespace[name] for name in values}
+    namespace.update(values)
+    try:
+        yield
+    finally:
+        namespace.update(before)
+
+
+@contextmanager
+def differentiable_kernels(recurrent: bool = False) -> Iterator[None]:
+    """Keeps torch to kernels that have a double backward and a batching rule.
+
+    Flash and memory-efficient attention and the transformer fast path do not, nor do cuDNN's
+    recurrent layers; those are avoided where ``recurrent`` says that there are some.
+    """
+    fast_path, cudnn_enabled = mha.get_fastpath_enabled(), cudnn.enabled
+    mha.set_fastpath_enabled(False)
+    if recurrent:
+        cudnn.enabled = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        mha.set_fastpath_enabled(fast_path)
+        if recurrent:
+            cudnn.enabled = cudnn_enabled

@@ -1,0 +1,64 @@
+"""Differentiable copies of a module, and their update."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def clone_module(module: Module) -> Module:
+    """A copy of a module whose parameters are clones, connected to the original by autograd.
+
+    Tied parameters stay tied, a submodule used in two places stays one submodule, and buffers are
+    cloned too, so that the copy's running statistics are its own.
+
+    Args:
+        module: any module; it is not changed.
+
+    Returns:
+        A module of the same type. Its parameters are tensors with a graph, not ``nn.Parameter``.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Linear(2, 1)
+        >>> copy = clone_module(net)
+        >>> copy(torch.ones(1, 2)).sum().backward()
+        >>> net.weight.grad
+        tensor([[1., 1.]])
+    """
+    return _clone(module, {}, {})
+
+
+def replace_parameters(module: nn.Module, new: dict[Tensor, Tensor]) -> None:
+    """Put new tensors where old ones are registered as parameters, everywhere in the module."""
+    for m in module.modules():
+        for name, parameter in m._parameters.items():
+            if parameter is not None and parameter in new:
+                m._parameters[name] = new[parameter]
+
+
+def shallow_copy(module: Module) -> Module:
+    """A module of its own with the same parameters, buffers, submodules and hooks in it."""
+    copy = module.__new__(type(module))
+    copy.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()}
+    return copy
+
+
+def _clone(module: Any, modules: dict[nn.Module, nn.Module], tensors: dict[Tensor, Tensor]) -> Any:
+    if module is None:
+        return None
+    if module in modules:
+        return modules[module]
+    copy = modules[module] = shallow_copy(module)
+    for table in (copy._parameters, copy._buffers):
+        for name, tensor in table.items():
+            if tensor is not None:
+                if tensor not in tensors:
+                    tensors[tensor] = tensor.clone()
+                table[name] = tensors[tensor]
+    for name, child in copy._modules.items():
+        copy._modules[name] = _clone(child, modules, tensors)
+    return copy

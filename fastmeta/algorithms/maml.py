@@ -1,0 +1,335 @@
+"""Model-agnostic meta-learning (Finn 2017) and its relatives with learned step sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmeta._stateless import TaskModule
+from fastmeta.algorithms._clone import clone_module, replace_parameters, shallow_copy
+from fastmeta.arena import Layout
+from fastmeta.functional import FunctionalEngine
+from fastmeta.ops import backend_of
+from fastmeta.ops.inner_update import inner_update
+
+StepSize = float | Tensor | Mapping[str, "float | Tensor"]
+
+
+@dataclass(frozen=True)
+class AdaptedTasks:
+    """A module adapted to T tasks.
+
+    Attributes:
+        params: the parameters of every task ``[T, P]``, in the order of ``layout``; differentiable
+            when the adaptation ran with gradients enabled, so that a loss on ``adapted(query_x)``
+            gives the full meta-gradient.
+        layout: names and shapes of the parameters.
+        module: the module that was adapted; it keeps its own parameters.
+
+    Example:
+        >>> import torch
+        >>> maml = MAML(torch.nn.Linear(3, 2), steps=1)
+        >>> x, y = torch.randn(4, 5, 3), torch.randint(0, 2, (4, 5))
+        >>> adapted = maml.adapt_tasks(x, y)
+        >>> adapted(torch.randn(4, 7, 3)).shape, adapted.params.shape, len(adapted)
+        (torch.Size([4, 7, 2]), torch.Size([4, 8]), 4)
+        >>> adapted.task(0)["bias"].shape
+        torch.Size([2])
+    """
+
+    params: Tensor
+    layout: Layout
+    module: nn.Module
+
+    def __call__(self, query_x: Tensor) -> Tensor:
+        """Outputs of each task's module on its queries, ``[T, Q, ...]`` -> ``[T, Q, N]``.
+
+        Raises:
+            TypeError: ``query_x`` is no tensor.
+            ValueError: it has another number of tasks.
+        """
+        if not isinstance(query_x, Tensor):
+            raise TypeError(f"query_x: expected a tensor, got {type(query_x).__name__}")
+        if query_x.ndim < 2 or len(query_x) != len(self):
+            raise ValueError(
+                f"query_x: expected shape [{len(self)}, Q, ...], got {list(query_x.shape)}"
+            )
+        call = TaskModule(self.module)
+        with call.conditions():
+            return call.outputs(self.layout.views(self.params), query_x)
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+    def task(self, index: int) -> dict[str, Tensor]:
+        """The parameters of one task by name, in the module's shapes, for ``functional_call``."""
+        return self.layout.views(self.params[index])
+
+
+class MAML(nn.Module):
+    """MAML: parameters from which a few gradient steps solve a new task.
+
+    ``meta_loss`` and ``adapt_tasks`` take many tasks at once and never unroll a graph;
+    ``clone`` and ``adapt`` are learn2learn's calls, one task at a time.
+
+    Batch norm uses batch statistics always and its running statistics are left alone; parameters
+    with ``requires_grad=False`` are not adapted; parameters that the loss does not depend on get
+    zero gradients.
+
+    Args:
+        model: any module of one input and one output tensor.
+        lr: inner step size: a number, a tensor, an ``nn.Parameter``, or a dict of one number for
+            each trainable parameter by name. Tensors: ``[]``, one number a parameter ``[L]`` (in
+            the order of ``named_parameters``), or one an element ``[P]`` (Meta-SGD, Li 2017).
+        steps: inner gradient steps K; 0 adapts nothing.
+        first_order: leave the Hessian out (FOMAML). Step sizes still get a gradient, the support
+            inputs none.
+        loss: ``loss(outputs, targets)`` of one task -> scalar, the mean over its examples.
+        learn_lr: make ``lr`` a parameter, to be learned with the model's.
+        task_chunk: tasks that run together, None for all; bounds the memory. 1 runs them one by
+            one, without vmap.
+        hvp_mode: ``"reverse"``, ``"forward"`` or ``"finite_difference"``, see ``fastmeta.hvp``.
+        allow_unused: ``adapt`` only: leave parameters alone that the loss does not depend on, where
+            it would otherwise raise. None: as ``allow_nograd``.
+        allow_nograd: ``adapt`` only: leave frozen parameters alone, where it would otherwise raise.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range, by name.
+
+    Example:
+        >>> import torch
+        >>> maml = MAML(torch.nn.Linear(3, 2), lr=0.1, steps=2)
+        >>> x, y = torch.randn(4, 5, 3), torch.randint(0, 2, (4, 5))
+        >>> loss, logits = maml.meta_loss(x, y, x, y)
+        >>> loss.backward()
+        >>> logits.shape, maml.module.bias.grad.shape
+        (torch.Size([4, 5, 2]), torch.Size([2]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: StepSize = 0.4,
+        steps: int = 1,
+        first_order: bool = False,
+        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        *,
+        learn_lr: bool = False,
+        task_chunk: int | None = None,
+        hvp_mode: str = "reverse",
+        allow_unused: bool | None = None,
+        allow_nograd: bool = False,
+    ) -> None:
+        super().__init__()
+        FunctionalEngine(model, loss, steps, first_order, hvp_mode, task_chunk)
+        self.module = model
+        self.steps = steps
+        self.first_order = first_order
+        self.loss = loss
+        self.task_chunk = task_chunk
+        self.hvp_mode = hvp_mode
+        self.allow_nograd = allow_nograd
+        self.allow_unused = allow_nograd if allow_unused is None else allow_unused
+        self._set_step_size(_as_step_size(lr, Layout.of(model)), learn_lr)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with its current parameters."""
+        return self.module(*args, **kwargs)
+
+    def meta_loss(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The mean over tasks of the query loss after adaptation to the support.
+
+        Args:
+            support_x: ``[T, S, ...]``.
+            support_y: ``[T, S]`` int64 labels, or floating-point targets ``[T, S, ...]``.
+            query_x, query_y: the same with Q examples.
+
+        Returns:
+            ``loss``, whose ``backward()`` fills the ``.grad`` of the module's parameters, of a
+            learned ``lr`` and of floating-point inputs that require it; and the detached outputs on
+            the queries ``[T, Q, N]``. The gradient is taken during this call (unless gradients are
+            disabled) and can be taken once: its own derivative raises a RuntimeError.
+
+        Raises:
+            TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
+        """
+        engine = self._engine(self.steps)
+        return engine.meta_loss(
+            engine.parameters(), self.lr, support_x, support_y, query_x, query_y
+        )
+
+    def adapt_tasks(
+        self, support_x: Tensor, support_y: Tensor, steps: int | None = None
+    ) -> AdaptedTasks:
+        """The module adapted to every task.
+
+        Args:
+            support_x: ``[T, S, ...]``.
+            support_y: ``[T, S]`` int64 labels, or floating-point targets ``[T, S, ...]``.
+            steps: inner steps; None for the learner's own.
+
+        Returns:
+            ``AdaptedTasks``: call it on queries ``[T, Q, ...]``; its ``params`` are ``[T, P]``.
+
+        Raises:
+            TypeError, ValueError: as for ``meta_loss``.
+        """
+        engine = self._engine(self.steps if steps is None else steps)
+        params = engine.adapt(engine.parameters(), self.lr, support_x, support_y)
+        return AdaptedTasks(params, Layout.of(self.module), self.module)
+
+    def explain(self) -> str:
+        """Which engine runs, and how, in a few sentences."""
+        layout = Layout.of(self.module)
+        backend = backend_of("inner_update", layout.device, layout.dtype)
+        if self.first_order:
+            mode = "first order, no Hessian-vector products"
+        else:
+            mode = f"second order by the adjoint, one {self.hvp_mode} Hessian-vector product a step"
+        together = {None: "all tasks vmapped together", 1: "tasks one at a time, without vmap"}
+        tasks = together.get(self.task_chunk, f"tasks vmapped {self.task_chunk} at a time")
+        return (
+            f"Functional engine, which takes any nn.Module (here {type(self.module).__name__}, "
+            f"{layout.numel} adapted parameters in {len(layout.names)} tensors); {tasks}. "
+            f"Inner steps: {self.steps}, {mode}. Inner updates by the {backend} backend on "
+            f"{layout.device.type} in {str(layout.dtype).removeprefix('torch.')}."
+        )
+
+    def clone(
+        self,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> MAML:
+        """A learner for one task, whose parameters are connected to this one's by autograd.
+
+        Learn2learn's call. Options that are None are this learner's own. Step sizes are shared with
+        this learner; buffers are copied. A clone can be cloned again.
+
+        Example:
+            >>> import torch
+            >>> maml = MAML(torch.nn.Linear(3, 2), lr=0.1)
+            >>> x, y = torch.randn(5, 3), torch.randint(0, 2, (5,))
+            >>> learner = maml.clone()
+            >>> learner.adapt(torch.nn.functional.cross_entropy(learner(x), y))
+            >>> torch.nn.functional.cross_entropy(learner(x), y).backward()
+            >>> maml.module.weight.grad.shape
+            torch.Size([2, 3])
+        """
+        learner = shallow_copy(self)
+        learner._modules["module"] = clone_module(self.module)
+        learner.first_order = _default(first_order, self.first_order)
+        learner.allow_unused = _default(allow_unused, self.allow_unused)
+        learner.allow_nograd = _default(allow_nograd, self.allow_nograd)
+        return learner
+
+    def adapt(
+        self,
+        loss: Tensor,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> None:
+        """One gradient step of a clone on the loss of its task, ``p <- p - lr * grad``.
+
+        Learn2learn's call. In second order the gradient keeps its graph, unrolled; in first order
+        it has none and the graph of ``loss`` is freed, while the new parameters stay connected to
+        the original ones through the identity.
+
+        Args:
+            loss: scalar, computed with this learner.
+            first_order: None for the learner's own.
+            allow_unused: leave parameters alone that ``loss`` does not depend on.
+            allow_nograd: leave parameters alone that do not require gradients.
+
+        Raises:
+            ValueError: frozen or unused parameters without the option that allows them; a step size
+                for several tasks.
+        """
+        first_order = _default(first_order, self.first_order)
+        named = dict(self.module.named_parameters())
+        if not _default(allow_nograd, self.allow_nograd):
+            frozen = [name for name, p in named.items() if not p.requires_grad]
+            _refuse(frozen, "do not require gradients", "allow_nograd")
+        layout = Layout.of(self.module)
+        params = [named[name] for name in layout.names]
+        grads = torch.autograd.grad(
+            loss,
+            params,
+            retain_graph=not first_order,
+            create_graph=not first_order,
+            allow_unused=True,
+        )
+        if not _default(allow_unused, self.allow_unused):
+            unused = [name for name, g in zip(layout.names, grads, strict=True) if g is None]
+            _refuse(unused, "are not used by the loss", "allow_unused")
+        steps = _step_sizes(self.lr, layout)
+        used = [i for i, g in enumerate(grads) if g is not None]
+        old, slopes, sizes = ([values[i] for i in used] for values in (params, grads, steps))
+        new = inner_update(old, slopes, sizes)
+        replace_parameters(self.module, dict(zip(old, new, strict=True)))
+
+    def _engine(self, steps: int) -> FunctionalEngine:
+        return FunctionalEngine(
+            self.module, self.loss, steps, self.first_order, self.hvp_mode, self.task_chunk
+        )
+
+    def _set_step_size(self, lr: float | Tensor, learn: bool) -> None:
+        layout = Layout.of(self.module)
+        if learn and not isinstance(lr, nn.Parameter):
+            value = torch.as_tensor(lr, dtype=layout.dtype, device=layout.device)
+            lr = nn.Parameter(value.detach().clone())
+        if isinstance(lr, Tensor) and not isinstance(lr, nn.Parameter):
+            self.register_buffer("lr", lr)
+        else:
+            self.lr = lr
+
+
+def _as_step_size(lr: StepSize, layout: Layout) -> float | Tensor:
+    """A number, or a tensor of the parameters' dtype and device, checked against the layout."""
+    if isinstance(lr, Mapping):
+        if set(lr) != set(layout.names):
+            raise ValueError(f"lr: expected the names {list(layout.names)}, got {list(lr)}")
+        like = {"dtype": layout.dtype, "device": layout.device}
+        values = [torch.as_tensor(lr[name], **like) for name in layout.names]
+        for name, value in zip(layout.names, values, strict=True):
+            if value.numel() != 1:
+                raise ValueError(
+                    f"lr: expected one number for {name!r}, got shape {list(value.shape)}"
+                )
+        lr = torch.stack([value.reshape(()) for value in values])
+    if isinstance(lr, Tensor) and not isinstance(lr, nn.Parameter):
+        if not lr.is_floating_point():
+            raise TypeError(f"lr: expected a floating-point tensor, got {lr.dtype}")
+        lr = lr.to(layout.device, layout.dtype)
+    if isinstance(lr, Tensor) and lr.ndim > 1:
+        raise ValueError(f"lr: expected a number or shape [], [L] or [P], got {list(lr.shape)}")
+    layout.step_size(lr, tasks=1)
+    if isinstance(lr, (int, float)) and not math.isfinite(lr):
+        raise ValueError(f"lr: expected a finite number, got {lr}")
+    return lr
+
+
+def _step_sizes(lr: float | Tensor, layout: Layout) -> list[float | Tensor]:
+    """The step size of each parameter: a number, ``[]``, or one an element in its shape."""
+    step = layout.step_size(lr, tasks=1)
+    if isinstance(step, float) or step.ndim == 0:
+        return [step] * len(layout.names)
+    return list(layout.views(step).values())
+
+
+def _refuse(names: list[str], what: str, option: str) -> None:
+    if names:
+        raise ValueError(f"adapt: the parameters {names} {what}; {option}=True leaves them alone")
+
+
+def _default(value: bool | None, otherwise: bool) -> bool:
+    return otherwise if value is None else value

@@ -1,0 +1,165 @@
+"""The parameters of a task as one flat vector: a layout, and views into it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each trainable parameter of a module lies in an arena ``[..., P]``.
+
+    Only parameters with ``requires_grad=True`` are in it; one that is registered under several
+    names (tied weights) is in it once, under its first name.
+
+    Attributes:
+        names: names of the L parameters, in the module's order.
+        shapes: their shapes.
+        dtype, device: shared by all of them.
+
+    Example:
+        >>> import torch
+        >>> layout = Layout.of(torch.nn.Linear(3, 2))
+        >>> layout.names, layout.sizes, layout.numel
+        (('weight', 'bias'), (6, 2), 8)
+        >>> {name: tuple(view.shape) for name, view in layout.views(torch.zeros(4, 8)).items()}
+        {'weight': (4, 2, 3), 'bias': (4, 2)}
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Layout:
+        """The layout of a module's trainable parameters.
+
+        Args:
+            module: any module.
+
+        Raises:
+            TypeError: ``module`` is no module, or its trainable parameters have several dtypes.
+            ValueError: nothing is trainable, a parameter is not initialised yet (lazy modules), or
+                the trainable parameters lie on several devices.
+        """
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not named:
+            raise ValueError(f"module: {type(module).__name__} has no trainable parameter")
+        for name, parameter in named.items():
+            if isinstance(parameter, UninitializedTensorMixin):
+                raise ValueError(
+                    f"module: parameter {name!r} is not initialised; run the lazy module once first"
+                )
+        dtypes = {p.dtype for p in named.values()}
+        if len(dtypes) > 1:
+            raise TypeError(f"module: expected trainable parameters of one dtype, got {dtypes}")
+        devices = {p.device for p in named.values()}
+        if len(devices) > 1:
+            raise ValueError(f"module: expected trainable parameters on one device, got {devices}")
+        shapes = tuple(p.shape for p in named.values())
+        return cls(tuple(named), shapes, dtypes.pop(), devices.pop())
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of elements of each parameter ``[L]``."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of all parameters, P."""
+        return sum(self.sizes)
+
+    def views(self, arena: Tensor) -> dict[str, Tensor]:
+        """The parameters in an arena, without a copy.
+
+        Args:
+            arena: ``[..., P]``, its last dimension contiguous.
+
+        Returns:
+            name -> ``[..., *shape]``.
+
+        Raises:
+            ValueError: the last dimension is not P.
+        """
+        if arena.ndim == 0 or arena.shape[-1] != self.numel:
+            raise ValueError(f"arena: expected shape [..., {self.numel}], got {list(arena.shape)}")
+        # One split, not one slice per parameter: its derivative is a single concatenation.
+        pieces = arena.split(self.sizes, dim=-1)
+        lead = arena.shape[:-1]
+        return {
+            name: piece.view(lead + shape)
+            for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)
+        }
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of ``views``: parameters joined into one arena (a differentiable copy).
+
+        Args:
+            tensors: name -> ``[..., *shape]``; names that the layout lacks are ignored.
+
+        Returns:
+            ``[..., P]``.
+
+        Raises:
+            ValueError: a name is missing, or a shape does not fit.
+        """
+        missing = [name for name in self.names if name not in tensors]
+        if missing:
+            raise ValueError(f"tensors: expected a tensor for each of {missing}, got none")
+        first = tensors[self.names[0]].shape
+        lead = first[: len(first) - len(self.shapes[0])]
+        pieces = []
+        for name, shape, size in zip(self.names, self.shapes, self.sizes, strict=True):
+            if tensors[name].shape != lead + shape:
+                raise ValueError(
+                    f"tensors: expected {name!r} of shape {list(lead + shape)}, "
+                    f"got {list(tensors[name].shape)}"
+                )
+            pieces.append(tensors[name].reshape((*lead, size)))
+        return torch.cat(pieces, dim=-1)
+
+    def step_size(self, lr: float | Tensor, tasks: int) -> float | Tensor:
+        """A step size in a shape that broadcasts against ``[T, P]``.
+
+        Args:
+            lr: a number; a tensor ``[]`` or ``[1]``; one number a parameter ``[L]``; one an element
+                ``[P]``; one a task ``[T, 1]``; or one a task and element ``[T, P]``.
+            tasks: T.
+
+        Returns:
+            The number, or a tensor ``[]``, ``[P]``, ``[T, 1]`` or ``[T, P]``, differentiable in
+            ``lr``. Where L equals P every parameter has one element, and both readings agree.
+
+        Raises:
+            TypeError: ``lr`` is no number or tensor, or its dtype is not the parameters'.
+            ValueError: it has another shape, or lies on another device.
+        """
+        if isinstance(lr, (int, float)) and not isinstance(lr, bool):
+            return float(lr)
+        if not isinstance(lr, Tensor):
+            raise TypeError(f"lr: expected a number or a tensor, got {type(lr).__name__}")
+        if lr.dtype != self.dtype:
+            raise TypeError(f"lr: expected dtype {self.dtype}, got {lr.dtype}")
+        if lr.device != self.device:
+            raise ValueError(f"lr: expected device {self.device}, got {lr.device}")
+        if lr.ndim <= 1 and lr.numel() == 1:
+            return lr.reshape(())
+        if lr.shape == (self.numel,) or lr.shape in ((tasks, 1), (tasks, self.numel)):
+            return lr
+        if lr.shape == (len(self.names),):
+            return torch.cat(
+                [value.expand(size) for value, size in zip(lr.unbind(), self.sizes, strict=True)]
+            )
+        raise ValueError(
+            f"lr: expected a number or shape [], [L], [P], [T, 1] or [T, P] with "
+            f"L = {len(self.names)}, P = {self.numel}, T = {tasks}; got {list(lr.shape)}"
+        )

@@ -1,0 +1,315 @@
+"""The functional engine: the meta-gradient of any module by the adjoint recursion.
+
+The K inner steps run without a graph and leave only the parameters theta_k ``[T, P]`` behind; the
+way back takes one Hessian-vector product a step (Maclaurin 2015, Franceschi 2017; MAML: Finn 2017):
+
+    v_K    = grad L_q(theta_K)
+    v_k    = v_{k+1} - H_k (lr v_{k+1})           H_k = Hessian of L_s at theta_k
+    d lr  += -g_k v_{k+1}                         summed over what shares a step size
+    d x_s += -d<grad L_s(theta_k), lr v_{k+1}> / d x_s
+
+so memory is K P a task and the activations of one step, where an unrolled graph keeps those of K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from fastmeta._adjoint import QUERY, SUPPORT, InnerLoop, Tape, take_tasks
+from fastmeta._hvp import MODES, Tensors, hvp
+from fastmeta._losses import with_checked_labels
+from fastmeta._replay import AutocastState
+from fastmeta._stateless import Loss, TaskModule
+from fastmeta.arena import Layout
+
+__all__ = ["FunctionalEngine", "hvp"]
+
+
+@dataclass(frozen=True)
+class FunctionalEngine:
+    """Adaptation and meta-gradient of any module.
+
+    Args:
+        module: any module of one input and one output tensor; its trainable parameters are adapted.
+        loss: ``loss(outputs, targets)`` of one task -> scalar, the mean over the task's examples.
+        steps: K, inner gradient steps; 0 adapts nothing.
+        first_order: leave the Hessian out (FOMAML): ``v_k = v_{k+1}``. No graph of the inner
+            gradients is built and no HVP taken. Step sizes still get ``-g_k v_{k+1}``; the support
+            gets no gradient.
+        hvp_mode: ``"reverse"``, ``"forward"`` or ``"finite_difference"``, as in ``hvp``.
+        task_chunk: tasks that run together; None is all of them. Memory grows with it, results do
+            not depend on it beyond rounding (random numbers, as in dropout, do). 1 runs each
+            task by itself, without vmap, for modules that vmap cannot take.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or out of range.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Linear(1, 1)
+        >>> engine = FunctionalEngine(net, torch.nn.functional.mse_loss, steps=2)
+        >>> x, y = torch.randn(4, 10, 1), torch.randn(4, 10, 1)
+        >>> loss, outputs = engine.meta_loss(engine.parameters(), 0.1, x, y, x, y)
+        >>> loss.backward()
+        >>> outputs.shape, net.weight.grad.shape
+        (torch.Size([4, 10, 1]), torch.Size([1, 1]))
+    """
+
+    module: nn.Module
+    loss: Loss
+    steps: int = 1
+    first_order: bool = False
+    hvp_mode: str = "reverse"
+    task_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.module, nn.Module):
+            raise TypeError(f"module: expected an nn.Module, got {type(self.module).__name__}")
+        if not callable(self.loss):
+            raise TypeError(f"loss: expected a callable, got {type(self.loss).__name__}")
+        _check_integer("steps", self.steps, 0)
+        if self.task_chunk is not None:
+            _check_integer("task_chunk", self.task_chunk, 1)
+        if not isinstance(self.first_order, bool):
+            raise TypeError(f"first_order: expected a bool, got {self.first_order!r}")
+        if self.hvp_mode not in MODES:
+            raise ValueError(f"hvp_mode: expected one of {MODES}, got {self.hvp_mode!r}")
+
+    def parameters(self) -> Tensor:
+        """The module's own trainable parameters as an arena ``[P]``, a differentiable copy."""
+        return Layout.of(self.module).flatten(dict(self.module.named_parameters()))
+
+    def adapt(
+        self, theta: Tensor, lr: float | Tensor, support_x: Tensor, support_y: Tensor
+    ) -> Tensor:
+        """The parameters of every task after K steps.
+
+        Args:
+            theta: starting parameters, ``[P]`` for all tasks or ``[T, P]``.
+            lr: a number, or a tensor as in ``Layout.step_size``.
+            support_x: ``[T, S, ...]``.
+            support_y: ``[T, S, ...]``; int64 labels or floating-point targets.
+
+        Returns:
+            ``[T, P]``, differentiable once in theta, lr and floating-point support.
+
+        Raises:
+            TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
+            RuntimeError: inference mode, which has no gradients; or a second derivative.
+        """
+        data = dict(zip(SUPPORT, (support_x, support_y), strict=True))
+        loop, tasks, step = self._prepare(theta, lr, data)
+        if self.steps == 0:
+            return theta.expand(tasks, loop.layout.numel)
+        sources = {"theta": theta, "lr": step, **data}
+        chunks = [
+            _Adapt.apply(loop, torch.is_grad_enabled(), *_take_all(sources, rows))
+            for rows in self._chunks(tasks)
+        ]
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+    def meta_loss(
+        self,
+        theta: Tensor,
+        lr: float | Tensor,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The mean over tasks of the query loss after adaptation.
+
+        With gradients enabled the meta-gradient is taken here, chunk by chunk, so that no more than
+        a chunk's memory is ever held; ``backward`` only hands it out.
+
+        Args:
+            theta, lr, support_x, support_y: as for ``adapt``.
+            query_x, query_y: ``[T, Q, ...]``.
+
+        Returns:
+            loss (scalar), differentiable once in theta, lr and floating-point data; and the
+            detached outputs on the queries ``[T, Q, ...]``.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as for ``adapt``.
+        """
+        data = dict(zip(SUPPORT + QUERY, (support_x, support_y, query_x, query_y), strict=True))
+        loop, tasks, step = self._prepare(theta, lr, data)
+        sources = {"theta": theta, "lr": step, **data}
+        return _MetaLoss.apply(
+            loop, torch.is_grad_enabled(), self._chunks(tasks), *sources.values()
+        )
+
+    def _prepare(
+        self, theta: Tensor, lr: float | Tensor, data: Tensors
+    ) -> tuple[InnerLoop, int, float | Tensor]:
+        layout = Layout.of(self.module)
+        tasks = _check_data(layout, data)
+        _check_theta(layout, theta, tasks)
+        if self.steps > 0 and torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "adaptation needs the gradient of the support loss, which inference mode forbids; "
+                "use torch.no_grad()"
+            )
+        losses = {
+            name.removesuffix("_y"): with_checked_labels(self.loss, data[name], name)
+            for name in data
+            if name.endswith("_y")
+        }
+        loop = InnerLoop(
+            layout, TaskModule(self.module), losses, self.steps, self.first_order, self.hvp_mode
+        )
+        return loop, tasks, layout.step_size(lr, tasks)
+
+    def _chunks(self, tasks: int) -> list[slice]:
+        size = self.task_chunk or tasks
+        return [slice(start, start + size) for start in range(0, tasks, size)]
+
+
+_ADAPT_INPUTS = ("theta", "lr", *SUPPORT)
+_META_LOSS_INPUTS = (*_ADAPT_INPUTS, *QUERY)
+
+
+class _Adapt(torch.autograd.Function):
+    """theta_K of a chunk of tasks; its backward is the adjoint recursion."""
+
+    @staticmethod
+    def forward(ctx: Any, loop: InnerLoop, enabled: bool, *inputs: Any) -> Tensor:
+        sources = dict(zip(_ADAPT_INPUTS, map(_detached, inputs), strict=True))
+        ctx.wants = _wanted(ctx, enabled, _ADAPT_INPUTS)
+        theta, tape = loop.run(sources["theta"], sources["lr"], sources, ctx.wants)
+        ctx.loop, ctx.randoms, ctx.autocast = loop, tape.randoms, AutocastState(theta.device)
+        ctx.numbers = {name: v for name, v in sources.items() if not isinstance(v, Tensor)}
+        saved = {name: v for name, v in sources.items() if isinstance(v, Tensor)}
+        ctx.counts = len(tape.states), len(tape.grads)
+        ctx.names = tuple(saved)
+        # The module's constants are saved for their version check alone: the way back reads them.
+        ctx.save_for_backward(*saved.values(), *tape.states, *tape.grads, *loop.call.constants)
+        return theta
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = iter(ctx.saved_tensors)
+        sources = {name: next(tensors) for name in ctx.names} | ctx.numbers
+        states, grads = (list(islice(tensors, count)) for count in ctx.counts)
+        tape = Tape(states, ctx.randoms, grads)
+        with torch.no_grad(), ctx.autocast.restored():
+            grads = ctx.loop.adjoint(tape, v, sources["lr"], sources, ctx.wants)
+        shaped = [
+            grads[name].sum_to_size(sources[name].shape) if name in ctx.wants & set(grads) else None
+            for name in _ADAPT_INPUTS
+        ]
+        return None, None, *_differentiable_once(shaped)
+
+
+class _MetaLoss(torch.autograd.Function):
+    """The meta-loss of all tasks, and its gradient in the same call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loop: InnerLoop, enabled: bool, chunks: list[slice], *inputs: Any
+    ) -> tuple[Tensor, Tensor]:
+        sources = dict(zip(_META_LOSS_INPUTS, map(_detached, inputs), strict=True))
+        theta, step = sources.pop("theta"), sources.pop("lr")
+        wants = _wanted(ctx, enabled, _META_LOSS_INPUTS)
+        loss, outputs, grads = loop.meta_gradient(theta, step, sources, wants, chunks)
+        ctx.save_for_backward(*(grads.get(name) for name in _META_LOSS_INPUTS))
+        ctx.mark_non_differentiable(outputs)
+        return loss, outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = [None if g is None else g * grad_loss for g in ctx.saved_tensors]
+        return None, None, None, *_differentiable_once(grads)
+
+
+class _Once(torch.autograd.Function):
+    """Its inputs; a derivative of them raises."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.clone() for grad in grads)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "the meta-gradient comes from the adjoint recursion, which keeps no graph: it cannot "
+            "be differentiated again. MAML.clone() and adapt() unroll a graph that can."
+        )
+
+
+def _differentiable_once(grads: list[Tensor | None]) -> list[Tensor | None]:
+    """The gradients; where a graph of them is asked for, one that raises when it is used."""
+    if not torch.is_grad_enabled():
+        return grads
+    present = [grad.detach().requires_grad_() for grad in grads if grad is not None]
+    marked = iter(_Once.apply(*present) if present else ())
+    return [None if grad is None else next(marked) for grad in grads]
+
+
+def _wanted(ctx: Any, enabled: bool, names: tuple[str, ...]) -> set[str]:
+    needed = ctx.needs_input_grad[-len(names) :]
+    return {name for name, need in zip(names, needed, strict=True) if need and enabled}
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _take_all(sources: dict[str, Any], rows: slice) -> list[Any]:
+    return [take_tasks(name, value, rows) for name, value in sources.items()]
+
+
+def _check_integer(name: str, value: int, lowest: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < lowest:
+        raise ValueError(f"{name}: expected at least {lowest}, got {value}")
+
+
+def _check_theta(layout: Layout, theta: Tensor, tasks: int) -> None:
+    if not isinstance(theta, Tensor):
+        raise TypeError(f"theta: expected a tensor, got {type(theta).__name__}")
+    if theta.shape not in ((layout.numel,), (tasks, layout.numel)):
+        raise ValueError(
+            f"theta: expected shape [{layout.numel}] or [{tasks}, {layout.numel}], "
+            f"got {list(theta.shape)}"
+        )
+    if theta.dtype != layout.dtype:
+        raise TypeError(f"theta: expected dtype {layout.dtype}, got {theta.dtype}")
+    if theta.device != layout.device:
+        raise ValueError(f"theta: expected device {layout.device}, got {theta.device}")
+
+
+def _check_data(layout: Layout, data: Tensors) -> int:
+    for name, tensor in data.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.ndim < 2 or 0 in tensor.shape[:2]:
+            raise ValueError(
+                f"{name}: expected shape [T, examples, ...] with at least one task and one "
+                f"example, got {list(tensor.shape)}"
+            )
+        if tensor.device != layout.device:
+            raise ValueError(f"{name}: expected device {layout.device}, got {tensor.device}")
+    tasks = data["support_x"].shape[0]
+    for role in ("support", "query"):
+        if f"{role}_x" not in data:
+            continue
+        x, y = data[f"{role}_x"], data[f"{role}_y"]
+        for name, tensor in ((f"{role}_x", x), (f"{role}_y", y)):
+            if tensor.shape[:2] != (tasks, x.shape[1]):
+                raise ValueError(
+                    f"{name}: expected shape [{tasks}, {x.shape[1]}, ...], got {list(tensor.shape)}"
+                )
+        mixed = x.is_floating_point() and x.dtype != layout.dtype
+        if mixed and not torch.is_autocast_enabled(layout.device.type):
+            raise TypeError(f"{role}_x: expected dtype {layout.dtype}, got {x.dtype}")
+    return tasks

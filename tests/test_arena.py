@@ -1,0 +1,119 @@
+"""The flat arena of a task's parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastmeta.arena import Layout
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+
+
+def arena_of(layout: Layout, *lead: int) -> torch.Tensor:
+    size = torch.Size(lead).numel() * layout.numel
+    return torch.arange(float(size)).reshape(*lead, layout.numel)
+
+
+def test_a_tied_parameter_is_in_the_layout_once():
+    layout = Layout.of(Tied())
+    assert layout.names == ("first.weight", "first.bias", "second.bias")
+    assert layout.sizes == (9, 3, 3)
+
+
+def test_frozen_parameters_are_not_in_the_layout():
+    net = nn.Linear(3, 2)
+    net.weight.requires_grad_(False)
+    assert Layout.of(net).names == ("bias",)
+
+
+def test_views_share_the_arenas_memory():
+    layout = Layout.of(nn.Linear(3, 2))
+    arena = arena_of(layout, 4)
+    views = layout.views(arena)
+    arena[1, 7] = -1.0
+    assert views["bias"][1].tolist() == [14.0, -1.0]
+    assert views["weight"].shape == (4, 2, 3)
+
+
+def test_flatten_inverts_views():
+    layout = Layout.of(Tied())
+    arena = arena_of(layout, 2, 5)
+    assert torch.equal(layout.flatten(layout.views(arena)), arena)
+
+
+def test_scalar_and_empty_parameters_have_their_place():
+    module = nn.Module()
+    module.scale, module.none = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.zeros(0, 3))
+    module.weight = nn.Parameter(torch.ones(2))
+    layout = Layout.of(module)
+    views = layout.views(arena_of(layout, 2))
+    assert [tuple(view.shape) for view in views.values()] == [(2,), (2, 0, 3), (2, 2)]
+    assert torch.equal(layout.flatten(views), arena_of(layout, 2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [([], []), ([1], []), ([2], [8]), ([8], [8]), ([4, 1], [4, 1]), ([4, 8], [4, 8])],
+)
+def test_step_sizes_broadcast_against_the_arena(shape, expected):
+    layout = Layout.of(nn.Linear(3, 2))
+    assert list(layout.step_size(torch.ones(shape), tasks=4).shape) == expected
+
+
+def test_a_step_size_per_parameter_is_repeated_over_its_elements():
+    step = Layout.of(nn.Linear(3, 2)).step_size(torch.tensor([1.0, 2.0]), tasks=4)
+    assert step.tolist() == [1.0] * 6 + [2.0] * 2
+
+
+@pytest.mark.parametrize(
+    ("lr", "error", "message"),
+    [
+        ("0.1", TypeError, "lr: expected a number or a tensor, got str"),
+        (True, TypeError, "lr: expected a number or a tensor, got bool"),
+        (torch.ones(8).double(), TypeError, "lr: expected dtype torch.float32"),
+        (torch.ones(8, device="meta"), ValueError, "lr: expected device cpu, got meta"),
+        (torch.ones(3), ValueError, r"L = 2, P = 8, T = 4; got \[3\]"),
+        (torch.ones(3, 8), ValueError, r"got \[3, 8\]"),
+    ],
+)
+def test_a_bad_step_size_is_named(lr, error, message):
+    with pytest.raises(error, match=message):
+        Layout.of(nn.Linear(3, 2)).step_size(lr, tasks=4)
+
+
+def mixed(value: torch.Tensor) -> nn.Module:
+    module = nn.Linear(2, 2)
+    module.extra = nn.Parameter(value)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "message"),
+    [
+        (torch.relu, TypeError, "expected an nn.Module"),
+        (nn.ReLU(), ValueError, "ReLU has no trainable parameter"),
+        (nn.LazyLinear(2), ValueError, "parameter 'weight' is not initialised"),
+        (mixed(torch.zeros(1).double()), TypeError, "one dtype"),
+        (mixed(torch.zeros(1, device="meta")), ValueError, "one device"),
+    ],
+)
+def test_a_module_without_a_layout_is_refused(module, error, message):
+    with pytest.raises(error, match=message):
+        Layout.of(module)
+
+
+def test_wrong_arenas_and_tensors_are_refused():
+    layout = Layout.of(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"expected shape \[..., 8\], got \[4, 7\]"):
+        layout.views(torch.zeros(4, 7))
+    with pytest.raises(ValueError, match=r"expected a tensor for each of \['bias'\]"):
+        layout.flatten({"weight": torch.zeros(4, 2, 3)})
+    with pytest.raises(ValueError, match=r"expected 'bias' of shape \[4, 2\], got \[3, 2\]"):
+        layout.flatten({"weight": torch.zeros(4, 2, 3), "bias": torch.zeros(3, 2)})

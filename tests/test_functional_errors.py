@@ -1,0 +1,103 @@
+"""What the functional engine refuses, and how it says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmeta.functional import FunctionalEngine
+from tests.networks import Tasks, build, classification, regression, regressor
+
+
+def gradients(module: nn.Module, tasks: Tasks, loss=F.cross_entropy, **options) -> Tensor:
+    engine = FunctionalEngine(module, loss, **options)
+    theta = engine.parameters()
+    return torch.autograd.grad(engine.meta_loss(theta, 0.1, *tasks)[0], theta)[0]
+
+
+ERRORS = [
+    ({"support_x": None}, TypeError, "support_x: expected a tensor, got NoneType"),
+    ({"support_x": (3,)}, ValueError, r"support_x: expected shape \[T, examples, ...\]"),
+    ({"support_x": (0, 6, 3)}, ValueError, "at least one task and one example"),
+    ({"query_x": (3, 0, 3)}, ValueError, "at least one task and one example"),
+    ({"query_x": (2, 5, 3)}, ValueError, r"query_x: expected shape \[3, 5, ...\], got \[2, "),
+    ({"support_x": (3, 7, 3)}, ValueError, r"support_y: expected shape \[3, 7, ...\], got"),
+    ({"query_x": torch.zeros(3, 5, 3)}, TypeError, "query_x: expected dtype torch.float64"),
+    ({"query_x": torch.zeros(3, 5, 3, device="meta")}, ValueError, "query_x: expected device cpu"),
+    ({"support_y": torch.full((3, 6), 4)}, ValueError, r"support_y: expected labels in 0..3.*to 4"),
+    ({"query_y": torch.full((3, 5), -1)}, ValueError, r"query_y: expected labels in 0..3.* -1 to"),
+    ({"support_y": torch.zeros(3, 6).int()}, TypeError, "support_y: expected int64 class labels"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), ERRORS)
+def test_bad_data_is_named(change, error, message):
+    change = {
+        name: torch.zeros(value, dtype=torch.float64) if isinstance(value, tuple) else value
+        for name, value in change.items()
+    }
+    with pytest.raises(error, match=message):
+        gradients(build("mlp"), classification("mlp")._replace(**change))
+
+
+def test_ignored_labels_are_no_error():
+    tasks = classification("mlp")
+    tasks.support_y[:, 0] = -100
+    assert gradients(build("mlp"), tasks).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (nn.MSELoss(reduction="none"), r"loss: expected a scalar tensor, .* got \[6, 1\]"),
+        (lambda outputs, y: 1.0, "loss: expected a scalar tensor, .* got float"),
+    ],
+)
+def test_a_loss_that_is_no_scalar_is_refused(loss, message):
+    with pytest.raises(ValueError, match=message):
+        gradients(regressor(), regression(), loss)
+
+
+def test_a_module_with_several_outputs_is_refused():
+    class Pair(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, super().forward(x)
+
+    with pytest.raises(TypeError, match="module: expected one output tensor, got tuple"):
+        gradients(Pair(3, 4).double(), classification("mlp"))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"steps": -1}, ValueError, "steps: expected at least 0, got -1"),
+        ({"steps": 1.0}, TypeError, "steps: expected an integer, got 1.0"),
+        ({"task_chunk": 0}, ValueError, "task_chunk: expected at least 1, got 0"),
+        ({"first_order": 1}, TypeError, "first_order: expected a bool, got 1"),
+        ({"hvp_mode": "exact"}, ValueError, "hvp_mode: expected one of"),
+        ({"loss": None}, TypeError, "loss: expected a callable, got NoneType"),
+    ],
+)
+def test_bad_options_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        gradients(build("mlp"), classification("mlp"), **options)
+
+
+def test_wrong_starting_parameters_are_named():
+    engine, tasks = FunctionalEngine(build("mlp"), F.cross_entropy), classification("mlp")
+    for theta, error, message in (
+        (0.0, TypeError, r"theta: expected a tensor, got float"),
+        (torch.zeros(82).double(), ValueError, r"theta: .* \[83\] or \[3, 83\], got \[82\]"),
+        (torch.zeros(83), TypeError, r"theta: expected dtype torch.float64, got torch.float32"),
+        (torch.zeros(83, device="meta").double(), ValueError, r"theta: expected device cpu"),
+    ):
+        with pytest.raises(error, match=message):
+            engine.adapt(theta, 0.1, *tasks[:2])
+
+
+def test_inference_mode_is_refused_with_the_reason():
+    engine, tasks = FunctionalEngine(build("mlp"), F.cross_entropy), classification("mlp")
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch.no_grad\(\)"):
+        engine.meta_loss(engine.parameters(), 0.1, *tasks)

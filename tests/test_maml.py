@@ -1,0 +1,295 @@
+"""MAML: golden numbers, step sizes, adapted tasks, options."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Iterable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import fastmeta as fm
+from tests.networks import Tasks, build, classification, regression, regressor, relative_error
+from tests.unrolled import meta_gradient
+
+EXACT = 1e-10
+
+
+def joined(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+class Point(nn.Module):
+    """One parameter w, which is also the output for every example."""
+
+    def __init__(self, value: float = 3.0) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(value, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w.expand(len(x))
+
+
+def quadratic(outputs: Tensor, targets: Tensor) -> Tensor:
+    """mean of a/2 (w - b)^2 with targets (a, b)."""
+    return (targets[:, 0] / 2 * (outputs - targets[:, 1]) ** 2).mean()
+
+
+def quadratic_tasks() -> Tasks:
+    """L_s = a/2 (w - b)^2 and L_q = c/2 (w - d)^2 for two tasks: (a, b, c, d) below."""
+    a, b, c, d = torch.tensor([[2.0, 1.0, 4.0, 0.5], [1.0, -1.0, 1.0, 0.0]]).double().T
+    x = torch.zeros(2, 1, 1, dtype=torch.float64)
+    support, query = torch.stack([a, b], 1)[:, None], torch.stack([c, d], 1)[:, None]
+    return Tasks(x, support.requires_grad_(), x, query.requires_grad_())
+
+
+# K, first order -> loss, dw, dlr, db of both tasks, dd of both tasks
+GOLDEN = [
+    (1, False, 3.25, 2.25, -16.0, [1.5, 0.25], [-3.0, -1.0]),
+    (2, False, 1.390625, 0.8515625, -11.75, [1.5, 0.2734375], [-2.0, -0.625]),
+    (1, True, 3.25, 4.0, -16.0, None, [-3.0, -1.0]),
+    (2, True, 1.390625, 2.625, -16.375, None, [-2.0, -0.625]),
+]
+
+
+@pytest.mark.parametrize(("steps", "first_order", "loss", "dw", "dlr", "db", "dd"), GOLDEN)
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_golden_meta_gradients(steps, first_order, loss, dw, dlr, db, dd, chunk):
+    """Worked out by hand from w_0 = 3 and lr = 1/4.
+
+    With r = 1 - lr a: w_K = b + r^K (w_0 - b), v = c (w_K - d), and of one task
+        dw = v r^K      dlr = -v K a r^(K-1) (w_0 - b)      db = v (1 - r^K)      dd = -v;
+    in first order dw = v and dlr = -v sum_k a r^k (w_0 - b).
+
+    K = 1: r = 1/2, w = 2, L = 9/2, v = 6, dw = 3, dlr = -24, db = 3, dd = -6; first order dlr = -24
+           r = 3/4, w = 2, L = 2, v = 2, dw = 3/2, dlr = -8, db = 1/2, dd = -2; dlr = -8
+    K = 2: w = 3/2, L = 2, v = 4, dw = 1, dlr = -16, db = 3, dd = -4; first order dlr = -24
+           w = 5/4, L = 25/32, v = 5/4, dw = 45/64, dlr = -15/2, db = 35/64, dd = -5/4; dlr = -35/4
+    All of them, halved and summed over the two tasks where both share the variable.
+    """
+    maml = fm.MAML(Point(), 0.25, steps, first_order, quadratic, learn_lr=True, task_chunk=chunk)
+    tasks = quadratic_tasks()
+    value, outputs = maml.meta_loss(*tasks)
+    value.backward()
+    assert value.item() == pytest.approx(loss, rel=1e-14)
+    assert maml.module.w.grad.item() == pytest.approx(dw, rel=1e-14)
+    assert maml.lr.grad.item() == pytest.approx(dlr, rel=1e-14)
+    assert tasks.query_y.grad[:, 0, 1].tolist() == pytest.approx(dd, rel=1e-14)
+    if db is None:
+        assert tasks.support_y.grad is None
+    else:
+        assert tasks.support_y.grad[:, 0, 1].tolist() == pytest.approx(db, rel=1e-14)
+    assert outputs.shape == (2, 1)
+
+
+def layer_step_sizes(net: nn.Module) -> dict[str, float]:
+    return {name: 0.02 * (i + 1) for i, (name, _) in enumerate(net.named_parameters())}
+
+
+def test_step_sizes_by_name_are_step_sizes_per_layer():
+    net, tasks = build("mlp"), classification("mlp")
+    by_name = layer_step_sizes(net)
+    vector = torch.tensor(list(by_name.values()), dtype=torch.float64)
+    expected = meta_gradient(net, tasks, F.cross_entropy, vector, 2)
+    shuffled = dict(reversed(by_name.items()))
+    maml = fm.MAML(net, shuffled, steps=2, learn_lr=True)
+    maml.meta_loss(*tasks)[0].backward()
+    assert relative_error(maml.lr.grad, expected.lr) < EXACT
+    actual = joined(p.grad for p in net.parameters())
+    assert relative_error(actual, joined(expected.params.values())) < EXACT
+
+
+def test_a_step_size_made_by_another_network_gets_its_gradient():
+    net, tasks = build("mlp"), classification("mlp")
+    source = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
+    fm.MAML(net, source.exp(), steps=2).meta_loss(*tasks)[0].backward()
+    lr = source.detach().exp()
+    expected = meta_gradient(net, tasks, F.cross_entropy, lr, 2).lr * lr
+    assert relative_error(source.grad, expected) < EXACT
+
+
+def test_learned_step_sizes_are_parameters():
+    net = build("mlp")
+    maml = fm.MAML(net, torch.full((83,), 0.1), learn_lr=True)
+    assert "lr" in dict(maml.named_parameters())
+    assert maml.lr.dtype == torch.float64
+    fixed = fm.MAML(net, torch.full((83,), 0.1))
+    assert "lr" not in dict(fixed.named_parameters())
+    assert "lr" in fixed.state_dict()
+    own = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+    assert fm.MAML(net, own).lr is own
+
+
+def test_learned_step_sizes_do_not_touch_the_callers_tensor():
+    given = torch.full((83,), 0.1, dtype=torch.float64)
+    maml = fm.MAML(build("mlp"), given, learn_lr=True)
+    with torch.no_grad():
+        maml.lr.zero_()
+    assert given[0] == 0.1
+
+
+def test_meta_loss_trains():
+    net, tasks = regressor(), regression(tasks=4, examples=10)
+    tasks = tasks._replace(support_y=tasks.support_x.sin(), query_y=tasks.query_x.sin())
+    maml = fm.MAML(net, 0.05, loss=F.mse_loss, learn_lr=True)
+    optimizer = torch.optim.Adam(maml.parameters(), 1e-2)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss, _ = maml.meta_loss(*tasks)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.05 * losses[0]
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_a_loss_on_adapted_tasks_gives_the_meta_gradient(first_order):
+    net, tasks = build("conv4"), classification("conv4")
+    maml = fm.MAML(net, 0.1, 2, first_order, learn_lr=True)
+    loss, logits = maml.meta_loss(*tasks)
+    wanted = torch.autograd.grad(loss, list(maml.parameters()))
+    adapted = maml.adapt_tasks(*tasks[:2])
+    outputs = adapted(tasks.query_x)
+    own_loss = F.cross_entropy(outputs.flatten(0, 1), tasks.query_y.flatten())
+    actual = torch.autograd.grad(own_loss, list(maml.parameters()))
+    assert relative_error(outputs.detach(), logits) < EXACT
+    assert relative_error(joined(actual), joined(wanted)) < EXACT
+
+
+def test_adapted_tasks():
+    net, tasks = build("mlp"), classification("mlp")
+    maml = fm.MAML(net, 0.1)
+    adapted = maml.adapt_tasks(*tasks[:2], steps=3)
+    assert len(adapted) == 3
+    assert adapted.params.shape == (3, 83)
+    assert adapted(tasks.query_x[:, :0]).shape == (3, 0, 4)
+    own = functional_call(net, adapted.task(1), (tasks.query_x[1],))
+    assert relative_error(own, adapted(tasks.query_x)[1]) < EXACT
+    assert torch.equal(maml.adapt_tasks(*tasks[:2], steps=0).task(2)["0.weight"], net[0].weight)
+    with pytest.raises(ValueError, match=r"query_x: expected shape \[3, Q, ...\], got \[2, 5, 3\]"):
+        adapted(tasks.query_x[:2])
+    with pytest.raises(TypeError, match="query_x: expected a tensor, got list"):
+        adapted([1.0])
+
+
+def test_steps_of_adapt_tasks_default_to_the_learners():
+    net, tasks = build("mlp"), classification("mlp")
+    three = fm.MAML(net, 0.1, steps=3).adapt_tasks(*tasks[:2]).params
+    one = fm.MAML(net, 0.1, steps=1)
+    assert torch.equal(one.adapt_tasks(*tasks[:2], steps=3).params, three)
+    assert not torch.equal(one.adapt_tasks(*tasks[:2]).params, three)
+
+
+def test_adapting_without_gradients():
+    maml, tasks = fm.MAML(build("conv4").eval(), 0.1), classification("conv4")
+    with torch.no_grad():
+        adapted = maml.adapt_tasks(*tasks[:2])
+        logits = adapted(tasks.query_x)
+    assert not adapted.params.requires_grad
+    assert not logits.requires_grad
+    assert relative_error(logits, maml.meta_loss(*tasks)[1]) < EXACT
+
+
+def test_forward_is_the_modules_own():
+    net = build("mlp")
+    x = torch.randn(2, 3, dtype=torch.float64)
+    assert torch.equal(fm.MAML(net)(x), net(x))
+
+
+def test_freezing_after_construction_is_seen():
+    net, tasks = build("mlp"), classification("mlp")
+    maml = fm.MAML(net, 0.1)
+    net[0].requires_grad_(False)
+    assert maml.adapt_tasks(*tasks[:2]).params.shape == (3, 83 - 24)
+
+
+def test_options_reach_the_engine():
+    net, tasks = build("mlp"), classification("mlp")
+    reference = fm.MAML(net, 0.1, 2).meta_loss(*tasks)[0]
+    wanted = torch.autograd.grad(reference, net[0].weight)[0]
+    rough = fm.MAML(net, 0.1, 2, hvp_mode="finite_difference").meta_loss(*tasks)[0]
+    error = relative_error(torch.autograd.grad(rough, net[0].weight)[0], wanted)
+    assert 1e-14 < error < 1e-6
+
+
+@pytest.mark.parametrize("learn_lr", [False, True])
+def test_copies_and_state_dicts(learn_lr):
+    tasks = classification("mlp")
+    maml = fm.MAML(build("mlp"), torch.tensor([0.1] * 6), 2, learn_lr=learn_lr)
+    loss = maml.meta_loss(*tasks)[0].item()
+    other = fm.MAML(build("mlp", seed=1), torch.tensor([0.3] * 6), 2, learn_lr=learn_lr)
+    assert other.meta_loss(*tasks)[0].item() != loss
+    other.load_state_dict(maml.state_dict())
+    for twin in (other, copy.deepcopy(maml), pickle.loads(pickle.dumps(maml))):
+        assert twin.meta_loss(*tasks)[0].item() == loss
+    buffer = io.BytesIO()
+    torch.save(maml.state_dict(), buffer)
+    assert buffer.tell() > 0
+
+
+def test_explain_says_what_runs():
+    net = build("mlp")
+    text = fm.MAML(net, 0.1, 3).explain()
+    for part in (
+        "Functional engine",
+        "Sequential",
+        "83 adapted parameters",
+        "6 tensors",
+        "float64",
+    ):
+        assert part in text
+    assert "all tasks vmapped together" in text
+    assert "Inner steps: 3, second order by the adjoint, one reverse" in text
+    assert fm.backend_of("inner_update", "cpu", torch.float64) in text
+    assert "without vmap" in fm.MAML(net, task_chunk=1).explain()
+    assert "8 at a time" in fm.MAML(net, task_chunk=8).explain()
+    assert "first order" in fm.MAML(net, first_order=True).explain()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"model": torch.relu}, TypeError, "module: expected an nn.Module, got builtin"),
+        ({"model": nn.ReLU()}, ValueError, "no trainable parameter"),
+        ({"lr": "fast"}, TypeError, "lr: expected a number or a tensor, got str"),
+        ({"lr": float("nan")}, ValueError, "lr: expected a finite number, got nan"),
+        ({"lr": torch.ones(5)}, ValueError, r"lr: expected .*; got \[5\]"),
+        ({"lr": torch.ones(1, 83)}, ValueError, r"lr: expected .* got \[1, 83\]"),
+        ({"lr": torch.tensor(1)}, TypeError, "lr: expected a floating-point tensor"),
+        ({"lr": nn.Parameter(torch.ones(83))}, TypeError, "lr: expected dtype torch.float64"),
+        ({"lr": {"0.weight": 0.1}}, ValueError, r"lr: expected the names \['0.weight', "),
+        ({"lr": {"steps": -1}, "steps": -1}, ValueError, "steps: expected at least 0"),
+        ({"steps": True}, TypeError, "steps: expected an integer, got True"),
+        ({"first_order": "yes"}, TypeError, "first_order: expected a bool"),
+        ({"loss": "mse"}, TypeError, "loss: expected a callable"),
+        ({"task_chunk": 0}, ValueError, "task_chunk: expected at least 1"),
+        ({"hvp_mode": "fast"}, ValueError, "hvp_mode: expected one of"),
+    ],
+)
+def test_bad_arguments_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        fm.MAML(**{"model": build("mlp"), **options})
+
+
+def test_a_step_size_by_name_is_one_number():
+    net = build("mlp")
+    lr = {name: torch.ones(2) for name, _ in net.named_parameters()}
+    with pytest.raises(
+        ValueError, match=r"lr: expected one number for '0.weight', got shape \[2\]"
+    ):
+        fm.MAML(net, lr)
+
+
+def test_no_tasks_are_refused():
+    maml, tasks = fm.MAML(build("mlp")), classification("mlp")
+    empty = [tensor[:0] for tensor in tasks]
+    with pytest.raises(ValueError, match=r"support_x: .* at least one task"):
+        maml.meta_loss(*empty)
+    with pytest.raises(ValueError, match=r"support_x: .* at least one task"):
+        maml.adapt_tasks(*empty[:2])
