@@ -14,6 +14,7 @@
 #include "common/denormals.h"
 #include "common/gemm.h"
 #include "common/parallel.h"
+#include "common/transpose.h"
 #include "pairwise_distance/tile_cpu.h"
 
 namespace fastmeta {
@@ -84,9 +85,8 @@ class PairwiseGradient {
       for_each_block(shape_.classes, kPanel,
                      [&](int64_t begin, int64_t count) { columns_of_y(rows, begin, count); });
     }
-    for_each_block(shape_.classes, kPanel, [&](int64_t begin, int64_t count) {
-      for (int64_t j = begin; j < begin + count; ++j) finish_row_of_y(j, grad_y);
-    });
+    for_each_block(shape_.classes, kPanel,
+                   [&](int64_t begin, int64_t count) { finish_rows_of_y(begin, count, grad_y); });
   }
 
  private:
@@ -162,7 +162,7 @@ class PairwiseGradient {
         prepare_rows(metric_, x + row * features, rows, features, a.data(), inverse_norms.data());
     weigh(row, rows, prepared, weights);
     subtract_center(prepared, rows, a.data());
-    transpose(a.data(), rows, &xt_[begin * features]);
+    transpose(rows, features, a.data(), features, &xt_[begin * features], kRows);
     value_t* grad = widened_target(grad_x + row * features, wide.data());
     multiply_by_y(weights, rows, grad);
     for (int64_t r = 0; r < rows; ++r) {
@@ -171,13 +171,6 @@ class PairwiseGradient {
                           inverse_norms[r], features);
     }
     if constexpr (is_reduced<scalar_t>) narrow(grad, grad_x + row * features, rows * features);
-  }
-
-  // out [features, kRows] = a' for a [rows, features].
-  void transpose(const value_t* a, int64_t rows, value_t* out) const {
-    for (int64_t d = 0; d < shape_.features; ++d) {
-      for (int64_t r = 0; r < rows; ++r) out[d * kRows + r] = a[r * shape_.features + d];
-    }
   }
 
   // grad [rows, features] = weights [rows, classes] y.
@@ -206,16 +199,18 @@ class PairwiseGradient {
     }
   }
 
-  void finish_row_of_y(int64_t j, scalar_t* grad_y) {
+  void finish_rows_of_y(int64_t first, int64_t rows, scalar_t* grad_y) {
     const int64_t features = shape_.features;
-    Buffer<value_t> row(features), grad(features);
-    for (int64_t d = 0; d < features; d += kPanel) {
-      std::copy_n(y_panel(d, j), std::min(kPanel, features - d), &row[d]);
+    Buffer<value_t> row(features), grads(rows * features);
+    transpose(features, rows, &grad_yt_[first], shape_.classes, grads.data(), features);
+    for (int64_t j = first; j < first + rows; ++j) {
+      for (int64_t d = 0; d < features; d += kPanel) {
+        std::copy_n(y_panel(d, j), std::min(kPanel, features - d), &row[d]);
+      }
+      value_t* grad = &grads[(j - first) * features];
+      finish_gradient_row(metric_, grad, row.data(), column_sums_[j], inverse_norm_[j], features);
+      narrow(grad, grad_y + j * features, features);
     }
-    for (int64_t d = 0; d < features; ++d) grad[d] = grad_yt_[d * shape_.classes + j];
-    finish_gradient_row(metric_, grad.data(), row.data(), column_sums_[j], inverse_norm_[j],
-                        features);
-    narrow(grad.data(), grad_y + j * features, features);
   }
 
   const Metric metric_;

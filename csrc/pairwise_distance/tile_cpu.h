@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "common/parallel.h"
+#include "common/transpose.h"
 #include "common/widen.h"
 #include "pairwise_distance/pairwise_distance.h"
 
@@ -91,10 +92,7 @@ class Panels {
       prepare_row(metric, y + (p * kPanel + j) * features_, rows + j * features_, features_);
     }
     std::fill(rows + valid * features_, rows + kPanel * features_, value_t(0));
-    value_t* out = data_.data() + p * features_ * kPanel;
-    for (int64_t d = 0; d < features_; ++d) {
-      for (int64_t j = 0; j < kPanel; ++j) out[d * kPanel + j] = rows[j * features_ + d];
-    }
+    transpose(kPanel, features_, rows, features_, data_.data() + p * features_ * kPanel, kPanel);
   }
 
   int64_t rows_, features_;

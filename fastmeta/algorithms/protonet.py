@@ -1,0 +1,258 @@
+"""Prototypical networks: the nearest class mean in an embedding that is learned for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.ops import backend_of
+from fastmeta.ops._checks import METRICS, check_option
+from fastmeta.ops.pairwise_distance import pairwise_distance
+from fastmeta.ops.prototype_loss import prototype_loss
+from fastmeta.ops.prototypes import prototypes
+
+
+class ProtoNet(nn.Module):
+    """Prototypical network over whole batches of tasks (Snell, Swersky and Zemel, 2017).
+
+    A class is the mean of its support embeddings, and a query belongs to the nearest class:
+    ``logits = -scale * distance(encoder(query), prototypes)``. The images of all tasks pass through
+    the encoder in one call, so batch norm sees them together: batch statistics in ``train()``, the
+    running ones in ``eval()``, as in any module.
+
+    Args:
+        encoder: any module ``[B, ...] -> [B, ...]``; what it returns is flattened to ``[B, D]``.
+        metric: ``"sqeuclidean"``, ``"euclidean"``, ``"cosine"`` (1 - cos) or ``"dot"`` (-x.y).
+        scale: finite factor of the distances in the logits, an inverse temperature.
+
+    Raises:
+        TypeError: ``encoder`` is not a module or ``scale`` not a number.
+        ValueError: ``metric`` is unknown or ``scale`` not finite.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import fastmeta as fm
+        >>> learner = fm.ProtoNet(nn.Linear(8, 4))
+        >>> support_x, query_x = torch.randn(2, 3, 8), torch.randn(2, 6, 8)
+        >>> support_y, query_y = torch.arange(3).repeat(2, 1), torch.arange(3).repeat(2, 2)
+        >>> loss, logits = learner.meta_loss(support_x, support_y, query_x, query_y)
+        >>> loss.backward()
+        >>> logits.shape
+        torch.Size([2, 6, 3])
+    """
+
+    def __init__(self, encoder: nn.Module, metric: str = "sqeuclidean", scale: float = 1.0) -> None:
+        super().__init__()
+        if not isinstance(encoder, nn.Module):
+            raise TypeError(f"encoder must be an nn.Module, got {type(encoder).__name__}")
+        check_option("metric", metric, METRICS)
+        if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+            raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+        if not abs(scale) < float("inf"):
+            raise ValueError(f"scale must be finite, got {scale}")
+        self.encoder = encoder
+        self.metric = metric
+        self.scale = float(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed examples ``[B, ...]`` as ``[B, D]``.
+
+        Raises:
+            ValueError: the encoder does not return a tensor with one row an example.
+        """
+        embedding = self.encoder(x)
+        if not isinstance(embedding, Tensor) or embedding.shape[:1] != x.shape[:1]:
+            got = getattr(embedding, "shape", None) or type(embedding).__name__
+            raise ValueError(f"encoder must return a tensor [{len(x)}, ...], got {got}")
+        return embedding.reshape(len(x), embedding.shape[1:].numel())
+
+    @overload
+    def meta_loss(
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        num_classes: int | None = None,
+        return_logits: Literal[True] = True,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def meta_loss(
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        num_classes: int | None = None,
+        *,
+        return_logits: Literal[False],
+    ) -> tuple[Tensor, None]: ...
+
+    def meta_loss(
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        num_classes: int | None = None,
+        return_logits: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The mean query loss of a batch of tasks, and the query logits.
+
+        ``loss = mean over tasks and queries of logsumexp(logits) - logits[y]`` (Snell et al. 2017,
+        eq. 2), through the fused op: no Q x N matrix is kept for the backward pass.
+
+        Args:
+            support_x: ``[T, S, ...]``.
+            support_y: ``[T, S]``, int64, in ``[0, N)``.
+            query_x: ``[T, Q, ...]``, shaped like ``support_x`` behind the first two dimensions.
+            query_y: ``[T, Q]``, int64, in ``[0, N)``.
+            num_classes: N; ``None`` reads it off the support labels (their maximum + 1), which on a
+                GPU waits for the device.
+            return_logits: ``False`` leaves the logits out (``None``) and saves their computation.
+
+        Returns:
+            The scalar loss, differentiable in the encoder's parameters and in both inputs, and the
+            logits ``[T, Q, N]``, detached.
+
+        Raises:
+            ValueError, TypeError: shapes, dtypes, devices or labels that do not fit together.
+        """
+        _check_examples("support", support_x, support_y)
+        _check_examples("query", query_x, query_y)
+        _check_alike(support_x, query_x)
+        num_classes = _count_classes(support_y) if num_classes is None else num_classes
+        shots = support_x.shape[1]
+        embedding = self._embed_tasks(torch.cat([support_x, query_x], dim=1))
+        support, query = embedding[:, :shots], embedding[:, shots:]
+        centres = prototypes(support, support_y, num_classes)
+        loss = prototype_loss(query, query_y, centres, metric=self.metric, scale=self.scale)
+        if not return_logits:
+            return loss, None
+        with torch.no_grad():
+            return loss, self._logits(query, centres)
+
+    def adapt_tasks(
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        steps: int | None = None,
+        num_classes: int | None = None,
+    ) -> AdaptedProtoNet:
+        """Compute every task's prototypes; the result maps queries to logits.
+
+        Args:
+            support_x: ``[T, S, ...]``.
+            support_y: ``[T, S]``, int64, in ``[0, N)``.
+            steps: every learner's ``adapt_tasks`` has it; a ProtoNet takes no steps, so ``None``.
+            num_classes: N; ``None`` reads it off the labels (their maximum + 1).
+
+        Returns:
+            An :class:`AdaptedProtoNet`, differentiable in the encoder's parameters and the inputs.
+
+        Raises:
+            ValueError, TypeError: shapes, dtypes, devices or labels that do not fit together, or
+                ``steps`` given.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> import fastmeta as fm
+            >>> learner = fm.ProtoNet(nn.Identity())
+            >>> adapted = learner.adapt_tasks(torch.eye(2)[None], torch.tensor([[0, 1]]))
+            >>> adapted(torch.tensor([[[0.9, 0.2]]])).argmax(-1)
+            tensor([[0]])
+        """
+        if steps is not None:
+            raise ValueError(f"a ProtoNet takes no inner steps: steps must be None, got {steps!r}")
+        _check_examples("support", support_x, support_y)
+        num_classes = _count_classes(support_y) if num_classes is None else num_classes
+        centres = prototypes(self._embed_tasks(support_x), support_y, num_classes)
+        return AdaptedProtoNet(centres, self)
+
+    def explain(self) -> str:
+        """Say how this learner computes: the encoder call, and the backend of each op."""
+        weight = next(self.encoder.parameters(), torch.empty(0))
+        used = ("prototypes", "prototype_loss", "pairwise_distance")
+        backends = ", ".join(f"{op} {backend_of(op, weight.device, weight.dtype)}" for op in used)
+        return (
+            f"ProtoNet, {self.metric} distance, scale {self.scale:g}: one encoder call for the "
+            f"examples of all tasks, then on {weight.device.type} "
+            f"{str(weight.dtype).removeprefix('torch.')}: {backends}."
+        )
+
+    def extra_repr(self) -> str:
+        return f"metric={self.metric!r}, scale={self.scale:g}"
+
+    def _embed_tasks(self, x: Tensor) -> Tensor:
+        """``[T, B, ...] -> [T, B, D]`` in one encoder call."""
+        return self(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    def _logits(self, query: Tensor, centres: Tensor) -> Tensor:
+        return -self.scale * pairwise_distance(query, centres, metric=self.metric)
+
+
+@dataclass(frozen=True)
+class AdaptedProtoNet:
+    """What :meth:`ProtoNet.adapt_tasks` returns: one classifier a task.
+
+    Attributes:
+        prototypes: ``[T, N, D]``, the class means.
+        learner: the :class:`ProtoNet` that embeds the queries.
+    """
+
+    prototypes: Tensor
+    learner: ProtoNet
+
+    def __call__(self, query_x: Tensor) -> Tensor:
+        """Map queries ``[T, Q, ...]`` to logits ``[T, Q, N]``, differentiable.
+
+        Raises:
+            TypeError: ``query_x`` is not a tensor.
+            ValueError: ``query_x`` has not one row of queries for each of the T tasks.
+        """
+        if not isinstance(query_x, Tensor):
+            raise TypeError(f"query_x must be a tensor, got {type(query_x).__name__}")
+        if query_x.ndim < 3 or len(query_x) != len(self.prototypes):
+            shape = list(query_x.shape)
+            raise ValueError(f"query_x must be [{len(self.prototypes)}, Q, ...], got {shape}")
+        return self.learner._logits(self.learner._embed_tasks(query_x), self.prototypes)
+
+
+def _check_examples(name: str, x: Tensor, y: Tensor) -> None:
+    for argument, value in ((f"{name}_x", x), (f"{name}_y", y)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
+    if x.ndim < 3:
+        raise ValueError(f"{name}_x must be [T, examples, ...], got {list(x.shape)}")
+    if y.shape != x.shape[:2]:
+        raise ValueError(
+            f"{name}_y must be {list(x.shape[:2])}, one label an example of {name}_x, "
+            f"got {list(y.shape)}"
+        )
+    if y.dtype != torch.int64:
+        raise TypeError(f"{name}_y must be int64, got {y.dtype}")
+
+
+def _check_alike(support_x: Tensor, query_x: Tensor) -> None:
+    expected = (len(support_x), *support_x.shape[2:])
+    if (len(query_x), *query_x.shape[2:]) != expected:
+        tail = ", ".join(str(size) for size in expected[1:])
+        raise ValueError(
+            f"query_x must be [{expected[0]}, Q, {tail}] like support_x, got {list(query_x.shape)}"
+        )
+    for attribute, error in (("dtype", TypeError), ("device", ValueError)):
+        want, got = getattr(support_x, attribute), getattr(query_x, attribute)
+        if want != got:
+            raise error(f"query_x must have support_x's {attribute} {want}, got {got}")
+
+
+def _count_classes(support_y: Tensor) -> int:
+    if support_y.numel() == 0:
+        raise ValueError("num_classes must be given where support_y is empty")
+    return int(support_y.max()) + 1

@@ -1,0 +1,239 @@
+"""The command line: ``python -m fastmeta train|eval|info|demo``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import fastmeta as fm
+from fastmeta._native import DTYPES, OPS
+from fastmeta.config import ALGORITHMS, POOLS, PROTOCOLS, TrainConfig, check_same_run, read_options
+from fastmeta.data._checks import check_count
+from fastmeta.ops._checks import METRICS
+
+if TYPE_CHECKING:
+    from fastmeta.train import Result
+
+_USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the command line behind ``python -m fastmeta``; ``None``: this process's.
+
+    Returns:
+        The exit status: 0; 2 after an error of the user's, told in one line on stderr;
+        128 + the signal's number where SIGINT or SIGTERM ended the training early, or where the
+        reader of the output went away.
+    """
+    given = vars(_parser().parse_args(arguments))
+    command, debug = given.pop("command"), given.pop("debug")
+    try:
+        status = command(given)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader went away, as `head` does; what is left must not be flushed into its pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except _USER_ERRORS as error:
+        if debug:
+            traceback.print_exc()
+        print(f"fastmeta: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastmeta: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastmeta", description="Fast meta-learning for PyTorch."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_eval(commands)
+    _add_command(commands, "info", _info, "say what is built and which backend each op uses")
+    demo = _add_command(commands, "demo", _demo, "meta-train twice, compare speed, in 2.5 minutes")
+    demo.add_argument("--out", metavar="DIR", required=True, help="folder for runs and picture")
+    demo.add_argument("--seconds", type=float, help="training time of each learner (45)")
+    return parser
+
+
+def _add_command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    """A subparser that keeps only the options given: the defaults stand where they are used."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=run)
+    parser.add_argument("--debug", action="store_true", default=False, help="show tracebacks")
+    return parser
+
+
+def _add_train(commands: Any) -> None:
+    parser = _add_command(commands, "train", _train, "meta-train a learner")
+    parser.epilog = "In parentheses: what an option is when it is left out."
+    parser.add_argument("algorithm", choices=ALGORITHMS)
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", metavar="DIR", required=True, help="folder of the run")
+    run.add_argument("--resume", action="store_true", help="go on where the run in DIR stopped")
+    run.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
+    run.add_argument("--iterations", type=int, metavar="I", help="outer steps (2000)")
+    run.add_argument("--time-limit", type=float, metavar="MIN", help="stop after MIN minutes")
+    run.add_argument(
+        "--checkpoint-every", type=int, metavar="I", help="iterations in between (200)"
+    )
+    run.add_argument(
+        "--eval-every", type=int, metavar="I", help="iterations in between; 0: none (0)"
+    )
+    run.add_argument("--eval-tasks", type=int, metavar="T", help="tasks of a validation (100)")
+    run.add_argument("--seed", type=int, metavar="SEED", help="of weights and tasks (0)")
+    run.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... (cpu)")
+    run.add_argument("--threads", type=int, metavar="THREADS", help="CPU threads")
+    data = parser.add_argument_group("tasks")
+    data.add_argument("--data", metavar="DATA", help="omniglot:PATH, glyphs or sinusoid")
+    data.add_argument("--protocol", choices=PROTOCOLS, help="Omniglot split (official)")
+    data.add_argument("--ways", type=int, metavar="N", help="classes a task (5)")
+    data.add_argument(
+        "--shots", type=int, metavar="K", help="support examples a class (1, sinusoid 10)"
+    )
+    data.add_argument("--queries", type=int, metavar="Q", help="queries a class (15, sinusoid 10)")
+    usual = "tasks an iteration (ProtoNet 4, MAML 16, sinusoid 25)"
+    data.add_argument("--meta-batch", type=int, metavar="T", help=usual)
+    both = parser.add_argument_group("learner")
+    both.add_argument(
+        "--hidden", type=int, metavar="H", help="channels of Conv4 (64), units of the MLP (40)"
+    )
+    both.add_argument("--pool", choices=POOLS, help="how Conv4 halves images (max)")
+    both.add_argument("--lr", type=float, metavar="LR", help="outer step size, Adam (0.001)")
+    both.add_argument("--lr-halve-every", type=int, metavar="I", help="iterations; 0: constant (0)")
+    proto = parser.add_argument_group("ProtoNet")
+    proto.add_argument("--train-ways", type=int, metavar="N", help="ways in training (--ways)")
+    proto.add_argument("--metric", choices=METRICS, help="distance (sqeuclidean)")
+    maml = parser.add_argument_group("MAML")
+    maml.add_argument("--steps", type=int, metavar="K", help="inner steps in training (1)")
+    maml.add_argument("--eval-steps", type=int, metavar="K", help="and in evaluation (--steps)")
+    maml.add_argument(
+        "--inner-lr", type=float, metavar="A", help="inner step size (0.4, sinusoid 0.01)"
+    )
+    maml.add_argument("--learn-lr", action="store_true", help="learn the inner step sizes")
+    maml.add_argument("--first-order", action="store_true", help="leave second derivatives out")
+
+
+def _add_eval(commands: Any) -> None:
+    parser = _add_command(commands, "eval", _eval, "score a trained run on evaluation tasks")
+    parser.add_argument("out", metavar="DIR", help="folder of the run")
+    parser.add_argument("--tasks", type=int, metavar="T", help="number of tasks (600)")
+    parser.add_argument("--ways", type=int, metavar="N", help="classes a task (as trained for)")
+    parser.add_argument("--shots", type=int, metavar="K", help="support examples a class")
+    parser.add_argument("--queries", type=int, metavar="Q", help="queries a class")
+    parser.add_argument("--steps", type=int, metavar="K", help="MAML: inner steps")
+    parser.add_argument("--data", metavar="DATA", help="other data than trained on")
+    parser.add_argument("--seed", type=int, metavar="SEED", help="of the tasks (0)")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, ... (as trained on)")
+    parser.add_argument("--threads", type=int, metavar="THREADS", help="CPU threads")
+
+
+def _train(given: dict[str, Any]) -> int:
+    from fastmeta.train import train
+
+    resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
+    if resume:
+        begun = read_options(Path(given["out"]))
+        check_same_run(given, begun)
+        given = begun | given
+    if "data" not in given:
+        raise ValueError("data: give --data omniglot:PATH, glyphs or sinusoid")
+    result = train(TrainConfig(**given), resume=resume, overwrite=overwrite)
+    print(_summary(result))
+    if result.stopped.startswith("SIG"):
+        return 128 + signal.Signals[result.stopped]
+    return 0
+
+
+def _summary(result: Result) -> str:
+    config, last = result.config, result.metrics[-100:]
+    head = f"{config.title}: {result.iteration:,} of {config.iterations:,} iterations"
+    head += f" in {_duration(result.seconds)}"
+    if result.stopped != "finished":
+        head += f", stopped by {result.stopped.replace('time', 'the time')}"
+    lines = [f"{head}."]
+    if last:
+        mean = sum(record[config.score] for record in last) / len(last)
+        score = f"MSE {mean:.3f}" if config.regression else f"accuracy {100 * mean:.2f} %"
+        lines.append(f"Training {score}, mean of the last {len(last)}; see {config.out}/curve.png.")
+    if result.iteration < config.iterations:
+        again = f"python -m fastmeta train {config.algorithm} --out {config.out} --resume"
+        lines.append(f"Go on with: {again}")
+    else:
+        lines.append(f"Evaluate with: python -m fastmeta eval {config.out}")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _eval(given: dict[str, Any]) -> int:
+    from fastmeta.evaluation import evaluate_run
+
+    if "threads" in given:
+        torch.set_num_threads(check_count("threads", given.pop("threads"), least=1))
+    print(evaluate_run(Path(given.pop("out")), **given))
+    return 0
+
+
+def _info(_: dict[str, Any]) -> int:
+    rows = {"fastmeta": fm.__version__, **fm.build_info()}
+    rows |= {"torch": torch.__version__, "Python": platform.python_version()}
+    rows |= {"CPU threads": f"{torch.get_num_threads()} of {os.cpu_count()}"}
+    rows |= {"CPU instructions": torch.backends.cpu.get_cpu_capability()}
+    rows |= {"GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:{width}}  {value}")
+    print(f"\n{_backend_table()}")
+    return 0
+
+
+def _backend_table() -> str:
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    columns = [(device, dtype) for device in devices for dtype in DTYPES]
+    names = [str(dtype).removeprefix("torch.") for _, dtype in columns]
+    heads = [f"{device} {name}" for (device, _), name in zip(columns, names, strict=True)]
+    lines = ["".join(["op".ljust(19), *(f"{head:<15}" for head in heads)]).rstrip()]
+    for op in OPS:
+        backends = (fm.backend_of(op, torch.device(device), dtype) for device, dtype in columns)
+        lines.append("".join([f"{op:<19}", *(f"{backend:<15}" for backend in backends)]).rstrip())
+    return "\n".join(lines)
+
+
+def _demo(given: dict[str, Any]) -> int:
+    from fastmeta.demo import demo
+
+    demo(Path(given.pop("out")), **given)
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    """The message without line breaks; a missing module's with the way to get it."""
+    message = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError) and "pip install" not in message:
+        message += "; pip install 'fastmeta[train]'"
+    return message or type(error).__name__

@@ -1,0 +1,109 @@
+"""Learning curves as a picture: smoothed line, raw line behind it, points of the validation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fastmeta.checkpoint import write_atomically
+
+_X_LABELS = {"iteration": "Iteration", "seconds": "Training time [s]"}
+_Y_LABELS = {"accuracy": "Query accuracy [%]", "mse": "Query mean squared error"}
+_WINDOWS = 40  # the running means that smooth a line reach over this fraction of the run
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The learning curve of one run.
+
+    Attributes:
+        label: its name in the legend.
+        metrics: records of a :class:`fastmeta.checkpoint.MetricsLog`: ``iteration``, ``seconds``,
+            ``accuracy`` or ``mse``, and ``validation`` in some.
+        training, validation: what the line and the points are, in the legend.
+    """
+
+    label: str
+    metrics: Sequence[dict[str, Any]]
+    training: str = "training"
+    validation: str = "validation"
+
+
+def draw_curves(path: Path, curves: Sequence[Curve], score: str, x: str = "iteration") -> None:
+    """Write the learning curves as one PNG, atomically.
+
+    Args:
+        path: the file.
+        curves: one a run; a run without an iteration gets its legend entry alone.
+        score: ``"accuracy"`` or ``"mse"``, what the vertical axis shows.
+        x: ``"iteration"`` or ``"seconds"``, what the horizontal axis shows.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> metrics = [{"iteration": i, "seconds": 0.1 * i, "mse": 1 / i} for i in range(1, 50)]
+        >>> path = Path(tempfile.mkdtemp()) / "curve.png"
+        >>> draw_curves(path, [Curve("maml", metrics)], "mse")
+        >>> path.read_bytes()[1:4]
+        b'PNG'
+    """
+    figure = Figure(figsize=(7.2, 4.4), dpi=160, layout="constrained")
+    axes = figure.subplots()
+    for index, curve in enumerate(curves):
+        _draw(axes, curve, score, x, f"C{index}")
+    axes.set_xlabel(_X_LABELS[x])
+    axes.set_ylabel(_Y_LABELS[score])
+    axes.set_xlim(left=0)
+    if score == "accuracy":
+        axes.set_ylim(top=101)
+    else:
+        axes.set_ylim(bottom=0)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right" if score == "accuracy" else "upper right")
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred running mean over ``window`` values, fewer towards the ends.
+
+    Example:
+        >>> smooth(np.array([0.0, 3.0, 6.0, 3.0]), 3)
+        array([1.5, 3. , 4. , 4.5])
+    """
+    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    middle = np.arange(len(values))
+    first = np.maximum(middle - window // 2, 0)
+    last = np.minimum(middle + (window + 1) // 2, len(values))
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def _draw(axes: Axes, curve: Curve, score: str, x: str, colour: str) -> None:
+    scale = 100 if score == "accuracy" else 1
+    at = np.array([record[x] for record in curve.metrics], dtype=np.float64)
+    raw = scale * np.array([record[score] for record in curve.metrics], dtype=np.float64)
+    axes.plot(at, raw, color=colour, alpha=0.2, linewidth=0.8)
+    window = max(1, len(raw) // _WINDOWS)
+    smoothed = smooth(smooth(raw, window), window)
+    axes.plot(at, smoothed, color=colour, linewidth=1.8, label=f"{curve.label}, {curve.training}")
+    validated = [record for record in curve.metrics if "validation" in record]
+    if validated:
+        axes.errorbar(
+            [record[x] for record in validated],
+            [scale * record["validation"] for record in validated],
+            [scale * record["validation_interval"] for record in validated],
+            fmt="o",
+            color=colour,
+            markersize=6,
+            markeredgecolor="white",
+            label=f"{curve.label}, {curve.validation}",
+        )

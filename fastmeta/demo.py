@@ -1,0 +1,120 @@
+"""The demo: two learners meta-trained on embedded data, and what the compiled ops bring."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastmeta as fm
+from fastmeta._timing import interleave, ratio
+from fastmeta.config import TrainConfig, check_positive
+from fastmeta.curves import draw_curves
+from fastmeta.data import Glyphs
+from fastmeta.evaluation import evaluate_run
+from fastmeta.train import train
+
+_ENDLESS = 10**9  # iterations: the time limit ends the training
+
+
+def demo(out: Path, seconds: float = 45.0, tasks: int = 600, rounds: int = 15) -> None:
+    """Meta-train ProtoNet and MAML, print accuracies and speeds, draw both learning curves.
+
+    Args:
+        out: folder of the two runs and of the picture ``learning_curves.png``; made, and replaced.
+        seconds: training time of each learner.
+        tasks: evaluation tasks of each learner.
+        rounds: timings of each op and backend.
+
+    Raises:
+        ValueError: ``seconds`` is not above 0, or there are fewer than two tasks.
+
+    Example::
+
+        demo(Path("demo"), seconds=10)
+    """
+    check_positive("seconds", seconds)
+    say = partial(print, flush=True)
+    say("Drawing characters of many scripts from matplotlib's fonts ...")
+    for split, purpose in (("train", "to train on"), ("test", "to evaluate on")):
+        say(f"  {Glyphs(split).num_classes:,} characters {purpose}")
+    say(f"\nMeta-training ProtoNet and MAML, {seconds:g} s each ...")
+    curves = []
+    for config in configs(out, seconds):
+        result = train(config, overwrite=True)
+        found = evaluate_run(Path(config.out), tasks=tasks)
+        say(f"  {found} ({result.iteration} iterations)")
+        curves.append(result.curve)
+    picture = out / "learning_curves.png"
+    draw_curves(picture, curves, "accuracy", x="seconds")
+    say(f"  learning curves in {picture}\n\n{speeds(rounds)}")
+
+
+def configs(out: Path, seconds: float) -> list[TrainConfig]:
+    """The two trainings of the demo."""
+    common: dict[str, Any] = {
+        **{"pool": "stride", "queries": 5, "lr": 3e-3},
+        **{"iterations": _ENDLESS, "checkpoint_every": 1000, "time_limit": seconds / 60},
+        **{"eval_every": 100, "eval_tasks": 100},
+    }
+    return [
+        TrainConfig("protonet", "glyphs", str(out / "protonet"), train_ways=20, **common),
+        TrainConfig(
+            *("maml", "glyphs", str(out / "maml")),
+            **{"hidden": 32, "meta_batch": 4, "steps": 2, "eval_steps": 5, **common},
+        ),
+    ]
+
+
+def has_native() -> bool:
+    """Whether the compiled ops are there to be compared, and not switched off."""
+    return fm.backend_of("prototype_loss", "cpu", torch.float32) == "native"
+
+
+def speeds(rounds: int) -> str:
+    """A table of the ops' speeds, native against fallback, as text."""
+    if not has_native():
+        return "The compiled ops are not built, or switched off: plain PyTorch runs in their place."
+    threads = torch.get_num_threads()
+    head = f"32 tasks, float32, {threads} CPU thread{'s' * (threads > 1)}"
+    lines = [f"{head:43}{'native':>9}{'PyTorch':>9}"]
+    for name, call in cases().items():
+        native, fallback = (partial(_on, backend, call) for backend in ("native", "torch"))
+        taken = interleave({"native": native, "fallback": fallback}, rounds)
+        times = "".join(f"{1000 * statistics.median(seconds):9.2f}" for seconds in taken.values())
+        faster = ratio(slow=taken["fallback"], fast=taken["native"])
+        lines.append(f"  {name:41}{times} ms   {faster:.1f} times as fast")
+    return "\n".join(lines)
+
+
+def _on(backend: str, call: Callable[[], object]) -> None:
+    with fm.use_backend(backend):
+        call()
+
+
+def cases() -> dict[str, Callable[[], object]]:
+    """The ops on 32 tasks: 60-way 5-shot episodes of 64 features, and the weights of a Conv4."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(32, 300, 64, generator=generator, requires_grad=True)
+    centres = torch.randn(32, 60, 64, generator=generator, requires_grad=True)
+    labels = torch.randint(60, (32, 300), generator=generator)
+    params = torch.randn(32, 112_261, generator=generator)
+    grads = torch.randn(32, 112_261, generator=generator)
+
+    def loss() -> tuple[Tensor, ...]:
+        value = fm.prototype_loss(query, labels, centres)
+        return torch.autograd.grad(value, (query, centres))
+
+    def distance() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(fm.pairwise_distance(query, centres).sum(), (query, centres))
+
+    return {
+        "prototype_loss, forward and backward": loss,
+        "pairwise_distance, forward and backward": distance,
+        "inner_update": lambda: fm.inner_update(params, grads, 0.4),
+    }

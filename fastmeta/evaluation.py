@@ -1,0 +1,232 @@
+"""How good a learner is: its mean score over many tasks, with a 95 % interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmeta.checkpoint import write_json
+from fastmeta.config import REGRESSION
+from fastmeta.data import Episode, Episodes, Source, from_spec
+from fastmeta.runs import EVALUATION, Learner, load_run
+
+# Streams of episodes that share a seed must not meet: each begins at an index of its own.
+VALIDATION_STREAM = 2**62
+EVALUATION_STREAM = 2**63
+# Examples that pass a network at a time: a bound on the memory.
+_EXAMPLES_A_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The mean score of a learner over tasks.
+
+    Attributes:
+        score: ``"accuracy"``, a fraction, or ``"mse"``.
+        mean: mean over tasks.
+        interval: half the width of the 95 % confidence interval of the mean.
+        tasks: number of tasks.
+    """
+
+    score: str
+    mean: float
+    interval: float
+    tasks: int
+
+    def __str__(self) -> str:
+        if self.score == "accuracy":
+            return f"accuracy {100 * self.mean:.2f} ± {100 * self.interval:.2f} %"
+        return f"MSE {self.mean:.3f} ± {self.interval:.3f}"
+
+
+@dataclass(frozen=True)
+class RunEvaluation(Evaluation):
+    """The mean score of a trained run over evaluation tasks, and what they were.
+
+    Attributes:
+        title: the run in words.
+        data: where the tasks came from.
+        ways, shots, queries: sizes of a task.
+        steps: inner steps; ``None`` for a ProtoNet.
+        seed: of the tasks.
+        iteration: outer steps behind the learner.
+    """
+
+    title: str
+    data: str
+    ways: int
+    shots: int
+    queries: int
+    steps: int | None
+    seed: int
+    iteration: int
+
+    def __str__(self) -> str:
+        task = f"{self.shots}-shot" if self.score == "mse" else f"{self.ways}-way {self.shots}-shot"
+        steps = "" if self.steps is None else f", inner steps {self.steps}"
+        data = self.data.partition(":")[0]
+        where = "" if self.title.endswith(f" {data}") else f", evaluated on {data}"
+        tasks = f"{self.tasks} evaluation tasks"
+        return f"{self.title}{where}, {task}{steps}, {tasks}: {super().__str__()}"
+
+
+class Evaluator:
+    """A fixed set of tasks to score learners on.
+
+    Args:
+        source: gives the tasks.
+        ways, shots, queries: sizes of a task.
+        tasks: number of tasks, at least 2.
+        seed: of the tasks.
+        stream: index of the first episode, e.g. ``EVALUATION_STREAM``.
+        device: where the learner is.
+
+    Raises:
+        ValueError: fewer than two tasks, which have no interval; or sizes that the source lacks.
+
+    Example:
+        >>> from torch import nn
+        >>> import fastmeta as fm
+        >>> evaluator = Evaluator(fm.data.Sinusoid(), 1, 10, 10, tasks=20)
+        >>> learner = fm.MAML(fm.models.MLP([1, 8, 1]), loss=nn.MSELoss())
+        >>> evaluator(learner, steps=3).tasks
+        20
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        ways: int,
+        shots: int,
+        queries: int,
+        tasks: int,
+        seed: int = 0,
+        stream: int = EVALUATION_STREAM,
+        device: str = "cpu",
+    ) -> None:
+        if tasks < 2:
+            raise ValueError(f"tasks: expected at least 2, one has no interval, got {tasks}")
+        self.tasks = tasks
+        self.stream = stream
+        chunk = max(1, _EXAMPLES_A_CHUNK // max(1, ways * (shots + queries)))
+        self.episodes = Episodes(source, ways, shots, queries, chunk, seed, device)
+
+    def __call__(self, learner: Learner, steps: int | None = None) -> Evaluation:
+        """Adapt ``learner`` to every task and score it on the queries, in ``eval()`` mode.
+
+        Args:
+            learner: a :class:`fastmeta.MAML` or :class:`fastmeta.ProtoNet`.
+            steps: inner steps; ``None``: the learner's own.
+
+        Returns:
+            The mean over tasks of the accuracy, or of the squared error where labels are floats.
+        """
+        was_training = learner.training
+        learner.eval()
+        try:
+            with torch.no_grad():
+                scores = torch.cat([_adapted_scores(learner, e, steps) for e in self._chunks()])
+        finally:
+            learner.train(was_training)
+        regression = self.episodes[self.stream].query_y.is_floating_point()
+        return Evaluation("mse" if regression else "accuracy", *mean_interval(scores), self.tasks)
+
+    def _chunks(self) -> Iterator[Episode]:
+        size = self.episodes.tasks
+        for begin in range(0, self.tasks, size):
+            episode = self.episodes[self.stream + begin // size]
+            yield Episode(*(tensor[: self.tasks - begin] for tensor in episode))
+
+
+def evaluate_run(
+    out: Path,
+    *,
+    tasks: int = 600,
+    ways: int | None = None,
+    shots: int | None = None,
+    queries: int | None = None,
+    steps: int | None = None,
+    data: str | None = None,
+    seed: int = 0,
+    device: str | None = None,
+) -> RunEvaluation:
+    """Score a trained run on tasks of the evaluation split, and write ``eval.json`` beside it.
+
+    Args:
+        out: the run's folder.
+        tasks: number of tasks, at least 2.
+        ways, shots, queries: sizes of a task; ``None``: as the run was trained for.
+        steps: inner steps of MAML; ``None``: the run's ``eval_steps``.
+        data: where tasks come from; ``None``: the evaluation split of the run's own data.
+        seed: of the tasks.
+        device: where to compute; ``None``: where the run was trained.
+
+    Raises:
+        FileNotFoundError: there is no run, no checkpoint of it yet, or no data.
+        ValueError: what is asked for does not fit the run or the data.
+
+    Example::
+
+        evaluation = evaluate_run(Path("runs/glyphs"), tasks=1000)
+        print(evaluation)
+        # ProtoNet on glyphs, 5-way 1-shot, 1000 evaluation tasks: accuracy 95.13 ± 0.41 %
+    """
+    run = load_run(out, device)
+    config = run.config
+    data = data or config.data
+    if (data == REGRESSION) != config.regression:
+        raise ValueError(f"data: a run on {config.data} cannot be evaluated on {data}")
+    if config.algorithm == "maml" and ways not in (None, config.ways):
+        raise ValueError(f"ways: this MAML's head has {config.ways} classes, got {ways}")
+    if config.algorithm == "protonet" and steps is not None:
+        raise ValueError(f"steps: a ProtoNet takes no inner steps, got {steps}")
+    ways, shots, queries = (
+        ours if asked is None else asked
+        for ours, asked in ((config.ways, ways), (config.shots, shots), (config.queries, queries))
+    )
+    steps = config.eval_steps if steps is None else steps
+    source = from_spec(data, "evaluation", config.protocol)
+    evaluator = Evaluator(source, ways, shots, queries, tasks, seed, device=config.device)
+    found = RunEvaluation(
+        **asdict(evaluator(run.learner, steps)),
+        title=config.title,
+        data=data,
+        ways=ways,
+        shots=shots,
+        queries=queries,
+        steps=steps,
+        seed=seed,
+        iteration=run.iteration,
+    )
+    write_json(out / EVALUATION, asdict(found))
+    return found
+
+
+def mean_interval(scores: Tensor) -> tuple[float, float]:
+    """Mean of n scores and half its 95 % interval, ``1.96 * std / sqrt(n)``, std over n - 1.
+
+    Example:
+        >>> mean, interval = mean_interval(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        >>> mean, round(interval, 4)
+        (2.5, 1.2652)
+    """
+    scores = scores.double()
+    return scores.mean().item(), 1.96 * scores.std().item() / math.sqrt(len(scores))
+
+
+def query_scores(logits: Tensor, query_y: Tensor) -> Tensor:
+    """A score a task, ``[T]``: the accuracy, or the mean squared error where labels are floats."""
+    if query_y.is_floating_point():
+        return F.mse_loss(logits, query_y, reduction="none").flatten(1).mean(1)
+    return (logits.argmax(-1) == query_y).double().mean(1)
+
+
+def _adapted_scores(learner: Learner, episode: Episode, steps: int | None) -> Tensor:
+    adapted = learner.adapt_tasks(episode.support_x, episode.support_y, steps=steps)
+    return query_scores(adapted(episode.query_x), episode.query_y)

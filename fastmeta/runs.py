@@ -1,0 +1,122 @@
+"""A training run on disk: its folder, and the learner that its options and checkpoint describe."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from fastmeta.algorithms.maml import MAML
+from fastmeta.algorithms.protonet import ProtoNet
+from fastmeta.checkpoint import load_checkpoint, write_json
+from fastmeta.config import TrainConfig, read_options
+from fastmeta.models import MLP, Conv4
+
+Learner = MAML | ProtoNet
+
+CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.json", "metrics.jsonl"
+CURVE, EVALUATION = "curve.png", "eval.json"
+
+
+def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
+    """Raise unless a run may begin in ``out`` (or go on there), before anything is loaded.
+
+    Raises:
+        FileNotFoundError: ``resume``, but there is no run.
+        FileExistsError: there is one, and neither ``resume`` nor ``overwrite`` is given.
+        NotADirectoryError: ``out`` is a file.
+        ValueError: both are given.
+    """
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other")
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"out: {out} is not a folder")
+    if resume:
+        read_options(out)
+    elif not overwrite and ((out / CONFIG).exists() or (out / CHECKPOINT).exists()):
+        raise FileExistsError(
+            f"{out} already holds a run: go on with it (--resume), replace it (--overwrite), "
+            "or choose another folder"
+        )
+
+
+def begin_folder(config: TrainConfig, resume: bool) -> Path:
+    """Make the run's folder, clear it unless the run goes on there, and write its options."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        # The options go first and come last: killed in between, the folder holds no run.
+        for name in (CONFIG, CHECKPOINT, METRICS, CURVE, EVALUATION):
+            (out / name).unlink(missing_ok=True)
+    write_json(out / CONFIG, dataclasses.asdict(config))
+    return out
+
+
+def build_learner(config: TrainConfig, input_shape: list[int]) -> Learner:
+    """The untrained learner of a run, on ``config.device``; torch's generator draws its weights.
+
+    Args:
+        config: the run's options.
+        input_shape: of one example, ``[channels, H, H]``, or ``[1]`` for regression.
+
+    Raises:
+        ValueError: images that are not square.
+    """
+    if config.regression:
+        network: nn.Module = MLP([*input_shape, config.hidden, config.hidden, 1])
+    else:
+        channels, height, width = input_shape
+        if height != width:
+            raise ValueError(f"data: expected square images, got {height} x {width} pixels")
+        ways = config.ways if config.algorithm == "maml" else None
+        network = Conv4(config.hidden, ways, channels, height, str(config.pool))
+    if config.algorithm == "protonet":
+        return ProtoNet(network, metric=str(config.metric)).to(config.device)
+    options: dict[str, Any] = {
+        "lr": config.inner_lr,
+        "steps": config.steps,
+        "first_order": config.first_order,
+        "learn_lr": config.learn_lr,
+        "loss": F.mse_loss if config.regression else F.cross_entropy,
+    }
+    return MAML(network, **options).to(config.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A run as its last checkpoint has it.
+
+    Attributes:
+        config: its options.
+        learner: its learner.
+        iteration: outer steps behind it.
+    """
+
+    config: TrainConfig
+    learner: Learner
+    iteration: int
+
+
+def load_run(out: Path, device: str | None = None) -> TrainedRun:
+    """Read the run in the folder ``out``, wherever the folder was when it was trained.
+
+    Args:
+        out: the run's folder.
+        device: where to put the learner; ``None``: where it was trained.
+
+    Raises:
+        FileNotFoundError: there is no run, or no checkpoint of it yet.
+        ValueError: a file of the run is damaged, or the device is not there.
+    """
+    options = read_options(out)
+    path = out / CHECKPOINT
+    if not path.exists():
+        raise FileNotFoundError(f"the run in {out} has no checkpoint yet")
+    config = TrainConfig(**{**options, "out": str(out), "device": device or options["device"]})
+    state = load_checkpoint(path)
+    learner = build_learner(config, state["input_shape"])
+    learner.load_state_dict(state["learner"])
+    return TrainedRun(config, learner, state["iteration"])

@@ -1,0 +1,311 @@
+"""Meta-training: episodes in, checkpoints, metrics and a learning curve out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fastmeta.checkpoint import (
+    MetricsLog,
+    load_checkpoint,
+    read_metrics,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
+from fastmeta.config import TrainConfig, check_same_run, read_options
+from fastmeta.curves import Curve, draw_curves
+from fastmeta.data import ClassImages, Episode, Episodes, Glyphs, Omniglot, Source, from_spec
+from fastmeta.data.images import stable_fraction
+from fastmeta.evaluation import VALIDATION_STREAM, Evaluator, query_scores
+from fastmeta.runs import (
+    CHECKPOINT,
+    CURVE,
+    METRICS,
+    Learner,
+    begin_folder,
+    build_learner,
+    check_folder,
+)
+
+__all__ = ["Result", "TrainConfig", "train"]
+
+_HELD_OUT = 0.1  # of the training characters, for validation, where the data has no part for it
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training run came to.
+
+    Attributes:
+        config: its options.
+        learner: the trained :class:`fastmeta.ProtoNet` or :class:`fastmeta.MAML`.
+        iteration: outer steps taken, in all sessions together.
+        seconds: training time, in all sessions together.
+        stopped: ``"finished"``, ``"time limit"``, ``"SIGINT"`` or ``"SIGTERM"``.
+        metrics: the records of the log, one an iteration.
+    """
+
+    config: TrainConfig
+    learner: Learner
+    iteration: int
+    seconds: float
+    stopped: str
+    metrics: list[dict[str, Any]]
+
+    @property
+    def curve(self) -> Curve:
+        """The learning curve, whose legend tells ways apart where training has others."""
+        ways, train_ways = self.config.ways, self.config.train_ways
+        if train_ways in (None, ways):
+            return Curve(self.config.title, self.metrics)
+        parts = (f"{train_ways}-way training", f"{ways}-way validation")
+        return Curve(self.config.title, self.metrics, *parts)
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    source: Source | None = None,
+) -> Result:
+    """Meta-train a learner and leave the run in the folder ``config.out``.
+
+    The folder holds ``config.json``; ``metrics.jsonl``, a line an iteration; ``checkpoint.pt``,
+    from which the run resumes bit for bit (on a GPU, as far as PyTorch's own kernels are
+    deterministic); and at the end ``curve.png``. A killed run loses only what came after its last
+    checkpoint. SIGINT, SIGTERM and the time limit end it with one.
+    The caller's random state, thread count and signal handlers are as before when it returns.
+
+    Args:
+        config: the options.
+        resume: go on from the checkpoint in the folder; from the start where there is none yet.
+        overwrite: replace the run in the folder.
+        source: draw tasks from images of your own instead of ``config.data``'s training classes.
+
+    Raises:
+        FileNotFoundError: the data are missing, or there is nothing to resume.
+        FileExistsError: the folder holds a run, and neither ``resume`` nor ``overwrite`` is given.
+        FloatingPointError: the loss is no longer finite.
+        ValueError: options that contradict each other, the data, or the run to resume.
+
+    Example:
+        >>> import tempfile
+        >>> out = tempfile.mkdtemp()
+        >>> result = train(TrainConfig("maml", "sinusoid", out, hidden=8, iterations=3))
+        >>> result.iteration, result.stopped
+        (3, 'finished')
+    """
+    stop = _Stop(config.time_limit)
+    check_folder(Path(config.out), resume, overwrite)
+    with stop.listening(), _settings(config):
+        training, validator = _sources(config, source)
+        ways = config.train_ways or config.ways
+        sizes = (ways, config.shots, config.queries, config.meta_batch)
+        episodes = Episodes(training, *sizes, seed=config.seed, device=config.device)
+        run = _Run(config, list(episodes[0].support_x.shape[2:]))
+        if resume:
+            run.restore_from(Path(config.out))
+        out = begin_folder(config, resume)
+        stopped = _loop(run, episodes, validator, stop)
+    metrics = read_metrics(out / METRICS)
+    result = Result(config, run.learner, run.iteration, run.seconds, stopped, metrics)
+    draw_curves(out / CURVE, [result.curve], config.score)
+    return result
+
+
+class _Run:
+    """Everything that changes while training, and how to save and restore it."""
+
+    def __init__(self, config: TrainConfig, input_shape: list[int]) -> None:
+        self.config = config
+        self.input_shape = input_shape
+        self.iteration = 0
+        self.seconds = 0.0
+        self.learner = build_learner(config, input_shape)
+        self.optimizer = torch.optim.Adam(self.learner.parameters(), lr=config.lr)
+        self.schedule = torch.optim.lr_scheduler.StepLR(
+            self.optimizer, step_size=config.lr_halve_every or 2**62, gamma=0.5
+        )
+
+    def step(self, episode: Episode) -> dict[str, Any]:
+        """Take one outer step; returns its record for the log."""
+        self.optimizer.zero_grad()
+        loss, logits = self.learner.meta_loss(*episode)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss became {value} in iteration {self.iteration + 1}; "
+                "a smaller lr or inner_lr may help"
+            )
+        loss.backward()
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step()
+        self.schedule.step()
+        self.iteration += 1
+        score = query_scores(logits, episode.query_y).mean().item()
+        return {"iteration": self.iteration, "loss": value, self.config.score: score, "lr": lr}
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        state = {
+            "config": dataclasses.asdict(self.config),
+            "input_shape": self.input_shape,
+            "iteration": self.iteration,
+            "seconds": self.seconds,
+            "learner": self.learner.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "rng": rng_state(torch.device(self.config.device)),
+        }
+        save_checkpoint(Path(self.config.out) / CHECKPOINT, state)
+
+    def restore_from(self, out: Path) -> None:
+        """Go back to the folder's checkpoint; a run killed before its first one begins anew."""
+        options = dataclasses.asdict(self.config)
+        if not (out / CHECKPOINT).exists():
+            check_same_run(options, read_options(out))
+            return
+        state = load_checkpoint(out / CHECKPOINT)
+        check_same_run(options, state["config"])
+        if state["iteration"] > self.config.iterations:
+            taken = state["iteration"]
+            raise ValueError(f"iterations: {taken} are taken already, got {self.config.iterations}")
+        self.iteration, self.seconds = state["iteration"], state["seconds"]
+        self.learner.load_state_dict(state["learner"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        set_rng_state(state["rng"], torch.device(self.config.device))
+
+
+def _loop(run: _Run, episodes: Episodes, validator: Evaluator | None, stop: _Stop) -> str:
+    config = run.config
+    begun = time.monotonic() - run.seconds
+    log = MetricsLog(Path(config.out) / METRICS, keep=run.iteration)
+    total = config.iterations if config.time_limit is None else None
+    bar = tqdm(desc=config.title, total=total, initial=run.iteration, disable=None)
+    stopped = ""
+    with log, bar:
+        while run.iteration < config.iterations and not (stopped := stop.reason()):
+            record = run.step(episodes[run.iteration])
+            if validator and run.iteration % config.eval_every == 0:
+                found = validator(run.learner, config.eval_steps)
+                record |= {"validation": found.mean, "validation_interval": found.interval}
+            run.seconds = time.monotonic() - begun
+            log.append(record | {"seconds": round(run.seconds, 3)})
+            bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
+            bar.update()
+            if run.iteration % config.checkpoint_every == 0:
+                log.sync()
+                run.save()
+        log.sync()
+        run.save()
+    return stopped or "finished"
+
+
+def _sources(config: TrainConfig, source: Source | None) -> tuple[Source, Evaluator | None]:
+    """Where training tasks come from, and the validation on classes that do not train."""
+    training = source or from_spec(config.data, "train", config.protocol)
+    if config.eval_every == 0:
+        return training, None
+    held_out = None if source else _validation_part(config)
+    if held_out is None and isinstance(training, ClassImages):
+        training, held_out = _hold_out(training, config.ways)
+    validator = Evaluator(
+        held_out or training,
+        config.ways,
+        config.shots,
+        config.queries,
+        config.eval_tasks,
+        config.seed,
+        VALIDATION_STREAM,
+        config.device,
+    )
+    return training, validator
+
+
+def _validation_part(config: TrainConfig) -> Source | None:
+    """The data's own validation classes, where it has some."""
+    name, _, root = config.data.partition(":")
+    if name == "glyphs":
+        return Glyphs("validation")
+    if name == "omniglot" and config.protocol == "paper":
+        return Omniglot(root, "validation")
+    return None
+
+
+def _hold_out(source: ClassImages, ways: int) -> tuple[ClassImages, ClassImages]:
+    """Split classes in two, nine tenths and one (at least ``ways``): always the same, and all
+    rotations of a character, ``NAME`` and ``NAME@90``, on the same side."""
+    characters = [name.partition("@")[0] for name in source.class_names]
+    order = sorted(set(characters), key=lambda name: stable_fraction(name, "validation"))
+    held_out = set(order[: max(ways, round(_HELD_OUT * len(order)))])
+
+    def part(wanted: bool) -> ClassImages:
+        rows = [i for i, name in enumerate(characters) if (name in held_out) is wanted]
+        return ClassImages(source.images[rows], [source.class_names[i] for i in rows])
+
+    return part(False), part(True)
+
+
+@contextmanager
+def _settings(config: TrainConfig) -> Iterator[None]:
+    """Seed, threads and deterministic cuDNN for the run alone."""
+    device, cudnn = torch.device(config.device), torch.backends.cudnn
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        for flag, value in (("deterministic", True), ("benchmark", False)):
+            stack.callback(setattr, cudnn, flag, getattr(cudnn, flag))
+            setattr(cudnn, flag, value)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        yield
+
+
+class _Stop:
+    """Why to end the training: a signal came, or the time is up."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self._signal = ""
+        self._before: dict[int, Any] = {}
+
+    def reason(self) -> str:
+        """The signal's name, ``"time limit"``, or ``""`` while the training may go on."""
+        return self._signal or ("time limit" if time.monotonic() >= self._deadline else "")
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note SIGINT and SIGTERM; only a program's main thread can, elsewhere they stay as is."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        try:
+            yield
+        finally:
+            self._restore()
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self._signal = signal.Signals(number).name
+        self._restore()  # a second signal ends the program at once
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

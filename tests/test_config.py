@@ -1,0 +1,106 @@
+"""Options of a run: usual values, ranges, which belong to which algorithm, and their file."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from fastmeta.config import CHANGEABLE, TrainConfig, check_same_run, read_options
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "data", "expected"),
+    [
+        ("protonet", "glyphs", {"ways": 5, "shots": 1, "queries": 15, "hidden": 64}),
+        ("protonet", "glyphs", {"meta_batch": 4, "train_ways": 5, "metric": "sqeuclidean"}),
+        ("protonet", "glyphs", {"steps": None, "inner_lr": None}),
+        ("maml", "omniglot:x", {"ways": 5, "shots": 1, "queries": 15, "hidden": 64}),
+        ("maml", "omniglot:x", {"meta_batch": 16, "steps": 1, "eval_steps": 1, "inner_lr": 0.4}),
+        ("maml", "omniglot:x", {"train_ways": None, "metric": None}),
+        ("maml", "sinusoid", {"ways": 1, "shots": 10, "queries": 10, "hidden": 40}),
+        ("maml", "sinusoid", {"meta_batch": 25, "inner_lr": 0.01}),
+    ],
+)
+def test_usual_values(algorithm, data, expected):
+    options = dataclasses.asdict(TrainConfig(algorithm, data, "out"))
+    assert {name: options[name] for name in expected} == expected
+
+
+def test_usual_values_follow_the_options_given():
+    assert TrainConfig("protonet", "glyphs", "out", ways=7).train_ways == 7
+    assert TrainConfig("maml", "glyphs", "out", steps=3).eval_steps == 3
+    assert TrainConfig("maml", "glyphs", "out", steps=3, eval_steps=0).eval_steps == 0
+
+
+def test_a_config_says_what_it_is():
+    config = TrainConfig("protonet", "omniglot:data/omniglot", "out")
+    assert (config.title, config.score, config.regression) == (
+        *("ProtoNet on omniglot", "accuracy", False),
+    )
+    config = TrainConfig("maml", "sinusoid", "out")
+    assert (config.title, config.score, config.regression) == ("MAML on sinusoid", "mse", True)
+
+
+def test_every_option_but_the_changeable_must_stay():
+    begun = dataclasses.asdict(TrainConfig("maml", "glyphs", "out"))
+    assert set(begun) >= CHANGEABLE
+    for name in begun:
+        changed = {name: "another"}
+        if name in CHANGEABLE:
+            check_same_run(changed, begun)
+        else:
+            with pytest.raises(ValueError, match=f"{name}: the run to resume began with"):
+                check_same_run(changed, begun)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "data", "options", "message"),
+    [
+        ("proto", "glyphs", {}, "algorithm: .*protonet, maml, got 'proto'"),
+        ("protonet", "sinusoid", {}, "data: sinusoid is regression"),
+        ("maml", "glyphs", {"pool": "mean"}, "pool: .*max, stride, got 'mean'"),
+        ("maml", "sinusoid", {"pool": "max"}, "pool: the network for sinusoid has no such option"),
+        ("maml", "glyphs", {"metric": "dot"}, "metric: maml has no such option"),
+        ("maml", "glyphs", {"train_ways": 9}, "train_ways: maml has no such option"),
+        ("protonet", "glyphs", {"steps": 1}, "steps: protonet has no such option"),
+        ("protonet", "glyphs", {"eval_steps": 1}, "eval_steps: protonet has no such option"),
+        ("protonet", "glyphs", {"inner_lr": 0.1}, "inner_lr: protonet has no such option"),
+        ("protonet", "glyphs", {"first_order": True}, "first_order: protonet has no such option"),
+        ("protonet", "glyphs", {"learn_lr": True}, "learn_lr: protonet has no such option"),
+        ("protonet", "glyphs", {"metric": "l1"}, "metric: .*sqeuclidean.*got 'l1'"),
+        ("protonet", "glyphs", {"ways": 1}, "ways: expected an integer >= 2, got 1"),
+        ("protonet", "glyphs", {"shots": 0}, "shots: expected an integer >= 1, got 0"),
+        ("protonet", "glyphs", {"queries": 0}, "queries: expected an integer >= 1, got 0"),
+        ("protonet", "glyphs", {"train_ways": 1}, "train_ways: expected an integer >= 2, got 1"),
+        ("maml", "glyphs", {"steps": 0}, "steps: expected an integer >= 1, got 0"),
+        ("maml", "glyphs", {"lr": 0.0}, "lr: expected a finite number above 0, got 0.0"),
+        ("maml", "glyphs", {"inner_lr": float("inf")}, "inner_lr: expected a finite number"),
+        ("maml", "glyphs", {"seed": -1}, "seed: expected an integer >= 0"),
+        ("maml", "glyphs", {"threads": 0}, "threads: expected an integer >= 1, got 0"),
+        ("maml", "glyphs", {"protocol": "mine"}, "protocol: .*official, paper, got 'mine'"),
+        ("maml", "glyphs", {"device": "abacus"}, "device: 'abacus' cannot be used here"),
+        ("maml", "glyphs", {"time_limit": -1.0}, "time_limit: expected a finite number above 0"),
+        ("maml", "glyphs", {"eval_tasks": 1}, "eval_tasks: expected an integer >= 2, got 1"),
+        ("maml", "glyphs", {"checkpoint_every": 0}, "checkpoint_every: expected an integer >= 1"),
+        ("maml", "glyphs", {"hidden": 0}, "hidden: expected an integer >= 1, got 0"),
+        ("maml", "glyphs", {"meta_batch": 0}, "meta_batch: expected an integer >= 1, got 0"),
+    ],
+)
+def test_bad_options(algorithm, data, options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(algorithm, data, "out", **options)
+
+
+def test_options_of_the_wrong_type():
+    with pytest.raises(TypeError, match="lr: expected a number, got 'fast' of type str"):
+        TrainConfig("maml", "glyphs", "out", lr="fast")
+    with pytest.raises(TypeError, match="ways: expected an integer"):
+        TrainConfig("maml", "glyphs", "out", ways=2.5)
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    for text in ("{", '{"algorithm": "maml"}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json is damaged"):
+            read_options(tmp_path)

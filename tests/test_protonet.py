@@ -1,0 +1,236 @@
+"""ProtoNet against a plain composition, its modes, its gradients and its messages."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastmeta as fm
+
+METRICS = ["sqeuclidean", "euclidean", "cosine", "dot"]
+T, N, SHOTS, QUERIES = 2, 3, 2, 4
+
+
+@pytest.fixture
+def episode() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(T, N * (SHOTS + QUERIES), 6, generator=generator, dtype=torch.float64)
+    support_x, query_x = x.split([N * SHOTS, N * QUERIES], dim=1)
+    support_y = torch.arange(N).repeat_interleave(SHOTS).repeat(T, 1)
+    query_y = torch.arange(N).repeat(QUERIES).repeat(T, 1)
+    return support_x, support_y, query_x, query_y
+
+
+@pytest.fixture
+def encoder() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+
+
+def distance(metric: str, query: Tensor, centre: Tensor) -> Tensor:
+    """One distance by its definition."""
+    if metric == "cosine":
+        return 1 - F.cosine_similarity(query, centre, dim=0)
+    if metric == "dot":
+        return -(query * centre).sum()
+    squared = ((query - centre) ** 2).sum()
+    return squared if metric == "sqeuclidean" else squared.sqrt()
+
+
+def plain_logits(encoder: nn.Module, episode, metric: str, scale: float) -> Tensor:
+    """Logits by a loop over tasks, classes and queries."""
+    tasks = []
+    for support_x, support_y, query_x, _ in zip(*episode, strict=True):
+        support, query = encoder(support_x), encoder(query_x)
+        centres = [support[support_y == n].mean(0) for n in range(N)]
+        rows = [[-scale * distance(metric, q, c) for c in centres] for q in query]
+        tasks.append(torch.stack([torch.stack(row) for row in rows]))
+    return torch.stack(tasks)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_meta_loss_equals_the_plain_composition(encoder, episode, metric):
+    loss, logits = fm.ProtoNet(encoder, metric, scale=0.7).meta_loss(*episode)
+    expected = plain_logits(encoder, episode, metric, 0.7)
+    torch.testing.assert_close(logits, expected.detach(), rtol=1e-12, atol=1e-12)
+    expected_loss = F.cross_entropy(expected.flatten(0, 1), episode[3].flatten())
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_meta_loss_has_the_gradients_of_the_plain_composition(encoder, episode, metric):
+    twin = copy.deepcopy(encoder)
+    fm.ProtoNet(encoder, metric).meta_loss(*episode)[0].backward()
+    logits = plain_logits(twin, episode, metric, 1.0)
+    F.cross_entropy(logits.flatten(0, 1), episode[3].flatten()).backward()
+    for ours, theirs in zip(encoder.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_support_and_query_inputs_get_gradients(encoder, episode):
+    support_x, query_x = (episode[i].clone().requires_grad_() for i in (0, 2))
+    fm.ProtoNet(encoder).meta_loss(support_x, episode[1], query_x, episode[3])[0].backward()
+    assert support_x.grad.abs().sum() > 0
+    assert query_x.grad.abs().sum() > 0
+
+
+def test_logits_are_detached_and_can_be_left_out(encoder, episode):
+    learner = fm.ProtoNet(encoder)
+    loss, logits = learner.meta_loss(*episode)
+    assert logits.shape == (T, N * QUERIES, N)
+    assert not logits.requires_grad
+    same_loss, none = learner.meta_loss(*episode, return_logits=False)
+    assert none is None
+    assert torch.equal(same_loss, loss)
+
+
+def test_the_encoder_runs_once_for_all_tasks(encoder, episode):
+    batches = []
+    encoder.register_forward_hook(lambda module, inputs, output: batches.append(len(inputs[0])))
+    fm.ProtoNet(encoder).meta_loss(*episode)
+    assert batches == [T * N * (SHOTS + QUERIES)]
+
+
+def test_embeddings_of_any_shape_are_flattened(episode):
+    flat = fm.ProtoNet(nn.Flatten())
+    support_x, support_y, query_x, query_y = episode
+    support_image, query_image = (x.unflatten(-1, (1, 2, 3)) for x in (support_x, query_x))
+    shaped = fm.ProtoNet(nn.Identity()).meta_loss(support_image, support_y, query_image, query_y)
+    torch.testing.assert_close(shaped[1], flat.meta_loss(*episode)[1], rtol=0, atol=0)
+
+
+def test_num_classes_adds_a_class_without_support(encoder, episode):
+    learner = fm.ProtoNet(encoder)
+    assert learner.meta_loss(*episode, num_classes=N + 1)[1].shape[-1] == N + 1
+    adapted = learner.adapt_tasks(*episode[:2], num_classes=N + 1)
+    assert adapted.prototypes.shape == (T, N + 1, 5)
+
+
+def test_adapt_tasks_gives_the_logits_of_meta_loss(encoder, episode):
+    learner = fm.ProtoNet(encoder, "euclidean", scale=2.0)
+    adapted = learner.adapt_tasks(*episode[:2])
+    assert adapted.prototypes.shape == (T, N, 5)
+    torch.testing.assert_close(
+        adapted(episode[2]), learner.meta_loss(*episode)[1], rtol=1e-12, atol=1e-12
+    )
+
+
+def test_adapted_logits_are_differentiable(encoder, episode):
+    support_x, query_x = (episode[i].clone().requires_grad_() for i in (0, 2))
+    fm.ProtoNet(encoder).adapt_tasks(support_x, episode[1])(query_x).sum().backward()
+    grads = [support_x.grad, query_x.grad, *(p.grad for p in encoder.parameters())]
+    assert all(grad is not None and grad.isfinite().all() for grad in grads)
+    assert support_x.grad.abs().sum() > 0
+
+
+def test_batch_norm_uses_batch_statistics_in_training_and_running_ones_in_evaluation(episode):
+    norm = nn.BatchNorm1d(6).double()
+    learner = fm.ProtoNet(norm)
+    x = torch.cat([episode[0], episode[2]], dim=1).flatten(0, 1)
+    learner.meta_loss(*episode)
+    torch.testing.assert_close(norm.running_mean, 0.1 * x.mean(0))
+    before = norm.running_mean.clone()
+    learner.eval()
+    logits = learner.meta_loss(*episode)[1]
+    assert torch.equal(norm.running_mean, before)
+    assert torch.equal(logits, fm.ProtoNet(norm).eval().meta_loss(*episode)[1])
+    alone = learner.adapt_tasks(episode[0][:1], episode[1][:1])(episode[2][:1])
+    torch.testing.assert_close(alone, logits[:1], rtol=1e-12, atol=1e-12)
+
+
+def test_no_tasks_give_empty_logits(encoder, episode):
+    adapted = fm.ProtoNet(encoder).adapt_tasks(*(x[:0] for x in episode[:2]), num_classes=N)
+    assert adapted(episode[2][:0]).shape == (0, N * QUERIES, N)
+
+
+def test_inputs_stay_as_they_are(encoder, episode):
+    before = [x.clone() for x in episode]
+    fm.ProtoNet(encoder).meta_loss(*episode)[0].backward()
+    assert all(torch.equal(x, was) for x, was in zip(episode, before, strict=True))
+
+
+def test_training_brings_the_loss_down(encoder, episode):
+    learner = fm.ProtoNet(encoder)
+    optimizer = torch.optim.Adam(learner.parameters(), lr=0.02)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = learner.meta_loss(*episode)[0]
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_explain_names_the_metric_and_the_backends(encoder):
+    text = fm.ProtoNet(encoder, "cosine").explain()
+    assert "cosine" in text
+    backend = fm.backend_of("prototype_loss", torch.device("cpu"), torch.float64)
+    assert f"prototype_loss {backend}" in text
+    assert "float64" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"encoder": F.relu}, TypeError, "encoder must be an nn.Module"),
+        ({"metric": "manhattan"}, ValueError, "metric .*sqeuclidean.*'manhattan'"),
+        ({"scale": "big"}, TypeError, "scale must be a number, got str"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        fm.ProtoNet(**{"encoder": nn.Identity(), **options})
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "error", "message"),
+    [
+        (0, lambda x: x.numpy(), TypeError, "support_x must be a tensor, got ndarray"),
+        (0, lambda x: x[0, :, 0], ValueError, r"support_x must be \[T, examples, ...\]"),
+        (1, lambda y: y[:, 1:], ValueError, r"support_y must be \[2, 6\].*got \[2, 5\]"),
+        (1, lambda y: y.float(), TypeError, "support_y must be int64, got torch.float32"),
+        (1, lambda y: y - 1, ValueError, "label"),
+        (2, lambda x: x[:, :, 1:], ValueError, r"query_x must be \[2, Q, 6\].*\[2, 12, 5\]"),
+        (2, lambda x: x.float(), TypeError, "query_x must have support_x's dtype torch.float64"),
+        (3, lambda y: y[:1], ValueError, r"query_y must be \[2, 12\].*got \[1, 12\]"),
+        (3, lambda y: y + 1, ValueError, "label"),
+    ],
+)
+def test_bad_episodes(encoder, episode, index, change, error, message):
+    broken = list(episode)
+    broken[index] = change(broken[index])
+    with pytest.raises(error, match=message):
+        fm.ProtoNet(encoder).meta_loss(*broken)
+
+
+def test_steps_are_refused(encoder, episode):
+    with pytest.raises(ValueError, match="steps must be None, got 3"):
+        fm.ProtoNet(encoder).adapt_tasks(*episode[:2], steps=3)
+
+
+def test_empty_support_needs_num_classes(encoder, episode):
+    with pytest.raises(ValueError, match="num_classes must be given"):
+        fm.ProtoNet(encoder).adapt_tasks(*(x[:, :0] for x in episode[:2]))
+
+
+def test_an_encoder_must_return_one_row_an_example(episode):
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean(0)
+
+    with pytest.raises(ValueError, match=r"encoder must return a tensor \[36, ...\]"):
+        fm.ProtoNet(Mean()).meta_loss(*episode)
+
+
+def test_adapted_queries_must_have_a_row_a_task(encoder, episode):
+    adapted = fm.ProtoNet(encoder).adapt_tasks(*episode[:2])
+    with pytest.raises(ValueError, match=r"query_x must be \[2, Q, ...\], got \[1, 12, 6\]"):
+        adapted(episode[2][:1])
+    with pytest.raises(TypeError, match="query_x must be a tensor, got list"):
+        adapted([1.0])
