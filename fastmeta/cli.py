@@ -15,8 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastmeta as fm
+from fastmeta._allocator import keep_freed_memory
 from fastmeta._native import DTYPES, OPS
-from fastmeta.config import ALGORITHMS, POOLS, PROTOCOLS, TrainConfig, check_same_run, read_options
+from fastmeta.config import (
+    ALGORITHMS,
+    POOLS,
+    PRECISIONS,
+    PROTOCOLS,
+    TrainConfig,
+    check_same_run,
+    read_options,
+)
 from fastmeta.data._checks import check_count
 from fastmeta.ops._checks import METRICS
 
@@ -38,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reader of the output went away.
     """
     given = vars(_parser().parse_args(arguments))
+    keep_freed_memory()
     command, debug = given.pop("command"), given.pop("debug")
     try:
         status = command(given)
@@ -120,6 +130,7 @@ def _add_train(commands: Any) -> None:
         "--hidden", type=int, metavar="H", help="channels of Conv4 (64), units of the MLP (40)"
     )
     both.add_argument("--pool", choices=POOLS, help="how Conv4 halves images (max)")
+    both.add_argument("--precision", choices=PRECISIONS, help="of training (float32)")
     both.add_argument("--lr", type=float, metavar="LR", help="outer step size, Adam (0.001)")
     both.add_argument("--lr-halve-every", type=int, metavar="I", help="iterations; 0: constant (0)")
     proto = parser.add_argument_group("ProtoNet")

@@ -17,6 +17,7 @@ from fastmeta.ops._checks import METRICS
 ALGORITHMS = ("protonet", "maml")
 PROTOCOLS = ("official", "paper")
 POOLS = ("max", "stride")
+PRECISIONS = ("float32", "bfloat16")
 REGRESSION = "sinusoid"
 _UNSET: Any = None
 
@@ -51,6 +52,8 @@ class TrainConfig:
         inner_lr: maml: step size of the inner loop (0.4; sinusoid 0.01).
         first_order: maml: leave the second derivatives out.
         learn_lr: maml: learn the inner step sizes, from ``inner_lr`` on.
+        precision: of training: ``"float32"``, or ``"bfloat16"``: autocast, weights and evaluation
+            stay float32. Quick where the hardware multiplies bfloat16 matrices.
         lr: step size of Adam, which does the outer loop.
         lr_halve_every: iterations after which ``lr`` halves, again and again; 0: constant.
         iterations: outer steps.
@@ -89,6 +92,7 @@ class TrainConfig:
     inner_lr: float | None = None
     first_order: bool = False
     learn_lr: bool = False
+    precision: str = "float32"
     lr: float = 1e-3
     lr_halve_every: int = 0
     iterations: int = 2000
@@ -163,6 +167,7 @@ class TrainConfig:
         if self.threads is not None:
             check_count("threads", self.threads, least=1)
         check_choice("protocol", self.protocol, PROTOCOLS)
+        check_choice("precision", self.precision, PRECISIONS)
         if not self.regression:
             check_choice("pool", self.pool, POOLS)
         check_positive("lr", self.lr)

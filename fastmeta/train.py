@@ -136,6 +136,11 @@ class _Run:
         self.iteration = 0
         self.seconds = 0.0
         self.learner = build_learner(config, input_shape)
+        self.autocast = torch.autocast(
+            torch.device(config.device).type,
+            dtype=torch.bfloat16,
+            enabled=config.precision == "bfloat16",
+        )
         self.optimizer = torch.optim.Adam(self.learner.parameters(), lr=config.lr)
         self.schedule = torch.optim.lr_scheduler.StepLR(
             self.optimizer, step_size=config.lr_halve_every or 2**62, gamma=0.5
@@ -144,7 +149,8 @@ class _Run:
     def step(self, episode: Episode) -> dict[str, Any]:
         """Take one outer step; returns its record for the log."""
         self.optimizer.zero_grad()
-        loss, logits = self.learner.meta_loss(*episode)
+        with self.autocast:
+            loss, logits = self.learner.meta_loss(*episode)
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(

@@ -47,6 +47,7 @@ OPTIONS = [
     ("protonet", "--meta-batch 3", {"meta_batch": 3}),
     ("protonet", "--hidden 9", {"hidden": 9}),
     ("protonet", "--pool stride", {"pool": "stride"}),
+    ("protonet", "--precision bfloat16", {"precision": "bfloat16"}),
     ("protonet", "--train-ways 30", {"train_ways": 30}),
     ("protonet", "--metric euclidean", {"metric": "euclidean"}),
     ("maml", "--steps 4", {"steps": 4, "eval_steps": 4}),

@@ -27,7 +27,9 @@ def test_python_of_the_readme_runs_in_order():
 def test_examples_of_the_docstrings(thing):
     x, y = torch.zeros(3, 2), torch.zeros(4, 2)
     names = {"torch": torch, "fm": fm, "x": x, "y": y}
-    tests = [t for t in doctest.DocTestFinder(recurse=True).find(thing, extraglobs=names) if t.examples]
+    tests = [
+        t for t in doctest.DocTestFinder(recurse=True).find(thing, extraglobs=names) if t.examples
+    ]
     assert tests, f"{thing.__name__} shows no example"
     if thing in (fm.backend_of, fm.build_info) and not fm.build_info()["native"]:
         pytest.skip("its example shows the native extension")

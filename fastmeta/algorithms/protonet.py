@@ -68,6 +68,8 @@ class ProtoNet(nn.Module):
         if not isinstance(embedding, Tensor) or embedding.shape[:1] != x.shape[:1]:
             got = getattr(embedding, "shape", None) or type(embedding).__name__
             raise ValueError(f"encoder must return a tensor [{len(x)}, ...], got {got}")
+        if torch.is_autocast_enabled(x.device.type):
+            embedding = embedding.float()  # as autocast does for the losses of PyTorch
         return embedding.reshape(len(x), embedding.shape[1:].numel())
 
     @overload
