@@ -52,7 +52,7 @@ def test_the_context_goes_before_the_environment_and_ends(calls, monkeypatch):
 def test_bad_names(monkeypatch):
     with pytest.raises(ValueError, match="backend must be 'native' or 'torch', got 'cuda'"):
         fm.use_backend("cuda").__enter__()
-    with pytest.raises(ValueError, match="op must be one of .*, got 'conv'"):
+    with pytest.raises(ValueError, match=r"op must be one of .*, got 'conv'"):
         fm.backend_of("conv")
     monkeypatch.setenv("FASTMETA_BACKEND", "fast")
     with pytest.raises(ValueError, match="FASTMETA_BACKEND must be 'native' or 'torch'"):
