@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
 #include "common/host_device.h"
 
 namespace fastmeta {
@@ -30,5 +31,15 @@ template <typename value_t>
 FASTMETA_HOST_DEVICE inline value_t descend(value_t param, value_t grad, value_t lr) {
   return param - lr * grad;
 }
+
+// CUDA launchers: device pointers, shape with at least one task and parameter, result a
+// cudaError_t.
+int launch_inner_update(Dtype dtype, const InnerUpdateShape& shape, const void* params,
+                        const void* grads, const void* lr, void* out, void* stream);
+
+int64_t inner_update_backward_workspace(Dtype dtype, const InnerUpdateShape& shape);  // bytes
+int launch_inner_update_backward(Dtype dtype, const InnerUpdateShape& shape, const void* grad_out,
+                                 const void* grads, const void* lr, void* grad_grads, void* grad_lr,
+                                 void* workspace, void* stream);
 
 }  // namespace fastmeta

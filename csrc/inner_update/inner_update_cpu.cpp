@@ -11,10 +11,9 @@
 #include <tuple>
 #include <vector>
 
-#include "common/check.h"
 #include "common/parallel.h"
 #include "common/widen.h"
-#include "inner_update/inner_update.h"
+#include "inner_update/check.h"
 
 namespace fastmeta {
 namespace {
@@ -146,27 +145,11 @@ void update_backward_cpu(const scalar_t* grad_out, const scalar_t* grads, const 
   }
 }
 
-InnerUpdateShape checked_shape(const at::Tensor& params, const at::Tensor& grads,
-                               const at::Tensor& lr) {
-  check_dims(params, 2, "params");
-  check_shape(grads, params.sizes(), "grads");
-  check_same(params, grads, "params and grads");
-  const int64_t tasks = params.size(0), parameters = params.size(1);
-  TORCH_CHECK(lr.dim() == 2 && (lr.size(0) == 1 || lr.size(0) == tasks) &&
-                  (lr.size(1) == 1 || lr.size(1) == parameters),
-              "lr must have shape [1 or T, 1 or P], got ", lr.sizes());
-  check_wide(lr, params, "lr");
-  const int64_t lr_task_stride = lr.size(0) == 1 ? 0 : lr.size(1);
-  const int64_t lr_parameter_stride = lr.size(1) == 1 ? 0 : 1;
-  return {tasks,           parameters,     params.stride(0),
-          grads.stride(0), lr_task_stride, lr_parameter_stride};
-}
-
 at::Tensor inner_update_cpu(const at::Tensor& params, const at::Tensor& grads,
                             const at::Tensor& lr) {
   const auto p = with_contiguous_rows(params), g = with_contiguous_rows(grads);
   const auto step = lr.contiguous();
-  const auto shape = checked_shape(p, g, step);
+  const auto shape = checked_inner_update_shape(p, g, step);
   auto out = at::empty(params.sizes(), params.options());
   if (out.numel() == 0) return out;
   AT_DISPATCH_FLOATING_TYPES_AND2(
@@ -182,7 +165,7 @@ std::tuple<at::Tensor, at::Tensor> inner_update_backward_cpu(const at::Tensor& g
                                                              const at::Tensor& lr) {
   const auto v = with_contiguous_rows(grad_out), g = with_contiguous_rows(grads);
   const auto step = lr.contiguous();
-  const auto shape = checked_shape(v, g, step);
+  const auto shape = checked_inner_update_shape(v, g, step);
   auto grad_grads = at::empty(grads.sizes(), grads.options());
   auto grad_lr = at::zeros(lr.sizes(), lr.options());
   if (grad_grads.numel() == 0) return {grad_grads, grad_lr};

@@ -3,8 +3,8 @@
 //   sqeuclidean   sum_d (x_d - y_d)^2           euclidean   its square root
 //   cosine        1 - x.y / (max(|x|, eps) max(|y|, eps))      dot   -x.y
 //
-// x [T, Q, D], y [T, N, D] -> [T, Q, N], all contiguous. Squared differences are summed as they are:
-// |x|^2 + |y|^2 - 2 x.y would lose every digit of a distance that is small beside the norms.
+// x [T, Q, D], y [T, N, D] -> [T, Q, N], all contiguous. Squared differences are summed as they
+// are: |x|^2 + |y|^2 - 2 x.y would lose every digit of a distance that is small beside the norms.
 //
 // Gradient, for upstream g [Q, N], as weighted sums with W [Q, N] (one matrix product each):
 //   sqeuclidean W = -2 g, euclidean W = -g / distance (0 at distance 0):
@@ -21,6 +21,7 @@
 #include <string_view>
 #include <type_traits>
 
+#include "common/dtype.h"
 #include "common/host_device.h"
 
 namespace fastmeta {
@@ -37,7 +38,7 @@ inline std::optional<Metric> metric_named(std::string_view name) {
   return std::nullopt;
 }
 
-// Calls body(std::integral_constant<Metric, m>) for the metric m: branches on it once, outside loops.
+// Calls body(std::integral_constant<Metric, m>) for the metric m: branches once, outside loops.
 template <typename Body>
 void with_metric(Metric metric, const Body& body) {
   switch (metric) {
@@ -111,5 +112,17 @@ FASTMETA_HOST_DEVICE inline value_t gradient_weight(Metric metric, value_t upstr
   }
   return upstream;
 }
+
+// CUDA launchers: device pointers, workspace of the bytes that the function before asks for, result
+// a cudaError_t. The backward wants at least one element in grad_distance and one feature.
+int64_t pairwise_distance_workspace(Dtype dtype, Metric metric, const PairwiseShape& shape);
+int launch_pairwise_distance(Dtype dtype, Metric metric, const PairwiseShape& shape, const void* x,
+                             const void* y, void* distance, void* workspace, void* stream);
+
+int64_t pairwise_distance_backward_workspace(Dtype dtype, Metric metric,
+                                             const PairwiseShape& shape);
+int launch_pairwise_distance_backward(Dtype dtype, Metric metric, const PairwiseShape& shape,
+                                      const void* grad_distance, const void* x, const void* y,
+                                      void* grad_x, void* grad_y, void* workspace, void* stream);
 
 }  // namespace fastmeta

@@ -8,12 +8,12 @@
 //
 //   upstream of d[q, n] = -scale weight[q] (p[q, n] - [n == label[q]])
 //
-// goes through the weighted sums of pairwise_distance.h. The [Q, N] matrix exists a block of rows at
-// a time, so memory beyond inputs and outputs is O(N D).
+// goes through the weighted sums of pairwise_distance.h. The [Q, N] matrix exists a block of rows
+// at a time, so memory beyond inputs and outputs is O(N D).
 #pragma once
 
 #include "common/host_device.h"
-#include "pairwise_distance/pairwise_distance.h"
+#include "pairwise_distance/operands.h"
 
 namespace fastmeta {
 
@@ -22,5 +22,23 @@ FASTMETA_HOST_DEVICE inline value_t distance_upstream(value_t scale, value_t wei
                                                       value_t probability, bool is_label) {
   return -scale * weight * (probability - value_t(is_label ? 1 : 0));
 }
+
+// CUDA launchers: device pointers, at least one query, workspace of the bytes that the function
+// before asks for, result a cudaError_t. W exists a chunk of bounded size at a time. A label
+// outside 0 <= label < N makes the loss of its query NaN, and so every gradient that the query is
+// part of.
+struct LossOperands {
+  PairwiseOperands pairwise;  // x: query, y: prototypes
+  const int64_t* labels;
+  double scale;
+};
+
+int64_t prototype_loss_workspace(Dtype dtype, Metric metric, const PairwiseShape& shape);
+int launch_prototype_loss(LossOperands operands, void* loss, void* workspace, void* stream);
+
+int64_t prototype_loss_backward_workspace(Dtype dtype, Metric metric, const PairwiseShape& shape);
+int launch_prototype_loss_backward(LossOperands operands, const void* weight, void* loss,
+                                   void* grad_query, void* grad_prototypes, void* workspace,
+                                   void* stream);
 
 }  // namespace fastmeta

@@ -11,13 +11,12 @@
 #include <string_view>
 #include <tuple>
 
-#include "common/check.h"
 #include "common/labels.h"
 #include "common/parallel.h"
 #include "common/widen.h"
-#include "pairwise_distance/check.h"
 #include "pairwise_distance/gradient_cpu.h"
 #include "pairwise_distance/tile_cpu.h"
+#include "prototype_loss/check.h"
 #include "prototype_loss/prototype_loss.h"
 
 namespace fastmeta {
@@ -126,9 +125,7 @@ struct Arguments {
 
 Arguments checked(const at::Tensor& query, const at::Tensor& labels, const at::Tensor& prototypes,
                   std::string_view metric) {
-  const PairwiseShape shape = checked_pairwise_shape(query, prototypes);
-  check_labels(labels, query, "query_labels");
-  check_shape(labels, query.sizes().slice(0, 2), "query_labels");
+  const PairwiseShape shape = checked_loss_shape(query, labels, prototypes);
   Arguments arguments{checked_metric(metric), shape, query.contiguous(), labels.contiguous(),
                       prototypes.contiguous()};
   check_label_range(arguments.labels, shape.classes, "query_labels");

@@ -8,11 +8,10 @@
 #include <array>
 #include <vector>
 
-#include "common/check.h"
 #include "common/labels.h"
 #include "common/parallel.h"
 #include "common/widen.h"
-#include "prototypes/prototypes.h"
+#include "prototypes/check.h"
 
 namespace fastmeta {
 namespace {
@@ -92,13 +91,9 @@ void prototypes_backward_kernel(const scalar_t* grad, const int64_t* labels, sca
 }
 
 at::Tensor prototypes_cpu(const at::Tensor& x, const at::Tensor& labels, int64_t num_classes) {
-  check_dims(x, 3, "x");
-  check_labels(labels, x, "labels");
-  check_shape(labels, x.sizes().slice(0, 2), "labels");
-  TORCH_CHECK(num_classes >= 0, "num_classes must be at least 0, got ", num_classes);
+  const PrototypesShape shape = checked_prototypes_shape(x, labels, num_classes);
   const auto embeddings = x.contiguous(), classes = labels.contiguous();
   check_label_range(classes, num_classes, "labels");
-  const PrototypesShape shape{x.size(0), x.size(1), num_classes, x.size(2)};
   auto out = at::empty({shape.tasks, shape.classes, shape.features}, x.options());
   if (out.numel() == 0) return out;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "prototypes", [&] {
@@ -109,14 +104,9 @@ at::Tensor prototypes_cpu(const at::Tensor& x, const at::Tensor& labels, int64_t
 }
 
 at::Tensor prototypes_backward_cpu(const at::Tensor& grad_prototypes, const at::Tensor& labels) {
-  check_dims(grad_prototypes, 3, "grad_prototypes");
-  check_labels(labels, grad_prototypes, "labels");
-  check_dims(labels, 2, "labels");
-  TORCH_CHECK(labels.size(0) == grad_prototypes.size(0), "labels must have ",
-              grad_prototypes.size(0), " tasks, got ", labels.size(0));
+  const PrototypesShape shape = checked_prototypes_backward_shape(grad_prototypes, labels);
   const auto grad = grad_prototypes.contiguous(), classes = labels.contiguous();
-  check_label_range(classes, grad.size(1), "labels");
-  const PrototypesShape shape{grad.size(0), labels.size(1), grad.size(1), grad.size(2)};
+  check_label_range(classes, shape.classes, "labels");
   auto grad_x = at::empty({shape.tasks, shape.support, shape.features}, grad.options());
   if (grad_x.numel() == 0) return grad_x;
   AT_DISPATCH_FLOATING_TYPES_AND2(

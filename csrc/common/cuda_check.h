@@ -1,0 +1,59 @@
+// What every CUDA binding shares: element types, errors of launches, labels, scratch memory.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <algorithm>
+
+#include "common/dtype.h"
+#include "common/label_range.h"
+#include "common/labels.h"
+
+namespace fastmeta {
+
+inline Dtype dtype_of(const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      return Dtype::kFloat;
+    case at::kDouble:
+      return Dtype::kDouble;
+    case at::kHalf:
+      return Dtype::kHalf;
+    case at::kBFloat16:
+      return Dtype::kBfloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "expected float32, float64, float16 or bfloat16, got ",
+                       x.scalar_type());
+  }
+}
+
+inline void check_launch(int error, const char* op) {
+  TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(static_cast<cudaError_t>(error)));
+}
+
+inline void* current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+inline at::Tensor scratch(int64_t bytes, const at::Tensor& like) {
+  return at::empty({bytes}, like.options().dtype(at::kByte));
+}
+
+// Raises ValueError for the first entry of labels [T, E], contiguous, outside 0 <= label < classes.
+// It waits for the answer, which a stream being captured cannot: there the kernels do with such a
+// label what their header says.
+inline void check_cuda_label_range(const at::Tensor& labels, int64_t classes, const char* name) {
+  const auto capture = c10::cuda::currentStreamCaptureStatusMayInitCtx();
+  if (labels.numel() == 0 || capture != c10::cuda::CaptureStatus::None) return;
+  const auto bad = at::empty({kLabelRangeParts}, labels.options().dtype(at::kInt));
+  check_launch(launch_label_range(labels.const_data_ptr<int64_t>(), labels.numel(), classes,
+                                  bad.mutable_data_ptr<int>(), current_stream()),
+               name);
+  const auto answer = bad.cpu();
+  const int* part = answer.const_data_ptr<int>();
+  const bool any = std::any_of(part, part + answer.numel(), [](int found) { return found != 0; });
+  if (any) check_label_range(labels.cpu(), classes, name);
+}
+
+}  // namespace fastmeta

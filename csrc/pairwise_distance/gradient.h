@@ -1,0 +1,19 @@
+// Gradient of anything that is a function of pairwise distances on a GPU: the weighted sums of
+// pairwise_distance.h over W, of which a chunk of bounded size exists at a time (gradient.cu).
+#pragma once
+
+#include <functional>
+
+#include "pairwise_distance/operands.h"
+
+namespace fastmeta {
+
+// Enqueues what fills W of a chunk, [tasks, rows, classes] in the accumulation type, at `weights`.
+using Weigh = std::function<int(const Chunk& chunk, void* weights)>;
+
+// Wants at least one task and row of x. Results are cudaError_t.
+int64_t pairwise_gradient_workspace(const PairwiseOperands& operands);  // bytes
+int launch_pairwise_gradient(const PairwiseOperands& operands, const Weigh& weigh, void* grad_x,
+                             void* grad_y, void* workspace, void* stream);
+
+}  // namespace fastmeta
