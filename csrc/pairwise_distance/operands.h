@@ -1,18 +1,9 @@
-// The operands of the CUDA ops that compare rows of x with rows of y, and chunks of them.
+// What the CUDA ops that compare rows of x with rows of y do to their operands alike.
 #pragma once
 
 #include "pairwise_distance/pairwise_distance.h"
 
 namespace fastmeta {
-
-struct PairwiseOperands {
-  Dtype dtype;
-  Metric metric;
-  PairwiseShape shape;
-  const void* x;
-  const void* y;
-  const void* inverse_norms;  // cosine: filled by launch_inverse_norms; else null
-};
 
 // `rows` rows of x of each of `tasks` tasks, all rows unless tasks is 1.
 struct Chunk {
@@ -23,7 +14,7 @@ inline Chunk whole(const PairwiseShape& shape) { return {0, shape.tasks, 0, shap
 
 // Cosine: enqueues inverse_norms[r] = 1 / max(|row r|, eps), the T Q rows of x and then the T N of
 // y, in the accumulation type, and points operands there. Other metrics need none. A cudaError_t.
-int64_t inverse_norms_bytes(Dtype dtype, Metric metric, const PairwiseShape& shape);
+int64_t inverse_norms_bytes(const PairwiseOperands& operands);
 int launch_inverse_norms(PairwiseOperands& operands, void* inverse_norms, void* stream);
 
 }  // namespace fastmeta

@@ -114,15 +114,22 @@ FASTMETA_HOST_DEVICE inline value_t gradient_weight(Metric metric, value_t upstr
 }
 
 // CUDA launchers: device pointers, workspace of the bytes that the function before asks for, result
-// a cudaError_t. The backward wants at least one element in grad_distance and one feature.
-int64_t pairwise_distance_workspace(Dtype dtype, Metric metric, const PairwiseShape& shape);
-int launch_pairwise_distance(Dtype dtype, Metric metric, const PairwiseShape& shape, const void* x,
-                             const void* y, void* distance, void* workspace, void* stream);
+// a cudaError_t. The backward wants at least one distance and one feature.
+struct PairwiseOperands {
+  Dtype dtype;
+  Metric metric;
+  PairwiseShape shape;
+  const void* x;
+  const void* y;
+  const void* inverse_norms = nullptr;  // for the launchers' own use
+};
 
-int64_t pairwise_distance_backward_workspace(Dtype dtype, Metric metric,
-                                             const PairwiseShape& shape);
-int launch_pairwise_distance_backward(Dtype dtype, Metric metric, const PairwiseShape& shape,
-                                      const void* grad_distance, const void* x, const void* y,
+int64_t pairwise_distance_workspace(const PairwiseOperands& operands);
+int launch_pairwise_distance(PairwiseOperands operands, void* distance, void* workspace,
+                             void* stream);
+
+int64_t pairwise_distance_backward_workspace(const PairwiseOperands& operands);
+int launch_pairwise_distance_backward(PairwiseOperands operands, const void* grad_distance,
                                       void* grad_x, void* grad_y, void* workspace, void* stream);
 
 }  // namespace fastmeta

@@ -33,10 +33,10 @@ struct LossOperands {
   double scale;
 };
 
-int64_t prototype_loss_workspace(Dtype dtype, Metric metric, const PairwiseShape& shape);
+int64_t prototype_loss_workspace(const LossOperands& operands);
 int launch_prototype_loss(LossOperands operands, void* loss, void* workspace, void* stream);
 
-int64_t prototype_loss_backward_workspace(Dtype dtype, Metric metric, const PairwiseShape& shape);
+int64_t prototype_loss_backward_workspace(const LossOperands& operands);
 int launch_prototype_loss_backward(LossOperands operands, const void* weight, void* loss,
                                    void* grad_query, void* grad_prototypes, void* workspace,
                                    void* stream);
