@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,8 @@ import warnings
 import torch
 import fastmeta as fm
 
-assert fm.build_info()["native"] is False and "without the compiled" in fm.build_info()["reason"]
+assert fm.build_info()["native"] is False, fm.build_info()
+assert "without the compiled" in fm.build_info()["reason"]
 assert fm.backend_of("prototype_loss") == "torch"
 x = torch.randn(2, 4, 3, requires_grad=True)
 y = torch.randn(2, 5, 3)
@@ -83,7 +85,13 @@ def test_without_the_extension_everything_works_and_says_so(tmp_path):
         tmp_path / "fastmeta",
         ignore=shutil.ignore_patterns("_C*", "__pycache__"),
     )
-    script = run(sys.executable, "-c", SCRIPT, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    # Without `site` (-S), so that an editable install's import hook does not find the extension.
+    path = os.pathsep.join([str(tmp_path), sysconfig.get_path("purelib")])
+
+    def python(*arguments: str) -> subprocess.CompletedProcess:
+        return run(sys.executable, "-S", *arguments, cwd=tmp_path, PYTHONPATH=path)
+
+    script = python("-c", SCRIPT)
     assert script.returncode == 0, script.stderr
-    info = run(sys.executable, "-m", "fastmeta", "info", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    info = python("-m", "fastmeta", "info")
     assert info.returncode == 0 and "without the compiled extension" in info.stdout
