@@ -26,9 +26,10 @@ def check_label_range(labels: torch.Tensor, classes: int, name: str) -> None:
 
     A tensor without values to look at (fake, traced or vmapped) is not checked.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(labels):
+    real = type(labels) is torch.Tensor and labels.device.type != "meta"
+    if torch.compiler.is_compiling() or not real:
         return
-    if labels.device.type == "meta" or labels.numel() == 0:
+    if torch._C._functorch.is_functorch_wrapped_tensor(labels):
         return
     bad = ((labels < 0) | (labels >= classes)).nonzero()
     if len(bad):

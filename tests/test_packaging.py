@@ -89,7 +89,9 @@ def test_without_the_extension_everything_works_and_says_so(tmp_path):
     path = os.pathsep.join([str(tmp_path), sysconfig.get_path("purelib")])
 
     def python(*arguments: str) -> subprocess.CompletedProcess:
-        return run(sys.executable, "-S", *arguments, cwd=tmp_path, PYTHONPATH=path)
+        return run(
+            sys.executable, "-S", *arguments, cwd=tmp_path, PYTHONPATH=path, FASTMETA_BACKEND=""
+        )
 
     script = python("-c", SCRIPT)
     assert script.returncode == 0, script.stderr

@@ -8,10 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 import fastmeta as fm
-from tests.cases import CASES, SMALL_CASES, Case, as_function
+from tests.cases import SMALL_CASES, Case, as_function
+from tests.test_ops import each_backend, each_case, each_small_case
 
-each_case = pytest.mark.parametrize("case", CASES, ids=str)
-each_small_case = pytest.mark.parametrize("case", SMALL_CASES, ids=str)
 needs_native = pytest.mark.skipif(
     not fm.build_info()["native"], reason="the native extension was not built"
 )
@@ -86,12 +85,13 @@ def test_forward_mode(case, device):
     close(jacrev(function)(*inputs), expected_jacobian)
 
 
+@each_backend
 @each_case
-def test_fake_tensors_have_the_shape_and_dtype_of_real_ones(case):
+def test_fake_tensors_have_the_shape_and_dtype_of_real_ones(case, backend):
     for dtype in (torch.float32, torch.bfloat16):
         args, options = case(dtype)
         real = case.function(*args, **options)
-        with FakeTensorMode() as mode:
+        with fm.use_backend(backend), FakeTensorMode() as mode:
             fakes = [mode.from_tensor(a) if torch.is_tensor(a) else a for a in args]
             fake = case.function(*fakes, **options)
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
