@@ -1,0 +1,131 @@
+#include "common/workspace.h"
+#include "pairwise_distance/gradient.h"
+#include "pairwise_distance/pairwise_distance.h"
+#include "pairwise_distance/tile.cuh"
+
+namespace fastmeta {
+namespace {
+
+// distance[t, q, n] = finish(sum_d Term(x[t, q, d], y[t, n, d])); [T, Q, D], [T, N, D] -> [T, Q,
+// N]. A block owns a tile of Q x N (tile.cuh), acc_t sums in registers, rows normalised on the way
+// into shared memory for cosine.
+template <typename scalar_t, typename Term, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    distance_kernel(Metric metric, Rows<scalar_t> x, Rows<scalar_t> y, scalar_t* distance) {
+  const auto tile = tile_position<Tile>(blockIdx.x, x.count, y.count);
+  acc_t<scalar_t> distances[Tile::kM][Tile::kN];
+  tile_distances<Tile, Term>(metric, x.task(tile.task), tile.row, y.task(tile.task), tile.column,
+                             distances);
+#pragma unroll
+  for (int i = 0; i < Tile::kM; ++i) {
+    const int64_t row = tile.row + Tile::row(i);
+    scalar_t* target = distance + (tile.task * x.count + row) * y.count;
+#pragma unroll
+    for (int j = 0; j < Tile::kN; ++j) {
+      const int64_t column = tile.column + Tile::column(j);
+      if (row < x.count && column < y.count) {
+        target[column] = narrow<scalar_t>(distances[i][j]);
+      }
+    }
+  }
+}
+
+// weights = gradient_weight(upstream, distance) for the x of a chunk: [T, Q, N], upstream
+// `upstream_stride` apart from task to task. Tiles as above; only the euclidean metric needs the
+// distance, and forms it again.
+template <typename scalar_t, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    weights_kernel(Metric metric, Rows<scalar_t> x, Rows<scalar_t> y, const scalar_t* upstream,
+                   acc_t<scalar_t>* weights) {
+  const auto tile = tile_position<Tile>(blockIdx.x, x.count, y.count);
+  acc_t<scalar_t> distances[Tile::kM][Tile::kN] = {};
+  if (metric == Metric::kEuclidean) {
+    tile_distances<Tile, Difference>(metric, x.task(tile.task), tile.row, y.task(tile.task),
+                                     tile.column, distances);
+  }
+#pragma unroll
+  for (int i = 0; i < Tile::kM; ++i) {
+    const int64_t row = tile.row + Tile::row(i);
+    const scalar_t* source = upstream + (tile.task * x.task_stride + row) * y.count;
+    acc_t<scalar_t>* target = weights + (tile.task * x.count + row) * y.count;
+#pragma unroll
+    for (int j = 0; j < Tile::kN; ++j) {
+      const int64_t column = tile.column + Tile::column(j);
+      if (row < x.count && column < y.count) {
+        target[column] = gradient_weight(metric, widen(source[column]), distances[i][j]);
+      }
+    }
+  }
+}
+
+template <typename scalar_t>
+cudaError_t write_distances(const PairwiseOperands& operands, void* distance, cudaStream_t stream) {
+  const Chunk chunk = whole(operands.shape);
+  const auto x = x_rows<scalar_t>(operands, chunk), y = y_rows<scalar_t>(operands, chunk);
+  return with_tile<scalar_t>(
+      count_tiles<LargeTile>(chunk.tasks, x.count, y.count), y.count, [&](auto tile) {
+        using Tile = decltype(tile);
+        return with_term(operands.metric, [&](auto term) {
+          return launch(distance_kernel<scalar_t, decltype(term), Tile>,
+                        count_tiles<Tile>(chunk.tasks, x.count, y.count), Tile::kThreads,
+                        Tile::kSharedBytes, stream, operands.metric, x, y,
+                        static_cast<scalar_t*>(distance));
+        });
+      });
+}
+
+template <typename scalar_t>
+cudaError_t write_weights(const PairwiseOperands& operands, const Chunk& chunk,
+                          const void* grad_distance, void* weights, cudaStream_t stream) {
+  const auto& shape = operands.shape;
+  const auto x = x_rows<scalar_t>(operands, chunk), y = y_rows<scalar_t>(operands, chunk);
+  const int64_t first = (chunk.first_task * shape.queries + chunk.first_row) * shape.classes;
+  return with_tile<scalar_t>(
+      count_tiles<LargeTile>(chunk.tasks, x.count, y.count), y.count, [&](auto tile) {
+        using Tile = decltype(tile);
+        return launch(weights_kernel<scalar_t, Tile>,
+                      count_tiles<Tile>(chunk.tasks, x.count, y.count), Tile::kThreads,
+                      Tile::kSharedBytes, stream, operands.metric, x, y,
+                      static_cast<const scalar_t*>(grad_distance) + first,
+                      static_cast<acc_t<scalar_t>*>(weights));
+      });
+}
+
+}  // namespace
+
+int64_t pairwise_distance_workspace(const PairwiseOperands& operands) {
+  return inverse_norms_bytes(operands);
+}
+
+int launch_pairwise_distance(PairwiseOperands operands, void* distance, void* workspace,
+                             void* stream) {
+  const int error = launch_inverse_norms(operands, workspace, stream);
+  if (error != cudaSuccess) return error;
+  return with_dtype(operands.dtype, [&](auto type) {
+    using scalar_t = typename decltype(type)::type;
+    return write_distances<scalar_t>(operands, distance, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int64_t pairwise_distance_backward_workspace(const PairwiseOperands& operands) {
+  return inverse_norms_bytes(operands) + pairwise_gradient_workspace(operands);
+}
+
+int launch_pairwise_distance_backward(PairwiseOperands operands, const void* grad_distance,
+                                      void* grad_x, void* grad_y, void* workspace, void* stream) {
+  Workspace space(workspace);
+  const int error =
+      launch_inverse_norms(operands, space.take<char>(inverse_norms_bytes(operands)), stream);
+  if (error != cudaSuccess) return error;
+  const auto weigh = [&](const Chunk& chunk, void* weights) -> int {
+    return with_dtype(operands.dtype, [&](auto type) {
+      using scalar_t = typename decltype(type)::type;
+      return write_weights<scalar_t>(operands, chunk, grad_distance, weights,
+                                     static_cast<cudaStream_t>(stream));
+    });
+  };
+  void* rest = space.take<char>(pairwise_gradient_workspace(operands));
+  return launch_pairwise_gradient(operands, weigh, grad_x, grad_y, rest, stream);
+}
+
+}  // namespace fastmeta

@@ -1,0 +1,262 @@
+// A block's tile of pairwise sums over features, in registers; the CUDA twin of tile_cpu.h.
+//
+// The rows of x and y that a tile needs pass through shared memory, kDepth features at a time,
+// row-major, a 16-byte access apart from the next multiple of 128 bytes: so the 8 rows that a
+// quarter warp reads at once lie in different banks. A lane owns kM x kN sums, its rows kLaneRows
+// and its columns kLaneColumns apart. Two instructions a product (subtract, fused multiply-add)
+// instead of a matrix product's one buy distances that are exact at any offset.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/ceil_div.h"
+#include "common/copy.cuh"
+#include "common/launch.cuh"
+#include "common/reduce.cuh"
+#include "pairwise_distance/operands.h"
+
+namespace fastmeta {
+
+// Rows of x or y: `count` of each task, the first rows of two tasks `task_stride` rows apart.
+template <typename scalar_t>
+struct Rows {
+  const scalar_t* data;
+  const acc_t<scalar_t>* inverse_norms;  // [rows] to multiply by, or null
+  int64_t count;
+  int64_t task_stride;
+  int64_t features;
+  bool wide;  // rows consist of whole, aligned accesses
+
+  __device__ Rows task(int64_t t) const {
+    Rows rows = *this;
+    rows.data += t * task_stride * features;
+    if (inverse_norms != nullptr) rows.inverse_norms += t * task_stride;
+    return rows;
+  }
+
+  // An access of row r from feature d on; zero past the ends.
+  template <bool is_wide>
+  __device__ Pack<scalar_t, kAccess<scalar_t>> load(int64_t r, int64_t d) const {
+    constexpr int n = kAccess<scalar_t>;
+    Pack<scalar_t, n> raw{};
+    if (r >= count || d >= features) return raw;
+    if constexpr (is_wide) {
+      raw = as_packs<n>(data)[(r * features + d) / n];
+    } else {
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        if (d + i < features) raw[i] = data[r * features + d + i];
+      }
+    }
+    return raw;
+  }
+
+  __device__ acc_t<scalar_t> inverse_norm(int64_t r) const {
+    return inverse_norms == nullptr || r >= count ? acc_t<scalar_t>(1) : inverse_norms[r];
+  }
+};
+
+template <typename scalar_t>
+Rows<scalar_t> rows_from(const void* data, const acc_t<scalar_t>* inverse_norms, int64_t first,
+                         int64_t count, int64_t task_stride, int64_t features) {
+  const auto* rows = static_cast<const scalar_t*>(data) + first * features;
+  return {.data = rows,
+          .inverse_norms = inverse_norms == nullptr ? nullptr : inverse_norms + first,
+          .count = count,
+          .task_stride = task_stride,
+          .features = features,
+          .wide = has_wide_rows(rows, features, features)};
+}
+
+template <typename scalar_t>
+Rows<scalar_t> x_rows(const PairwiseOperands& operands, const Chunk& chunk) {
+  const auto& shape = operands.shape;
+  const auto* norms = static_cast<const acc_t<scalar_t>*>(operands.inverse_norms);
+  return rows_from<scalar_t>(operands.x, norms, chunk.first_task * shape.queries + chunk.first_row,
+                             chunk.rows, shape.queries, shape.features);
+}
+
+template <typename scalar_t>
+Rows<scalar_t> y_rows(const PairwiseOperands& operands, const Chunk& chunk) {
+  const auto& shape = operands.shape;
+  const auto* norms = static_cast<const acc_t<scalar_t>*>(operands.inverse_norms);
+  if (norms != nullptr) norms += shape.tasks * shape.queries;
+  return rows_from<scalar_t>(operands.y, norms, chunk.first_task * shape.classes, shape.classes,
+                             shape.classes, shape.features);
+}
+
+// Copies kFeatures features of kCount rows into shared memory, kStride values a row. All loads of a
+// thread are under way before it stores the first.
+template <bool is_wide, int kCount, int kFeatures, int kStride, int kThreads, typename scalar_t>
+__device__ void stage_accesses(const Rows<scalar_t>& rows, int64_t first_row, int64_t first_feature,
+                               acc_t<scalar_t>* tile) {
+  constexpr int n = kAccess<scalar_t>, kLanes = kFeatures / n, kStep = kThreads / kLanes;
+  static_assert(kFeatures % n == 0 && kThreads % kLanes == 0 && kCount % kStep == 0);
+  constexpr int kPart = kAccess<acc_t<scalar_t>>;  // of a widened pack, for one store
+  const int row = threadIdx.x / kLanes, feature = threadIdx.x % kLanes * n;
+  Pack<scalar_t, n> raw[kCount / kStep];
+#pragma unroll
+  for (int i = 0; i < kCount / kStep; ++i) {
+    raw[i] = rows.template load<is_wide>(first_row + row + i * kStep, first_feature + feature);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount / kStep; ++i) {
+    const auto scale = rows.inverse_norm(first_row + row + i * kStep);
+    const int target = ((row + i * kStep) * kStride + feature) / kPart;
+#pragma unroll
+    for (int part = 0; part < n / kPart; ++part) {
+      Pack<acc_t<scalar_t>, kPart> wide;
+#pragma unroll
+      for (int k = 0; k < kPart; ++k) wide[k] = widen(raw[i][part * kPart + k]) * scale;
+      as_packs<kPart>(tile)[target + part] = wide;
+    }
+  }
+}
+
+template <int kCount, int kFeatures, int kStride, int kThreads, typename scalar_t>
+__device__ void stage(const Rows<scalar_t>& rows, int64_t first_row, int64_t first_feature,
+                      acc_t<scalar_t>* tile) {
+  if (rows.wide) {
+    stage_accesses<true, kCount, kFeatures, kStride, kThreads>(rows, first_row, first_feature,
+                                                               tile);
+  } else {
+    stage_accesses<false, kCount, kFeatures, kStride, kThreads>(rows, first_row, first_feature,
+                                                                tile);
+  }
+}
+
+// kM x kN sums a lane, kWarpRows x kWarpColumns warps, kDepthAccesses accesses of 16 bytes deep.
+template <int kM_, int kN_, int kWarpRows, int kWarpColumns_, int kDepthAccesses>
+struct DistanceTile {
+  static constexpr int kM = kM_, kN = kN_, kWarpColumns = kWarpColumns_;
+  static constexpr int kLaneRows = 4, kLaneColumns = 8;
+  static constexpr int kRows = kLaneRows * kM * kWarpRows;
+  static constexpr int kColumns = kLaneColumns * kN * kWarpColumns;
+  static constexpr int kThreads = kWarp * kWarpRows * kWarpColumns;
+  static constexpr int kBlocks = 512 / kThreads;  // a multiprocessor's, at 128 registers a thread
+  static constexpr int kSharedBytes = (kRows + kColumns) * (kDepthAccesses + 1) * kAccessBytes;
+
+  template <typename value_t>
+  static constexpr int kDepth = kDepthAccesses * kAccess<value_t>;
+
+  // The row in the tile of this lane's distances [i][..], and the column of its distances [..][j].
+  static __device__ int row(int i) {
+    const int warp = threadIdx.x / kWarp / kWarpColumns, lane = threadIdx.x % kWarp;
+    return warp * kLaneRows * kM + lane / kLaneColumns + kLaneRows * i;
+  }
+  static __device__ int column(int j) {
+    const int lane = threadIdx.x % kWarp;
+    return warp_column() * kLaneColumns * kN + lane % kLaneColumns + kLaneColumns * j;
+  }
+  static __device__ int warp_column() { return threadIdx.x / kWarp % kWarpColumns; }
+  static __device__ bool is_first_lane_of_row() { return threadIdx.x % kLaneColumns == 0; }
+};
+
+using LargeTile = DistanceTile<8, 4, 4, 2, 8>;   // 128 x 64
+using SmallTile = DistanceTile<2, 4, 2, 2, 16>;  // 16 x 64
+
+template <typename Tile>
+FASTMETA_HOST_DEVICE constexpr int64_t tiles_across(int64_t columns) {
+  return ceil_div(columns, Tile::kColumns);
+}
+
+// Tiles of a [tasks, rows, columns] array.
+template <typename Tile>
+constexpr int64_t count_tiles(int64_t tasks, int64_t rows, int64_t columns) {
+  return tasks * ceil_div(rows, Tile::kRows) * tiles_across<Tile>(columns);
+}
+
+struct TilePosition {
+  int64_t task, row, column;
+};
+
+// Tile number `tile` of such an array, counted along rows of tiles.
+template <typename Tile>
+__device__ TilePosition tile_position(int64_t tile, int64_t rows, int64_t columns) {
+  const int64_t across = tiles_across<Tile>(columns), down = ceil_div(rows, Tile::kRows);
+  const int64_t row_of_tiles = tile / across;
+  return {row_of_tiles / down, row_of_tiles % down * Tile::kRows, tile % across * Tile::kColumns};
+}
+
+// Calls body(tile). Small tiles where large ones would be too few for the multiprocessors of a GPU,
+// or the columns fit into one; and for double, whose large tile would not fit into the registers.
+template <typename scalar_t, typename Body>
+cudaError_t with_tile(int64_t large_tiles, int64_t columns, const Body& body) {
+  constexpr int64_t kEnough = 128;
+  if constexpr (!std::is_same_v<scalar_t, double>) {
+    if (columns > SmallTile::kColumns && large_tiles >= kEnough) return body(LargeTile{});
+  }
+  return body(SmallTile{});
+}
+
+// Calls body(Difference{}) or body(Product{}).
+template <typename Body>
+cudaError_t with_term(Metric metric, const Body& body) {
+  return is_difference(metric) ? body(Difference{}) : body(Product{});
+}
+
+template <Metric metric, typename value_t, int m, int n>
+__device__ void finish_all(value_t (&sums)[m][n]) {
+#pragma unroll
+  for (int i = 0; i < m; ++i) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) sums[i][j] = finish(metric, sums[i][j]);
+  }
+}
+
+// finish() of all sums, with one branch on the metric for all of them.
+template <typename Term, typename value_t, int m, int n>
+__device__ void finish_tile(Metric metric, value_t (&sums)[m][n]) {
+  if constexpr (std::is_same_v<Term, Difference>) {
+    if (metric == Metric::kEuclidean) finish_all<Metric::kEuclidean>(sums);
+  } else {
+    metric == Metric::kCosine ? finish_all<Metric::kCosine>(sums) : finish_all<Metric::kDot>(sums);
+  }
+}
+
+// distances[i][j] = distance of rows row(i) and column(j) of the tile at (first_row, first_column).
+// For the whole block; uses its dynamic shared memory, free again on return.
+template <typename Tile, typename Term, typename scalar_t>
+__device__ void tile_distances(Metric metric, const Rows<scalar_t>& x, int64_t first_row,
+                               const Rows<scalar_t>& y, int64_t first_column,
+                               acc_t<scalar_t> (&distances)[Tile::kM][Tile::kN]) {
+  using value_t = acc_t<scalar_t>;
+  constexpr int n = kAccess<value_t>, kDepth = Tile::template kDepth<value_t>;
+  constexpr int kStride = kDepth + n;
+  value_t* x_tile = dynamic_shared<value_t>();
+  value_t* y_tile = x_tile + Tile::kRows * kStride;
+#pragma unroll
+  for (int i = 0; i < Tile::kM; ++i) {
+#pragma unroll
+    for (int j = 0; j < Tile::kN; ++j) distances[i][j] = 0;
+  }
+  for (int64_t first = 0; first < x.features; first += kDepth) {
+    stage<Tile::kRows, kDepth, kStride, Tile::kThreads>(x, first_row, first, x_tile);
+    stage<Tile::kColumns, kDepth, kStride, Tile::kThreads>(y, first_column, first, y_tile);
+    __syncthreads();
+#pragma unroll 1
+    for (int d = 0; d < kDepth; d += n) {
+      Pack<value_t, n> x_pack[Tile::kM];
+#pragma unroll
+      for (int i = 0; i < Tile::kM; ++i) {
+        x_pack[i] = as_packs<n>(x_tile)[(Tile::row(i) * kStride + d) / n];
+      }
+#pragma unroll
+      for (int j = 0; j < Tile::kN; ++j) {
+        const auto y_pack = as_packs<n>(y_tile)[(Tile::column(j) * kStride + d) / n];
+#pragma unroll
+        for (int i = 0; i < Tile::kM; ++i) {
+#pragma unroll
+          for (int k = 0; k < n; ++k) {
+            distances[i][j] = Term::add(distances[i][j], x_pack[i][k], y_pack[k]);
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+  finish_tile<Term>(metric, distances);
+}
+
+}  // namespace fastmeta

@@ -1,0 +1,305 @@
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "common/workspace.h"
+#include "pairwise_distance/gradient.h"
+#include "pairwise_distance/tile.cuh"
+#include "prototype_loss/prototype_loss.h"
+
+namespace fastmeta {
+namespace {
+
+// A softmax over some logits: sum of exp(logit - largest).
+template <typename value_t>
+struct Softmax {
+  value_t largest, sum;
+};
+
+// Over no logits. A finite start keeps logits of -inf from making a NaN.
+template <typename value_t>
+__device__ Softmax<value_t> empty_softmax() {
+  return {std::numeric_limits<value_t>::lowest(), 0};
+}
+
+template <typename value_t>
+__device__ value_t larger_of(value_t a, value_t b) {
+  return a < b ? b : a;
+}
+
+template <typename value_t, int n>
+__device__ Softmax<value_t> softmax_of(const value_t (&logits)[n]) {
+  auto softmax = empty_softmax<value_t>();
+#pragma unroll
+  for (int i = 0; i < n; ++i) softmax.largest = larger_of(softmax.largest, logits[i]);
+#pragma unroll
+  for (int i = 0; i < n; ++i) softmax.sum += std::exp(logits[i] - softmax.largest);
+  return softmax;
+}
+
+template <typename value_t>
+__device__ Softmax<value_t> merged(const Softmax<value_t>& a, const Softmax<value_t>& b) {
+  const value_t largest = larger_of(a.largest, b.largest);
+  return {largest, a.sum * std::exp(a.largest - largest) + b.sum * std::exp(b.largest - largest)};
+}
+
+// Lane 0 of every `lanes` neighbours gets the softmax over the logits of all of them.
+template <int lanes, typename value_t>
+__device__ Softmax<value_t> merged_over_lanes(Softmax<value_t> softmax) {
+#pragma unroll
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
+    const value_t largest = __shfl_down_sync(kAllLanes, softmax.largest, offset, lanes);
+    const value_t sum = __shfl_down_sync(kAllLanes, softmax.sum, offset, lanes);
+    softmax = merged(softmax, {largest, sum});
+  }
+  return softmax;
+}
+
+// What belongs to the queries of a chunk, from its first on; tasks as far apart as rows of queries.
+template <typename scalar_t>
+struct Queries {
+  Metric metric;
+  acc_t<scalar_t> scale;
+  const int64_t* labels;
+  const acc_t<scalar_t>* weight;  // with weights only
+  acc_t<scalar_t>* weights;       // W [tasks, rows, N] of the chunk, or null
+  acc_t<scalar_t>* loss;
+  Softmax<acc_t<scalar_t>>* softmax;  // or null
+};
+
+// Writes the tile of W at `tile` from its distances; softmax_of(i) is that of row(i).
+template <typename Tile, typename scalar_t, typename SoftmaxOf>
+__device__ void write_weights(const Queries<scalar_t>& queries, const Rows<scalar_t>& query,
+                              int64_t classes, const TilePosition& tile,
+                              const acc_t<scalar_t> (&distances)[Tile::kM][Tile::kN],
+                              const SoftmaxOf& softmax_of) {
+#pragma unroll
+  for (int i = 0; i < Tile::kM; ++i) {
+    const int64_t row = tile.row + Tile::row(i);
+    if (row >= query.count) continue;
+    const int64_t q = tile.task * query.task_stride + row, label = queries.labels[q];
+    const auto weight = queries.weight[q];
+    const Softmax<acc_t<scalar_t>> softmax = softmax_of(i);
+    const auto inverse_sum = 1 / softmax.sum;
+    acc_t<scalar_t>* target = queries.weights + (tile.task * query.count + row) * classes;
+#pragma unroll
+    for (int j = 0; j < Tile::kN; ++j) {
+      const int64_t column = tile.column + Tile::column(j);
+      if (column >= classes) continue;
+      const auto distance = distances[i][j];
+      const auto probability = std::exp(-queries.scale * distance - softmax.largest) * inverse_sum;
+      const auto upstream = distance_upstream(queries.scale, weight, probability, column == label);
+      target[column] = gradient_weight(queries.metric, upstream, distance);
+    }
+  }
+}
+
+// loss[q] = log(sum) + largest - logit[label], softmax over logits -scale d(query[q], prototypes).
+// query [T, Q, D], prototypes [T, N, D], loss [T, Q]. A block owns a tile's rows of queries, walks
+// the tiles of prototypes (tile.cuh) and merges the softmax of each into a running one of a row and
+// the tiles of prototypes (tile.cuh) and merges the softmax of each into a running one of a row and
+// Where one tile holds all prototypes, the distances are still there when the softmax is known, and
+// W is written in the same launch: small episodes are bound by launches.
+template <typename scalar_t, typename Term, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    loss_kernel(Rows<scalar_t> query, Rows<scalar_t> prototypes, Queries<scalar_t> queries) {
+  using value_t = acc_t<scalar_t>;
+  __shared__ int64_t labels[Tile::kRows];
+  __shared__ value_t label_logits[Tile::kRows];
+  __shared__ Softmax<value_t> softmaxes[Tile::kWarpColumns][Tile::kRows];
+  const auto tile = tile_position<Tile>(blockIdx.x, query.count, 1);
+  const int64_t classes = prototypes.count;
+  const int thread = threadIdx.x;
+  const int64_t q = tile.task * query.task_stride + tile.row + thread;
+  const bool owns_query = thread < Tile::kRows && tile.row + thread < query.count;
+  if (thread < Tile::kRows) {
+    labels[thread] = owns_query ? queries.labels[q] : 0;
+    label_logits[thread] = 0;
+    for (int w = 0; w < Tile::kWarpColumns; ++w) softmaxes[w][thread] = empty_softmax<value_t>();
+  }
+  __syncthreads();
+
+  value_t distances[Tile::kM][Tile::kN];
+  for (int64_t first = 0; first < classes; first += Tile::kColumns) {
+    tile_distances<Tile, Term>(queries.metric, query.task(tile.task), tile.row,
+                               prototypes.task(tile.task), first, distances);
+#pragma unroll
+    for (int i = 0; i < Tile::kM; ++i) {
+      const int row = Tile::row(i);
+      value_t logits[Tile::kN];
+#pragma unroll
+      for (int j = 0; j < Tile::kN; ++j) {
+        const int64_t column = first + Tile::column(j);
+        logits[j] = column < classes ? -queries.scale * distances[i][j]
+                                     : -std::numeric_limits<value_t>::infinity();
+        if (column == labels[row]) label_logits[row] = logits[j];
+      }
+      const auto softmax = merged_over_lanes<Tile::kLaneColumns>(softmax_of(logits));
+      auto& running = softmaxes[Tile::warp_column()][row];
+      if (Tile::is_first_lane_of_row()) running = merged(running, softmax);
+    }
+  }
+  __syncthreads();
+  if (owns_query) {
+    auto softmax = softmaxes[0][thread];
+#pragma unroll
+    for (int w = 1; w < Tile::kWarpColumns; ++w) softmax = merged(softmax, softmaxes[w][thread]);
+    const bool is_valid = labels[thread] >= 0 && labels[thread] < classes;
+    if (!is_valid) softmax.sum = std::numeric_limits<value_t>::quiet_NaN();
+    queries.loss[q] = std::log(softmax.sum) + (softmax.largest - label_logits[thread]);
+    if (queries.softmax != nullptr) queries.softmax[q] = softmax;
+    softmaxes[0][thread] = softmax;
+  }
+  if constexpr (std::is_same_v<Tile, SmallTile>) {
+    if (queries.weights == nullptr) return;
+    __syncthreads();
+    write_weights<Tile>(queries, query, classes, tile, distances,
+                        [&](int i) { return softmaxes[0][Tile::row(i)]; });
+  }
+}
+
+// W of a chunk of queries, from their softmax: a block owns a tile of Q x N and forms its distances
+// again, with the bits that they had in loss_kernel.
+template <typename scalar_t, typename Term, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    weights_kernel(Rows<scalar_t> query, Rows<scalar_t> prototypes, Queries<scalar_t> queries) {
+  const auto tile = tile_position<Tile>(blockIdx.x, query.count, prototypes.count);
+  acc_t<scalar_t> distances[Tile::kM][Tile::kN];
+  tile_distances<Tile, Term>(queries.metric, query.task(tile.task), tile.row,
+                             prototypes.task(tile.task), tile.column, distances);
+  write_weights<Tile>(queries, query, prototypes.count, tile, distances, [&](int i) {
+    return queries.softmax[tile.task * query.task_stride + tile.row + Tile::row(i)];
+  });
+}
+
+bool fits_one_tile(const PairwiseShape& shape) { return shape.classes <= SmallTile::kColumns; }
+
+// Starts the kernels above on chunks of queries.
+template <typename scalar_t>
+class PrototypeLoss {
+  using value_t = acc_t<scalar_t>;
+
+ public:
+  PrototypeLoss(const LossOperands& operands, const void* weight, void* loss, void* softmax,
+                void* stream)
+      : operands_(operands),
+        weight_(static_cast<const value_t*>(weight)),
+        loss_(static_cast<value_t*>(loss)),
+        softmax_(static_cast<Softmax<value_t>*>(softmax)),
+        stream_(static_cast<cudaStream_t>(stream)) {}
+
+  // `weights`: where W of the chunk goes, if one tile holds all prototypes; else null.
+  cudaError_t write_loss(const Chunk& chunk, void* weights) const {
+    return run(chunk, weights, 1, [](auto term, auto tile) {
+      return loss_kernel<scalar_t, decltype(term), decltype(tile)>;
+    });
+  }
+
+  cudaError_t write_weights(const Chunk& chunk, void* weights) const {
+    return run(chunk, weights, operands_.pairwise.shape.classes, [](auto term, auto tile) {
+      return weights_kernel<scalar_t, decltype(term), decltype(tile)>;
+    });
+  }
+
+ private:
+  // kernel_of(term, tile) on a block for every tile of [tasks, rows, columns].
+  template <typename KernelOf>
+  cudaError_t run(const Chunk& chunk, void* weights, int64_t columns,
+                  const KernelOf& kernel_of) const {
+    const auto query = x_rows<scalar_t>(operands_.pairwise, chunk);
+    const auto prototypes = y_rows<scalar_t>(operands_.pairwise, chunk);
+    const auto queries = queries_of(chunk, weights);
+    const int64_t large_tiles = count_tiles<LargeTile>(chunk.tasks, chunk.rows, columns);
+    return with_tile<scalar_t>(large_tiles, prototypes.count, [&](auto tile) {
+      using Tile = decltype(tile);
+      return with_term(operands_.pairwise.metric, [&](auto term) {
+        return launch(kernel_of(term, tile), count_tiles<Tile>(chunk.tasks, chunk.rows, columns),
+                      Tile::kThreads, Tile::kSharedBytes, stream_, query, prototypes, queries);
+      });
+    });
+  }
+
+  Queries<scalar_t> queries_of(const Chunk& chunk, void* weights) const {
+    const auto& pairwise = operands_.pairwise;
+    const int64_t first = chunk.first_task * pairwise.shape.queries + chunk.first_row;
+    return {.metric = pairwise.metric,
+            .scale = static_cast<value_t>(operands_.scale),
+            .labels = operands_.labels + first,
+            .weight = weight_ == nullptr ? nullptr : weight_ + first,
+            .weights = static_cast<value_t*>(weights),
+            .loss = loss_ + first,
+            .softmax = softmax_ == nullptr ? nullptr : softmax_ + first};
+  }
+
+  const LossOperands operands_;
+  const value_t* const weight_;
+  value_t* const loss_;
+  Softmax<value_t>* const softmax_;
+  const cudaStream_t stream_;
+};
+
+// Parts of the backward's workspace.
+struct BackwardSpace {
+  void* inverse_norms;
+  void* softmax = nullptr;  // of each query, where W is not written along with the loss
+  void* gradient;
+  int64_t bytes;
+
+  BackwardSpace(const PairwiseOperands& operands, void* workspace) {
+    const auto& shape = operands.shape;
+    Workspace space(workspace);
+    inverse_norms = space.take<char>(inverse_norms_bytes(operands));
+    if (!fits_one_tile(shape)) {
+      softmax = with_dtype(operands.dtype, [&](auto type) -> void* {
+        using value_t = acc_t<typename decltype(type)::type>;
+        return space.take<Softmax<value_t>>(shape.tasks * shape.queries);
+      });
+    }
+    gradient = space.take<char>(pairwise_gradient_workspace(operands));
+    bytes = space.bytes();
+  }
+};
+
+}  // namespace
+
+int64_t prototype_loss_workspace(const LossOperands& operands) {
+  return inverse_norms_bytes(operands.pairwise);
+}
+
+int launch_prototype_loss(LossOperands operands, void* loss, void* workspace, void* stream) {
+  auto& pairwise = operands.pairwise;
+  const int error = launch_inverse_norms(pairwise, workspace, stream);
+  if (error != cudaSuccess) return error;
+  return with_dtype(pairwise.dtype, [&](auto type) {
+    using scalar_t = typename decltype(type)::type;
+    return PrototypeLoss<scalar_t>(operands, nullptr, loss, nullptr, stream)
+        .write_loss(whole(pairwise.shape), nullptr);
+  });
+}
+
+int64_t prototype_loss_backward_workspace(const LossOperands& operands) {
+  return BackwardSpace(operands.pairwise, nullptr).bytes;
+}
+
+int launch_prototype_loss_backward(LossOperands operands, const void* weight, void* loss,
+                                   void* grad_query, void* grad_prototypes, void* workspace,
+                                   void* stream) {
+  auto& pairwise = operands.pairwise;
+  const BackwardSpace space(pairwise, workspace);
+  const int error = launch_inverse_norms(pairwise, space.inverse_norms, stream);
+  if (error != cudaSuccess) return error;
+  return with_dtype(pairwise.dtype, [&](auto type) -> int {
+    const PrototypeLoss<typename decltype(type)::type> op(operands, weight, loss, space.softmax,
+                                                          stream);
+    const bool one_launch = fits_one_tile(pairwise.shape);
+    const auto weigh = [&](const Chunk& chunk, void* weights) -> int {
+      return one_launch ? op.write_loss(chunk, weights) : op.write_weights(chunk, weights);
+    };
+    const int error = one_launch ? cudaSuccess : op.write_loss(whole(pairwise.shape), nullptr);
+    if (error != cudaSuccess) return error;
+    return launch_pairwise_gradient(pairwise, weigh, grad_query, grad_prototypes, space.gradient,
+                                    stream);
+  });
+}
+
+}  // namespace fastmeta
