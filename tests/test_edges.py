@@ -107,6 +107,23 @@ def test_one_class_has_zero_loss_and_gradient():
     assert all((g == 0).all() for g in torch.autograd.grad(loss, (query, prototype)))
 
 
+def test_a_gradient_can_be_asked_for_twice_and_changed_without_harm():
+    query, prototypes = X.clone().requires_grad_(), Y.clone().requires_grad_()
+    loss = fm.prototype_loss(query, LABELS, prototypes)
+    first = torch.autograd.grad(loss, (query, prototypes), retain_graph=True)
+    second = torch.autograd.grad(2 * loss, (query, prototypes), retain_graph=True)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(2 * a, b)
+    before = first[0].clone()
+    first[0].zero_()
+    try:
+        (third,) = torch.autograd.grad(loss, query)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        assert torch.equal(third, before)
+
+
 def test_ties_share_the_probability():
     query, prototypes = torch.zeros(1, 1, 2), torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     loss = fm.prototype_loss(query, torch.zeros(1, 1, dtype=torch.int64), prototypes)

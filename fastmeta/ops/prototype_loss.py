@@ -74,8 +74,8 @@ def _backward(*args):
 _loss_of_each = differentiable(PairOp(_loss, _backward, loss_tangent))
 
 
-class LossSum(Function):
-    """Each task's summed loss [T] and, found in the same pass, its gradient.
+class WeightedLoss(Function):
+    """Each task's loss [T], weight * its sum over queries, and in the same pass its gradient.
 
     The gradient is an output of its own, which makes it differentiable: whoever differentiates it
     arrives in `backward` with its cotangents and is served by a Hessian-vector product.
@@ -84,24 +84,25 @@ class LossSum(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query, prototypes, labels, metric, scale):
-        weight = torch.ones_like(labels, dtype=accumulation_dtype(query.dtype))
-        loss, *gradient = _gradient(weight, query, prototypes, labels, metric, scale)
-        return loss.sum(1), *gradient
+    def forward(query, prototypes, labels, metric, scale, weight):
+        weights = torch.full_like(labels, weight, dtype=accumulation_dtype(query.dtype))
+        loss, *gradient = _gradient(weights, query, prototypes, labels, metric, scale)
+        return weight * loss.sum(1), *gradient
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.set_materialize_grads(False)
-        save(ctx, (*inputs[:2], *output[1:]), inputs[2:])
+        ctx.weight = inputs[5]
+        save(ctx, (*inputs[:2], *output[1:]), inputs[2:5])
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Any, *direction: Any) -> tuple:
         (query, prototypes, *gradient), rest = saved(ctx)
-        grads = _scaled(grad_loss, gradient)
+        grads = [None, None] if grad_loss is None else _scaled(grad_loss, gradient)
         if any(d is not None for d in direction):
-            second = _second(query, prototypes, direction, rest)
+            second = _second(query, prototypes, direction, rest, ctx.weight)
             grads = [b if a is None else a + b for a, b in zip(grads, second, strict=True)]
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, query_dot: Any, prototypes_dot: Any, *_: Any) -> tuple:
@@ -109,38 +110,54 @@ class LossSum(Function):
         pairs = zip(gradient, (query_dot, prototypes_dot), strict=True)
         along = [(g * d).sum((1, 2)) for g, d in pairs if d is not None]
         loss_dot = sum(along[1:], along[0]).to(accumulation_dtype(query.dtype))
-        return loss_dot, *_second(query, prototypes, (query_dot, prototypes_dot), rest)
+        direction = (query_dot, prototypes_dot)
+        return loss_dot, *_second(query, prototypes, direction, rest, ctx.weight)
 
 
-class LossSumCompiled(LossSum):
-    """LossSum for torch.compile, which has no second derivatives and refuses a `jvp`."""
+class WeightedLossCompiled(WeightedLoss):
+    """WeightedLoss for torch.compile, which has no second derivatives and refuses a `jvp`."""
 
     jvp = Function.jvp
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        save(ctx, (*inputs[:2], *output[1:]), inputs[2:])
+        save(ctx, (*inputs[:2], *output[1:]), inputs[2:5])
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple:
         (_query, _prototypes, *gradient), _rest = saved(ctx)
-        return *_scaled(grad_loss, gradient), None, None, None
+        return *_times(grad_loss, gradient), None, None, None, None
 
 
-def _scaled(grad_loss: torch.Tensor | None, gradient: list[torch.Tensor]) -> list:
-    if grad_loss is None:
-        return [None, None]
+def _times(grad_loss: torch.Tensor, gradient: list[torch.Tensor]) -> list[torch.Tensor]:
     return [(grad_loss[:, None, None] * g).to(g.dtype) for g in gradient]
 
 
-def _second(query: torch.Tensor, prototypes: torch.Tensor, direction: tuple, rest: Rest) -> tuple:
-    ones = torch.ones_like(rest.labels, dtype=accumulation_dtype(query.dtype))
-    return hessian_vector_product(loss_tangent, ones, (query, prototypes), direction, rest)
+def _scaled(grad_loss: torch.Tensor, gradient: list[torch.Tensor]) -> list[torch.Tensor]:
+    """`gradient` for the upstream `grad_loss` [T]; on a CPU, the loss's own is not multiplied by 1.
+
+    That pass over the gradient took a fifth of the op's time on 32 small episodes. The tensors
+    handed out are the saved ones: autograd notices and reports a change in place.
+    """
+    functorch = torch._C._functorch
+    batched = functorch.is_functorch_wrapped_tensor(grad_loss)
+    batched = batched or functorch.is_legacy_batchedtensor(grad_loss)  # is_grads_batched=True
+    readable = grad_loss.device.type == "cpu" and not (batched or torch.is_grad_enabled())
+    if readable and bool((grad_loss == 1).all()):
+        return gradient
+    return _times(grad_loss, gradient)
 
 
-def _loss_sum(*args: Any) -> torch.Tensor:
-    cls = LossSumCompiled if torch.compiler.is_compiling() else LossSum
+def _second(
+    query: torch.Tensor, prototypes: torch.Tensor, direction: tuple, rest: Rest, weight: float
+) -> tuple:
+    weights = torch.full_like(rest.labels, weight, dtype=accumulation_dtype(query.dtype))
+    return hessian_vector_product(loss_tangent, weights, (query, prototypes), direction, rest)
+
+
+def _weighted_loss(*args: Any) -> torch.Tensor:
+    cls = WeightedLossCompiled if torch.compiler.is_compiling() else WeightedLoss
     return cls.apply(*args)[0]
 
 
@@ -199,9 +216,13 @@ def prototype_loss(
     native = is_native("prototype_loss", query)
     wants_gradient = torch.is_grad_enabled() and (query.requires_grad or prototypes.requires_grad)
     if native and wants_gradient and reduction != "none":
-        total = _loss_sum(query, prototypes, *rest).sum()
-        mean = reduction == "mean"
-        return (total / query_labels.numel() if mean else total).to(query.dtype)
+        count = query_labels.numel()
+        # torch.compile knows no number of queries that may change, and multiplies afterwards.
+        compiling = torch.compiler.is_compiling()
+        weight = 1.0 if reduction == "sum" or compiling or count == 0 else 1 / count
+        total = _weighted_loss(query, prototypes, *rest, weight).sum()
+        divide = reduction == "mean" and (compiling or count == 0)
+        return (total / count if divide else total).to(query.dtype)
     if native:
         loss = _loss_of_each(query, prototypes, *rest)
     else:
