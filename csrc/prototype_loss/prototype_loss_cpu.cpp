@@ -38,9 +38,14 @@ Softmax<value_t> softmax_row(const value_t* distances, value_t* exponentials, in
       [scale](Vec d) { return Vec(-scale) * d; },
       [](Vec a, Vec b) { return at::vec::maximum(a, b); }, distances, classes);
   const value_t logit = -scale * distances[label];
-  at::vec::map<value_t>([scale, largest](Vec d) { return (Vec(-scale) * d - Vec(largest)).exp(); },
-                        exponentials, distances, classes);
-  const value_t sum = sum_of(exponentials, classes);
+  Vec sums(value_t(0));
+  for (int64_t n = 0; n < classes; n += Vec::size()) {
+    const int64_t count = std::min<int64_t>(Vec::size(), classes - n);
+    const Vec e = (Vec(-scale) * Vec::loadu(distances + n, count) - Vec(largest)).exp();
+    e.store(exponentials + n, count);
+    sums = sums + Vec::set(Vec(value_t(0)), e, count);
+  }
+  const value_t sum = at::vec::vec_reduce_all<value_t>([](Vec a, Vec b) { return a + b; }, sums);
   return {std::log(sum) + largest - logit, largest, sum};
 }
 
