@@ -1,8 +1,8 @@
 // Row-major matrix product on one thread: C[M, N] (+)= A[M, K] B[K, N].
 //
-// float32 runs on oneDNN's brgemm microkernel through libtorch: on an AVX-512 core it sustained
-// about 2.5 times what at::mm did. Where it is absent (no AVX-512, float64) at::addmm does the
-// work.
+// float32 runs on oneDNN's brgemm microkernel through libtorch: the speed of at::mm (190 GFLOP/s on
+// an AVX-512 core) for blocks of any stride, without a tensor and a dispatch for each. Where it is
+// absent (no AVX-512, float64) at::addmm does the work.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
