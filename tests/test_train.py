@@ -426,7 +426,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path, monkeypatch, number):
     def signal_at_three(log, record):
         append(log, record)
         if record["iteration"] == 3:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     monkeypatch.setattr(training.MetricsLog, "append", signal_at_three)
     result = run(sinusoid(tmp_path, iterations=10))
