@@ -137,8 +137,8 @@ def _times(grad_loss: torch.Tensor, gradient: list[torch.Tensor]) -> list[torch.
 def _scaled(grad_loss: torch.Tensor, gradient: list[torch.Tensor]) -> list[torch.Tensor]:
     """`gradient` for the upstream `grad_loss` [T]; on a CPU, the loss's own is not multiplied by 1.
 
-    That pass over the gradient took a fifth of the op's time on 32 small episodes. The tensors
-    handed out are the saved ones: autograd notices and reports a change in place.
+    That would be one more pass over the whole gradient. The tensors handed out are the saved ones:
+    autograd notices and reports a change in place.
     """
     functorch = torch._C._functorch
     batched = functorch.is_functorch_wrapped_tensor(grad_loss)
