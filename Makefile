@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint cuda-check bench clean
 
 demo: $(VENV)/.built
 	$(RUN) -m fastmeta demo --out demo
@@ -16,6 +16,10 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+
+# Needs nvcc, but neither a GPU nor a torch with CUDA.
+cuda-check: $(VENV)/.installed
+	$(RUN) -m tests.cuda_check
 
 bench: $(VENV)/.built
 	$(RUN) -m benchmarks

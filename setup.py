@@ -8,7 +8,8 @@ Environment:
                          vector instructions of the CPU kernels (default: this machine's)
   TORCH_CUDA_ARCH_LIST   GPU architectures, as everywhere in PyTorch
 
-`python setup.py plan` prints sources and flags, one per line: CMakeLists.txt builds from it.
+`python setup.py plan` prints sources and flags, one per line: CMakeLists.txt builds from it, and
+`make cuda-check` compiles with its flags.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ ISA_FLAGS = {
     "portable": [],
 }
 ISA_CAPABILITY = {"avx512": "AVX512", "avx2": "AVX2", "portable": "DEFAULT"}
+NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-DFASTMETA_CUDA"]  # beside those torch adds
 
 
 def stop(missing: str) -> None:
@@ -120,12 +122,11 @@ def extension():
 
     cuda = with_cuda(torch)
     cxx = compile_flags(isa(torch), cuda)
-    nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo", "-DFASTMETA_CUDA"]
     module = (CUDAExtension if cuda else CppExtension)(
         "fastmeta._C",
         sources(cuda),
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_compile_args={"cxx": cxx, "nvcc": NVCC_FLAGS},
         extra_link_args=["-fopenmp"],
         py_limited_api=False,
     )
@@ -142,11 +143,15 @@ def extension():
 
 def print_plan() -> None:
     torch = import_torch()
+    from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
+
     cuda = with_cuda(torch)
     for source in sources(cuda):
         print("source", source)
     for option in compile_flags(isa(torch), cuda):
         print("flag", option)
+    for option in [*COMMON_NVCC_FLAGS, *NVCC_FLAGS]:
+        print("nvcc_flag", option)
 
 
 if sys.argv[1:] == ["plan"]:
