@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint cuda-check bench clean
+.PHONY: demo test lint cuda-check bench gpu clean
 
 demo: $(VENV)/.built
 	$(RUN) -m fastmeta demo --out demo
@@ -23,6 +23,10 @@ cuda-check: $(VENV)/.installed
 
 bench: $(VENV)/.built
 	$(RUN) -m benchmarks
+
+# With the machine's own python and its CUDA torch, not with $(VENV).
+gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 $(VENV)/.installed: requirements-dev.txt
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "fastmeta: $(PYTHON) lacks venv; on Debian: apt-get install python3-venv"; exit 1; }

@@ -47,10 +47,12 @@ def fused(query: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor) -
     return fm.prototype_loss(query, labels, prototypes)
 
 
-def composed(query: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
+def composed(
+    query: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor, reduction: str = "mean"
+) -> torch.Tensor:
     norms = query.square().sum(-1, keepdim=True) + prototypes.square().sum(-1).unsqueeze(1)
     logits = 2 * query @ prototypes.mT - norms
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction=reduction)
 
 
 CONTENDERS = {"fastmeta": fused, "composition": composed}

@@ -1,0 +1,122 @@
+"""Every CUDA kernel on small inputs, forward and derivative, compared with the CPU's.
+
+    python -m benchmarks.gpu.every_kernel [--profile]
+
+What compute-sanitizer watches. Inputs are copied from the host and the ops called directly, so that
+no kernel of PyTorch runs: whatever the sanitizers find is fastmeta's, and copying a result back
+makes initcheck look at every entry of it. `--profile` fails if a kernel of csrc/ was not launched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import fastmeta as fm
+from benchmarks.agreement import TOLERANCE, relative_error
+from benchmarks.gpu.machine import ROOT
+from benchmarks.gpu.outcomes import NOT_AVAILABLE
+from fastmeta.ops._raw import accumulation_dtype
+
+METRICS = ("euclidean", "cosine")  # differences with a root, and products with norms
+# T, Q, N, D: odd sizes; one tile of prototypes, in whole accesses; large tiles; a split sum.
+PAIRS = ((2, 7, 65, 17), (1, 20, 3, 32), (128, 3, 65, 5), (1, 1100, 65, 8))
+UPDATES = ((3, 1023), (2, 64))  # T, P: single values, and whole accesses
+SUPPORTS = ((2, 40, 5, 33), (2, 40, 5, 64))  # T, S, N, D, likewise
+
+Call = tuple[str, tuple[Any, ...]]  # an op of torch.ops.fastmeta and its arguments
+
+
+def calls(dtype: torch.dtype) -> Iterator[Call]:
+    """Arguments of every op in memory of the host."""
+    generator = torch.Generator().manual_seed(0)
+    wide = accumulation_dtype(dtype)
+
+    def rows(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def labels(classes: int, *shape: int) -> torch.Tensor:
+        return torch.randint(classes, shape, generator=generator)
+
+    for t, p in UPDATES:
+        for lr in ((1, 1), (t, 1), (1, p), (t, p)):
+            for op in ("inner_update", "inner_update_backward"):
+                yield op, (rows(t, p), rows(t, p), rows(*lr, dtype=wide))
+    for t, s, n, d in SUPPORTS:
+        yield "prototypes", (rows(t, s, d), labels(n, t, s), n)
+        yield "prototypes_backward", (rows(t, n, d), labels(n, t, s))
+    for t, q, n, d in PAIRS:
+        for metric in METRICS:
+            x, y, target = rows(t, q, d), rows(t, n, d), labels(n, t, q)
+            yield "pairwise_distance", (x, y, metric)
+            yield "pairwise_distance_backward", (rows(t, q, n), x, y, metric)
+            yield "prototype_loss", (x, target, y, metric, 0.5)
+            weight = rows(t, q, dtype=wide)
+            yield "prototype_loss_backward", (weight, x, target, y, metric, 0.5)
+
+
+def results(op: str, arguments: tuple[Any, ...], device: str) -> list[torch.Tensor]:
+    moved = (a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments)
+    out = getattr(torch.ops.fastmeta, op)(*moved)
+    return [x.cpu() for x in ([out] if isinstance(out, torch.Tensor) else out)]
+
+
+def run(device: str, report: Callable[[str], None] = print) -> int:
+    """Calls every op; returns how many results differ from the CPU's."""
+    wrong = count = 0
+    for dtype, tolerance in TOLERANCE.items():
+        for op, arguments in calls(dtype):
+            count += 1
+            expected = results(op, arguments, "cpu")
+            for actual, e in zip(results(op, arguments, device), expected, strict=True):
+                error = relative_error(actual, e)
+                if not error <= tolerance:
+                    shapes = [list(a.shape) for a in arguments if isinstance(a, torch.Tensor)]
+                    report(f"{op} {dtype} {shapes}: error {error:.1e}, at most {tolerance:.0e}")
+                    wrong += 1
+    report(f"{count} calls on {device}, {wrong} wrong results")
+    return wrong
+
+
+def kernels_of_sources() -> set[str]:
+    text = "".join(path.read_text() for path in sorted((ROOT / "csrc").rglob("*.cu")))
+    return set(re.findall(r"__global__[^{;]*?(\w+_kernel)\(", text))
+
+
+def profiled(device: str) -> int:
+    """Runs under the profiler and compares the kernels that it saw with those of csrc/."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        wrong = run(device)
+    seen = " ".join(event.key for event in profile.key_averages())
+    expected = kernels_of_sources()
+    launched = {name for name in expected if re.search(rf"\b{name}\b", seen)}
+    if not launched:
+        print("the profiler recorded no kernel")
+        return 1 if wrong else NOT_AVAILABLE
+    if missing := sorted(expected - launched):
+        print(f"not launched: {', '.join(missing)}")
+        return 1
+    print(f"{len(launched)} kernels of csrc/ were launched, {wrong} results were wrong")
+    return 1 if wrong else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--profile", action="store_true")
+    options = parser.parse_args()
+    if not fm.build_info()["native"]:
+        sys.exit(f"fastmeta: {fm.build_info()['reason']}")
+    if options.profile:
+        return profiled(options.device)
+    return 1 if run(options.device) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

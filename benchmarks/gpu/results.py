@@ -1,0 +1,111 @@
+"""Committed results: one folder a GPU in benchmarks/results/, and the README's table of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.machine import ROOT
+from benchmarks.gpu.runner import is_good
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+Row = Mapping[str, Any]
+
+
+def _microseconds(row: Row) -> str:
+    return f"{1e6 * row['seconds']['fastmeta']['median']:.1f} us"
+
+
+def _of_floor(row: Row) -> str:
+    return f"{100 * row['of_floor']:.0f} %"
+
+
+def _of_copy(row: Row) -> str:
+    return f"{100 * row['of_copy']:.0f} %"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A line of the README's table: which row of the benchmarks, what of it, what it should be."""
+
+    label: str
+    workload: str
+    what: str
+    dtype: str
+    how: str
+    value: Callable[[Row], str]
+    aim: str = ""
+
+    def cell(self, report: Mapping[str, Any]) -> str:
+        """Empty where it was not measured, or the result was wrong."""
+        wanted = (self.workload, self.what, self.dtype, self.how)
+        for row in report["steps"]["benchmarks"]["rows"]:
+            found = tuple(row[key] for key in ("workload", "what", "dtype", "how"))
+            if found == wanted and "ratios" in row:
+                return self.value(row)
+        return ""
+
+
+def _small(tasks: int, what: str, aim: str = "") -> Shown:
+    name = f"proto_small, T = {tasks}"
+    label = f"prototype_loss, {name}, {what}, a call in a CUDA graph"
+    return Shown(label, name, what, "float32", "graph of 20", _microseconds, aim)
+
+
+def _big(dtype: str) -> Shown:
+    label = f"prototype_loss, proto_big, forward, {dtype}, of the arithmetic floor"
+    return Shown(label, "proto_big", "forward", dtype, "eager", _of_floor, "at least 50 %")
+
+
+def _update(parameters: int) -> Shown:
+    label = f"inner_update, 1 x {parameters // 10**6}M, of copy bandwidth"
+    name = f"1 x {parameters}"
+    return Shown(label, name, "forward", "float32", "eager", _of_copy, "at least 85 %")
+
+
+SHOWN = (
+    _small(1, "forward", "at most 15 us"),
+    _small(1, "forward + backward"),
+    _small(32, "forward", "at most 15 us"),
+    _small(32, "forward + backward"),
+    _big("float32"),
+    _big("bfloat16"),
+    _update(100_000_000),
+)
+
+
+def table(reports: list[Mapping[str, Any]]) -> str:
+    """The README's table, a column for each report."""
+    heads = ["workload", "aim", *([r["gpu"] for r in reports] or ["NVIDIA H200"])]
+    lines = [heads, ["---"] * len(heads)]
+    for shown in SHOWN:
+        lines.append([shown.label, shown.aim, *([shown.cell(r) for r in reports] or [""])])
+    return "\n".join("".join(f"| {c} " if c else "| " for c in cells) + "|" for cells in lines)
+
+
+def committed(folder: Path = RESULTS) -> list[Mapping[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*/report.json"))]
+
+
+def folder_name(gpu: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
+def keep(out: Path, folder: Path = RESULTS) -> Path:
+    """Copies the results in `out` to the folder of their GPU. Raises ValueError for half a run."""
+    report = json.loads((out / "report.json").read_text())
+    if not is_good(report):
+        found = ", ".join(f"{name} {step['status']}" for name, step in report["steps"].items())
+        raise ValueError(f"only a run in which nothing failed is kept, this one has: {found}")
+    target = folder / folder_name(report["gpu"])
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(out / "report.json", target / "report.json")
+    lines = (out / "ops.txt").read_text().splitlines(keepends=True)
+    (target / "ops.txt").write_text("".join(x for x in lines if not x.startswith("$ ")))
+    return target

@@ -1,0 +1,98 @@
+"""The table of what `make gpu` does: build, tests, sanitizers, benchmarks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.gpu import outcomes
+from benchmarks.gpu.machine import cuda_tool, has_module, python
+from benchmarks.gpu.runner import Step
+
+BUDGET = 510.0  # of the 9 minutes in all
+WORKERS = 8  # test processes that share the GPU
+
+
+def build(capability: str) -> Step:
+    # --force, because an extension built without CUDA looks up to date.
+    return Step(
+        "build",
+        python("setup.py", "build_ext", "--inplace", "--force"),
+        share=190,
+        output="build.txt",
+        environment={
+            "FASTMETA_CUDA": "1",
+            "TORCH_CUDA_ARCH_LIST": capability,
+            "MAX_JOBS": str(os.cpu_count()),
+            # ninja lies beside the interpreter where both come from one environment.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        },
+        needed=True,
+    )
+
+
+def tests(out: Path) -> Step:
+    """What tests/ has for a CUDA device; `on_device` selects it."""
+    workers = min(WORKERS, os.cpu_count() or 1)
+    parallel = ["-n", str(workers)] if has_module("xdist") else []
+    return Step(
+        "tests",
+        python(
+            *("-m", "pytest", "tests", "-p", "benchmarks.gpu.on_device", *parallel),
+            *("--continue-on-collection-errors", f"--junitxml={out / 'tests.xml'}"),
+        ),
+        share=110,
+        output="tests.txt",
+        read=outcomes.of_tests(out / "tests.xml"),
+        environment={"OMP_NUM_THREADS": "2"},
+    )
+
+
+def kernels() -> Step:
+    return Step(
+        "kernels",
+        python("-m", "benchmarks.gpu.every_kernel", "--profile"),
+        share=20,
+        output="sanitizers.txt",
+        read=outcomes.of_kernels,
+    )
+
+
+def sanitizer(tool: str) -> Step:
+    """One tool of compute-sanitizer over every kernel of ours."""
+    program = cuda_tool("compute-sanitizer")
+    # Kernels that initcheck does not watch would leave memory that looks unwritten: it gets no
+    # filter. PyTorch probes what a driver has; fastmeta checks each of its own launches.
+    only_ours = [] if tool == "initcheck" else ["--kernel-name", "kns=fastmeta"]
+    api_errors = ["--report-api-errors", "no"] if tool == "memcheck" else []
+    return Step(
+        tool,
+        [
+            *(program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9"),
+            # Importing torch takes longer than the 10 s that it would wait for a first call.
+            *(*only_ours, *api_errors, "--print-limit", "20", "--launch-timeout", "60"),
+            *python("-m", "benchmarks.gpu.every_kernel"),
+        ],
+        share=30,
+        output="sanitizers.txt",
+        read=outcomes.of_sanitizer,
+        # One allocation a tensor: with a cache, what lies behind a tensor is another one's.
+        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        missing="" if program else "compute-sanitizer was not found",
+    )
+
+
+def benchmarks(out: Path) -> Step:
+    return Step(
+        "benchmarks",
+        python("-m", "benchmarks.gpu_ops", "--json", str(out / "ops.json"), "--seconds", "85"),
+        share=95,
+        output="ops.txt",
+        read=outcomes.of_benchmarks(out / "ops.json"),
+    )
+
+
+def all_steps(out: Path, capability: str) -> list[Step]:
+    checks = [sanitizer(tool) for tool in ("memcheck", "racecheck", "initcheck")]
+    return [build(capability), tests(out), kernels(), *checks, benchmarks(out)]

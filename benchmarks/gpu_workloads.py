@@ -1,0 +1,254 @@
+"""What `benchmarks.gpu_ops` measures: for each op its inputs, its contenders and its cost.
+
+A contender takes inputs and returns a tuple of tensors, which are compared with those of the plain
+PyTorch ops in float64 before anything is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+import fastmeta as fm
+from benchmarks.prototype_loss import composed
+from fastmeta.ops.inner_update import inner_update_backward
+
+Inputs = tuple[torch.Tensor, ...]
+Contender = Callable[..., Inputs]  # of the inputs
+OURS = "fastmeta"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """T, Q, N, D and the like, how often all is repeated, and in which dtypes."""
+
+    small: tuple[int, int, int] = (300, 60, 64)  # Q, N, D of proto_small
+    small_tasks: tuple[int, ...] = (1, 32)
+    big: tuple[int, int, int] = (1_000_000, 10_000, 512)  # Q, N, D of proto_big
+    big_checked: int = 4096  # queries of proto_big compared with float64
+    big_chunk: int = 65_536  # queries at a time of the composition, whose Q x N does not fit
+    updates: tuple[tuple[int, int], ...] = ((32, 112_261), (1, 100_000_000))
+    support: tuple[int, int, int, int] = (256, 100, 20, 1600)  # T, S, N, D of prototypes
+    pairs: tuple[int, int, int, int] = (8, 4096, 4096, 512)  # T, Q, N, D of pairwise_distance
+    copy_bytes: int = 1 << 30
+    matrix: int = 8192
+    rounds: int = 30
+    long_rounds: int = 5
+    graph: int = 20  # calls in a graph, and calls between two events
+
+
+@dataclass(frozen=True)
+class Measure:
+    op: str
+    workload: str
+    what: str  # forward, backward or forward + backward
+    dtype: torch.dtype
+    contenders: Mapping[str, Contender]
+    draw: Callable[[torch.Generator], Inputs]
+    rounds: int
+    calls: int  # between two readings of the clock
+    in_graph: bool = False  # all calls in one graph
+    checked: Callable[[Inputs], Inputs] = lambda inputs: inputs  # the part that is compared
+    moved: int = 0  # bytes that a call must read and write
+    flops: int = 0  # that a call must do
+    memory: bool = False  # measure the peak
+
+
+def unit_rows(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """Rows of norm about 1, as embeddings of a network in training have."""
+    x = torch.randn(shape, generator=generator, device=generator.device)
+    return x.mul_(shape[-1] ** -0.5).to(dtype)
+
+
+def in_torch(contender: Contender) -> Contender:
+    """The same with fastmeta's plain-PyTorch backend."""
+
+    def run(*inputs: torch.Tensor) -> Inputs:
+        with fm.use_backend("torch"):
+            return contender(*inputs)
+
+    return run
+
+
+def differentiated(value: Callable[..., torch.Tensor], *places: int) -> Contender:
+    """The value and its gradient to the inputs at `places`; of a tensor, for an upstream of 1."""
+
+    def run(*inputs: torch.Tensor) -> Inputs:
+        leaves = [x.detach().requires_grad_(i in places) for i, x in enumerate(inputs)]
+        out = value(*leaves)
+        gradient = torch.autograd.grad(out, [leaves[i] for i in places], torch.ones_like(out))
+        return out.detach(), *gradient
+
+    return run
+
+
+def alone(value: Callable[..., torch.Tensor]) -> Contender:
+    return lambda *inputs: (value(*inputs),)
+
+
+def loss_inputs(dtype: torch.dtype, t: int, q: int, n: int, d: int) -> Callable:
+    def draw(generator: torch.Generator) -> Inputs:
+        labels = torch.randint(n, (t, q), generator=generator, device=generator.device)
+        query, prototypes = (unit_rows(generator, dtype, t, rows, d) for rows in (q, n))
+        return query, labels, prototypes
+
+    return draw
+
+
+def loss_of_each(query: torch.Tensor, labels: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return fm.prototype_loss(query, labels, y, reduction="none")
+
+
+def composed_of_each(query: torch.Tensor, labels: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return composed(query, labels, y, reduction="none").view(labels.shape)
+
+
+def in_chunks(value: Callable[..., torch.Tensor], chunk: int) -> Callable[..., torch.Tensor]:
+    """The loss of each query, `chunk` queries at a time."""
+
+    def run(query: torch.Tensor, labels: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        parts = zip(query.split(chunk, 1), labels.split(chunk, 1), strict=True)
+        return torch.cat([value(*part, y) for part in parts], 1)
+
+    return run
+
+
+def small_losses(sizes: Sizes) -> Iterator[Measure]:
+    """proto_small one call after the other, one call a graph, and many calls a graph."""
+    contenders = {
+        "forward": {OURS: alone(loss_of_each), "composition": alone(composed_of_each)},
+        "forward + backward": {
+            OURS: differentiated(fm.prototype_loss, 0, 2),
+            "composition": differentiated(composed, 0, 2),
+        },
+    }
+    for t in sizes.small_tasks:
+        for what, rivals in contenders.items():
+            for calls, in_graph in ((sizes.graph, False), (1, True), (sizes.graph, True)):
+                # The plain-PyTorch backend looks at the labels, which no graph can hold.
+                plain = {} if in_graph else {"torch backend": in_torch(rivals[OURS])}
+                yield Measure(
+                    "prototype_loss",
+                    f"proto_small, T = {t}",
+                    what,
+                    torch.float32,
+                    {**rivals, **plain},
+                    loss_inputs(torch.float32, t, *sizes.small),
+                    sizes.rounds,
+                    calls,
+                    in_graph,
+                )
+
+
+def big_losses(sizes: Sizes) -> Iterator[Measure]:
+    """proto_big, against the composition a chunk of queries at a time."""
+    q, n, d = sizes.big
+
+    def part(inputs: Inputs) -> Inputs:
+        query, labels, prototypes = inputs
+        return query[:, : sizes.big_checked], labels[:, : sizes.big_checked], prototypes
+
+    forward = {
+        OURS: alone(loss_of_each),
+        "composition": alone(in_chunks(composed_of_each, sizes.big_chunk)),
+    }
+    both = {OURS: differentiated(fm.prototype_loss, 0, 2)}
+    for what, contenders, dtype, products in (
+        ("forward", forward, torch.float32, 1),
+        ("forward", forward, torch.bfloat16, 1),
+        ("forward + backward", both, torch.float32, 3),
+    ):
+        yield Measure(
+            "prototype_loss",
+            "proto_big",
+            what,
+            dtype,
+            contenders,
+            loss_inputs(dtype, 1, q, n, d),
+            sizes.long_rounds,
+            calls=1,
+            checked=part,
+            flops=2 * products * q * n * d,
+            memory=True,
+        )
+
+
+def updates(sizes: Sizes) -> Iterator[Measure]:
+    def descend(params: torch.Tensor, grads: torch.Tensor, lr: torch.Tensor) -> Inputs:
+        return (fm.inner_update(params, grads, lr),)
+
+    def draw(t: int, p: int) -> Callable[[torch.Generator], Inputs]:
+        def inputs(generator: torch.Generator) -> Inputs:
+            device = generator.device
+            rows = (torch.randn(t, p, generator=generator, device=device) for _ in range(2))
+            return *rows, torch.full((1, 1), 0.1, device=device)
+
+        return inputs
+
+    for t, p in sizes.updates:
+        for what, ours in (("forward", descend), ("backward", inner_update_backward)):
+            yield Measure(
+                "inner_update",
+                f"{t} x {p}",
+                what,
+                torch.float32,
+                {OURS: ours, "torch backend": in_torch(ours)},
+                draw(t, p),
+                sizes.rounds,
+                calls=4,
+                moved=12 * t * p,
+            )
+
+
+def means(sizes: Sizes) -> Iterator[Measure]:
+    t, s, n, d = sizes.support
+
+    def draw(generator: torch.Generator) -> Inputs:
+        labels = torch.arange(s, device=generator.device).remainder(n).expand(t, s).contiguous()
+        return unit_rows(generator, torch.float32, t, s, d), labels
+
+    def value(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return fm.prototypes(x, labels, n)
+
+    forward = 4 * t * d * (s + n)
+    for what, ours, moved in (
+        ("forward", alone(value), forward),
+        ("forward + backward", differentiated(value, 0), 2 * forward),
+    ):
+        contenders = {OURS: ours, "torch backend": in_torch(ours)}
+        name = f"T = {t}, S = {s}, N = {n}, D = {d}"
+        yield Measure(
+            *("prototypes", name, what, torch.float32, contenders, draw, sizes.rounds),
+            calls=4,
+            moved=moved,
+        )
+
+
+def distances(sizes: Sizes) -> Iterator[Measure]:
+    t, q, n, d = sizes.pairs
+
+    def draw(generator: torch.Generator) -> Inputs:
+        return tuple(unit_rows(generator, torch.float32, t, rows, d) for rows in (q, n))
+
+    for what, ours, products in (
+        ("forward", alone(fm.pairwise_distance), 1),
+        ("forward + backward", differentiated(fm.pairwise_distance, 0, 1), 3),
+    ):
+        contenders = {OURS: ours, "torch backend": in_torch(ours)}
+        name = f"T = {t}, Q = {q}, N = {n}, D = {d}"
+        yield Measure(
+            *("pairwise_distance", name, what, torch.float32, contenders, draw, sizes.long_rounds),
+            calls=2,
+            flops=2 * products * t * q * n * d,
+        )
+
+
+def all_measures(sizes: Sizes) -> Iterator[Measure]:
+    """What has a target first."""
+    yield from small_losses(sizes)
+    yield from updates(sizes)
+    yield from big_losses(sizes)
+    yield from means(sizes)
+    yield from distances(sizes)
