@@ -60,7 +60,7 @@ class Case:
         return f"{self.op}-{self.name}"
 
 
-def _inner_update(name: str, shape: tuple[int, ...], lr: Callable, **options: Any) -> Case:
+def inner_update_case(name: str, shape: tuple[int, ...], lr: Callable, **options: Any) -> Case:
     def build(make: Maker) -> Arguments:
         return (make.randn(*shape), make.randn(*shape), lr(make)), options
 
@@ -70,7 +70,7 @@ def _inner_update(name: str, shape: tuple[int, ...], lr: Callable, **options: An
     return Case("inner_update", name, build, small=size <= 30)
 
 
-def _prototypes(name: str, t: int, s: int, n: int, d: int, missing: bool = False) -> Case:
+def prototypes_case(name: str, t: int, s: int, n: int, d: int, missing: bool = False) -> Case:
     def build(make: Maker) -> Arguments:
         labels = make.labels(n - 1 if missing else n, t, s)
         return (make.randn(t, s, d), labels, n), {}
@@ -78,7 +78,7 @@ def _prototypes(name: str, t: int, s: int, n: int, d: int, missing: bool = False
     return Case("prototypes", name, build, small=t * s * d <= 60)
 
 
-def _distance(metric: str, t: int, q: int, n: int, d: int) -> Case:
+def distance_case(metric: str, t: int, q: int, n: int, d: int) -> Case:
     def build(make: Maker) -> Arguments:
         return (make.randn(t, q, d), make.randn(t, n, d)), {"metric": metric}
 
@@ -86,7 +86,9 @@ def _distance(metric: str, t: int, q: int, n: int, d: int) -> Case:
     return Case("pairwise_distance", name, build, small=t * (q + n) * d <= 60)
 
 
-def _loss(metric: str, reduction: str, t: int, q: int, n: int, d: int, scale: float = 1.0) -> Case:
+def loss_case(
+    metric: str, reduction: str, t: int, q: int, n: int, d: int, scale: float = 1.0
+) -> Case:
     def build(make: Maker) -> Arguments:
         rows = (make.randn(t, q, d), make.labels(n, t, q), make.randn(t, n, d))
         return rows, {"metric": metric, "reduction": reduction, "scale": scale}
@@ -95,7 +97,7 @@ def _loss(metric: str, reduction: str, t: int, q: int, n: int, d: int, scale: fl
     return Case("prototype_loss", name, build, small=t * (q + n) * d <= 60)
 
 
-def _unbatched(case: Case) -> Case:
+def unbatched(case: Case) -> Case:
     def build(make: Maker) -> Arguments:
         args, options = case.build(make)
         return tuple(a[0] if isinstance(a, torch.Tensor) else a for a in args), options
@@ -104,16 +106,16 @@ def _unbatched(case: Case) -> Case:
 
 
 INNER_UPDATE = [
-    _inner_update("number", (3, 7), lambda make: 0.1),
-    _inner_update("scalar", (3, 7), lambda make: make.randn()),
-    _inner_update("per_element", (3, 7), lambda make: make.randn(7)),
-    _inner_update("per_task", (3, 7), lambda make: make.randn(3, 1)),
-    _inner_update("per_task_and_element", (3, 7), lambda make: make.randn(3, 7)),
-    _inner_update("per_layer", (3, 7), lambda make: make.randn(3), layer_sizes=(2, 4, 1)),
-    _inner_update("unbatched", (7,), lambda make: make.randn(7)),
-    _inner_update("one", (1, 1), lambda make: make.randn()),
+    inner_update_case("number", (3, 7), lambda make: 0.1),
+    inner_update_case("scalar", (3, 7), lambda make: make.randn()),
+    inner_update_case("per_element", (3, 7), lambda make: make.randn(7)),
+    inner_update_case("per_task", (3, 7), lambda make: make.randn(3, 1)),
+    inner_update_case("per_task_and_element", (3, 7), lambda make: make.randn(3, 7)),
+    inner_update_case("per_layer", (3, 7), lambda make: make.randn(3), layer_sizes=(2, 4, 1)),
+    inner_update_case("unbatched", (7,), lambda make: make.randn(7)),
+    inner_update_case("one", (1, 1), lambda make: make.randn()),
     *(
-        _inner_update(f"blocks-{p}-{name}", (4, p), lr)
+        inner_update_case(f"blocks-{p}-{name}", (4, p), lr)
         for p in (1023, 1024, 1025, 3000)
         for name, lr in (
             ("scalar", lambda make: make.randn()),
@@ -125,33 +127,33 @@ INNER_UPDATE = [
 ]
 
 PROTOTYPES = [
-    _prototypes("2x5x3x4", 2, 5, 3, 4),
-    _prototypes("one", 1, 1, 1, 1),
-    _prototypes("missing_class", 2, 4, 5, 3, missing=True),
-    _unbatched(_prototypes("2x5x3x4", 2, 5, 3, 4)),
-    _prototypes("slices", 3, 40, 7, 257),
-    _prototypes("proto_small", 2, 300, 60, 64),
+    prototypes_case("2x5x3x4", 2, 5, 3, 4),
+    prototypes_case("one", 1, 1, 1, 1),
+    prototypes_case("missing_class", 2, 4, 5, 3, missing=True),
+    unbatched(prototypes_case("2x5x3x4", 2, 5, 3, 4)),
+    prototypes_case("slices", 3, 40, 7, 257),
+    prototypes_case("proto_small", 2, 300, 60, 64),
 ]
 
 PAIRWISE_DISTANCE = [
-    *(_distance(metric, 2, 4, 3, 2) for metric in METRICS),
-    *(_distance(metric, 1, 1, 1, 1) for metric in METRICS),
-    *(_distance(metric, 2, 7, 65, 17) for metric in METRICS),
-    *(_distance(metric, 1, 130, 129, 65) for metric in METRICS),
-    _distance("sqeuclidean", 3, 600, 31, 5),
-    _unbatched(_distance("euclidean", 2, 4, 3, 2)),
+    *(distance_case(metric, 2, 4, 3, 2) for metric in METRICS),
+    *(distance_case(metric, 1, 1, 1, 1) for metric in METRICS),
+    *(distance_case(metric, 2, 7, 65, 17) for metric in METRICS),
+    *(distance_case(metric, 1, 130, 129, 65) for metric in METRICS),
+    distance_case("sqeuclidean", 3, 600, 31, 5),
+    unbatched(distance_case("euclidean", 2, 4, 3, 2)),
 ]
 
 PROTOTYPE_LOSS = [
-    *(_loss(metric, "mean", 2, 4, 3, 2) for metric in METRICS),
-    *(_loss("sqeuclidean", reduction, 2, 4, 3, 2, scale=0.7) for reduction in ("sum", "none")),
-    _loss("euclidean", "none", 2, 4, 3, 2, scale=2.0),
-    _loss("sqeuclidean", "mean", 2, 3, 1, 1),
-    *(_loss(metric, "mean", 2, 7, 65, 17, scale=0.5) for metric in METRICS),
-    *(_loss(metric, "none", 1, 130, 129, 65, scale=0.1) for metric in METRICS),
-    _loss("sqeuclidean", "sum", 2, 600, 31, 5),
-    _unbatched(_loss("sqeuclidean", "none", 2, 4, 3, 2)),
-    _unbatched(_loss("cosine", "mean", 2, 4, 3, 2)),
+    *(loss_case(metric, "mean", 2, 4, 3, 2) for metric in METRICS),
+    *(loss_case("sqeuclidean", reduction, 2, 4, 3, 2, scale=0.7) for reduction in ("sum", "none")),
+    loss_case("euclidean", "none", 2, 4, 3, 2, scale=2.0),
+    loss_case("sqeuclidean", "mean", 2, 3, 1, 1),
+    *(loss_case(metric, "mean", 2, 7, 65, 17, scale=0.5) for metric in METRICS),
+    *(loss_case(metric, "none", 1, 130, 129, 65, scale=0.1) for metric in METRICS),
+    loss_case("sqeuclidean", "sum", 2, 600, 31, 5),
+    unbatched(loss_case("sqeuclidean", "none", 2, 4, 3, 2)),
+    unbatched(loss_case("cosine", "mean", 2, 4, 3, 2)),
 ]
 
 CASES = [*INNER_UPDATE, *PROTOTYPES, *PAIRWISE_DISTANCE, *PROTOTYPE_LOSS]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ import fastmeta as fm
 if not fm.build_info()["native"]:
     os.environ["FASTMETA_BACKEND"] = "torch"  # what there is, without a warning in every process
 
+# In the emulator, tensors of the CPU go through the CUDA kernels.
+EMULATED = "tests.cuda_emulation.plugin" in sys.modules
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=[pytest.param("cpu", id="emulator")] if EMULATED else DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return request.param

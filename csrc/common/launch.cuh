@@ -1,4 +1,4 @@
-// What a plain header cannot express: how a kernel starts, and dynamic shared memory.
+// How a kernel starts.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,14 +8,9 @@
 #include <limits>
 #include <type_traits>
 
-namespace fastmeta {
+#include "common/kernel_call.cuh"
 
-// The dynamic shared memory of the running block.
-template <typename value_t>
-__device__ value_t* dynamic_shared() {
-  extern __shared__ __align__(16) unsigned char fastmeta_dynamic_shared[];
-  return reinterpret_cast<value_t*>(fastmeta_dynamic_shared);
-}
+namespace fastmeta {
 
 // Enqueues `blocks` blocks in one dimension, where 2^31 - 1 are allowed; none for 0 blocks.
 template <typename... Parameters>
@@ -30,7 +25,8 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
                                                    static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
+  call_kernel<Parameters...>(kernel, static_cast<unsigned>(blocks), threads, shared_bytes, stream,
+                             arguments...);
   return cudaGetLastError();
 }
 

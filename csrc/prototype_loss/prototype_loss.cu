@@ -97,9 +97,8 @@ __device__ void write_weights(const Queries<scalar_t>& queries, const Rows<scala
 // loss[q] = log(sum) + largest - logit[label], softmax over logits -scale d(query[q], prototypes).
 // query [T, Q, D], prototypes [T, N, D], loss [T, Q]. A block owns a tile's rows of queries, walks
 // the tiles of prototypes (tile.cuh) and merges the softmax of each into a running one of a row and
-// the tiles of prototypes (tile.cuh) and merges the softmax of each into a running one of a row and
-// Where one tile holds all prototypes, the distances are still there when the softmax is known, and
-// W is written in the same launch: small episodes are bound by launches.
+// column of warps. Where one tile holds all prototypes, the distances are still there when the
+// softmax is known, and W is written in the same launch: small episodes are bound by launches.
 template <typename scalar_t, typename Term, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     loss_kernel(Rows<scalar_t> query, Rows<scalar_t> prototypes, Queries<scalar_t> queries) {

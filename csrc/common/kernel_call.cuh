@@ -1,0 +1,24 @@
+// The two things of CUDA that a C++ compiler cannot read. tests/cuda_emulation has a twin of this
+// header; nothing else differs there.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+
+namespace fastmeta {
+
+// The dynamic shared memory of the running block.
+template <typename value_t>
+__device__ value_t* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char fastmeta_dynamic_shared[];
+  return reinterpret_cast<value_t*>(fastmeta_dynamic_shared);
+}
+
+template <typename... Parameters>
+void call_kernel(void (*kernel)(Parameters...), unsigned blocks, int threads, size_t shared_bytes,
+                 cudaStream_t stream, Parameters... arguments) {
+  kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...);
+}
+
+}  // namespace fastmeta

@@ -1,0 +1,94 @@
+"""Compiles the emulator, the CUDA sources for it, and the kernels that test it."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pybind11
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from tests.ninja_build import Edge, run_ninja
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "cuda_emulation"
+
+RULES = {
+    "compile": "g++ $flags -MD -MF $out.d -x c++ -c $in -o $out",
+    "link": "g++ -shared -fsanitize=address,undefined -o $out $in $flags",
+}
+
+COMMON = ["-std=c++20", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+RUNTIME = [*COMMON, "-O2", f"-I{HERE}"]
+EMULATED = [
+    *(*COMMON, "-O1", "-Wno-unknown-pragmas", "-Wno-unused-parameter"),
+    *("-DFASTMETA_CUDA", "-DFASTMETA_EMULATED", '-DFASTMETA_ISA="emulated"'),
+    *(f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{ROOT / 'csrc'}"),
+    *(f"-isystem{path}" for path in (*include_paths(), pybind11.get_include())),
+    f"-isystem{sysconfig.get_paths()['include']}",
+]
+KERNEL = [
+    *(*EMULATED, "-include", "cuda_runtime.h"),
+    # Statics of templates stay a library's own: several libraries have a block_sum.
+    "-fno-gnu-unique",
+    *("-fsanitize=thread,undefined", "-fno-sanitize-recover=all"),
+    *("--param", "tsan-instrument-func-entry-exit=0"),
+]
+
+
+def sanitizer_libraries() -> list[str]:
+    """The libraries that must be in a process from its start; raises RuntimeError without them."""
+    if not shutil.which("g++"):
+        raise RuntimeError("g++ is not on PATH")
+    found = []
+    for name in ("libasan.so", "libubsan.so"):
+        path = subprocess.run(
+            ["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        if not Path(path).is_absolute():
+            raise RuntimeError(f"g++ has no {name}; install its sanitizers")
+        found.append(path)
+    return found
+
+
+def objects(sources: list[Path], flags: list[str]) -> list[Edge]:
+    """An edge that compiles each source."""
+    return [
+        Edge(f"{source.parent.name}/{source.name}.o", "compile", (str(source),), _flags(flags))
+        for source in sources
+    ]
+
+
+def library(name: str, inputs: list[str], flags: list[str]) -> Edge:
+    """The edge that links objects into a library."""
+    return Edge(name, "link", tuple(inputs), _flags(flags))
+
+
+def _flags(flags: list[str]) -> dict[str, str]:
+    return {"flags": shlex.join(flags)}
+
+
+def build(folder: Path = BUILD, csrc: Path = ROOT / "csrc") -> None:
+    """Makes libemulator.so, _C.so (the ops) and kernels.so (for test_emulator.py) in `folder`.
+
+    Raises BuildError with the compiler's message.
+    """
+    runtime = objects(sorted(HERE.glob("*.cpp")), RUNTIME)
+    kernels = objects(sorted(csrc.glob("*/*.cu")), KERNEL)
+    bindings = objects([csrc / "library.cpp", *sorted(csrc.glob("*/*_cuda.cpp"))], EMULATED)
+    own_kernels = objects(sorted(HERE.glob("*.cu")), KERNEL)
+    emulator = library("libemulator.so", [edge.output for edge in runtime], [])
+    libraries = {"_C.so": [*kernels, *bindings], "kernels.so": own_kernels}
+    torch = [f"{kind}{path}" for path in library_paths() for kind in ("-L", "-Wl,-rpath,")]
+    torch += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
+    links = [
+        library(
+            name, [*(e.output for e in objects), emulator.output], [f"-Wl,-rpath,{folder}", *torch]
+        )
+        for name, objects in libraries.items()
+    ]
+    run_ninja(folder, RULES, [*runtime, *kernels, *bindings, *own_kernels, emulator, *links])

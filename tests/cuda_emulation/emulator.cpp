@@ -1,0 +1,283 @@
+#include "emulator.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "fiber.h"
+#include "source_line.h"
+
+extern "C" void* __asan_region_is_poisoned(void* address, size_t bytes);
+
+namespace emulator {
+
+Index thread_index, block_index, block_size, grid_size;
+
+namespace {
+
+enum class State { kReady, kAtBarrier, kAtWarp, kDone };
+
+struct Thread {
+  Fiber fiber;
+  State state = State::kDone;
+  Where where;  // it waits, and
+  const char* operation = "";
+  unsigned mask = 0;
+  bool vote = false;
+};
+
+// The settings of a launch, its running block, and the report.
+struct Machine {
+  Order order = Order::kNatural;
+  std::mt19937_64 random;
+  int64_t first_block = 0, block_count = std::numeric_limits<int64_t>::max();
+
+  const std::function<void()>* body = nullptr;
+  std::vector<Thread> threads{kMaxThreads};
+  int size = 0;      // threads of the block
+  int running = -1;  // thread, or -1: the scheduler, or the host
+  int votes = 0;
+  Lanes offered[kMaxThreads / kWarp], released[kMaxThreads / kWarp];
+  SharedMemory shared;
+  std::string report;
+} machine;
+
+std::string number(int64_t value) { return std::to_string(value); }
+
+std::string name(int thread) {
+  return "thread " + number(thread) + " of block " + number(block_index.x);
+}
+
+std::string doing(const Thread& thread) {
+  if (thread.state == State::kDone) return "has exited";
+  return std::string("waits at ") + thread.operation + " of " + thread.where.file_name() + ":" +
+         number(thread.where.line());
+}
+
+bool is_together(const Thread& a, const Thread& b) {
+  return a.state == b.state && a.mask == b.mask && std::strcmp(a.operation, b.operation) == 0 &&
+         a.where.line() == b.where.line() &&
+         std::strcmp(a.where.file_name(), b.where.file_name()) == 0;
+}
+
+void suspend(State state) {
+  auto& thread = machine.threads[machine.running];
+  thread.state = state;
+  thread.fiber.suspend();
+}
+
+void wait(State state, const char* operation, unsigned mask, const Where& where) {
+  auto& thread = machine.threads[machine.running];
+  thread.operation = operation;
+  thread.mask = mask;
+  thread.where = where;
+  suspend(state);
+}
+
+void run_thread() {
+  (*machine.body)();
+  suspend(State::kDone);
+  std::abort();  // nothing resumes a thread that is done
+}
+
+template <typename Items>
+void arrange(Items begin, Items end) {
+  if (machine.order == Order::kReversed) std::reverse(begin, end);
+  if (machine.order == Order::kShuffled) std::shuffle(begin, end, machine.random);
+}
+
+void resume_ready_threads() {
+  std::vector<int> turns(machine.size);
+  std::iota(turns.begin(), turns.end(), 0);
+  arrange(turns.begin(), turns.end());
+  for (const int i : turns) {
+    if (machine.threads[i].state != State::kReady) continue;
+    machine.running = i;
+    thread_index.x = static_cast<unsigned>(i);
+    machine.threads[i].fiber.resume();
+    machine.running = -1;
+    if (!machine.report.empty()) return;
+  }
+}
+
+void report_wait(int waiting, int missing) {
+  const Thread none;  // has exited, like a lane that the block is too small for
+  const Thread& other = missing < machine.size ? machine.threads[missing] : none;
+  machine.report = name(waiting) + " " + doing(machine.threads[waiting]) + " for thread " +
+                   number(missing) + ", which " + doing(other);
+}
+
+// The first of the lanes that a thread waits for that has not come, or -1.
+int missing_lane(int waiting) {
+  const Thread& thread = machine.threads[waiting];
+  for (unsigned rest = thread.mask; rest != 0; rest &= rest - 1) {
+    const int other = waiting / kWarp * kWarp + std::countr_zero(rest);
+    if (other >= machine.size || !is_together(machine.threads[other], thread)) return other;
+  }
+  return -1;
+}
+
+// Lets the lanes that `waiting` waits for go on if all of them have come.
+bool release_lanes(int waiting) {
+  const Thread& thread = machine.threads[waiting];
+  const int missing = missing_lane(waiting);
+  if (missing >= 0) {
+    const bool has_exited =
+        missing >= machine.size || machine.threads[missing].state == State::kDone;
+    if (has_exited) report_wait(waiting, missing);
+    return false;
+  }
+  const int warp = waiting / kWarp;
+  for (unsigned rest = thread.mask; rest != 0; rest &= rest - 1) {
+    const int lane = std::countr_zero(rest);
+    machine.threads[warp * kWarp + lane].state = State::kReady;
+    std::memcpy(machine.released[warp].value[lane], machine.offered[warp].value[lane],
+                Lanes::kMaxBytes);
+  }
+  if (std::strcmp(thread.operation, kSyncWarp) == 0) {
+    machine.shared.synchronize_warp(warp, thread.mask);
+  }
+  return true;
+}
+
+bool release_warps() {
+  bool any = false;
+  for (int i = 0; i < machine.size && machine.report.empty(); ++i) {
+    if (machine.threads[i].state == State::kAtWarp) any |= release_lanes(i);
+  }
+  return any;
+}
+
+// Lets the block go on if all of its threads are at the same barrier; else this is a deadlock.
+void release_block() {
+  const auto begin = machine.threads.begin(), end = begin + machine.size;
+  const auto is_at = [](State state) { return [=](const Thread& t) { return t.state == state; }; };
+  const auto in_warp = std::find_if(begin, end, is_at(State::kAtWarp));
+  if (in_warp != end) {
+    const int waiting = static_cast<int>(in_warp - begin);
+    return report_wait(waiting, missing_lane(waiting));
+  }
+  const auto first = std::find_if(begin, end, is_at(State::kAtBarrier));
+  const auto is_elsewhere = [&](const Thread& thread) { return !is_together(thread, *first); };
+  const auto missing = std::find_if(begin, end, is_elsewhere);
+  if (missing != end) {
+    return report_wait(static_cast<int>(first - begin), static_cast<int>(missing - begin));
+  }
+  machine.votes = 0;
+  for (auto thread = begin; thread != end; ++thread) {
+    machine.votes += thread->vote;
+    thread->state = State::kReady;
+  }
+  machine.shared.barrier();
+}
+
+void run_block() {
+  const auto begin = machine.threads.begin(), end = begin + machine.size;
+  for (auto thread = begin; thread != end; ++thread) {
+    thread->fiber.start(run_thread);
+    thread->state = State::kReady;
+  }
+  const auto is_done = [](const Thread& thread) { return thread.state == State::kDone; };
+  while (machine.report.empty()) {
+    resume_ready_threads();
+    if (!machine.report.empty() || std::all_of(begin, end, is_done)) return;
+    if (!release_warps() && machine.report.empty()) release_block();
+  }
+}
+
+std::vector<int64_t> chosen_blocks(int64_t blocks) {
+  const int64_t start =
+      machine.first_block < 0 ? blocks + machine.first_block : machine.first_block;
+  const int64_t first = std::clamp<int64_t>(start, 0, blocks);
+  std::vector<int64_t> chosen(std::min(machine.block_count, blocks - first));
+  std::iota(chosen.begin(), chosen.end(), first);
+  arrange(chosen.begin(), chosen.end());
+  return chosen;
+}
+
+}  // namespace
+
+std::string run(int64_t blocks, int threads, size_t shared_bytes,
+                const std::function<void()>& thread) {
+  machine.body = &thread;
+  machine.size = threads;
+  machine.report.clear();
+  block_size = {static_cast<unsigned>(threads), 1, 1};
+  grid_size = {static_cast<unsigned>(blocks), 1, 1};
+  for (const int64_t block : chosen_blocks(blocks)) {
+    block_index.x = static_cast<unsigned>(block);
+    machine.shared.begin_block(shared_bytes);
+    run_block();
+    if (!machine.report.empty()) break;
+  }
+  return machine.report;
+}
+
+int count_at_barrier(bool vote, Where where) {
+  machine.threads[machine.running].vote = vote;
+  wait(State::kAtBarrier, "__syncthreads", 0, where);
+  return machine.votes;
+}
+
+const Lanes& exchange(const char* operation, unsigned mask, const void* value, size_t bytes,
+                      Where where) {
+  const int warp = machine.running / kWarp;
+  if ((mask >> lane() & 1) == 0) {
+    fail(std::string("calls ") + operation + " with a mask that does not name its own lane");
+  }
+  if (bytes > 0) std::memcpy(machine.offered[warp].value[lane()], value, bytes);
+  wait(State::kAtWarp, operation, mask, where);
+  return machine.released[warp];  // what is offered next is released when all have read this
+}
+
+int lane() { return machine.running % kWarp; }
+
+void* dynamic_shared_memory() { return machine.shared.dynamic(); }
+
+void fail(const std::string& what) {
+  if (machine.running < 0) {
+    std::fprintf(stderr, "the host code of a kernel %s\n", what.c_str());
+    std::abort();
+  }
+  machine.report = name(machine.running) + " " + what;
+  suspend(State::kDone);
+  std::abort();
+}
+
+void check_access(const void* address, size_t bytes, Access kind, const void* code) {
+  const auto first = reinterpret_cast<uintptr_t>(address);
+  std::string wrong;
+  if (machine.running >= 0) {
+    if (machine.threads[machine.running].fiber.owns(first)) return;
+    if (auto* array = machine.shared.find(first)) {
+      wrong = machine.shared.access(*array, machine.running, first, bytes, kind);
+      if (wrong.empty()) return;
+    }
+  }
+  if (wrong.empty()) {
+    if (__asan_region_is_poisoned(const_cast<void*>(address), bytes) == nullptr) return;
+    wrong = std::string(kind == Access::kRead ? "reads " : "writes ") + number(bytes) +
+            " bytes of global memory that belong to no allocation";
+  }
+  fail(wrong + "\n" + source_line(code));
+}
+
+void set_order(Order order, uint64_t seed) {
+  machine.order = order;
+  machine.random.seed(seed);
+}
+
+void run_only(int64_t first, int64_t count) {
+  machine.first_block = first;
+  machine.block_count = count;
+}
+
+SharedMemory& shared_memory() { return machine.shared; }
+
+}  // namespace emulator

@@ -1,0 +1,147 @@
+"""The emulator as Python sees it: what to run how, and what was launched."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from tests.cuda_emulation.build import BUILD
+
+ORDERS = ("natural", "reversed", "shuffled")
+
+# Environment of a process that emulates.
+ORDER = "FASTMETA_EMULATOR_ORDER"
+MUTANT = "FASTMETA_EMULATOR_MUTANT"  # a library that is loaded before the ops, to replace kernels
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel that ran; `stream` is its number on the device that was current, -1 if another's."""
+
+    blocks: int
+    threads: int
+    shared_bytes: int
+    device: int
+    stream: int
+
+
+@cache
+def runtime() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(BUILD / "libemulator.so"), mode=ctypes.RTLD_GLOBAL)
+    library.emulator_report.restype = ctypes.c_char_p
+    library.emulator_launch_count.restype = ctypes.c_int64
+    library.emulator_run_only.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    library.emulator_set_order.argtypes = [ctypes.c_int, ctypes.c_uint64]
+    place = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_char_p]
+    library.emulator_add_shared.argtypes = place
+    library.emulator_fail_after.argtypes = [ctypes.c_int64]
+    library.emulator_launch.argtypes = [ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)]
+    return library
+
+
+def load_kernels(path: Path) -> ctypes.CDLL:
+    """Loads a library of kernels and tells the emulator of its __shared__ arrays."""
+    runtime()
+    library = ctypes.CDLL(str(path))
+    for offset, size, name in _shared_arrays(path):
+        runtime().emulator_add_shared(library._handle, offset, size, name.encode())
+    return library
+
+
+def _shared_arrays(path: Path) -> Iterator[tuple[int, int, str]]:
+    """Offset, size and name of each static array that has a slot of its own."""
+    slot = 64 * 1024
+    output = subprocess.run(
+        ["nm", "--defined-only", "--print-size", "--demangle", str(path)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for line in output.splitlines():
+        fields = line.split(maxsplit=3)
+        if len(fields) < 4 or fields[2] not in "bBvV":
+            continue
+        offset, size = int(fields[0], 16), int(fields[1], 16)
+        if offset > 0 and offset % slot == 0:  # a thread's own variables start at 0
+            yield offset, size, fields[3]
+
+
+def set_order(order: str, seed: int = 0) -> None:
+    """In which order blocks, and the threads of a block, run."""
+    runtime().emulator_set_order(ORDERS.index(order), seed)
+
+
+def report() -> str:
+    """What the last launch that failed did wrong."""
+    return runtime().emulator_report().decode()
+
+
+@contextmanager
+def launches() -> Iterator[list[Launch]]:
+    """A list of the kernels that the `with` block starts, filled at its end."""
+    runtime().emulator_forget_launches()
+    seen: list[Launch] = []
+    yield seen
+    for i in range(runtime().emulator_launch_count()):
+        fields = (ctypes.c_int64 * 5)()
+        runtime().emulator_launch(i, fields)
+        seen.append(Launch(*fields))
+
+
+@contextmanager
+def only_blocks(first: int, count: int) -> Iterator[None]:
+    """Runs `count` blocks from `first` (negative: from the end) of launches in a `with` block."""
+    runtime().emulator_run_only(first, count)
+    try:
+        yield
+    finally:
+        runtime().emulator_run_only(0, 2**62)
+
+
+@contextmanager
+def failing_launch(after: int) -> Iterator[None]:
+    """Inside the `with` block, the launch after `after` others fails."""
+    runtime().emulator_fail_after(after)
+    try:
+        yield
+    finally:
+        runtime().emulator_fail_after(-1)
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Inside the `with` block, the current stream says that it is being captured."""
+    runtime().emulator_set_capturing(True)
+    try:
+        yield
+    finally:
+        runtime().emulator_set_capturing(False)
+
+
+@contextmanager
+def devices(current: int, of_tensors: int) -> Iterator[None]:
+    """Inside the `with` block, which device is current, and on which one tensors are."""
+    runtime().emulator_set_device(current, of_tensors)
+    try:
+        yield
+    finally:
+        runtime().emulator_set_device(0, 0)
+
+
+def current_device() -> int:
+    return runtime().emulator_device()
+
+
+@contextmanager
+def current_stream(device: int, stream: int) -> Iterator[None]:
+    """Inside the `with` block, the current stream of a device."""
+    runtime().emulator_set_stream(device, stream)
+    try:
+        yield
+    finally:
+        runtime().emulator_set_stream(device, 0)

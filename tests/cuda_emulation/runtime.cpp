@@ -1,0 +1,169 @@
+#include "runtime.h"
+
+#include <dlfcn.h>
+#include <link.h>
+
+#include <array>
+#include <cstdlib>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "emulator.h"
+
+namespace emulator {
+namespace {
+
+constexpr int kDevices = 2, kStreams = 2;
+constexpr int kSharedWithoutConsent = 48 * 1024;
+
+struct Launch {
+  int64_t blocks;
+  int64_t threads;
+  int64_t shared_bytes;
+  int64_t device;  // that was current
+  int64_t stream;  // of the device; -1 where it belongs to another one
+};
+
+struct Runtime {
+  int device = 0;
+  int device_of_tensors = 0;
+  std::array<std::array<EmulatedStream, kStreams>, kDevices> streams{{{{{0}, {0}}}, {{{1}, {1}}}}};
+  std::array<int, kDevices> current_streams{};
+  bool is_capturing = false;
+  cudaError_t error = cudaSuccess;
+  int64_t launches_until_failure = -1;  // -1: none fails
+  std::map<const void*, int> consents;  // bytes of dynamic shared memory
+  std::vector<Launch> launches;
+  std::string report = "unspecified launch failure";
+} runtime;
+
+int index_of(cudaStream_t stream) {
+  const auto& streams = runtime.streams[runtime.device];
+  for (int i = 0; i < kStreams; ++i) {
+    if (stream == &streams[i]) return i;
+  }
+  return -1;
+}
+
+cudaError_t refusal(const void* kernel, int threads, size_t shared_bytes) {
+  if (runtime.launches_until_failure == 0) return cudaErrorLaunchOutOfResources;
+  if (threads < 1 || threads > kMaxThreads) return cudaErrorInvalidConfiguration;
+  const auto consent = runtime.consents.find(kernel);
+  const int allowed = consent == runtime.consents.end() ? kSharedWithoutConsent : consent->second;
+  return shared_bytes > static_cast<size_t>(allowed) ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+}  // namespace
+
+void launch(const void* kernel, unsigned blocks, int threads, size_t shared_bytes,
+            cudaStream_t stream, const std::function<void()>& thread) {
+  runtime.error =
+      blocks == 0 ? cudaErrorInvalidConfiguration : refusal(kernel, threads, shared_bytes);
+  if (runtime.launches_until_failure >= 0) --runtime.launches_until_failure;
+  if (runtime.error != cudaSuccess) return;
+  runtime.launches.push_back(
+      {blocks, threads, static_cast<int64_t>(shared_bytes), runtime.device, index_of(stream)});
+  const auto report = run(blocks, threads, shared_bytes, thread);
+  if (report.empty()) return;
+  runtime.report = report;
+  runtime.error = cudaErrorLaunchFailure;
+}
+
+cudaStream_t current_stream() {
+  return &runtime.streams[runtime.device][runtime.current_streams[runtime.device]];
+}
+
+int device_of_tensors() { return runtime.device_of_tensors; }
+
+bool is_capturing() { return runtime.is_capturing; }
+
+}  // namespace emulator
+
+using emulator::runtime;
+
+cudaError_t cudaGetLastError() { return std::exchange(runtime.error, cudaSuccess); }
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+    case cudaErrorLaunchOutOfResources:
+      return "too many resources requested for launch";
+    case cudaErrorLaunchFailure:
+      return runtime.report.c_str();
+  }
+  return "unknown error";
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  constexpr int kMost = static_cast<int>(emulator::SharedMemory::kMaxDynamic);
+  if (value < 0 || value > kMost) return cudaErrorInvalidValue;
+  runtime.consents[kernel] = value;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = runtime.device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= emulator::kDevices) return cudaErrorInvalidDevice;
+  runtime.device = device;
+  return cudaSuccess;
+}
+
+// For emulator.py.
+extern "C" {
+
+void emulator_set_order(int order, uint64_t seed) {
+  emulator::set_order(static_cast<emulator::Order>(order), seed);
+}
+
+void emulator_run_only(int64_t first, int64_t count) { emulator::run_only(first, count); }
+
+// An array at `offset` in the library of a dlopen() handle.
+void emulator_add_shared(void* library, uintptr_t offset, size_t bytes, const char* name) {
+  const link_map* map = nullptr;
+  if (dlinfo(library, RTLD_DI_LINKMAP, &map) != 0) std::abort();
+  emulator::shared_memory().add_static(map->l_addr + offset, bytes, name);
+}
+
+void emulator_set_device(int current, int of_tensors) {
+  runtime.device = current;
+  runtime.device_of_tensors = of_tensors;
+}
+
+int emulator_device() { return runtime.device; }
+
+void emulator_set_stream(int device, int stream) { runtime.current_streams[device] = stream; }
+
+void emulator_set_capturing(bool is_capturing) { runtime.is_capturing = is_capturing; }
+
+// The launch after `launches` more fails; -1: none does.
+void emulator_fail_after(int64_t launches) { runtime.launches_until_failure = launches; }
+
+int64_t emulator_launch_count() { return static_cast<int64_t>(runtime.launches.size()); }
+
+// Blocks, threads, bytes of dynamic shared memory, device and stream of a launch.
+void emulator_launch(int64_t index, int64_t* fields) {
+  const auto& launch = runtime.launches[index];
+  fields[0] = launch.blocks;
+  fields[1] = launch.threads;
+  fields[2] = launch.shared_bytes;
+  fields[3] = launch.device;
+  fields[4] = launch.stream;
+}
+
+void emulator_forget_launches() { runtime.launches.clear(); }
+
+const char* emulator_report() { return runtime.report.c_str(); }
+}

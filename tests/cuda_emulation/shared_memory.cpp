@@ -1,0 +1,131 @@
+#include "shared_memory.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstdlib>
+#include <cstring>
+
+namespace emulator {
+namespace {
+
+constexpr int16_t kManyWarps = -1;
+constexpr int kPoison = 0xff;  // a NaN in every floating-point type
+
+std::string described(const SharedArray& array, uintptr_t address, size_t bytes, Access kind) {
+  const auto offset = static_cast<ptrdiff_t>(address - array.address);
+  return std::string(kind == Access::kRead ? "reads " : "writes ") + std::to_string(bytes) +
+         " bytes at byte " + std::to_string(offset) + " of the " + std::to_string(array.bytes) +
+         " bytes of shared memory " + array.name;
+}
+
+}  // namespace
+
+void WarpClock::synchronize(unsigned mask) {
+  ++now_;
+  for (unsigned rest = mask; rest != 0; rest &= rest - 1) {
+    auto& met = met_[std::countr_zero(rest)];
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if (mask >> lane & 1) met[lane] = now_;
+    }
+  }
+}
+
+SharedMemory::SharedMemory() {
+  auto* arena = static_cast<char*>(std::aligned_alloc(kSlot, kArena));
+  dynamic_ = {reinterpret_cast<uintptr_t>(arena + kSlot), 0, "(dynamic)",
+              std::vector<ByteLog>(kMaxDynamic)};
+}
+
+void SharedMemory::add_static(uintptr_t address, size_t bytes, const char* name) {
+  statics_.push_back({address, bytes, name, std::vector<ByteLog>(bytes)});
+  std::sort(statics_.begin(), statics_.end(),
+            [](const auto& a, const auto& b) { return a.address < b.address; });
+}
+
+void SharedMemory::begin_block(size_t dynamic_bytes) {
+  ++block_;
+  ++interval_;
+  for (auto& clock : clocks_) {
+    if (clock.now() != 0) clock.reset();
+  }
+  dynamic_.bytes = dynamic_bytes;
+  std::memset(dynamic(), kPoison, dynamic_bytes);
+  for (const auto& array : statics_) {
+    std::memset(reinterpret_cast<void*>(array.address), kPoison, array.bytes);
+  }
+}
+
+SharedArray* SharedMemory::find(uintptr_t address) {
+  if (address - (dynamic_.address - kSlot) < kArena) return &dynamic_;
+  if (statics_.empty() || address < statics_.front().address) return nullptr;
+  const auto is_before = [](uintptr_t a, const auto& array) { return a < array.address; };
+  const auto next = std::upper_bound(statics_.begin(), statics_.end(), address, is_before);
+  auto& array = *std::prev(next);
+  return address - array.address < kSlot ? &array : nullptr;
+}
+
+bool SharedMemory::is_ordered(int thread, uint32_t time, int other) const {
+  return thread == other || (thread / kWarp == other / kWarp &&
+                             clocks_[thread / kWarp].orders(thread % kWarp, time, other % kWarp));
+}
+
+std::string SharedMemory::race(const ByteLog& log, int thread, Access kind) const {
+  const bool both_atomic = kind == Access::kAtomic && log.written_atomically;
+  if (log.writer >= 0 && log.write_interval == interval_ && !both_atomic &&
+      !is_ordered(thread, log.write_time, log.writer)) {
+    return "which thread " + std::to_string(log.writer) + " writes";
+  }
+  if (kind == Access::kRead || log.read_interval != interval_) return "";
+  if (log.reading_warp != thread / kWarp) return "which a thread of another warp reads";
+  for (unsigned lanes = log.reading_lanes; lanes != 0; lanes &= lanes - 1) {
+    const int reader = log.reading_warp * kWarp + std::countr_zero(lanes);
+    if (!is_ordered(thread, log.read_time, reader)) {
+      return "which thread " + std::to_string(reader) + " reads";
+    }
+  }
+  return "";
+}
+
+void SharedMemory::record(ByteLog& log, int thread, Access kind) {
+  const int warp = thread / kWarp;
+  const uint32_t now = clocks_[warp].now();
+  if (kind != Access::kRead) {
+    log.writer = static_cast<int16_t>(thread);
+    log.write_interval = interval_;
+    log.write_time = now;
+    log.written_atomically = kind == Access::kAtomic;
+  } else if (log.read_interval != interval_) {
+    log.read_interval = interval_;
+    log.read_time = now;
+    log.reading_warp = static_cast<int16_t>(warp);
+    log.reading_lanes = 1U << thread % kWarp;
+  } else if (log.reading_warp == warp) {
+    log.read_time = now;
+    log.reading_lanes |= 1U << thread % kWarp;
+  } else {
+    log.reading_warp = kManyWarps;
+  }
+}
+
+std::string SharedMemory::access(SharedArray& array, int thread, uintptr_t address, size_t bytes,
+                                 Access kind) {
+  const size_t offset = address - array.address;
+  if (offset >= array.bytes || bytes > array.bytes - offset) {
+    return described(array, address, bytes, kind) + ", which is out of bounds";
+  }
+  for (size_t i = offset; i < offset + bytes; ++i) {
+    auto& log = array.log[i];
+    if (log.block != block_) log = {.block = block_};
+    if (kind != Access::kWrite && log.writer < 0) {
+      return described(array, address, bytes, kind) + ", which no thread has written";
+    }
+    const auto other = race(log, thread, kind);
+    if (!other.empty()) {
+      return described(array, address, bytes, kind) + ", " + other + " with no barrier between";
+    }
+    record(log, thread, kind);
+  }
+  return "";
+}
+
+}  // namespace emulator

@@ -1,0 +1,85 @@
+// The shared memory of the running block, and what its threads did to every byte of it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace emulator {
+
+inline constexpr int kWarp = 32;
+inline constexpr int kMaxThreads = 1024;
+
+enum class Access { kRead, kWrite, kAtomic };
+
+// Orders the accesses of lanes of a warp: what __syncwarp does.
+class WarpClock {
+ public:
+  void reset() { *this = {}; }
+  uint32_t now() const { return now_; }
+  void synchronize(unsigned mask);
+  // Whether a __syncwarp of both lanes came after `time`.
+  bool orders(int lane, uint32_t time, int other_lane) const {
+    return met_[lane][other_lane] > time;
+  }
+
+ private:
+  uint32_t now_ = 0;
+  uint32_t met_[kWarp][kWarp] = {};
+};
+
+// What threads did to one byte since the last barrier, and whether it was ever written.
+struct ByteLog {
+  uint32_t block = 0;  // the rest is about this block; nothing happened in a later one
+  uint32_t write_interval = 0, write_time = 0;
+  uint32_t read_interval = 0, read_time = 0;
+  uint32_t reading_lanes = 0;
+  int16_t writer = -1;
+  int16_t reading_warp = 0;  // kManyWarps: more than one
+  bool written_atomically = false;
+};
+
+struct SharedArray {
+  uintptr_t address;
+  size_t bytes;
+  std::string name;
+  std::vector<ByteLog> log;
+};
+
+class SharedMemory {
+ public:
+  SharedMemory();
+
+  // A __shared__ array of a kernel library. The library aligns each to kSlot bytes, so that what
+  // lies between its end and the next slot is nobody's.
+  void add_static(uintptr_t address, size_t bytes, const char* name);
+
+  void begin_block(size_t dynamic_bytes);
+  void barrier() { ++interval_; }
+  void synchronize_warp(int warp, unsigned mask) { clocks_[warp].synchronize(mask); }
+
+  void* dynamic() const { return reinterpret_cast<void*>(dynamic_.address); }
+  // The array in whose slot an address lies, or null.
+  SharedArray* find(uintptr_t address);
+  // Logs an access to `array`. What is wrong with it; empty if nothing is.
+  std::string access(SharedArray& array, int thread, uintptr_t address, size_t bytes, Access kind);
+
+  static constexpr size_t kSlot = 64 * 1024;
+  static constexpr size_t kMaxDynamic = 227 * 1024;
+
+ private:
+  static constexpr size_t kArena = 6 * kSlot;  // a slot before and a slot behind the dynamic memory
+
+  // Which access of another thread this one is not ordered with; empty if there is none.
+  std::string race(const ByteLog& log, int thread, Access kind) const;
+  void record(ByteLog& log, int thread, Access kind);
+  bool is_ordered(int thread, uint32_t time, int other) const;
+
+  SharedArray dynamic_;
+  std::vector<SharedArray> statics_;  // by address
+  WarpClock clocks_[kMaxThreads / kWarp];
+  uint32_t block_ = 0, interval_ = 1;
+};
+
+}  // namespace emulator

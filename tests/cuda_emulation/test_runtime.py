@@ -1,0 +1,197 @@
+"""What bindings and launchers do with the runtime: streams, devices, errors, sizes past 2^31."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import fastmeta as fm
+from tests.cases import (
+    Case,
+    Maker,
+    distance_case,
+    inner_update_case,
+    loss_case,
+    prototypes_case,
+)
+from tests.cuda_emulation import emulator
+from tests.test_ops import value_and_grads
+
+# With two tiles of prototypes, and cosine's norms: as many launches as an op ever makes.
+CASES = [
+    inner_update_case("scalar", (3, 5000), lambda make: make.randn()),
+    inner_update_case("per_element", (3, 50), lambda make: make.randn(50)),
+    prototypes_case("small", 2, 7, 3, 5),
+    distance_case("cosine", 2, 7, 65, 17),
+    loss_case("cosine", "none", 2, 7, 65, 17),
+    loss_case("sqeuclidean", "mean", 2, 7, 5, 17),
+]
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def run(case: Case) -> tuple[torch.Tensor, ...]:
+    return value_and_grads(case, *case(torch.float32))
+
+
+@each_case
+def test_work_goes_to_the_current_stream_of_the_tensors_device(case):
+    with emulator.devices(current=0, of_tensors=1), emulator.current_stream(device=1, stream=1):
+        with emulator.launches() as launches:
+            run(case)
+        assert emulator.current_device() == 0
+    assert launches
+    assert {(launch.device, launch.stream) for launch in launches} == {(1, 1)}
+
+
+@each_case
+def test_every_launch_is_checked(case):
+    with emulator.launches() as launches:
+        expected = run(case)
+    for after in range(len(launches)):
+        message = rf"^({case.op}(_backward)?|(query_)?labels): too many resources requested"
+        with emulator.failing_launch(after), pytest.raises(RuntimeError, match=message):
+            run(case)
+    for a, e in zip(run(case), expected, strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        inner_update_case("no task", (0, 3), lambda make: make.randn()),
+        inner_update_case("no parameter", (3, 0), lambda make: make.randn()),
+        distance_case("cosine", 0, 2, 2, 3),
+        distance_case("cosine", 2, 0, 2, 3),
+        distance_case("cosine", 2, 2, 0, 3),
+        loss_case("cosine", "sum", 0, 2, 2, 3),
+        loss_case("cosine", "sum", 2, 0, 2, 3),
+    ],
+    ids=str,
+)
+def test_nothing_is_launched_for_an_empty_output(case):
+    with emulator.launches() as launches:
+        run(case)
+    assert launches == []
+
+
+def test_no_launch_has_no_blocks():
+    """Which the runtime refuses: classes without examples, rows without features."""
+    for case in (prototypes_case("", 2, 0, 3, 5), loss_case("cosine", "sum", 2, 3, 2, 0)):
+        run(case)
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 64 * 256 + 1])
+@pytest.mark.parametrize("bad", [-1, 3])
+def test_a_label_out_of_range_is_found_wherever_it_is(count, bad):
+    x = torch.zeros(1, count, 1)
+    for place in {0, count // 2, count - 1}:
+        labels = torch.zeros(1, count, dtype=torch.int64)
+        labels[0, place] = bad
+        message = rf"labels\[0, {place}\] is {bad}"
+        with pytest.raises(ValueError, match=message):
+            fm.prototypes(x, labels, 3)
+        labels[0, place] = 2
+        assert (fm.prototypes(x, labels, 3) == 0).all()  # the device goes on
+
+
+def test_while_capturing_labels_are_not_read_back():
+    make = Maker(torch.float32)
+    query, prototypes = make.randn(1, 3, 4), make.randn(1, 2, 4)
+    labels = torch.tensor([[0, 7, 1]])
+    with emulator.capturing(), emulator.launches() as launches:
+        loss = fm.prototype_loss(query, labels, prototypes, reduction="none")
+    assert loss.isnan().tolist() == [[False, True, False]]
+    assert len(launches) == 1
+
+
+@contextmanager
+def no_fill() -> Iterator[None]:
+    """Tensors of gigabytes stay unwritten, so that they take no memory."""
+    settings = torch.utils.deterministic
+    before, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = before
+
+
+def huge_inner_update() -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows 2^30 numbers apart."""
+    base = torch.empty(2**31 + 8, dtype=torch.bfloat16)
+    params = base.as_strided((3, 8), (2**30, 1))
+    params.copy_(torch.arange(24).view(3, 8))
+    return fm.inner_update(params, params, 0.5)[-1], params[-1] / 2
+
+
+def huge_update_backward() -> tuple[torch.Tensor, torch.Tensor]:
+    base = torch.empty(2**31 + 8, dtype=torch.bfloat16)
+    upstream = base.as_strided((3, 8), (2**30, 1))
+    upstream.copy_(torch.arange(24).view(3, 8))
+    lr = torch.full((1, 1), 0.5)
+    grads, _ = torch.ops.fastmeta.inner_update_backward(upstream, upstream, lr)
+    return grads[-1], -upstream[-1] / 2
+
+
+def huge_output() -> tuple[torch.Tensor, torch.Tensor]:
+    params = torch.ones(1, 2**16, dtype=torch.bfloat16).expand(2**15 + 1, -1)
+    with emulator.only_blocks(-1, 1):
+        return fm.inner_update(params, params, 0.5)[-1, -8:], params[-1, -8:] / 2
+
+
+def huge_prototypes() -> tuple[torch.Tensor, torch.Tensor]:
+    tasks, features = 2**25 + 1, 64
+    x = torch.empty(tasks, 1, features, dtype=torch.bfloat16)
+    x[-1] = torch.arange(features)
+    labels = torch.zeros(1, 1, dtype=torch.int64).expand(tasks, 1)
+    with emulator.only_blocks(-1, 1):
+        return fm.prototypes(x, labels, 1)[-1, 0], x[-1, 0]
+
+
+def huge_prototypes_backward() -> tuple[torch.Tensor, torch.Tensor]:
+    tasks, features = 2**25 + 1, 64
+    upstream = torch.empty(tasks, 1, features, dtype=torch.bfloat16)
+    upstream[-1] = torch.arange(features)
+    labels = torch.zeros(tasks, 1, dtype=torch.int64)
+    with emulator.only_blocks(-2, 2):
+        return torch.ops.fastmeta.prototypes_backward(upstream, labels)[-1, 0], upstream[-1, 0]
+
+
+def huge_distance() -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.empty(1, 2**25 + 40, 64, dtype=torch.bfloat16)
+    x[0, -16:] = torch.arange(16).unsqueeze(1)
+    y = torch.zeros(1, 2, 64, dtype=torch.bfloat16)
+    with emulator.only_blocks(-1, 1):
+        distance = fm.pairwise_distance(x, y)
+    return distance[0, -5:, 1], 64 * torch.arange(11, 16).square().to(x.dtype)
+
+
+def huge_loss() -> tuple[torch.Tensor, torch.Tensor]:
+    query = torch.empty(1, 2**25 + 40, 64, dtype=torch.bfloat16)
+    query[0, -16:] = 0.25
+    prototypes = torch.zeros(1, 2, 64, dtype=torch.bfloat16)
+    labels = torch.zeros(1, 1, dtype=torch.int64).expand(1, query.shape[1])
+    with emulator.only_blocks(-1, 1):
+        raw = torch.ops.fastmeta.prototype_loss(query, labels, prototypes, "sqeuclidean", 1.0)
+    return raw[0, -5:], torch.full((5,), 2.0).log()
+
+
+HUGE = [
+    huge_inner_update,
+    huge_update_backward,
+    huge_output,
+    huge_prototypes,
+    huge_prototypes_backward,
+    huge_distance,
+    huge_loss,
+]
+
+
+@pytest.mark.parametrize("result", HUGE)
+def test_indices_past_2_to_the_31(result: Callable[[], tuple[torch.Tensor, torch.Tensor]]):
+    """The last block alone of launches on tensors of 2^31 numbers, next to no page of them real."""
+    with no_fill(), emulator.capturing():
+        actual, expected = result()
+    assert torch.equal(actual, expected)
