@@ -3,7 +3,7 @@
 
 #include "common/workspace.h"
 #include "pairwise_distance/gradient.h"
-#include "pairwise_distance/tile.cuh"
+#include "pairwise_distance/large_tile.cuh"
 
 namespace fastmeta {
 namespace {
@@ -93,8 +93,6 @@ __device__ void stage_weights(const value_t* weights, int64_t own_stride, int64_
         weights, own_stride, other_stride, row, other, rows, depth, tile);
   }
 }
-
-__device__ int at_most(int limit, int64_t x) { return x < limit ? static_cast<int>(x) : limit; }
 
 template <typename scalar_t>
 __device__ void add_to(scalar_t& target, acc_t<scalar_t> value, bool accumulate) {
@@ -230,7 +228,9 @@ Plan plan_of(const PairwiseShape& shape) {
   constexpr int64_t kEnoughTiles = 256, kSplitRows = 512;
   using Tile = LargeGradientTile;
   const int64_t row = std::max({shape.classes, shape.features, int64_t(1)});
-  Plan plan{1, std::min(shape.queries, std::max<int64_t>(kChunk / row, Tile::kRows)), 1};
+  // Whole rows of tiles: a tile decides for all its distances how they are summed.
+  const int64_t rows_of_tiles = std::max<int64_t>(kChunk / row / LargeTile::kRows, 1);
+  Plan plan{1, std::min(shape.queries, rows_of_tiles * LargeTile::kRows), 1};
   if (plan.rows == shape.queries) {
     plan.tasks = std::clamp<int64_t>(kChunk / (row * shape.queries), 1, shape.tasks);
   }

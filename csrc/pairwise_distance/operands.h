@@ -1,6 +1,7 @@
 // What the CUDA ops that compare rows of x with rows of y do to their operands alike.
 #pragma once
 
+#include "common/ceil_div.h"
 #include "pairwise_distance/pairwise_distance.h"
 
 namespace fastmeta {
@@ -12,9 +13,18 @@ struct Chunk {
 
 inline Chunk whole(const PairwiseShape& shape) { return {0, shape.tasks, 0, shape.queries}; }
 
-// Cosine: enqueues inverse_norms[r] = 1 / max(|row r|, eps), the T Q rows of x and then the T N of
-// y, in the accumulation type, and points operands there. Other metrics need none. A cudaError_t.
-int64_t inverse_norms_bytes(const PairwiseOperands& operands);
-int launch_inverse_norms(PairwiseOperands& operands, void* inverse_norms, void* stream);
+// From the center of a task to that of the next: features and zeros up to whole slices of a tile,
+// one slice at least.
+FASTMETA_HOST_DEVICE constexpr int64_t center_stride(int64_t features) {
+  constexpr int64_t kPadded = 16;
+  return (features / kPadded + 1) * kPadded;
+}
+
+// Enqueues what tiles need to know of the rows beforehand, and points operands there. A cudaError_t.
+//   cosine                          norms[r] = 1 / max(|row r|, eps)
+//   differences, in large tiles     centers[t] near the rows of y[t], norms[r] = |row r - center|^2
+// The T Q rows of x and then the T N of y, in the accumulation type. Others need nothing.
+int64_t row_norms_bytes(const PairwiseOperands& operands);
+int launch_row_norms(PairwiseOperands& operands, void* workspace, void* stream);
 
 }  // namespace fastmeta

@@ -5,6 +5,7 @@
 //
 // x [T, Q, D], y [T, N, D] -> [T, Q, N], all contiguous. Squared differences are summed as they
 // are: |x|^2 + |y|^2 - 2 x.y would lose every digit of a distance that is small beside the norms.
+// Large arrays on a GPU take that form only where it keeps the digits (large_tile.cuh).
 //
 // Gradient, for upstream g [Q, N], as weighted sums with W [Q, N] (one matrix product each):
 //   sqeuclidean W = -2 g, euclidean W = -g / distance (0 at distance 0):
@@ -121,7 +122,10 @@ struct PairwiseOperands {
   PairwiseShape shape;
   const void* x;
   const void* y;
-  const void* inverse_norms = nullptr;  // for the launchers' own use
+  // For the launchers' own use (operands.h):
+  bool large_tiles = false;
+  const void* norms = nullptr;
+  const void* centers = nullptr;
 };
 
 int64_t pairwise_distance_workspace(const PairwiseOperands& operands);

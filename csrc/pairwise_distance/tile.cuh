@@ -1,4 +1,5 @@
-// A block's tile of pairwise sums over features, in registers; the CUDA twin of tile_cpu.h.
+// A block's tile of pairwise sums over features, in registers; the CUDA twin of tile_cpu.h. Here the
+// tile for small arrays; large_tile.cuh has the one for large arrays.
 //
 // The rows of x and y that a tile needs pass through shared memory, kDepth features at a time,
 // row-major, a 16-byte access apart from the next multiple of 128 bytes: so the 8 rows that a
@@ -23,6 +24,8 @@ template <typename scalar_t>
 struct Rows {
   const scalar_t* data;
   const acc_t<scalar_t>* inverse_norms;  // [rows] to multiply by, or null
+  const acc_t<scalar_t>* squared_norms;  // [rows] of the differences from the center, or null
+  const acc_t<scalar_t>* center;         // [features, zeros up to center_stride], or null
   int64_t count;
   int64_t task_stride;
   int64_t features;
@@ -32,6 +35,8 @@ struct Rows {
     Rows rows = *this;
     rows.data += t * task_stride * features;
     if (inverse_norms != nullptr) rows.inverse_norms += t * task_stride;
+    if (squared_norms != nullptr) rows.squared_norms += t * task_stride;
+    if (center != nullptr) rows.center += t * center_stride(features);
     return rows;
   }
 
@@ -57,12 +62,20 @@ struct Rows {
   }
 };
 
+// Rows of one operand, from row `first` of all that `data` and `norms` begin with.
 template <typename scalar_t>
-Rows<scalar_t> rows_from(const void* data, const acc_t<scalar_t>* inverse_norms, int64_t first,
-                         int64_t count, int64_t task_stride, int64_t features) {
+Rows<scalar_t> rows_from(const PairwiseOperands& operands, int64_t first_task, const void* data,
+                         const acc_t<scalar_t>* norms, int64_t first, int64_t count,
+                         int64_t task_stride) {
+  const int64_t features = operands.shape.features;
   const auto* rows = static_cast<const scalar_t*>(data) + first * features;
+  const auto* centers = static_cast<const acc_t<scalar_t>*>(operands.centers);
+  if (norms != nullptr) norms += first;
+  if (centers != nullptr) centers += first_task * center_stride(features);
   return {.data = rows,
-          .inverse_norms = inverse_norms == nullptr ? nullptr : inverse_norms + first,
+          .inverse_norms = operands.metric == Metric::kCosine ? norms : nullptr,
+          .squared_norms = operands.metric == Metric::kCosine ? nullptr : norms,
+          .center = centers,
           .count = count,
           .task_stride = task_stride,
           .features = features,
@@ -71,19 +84,19 @@ Rows<scalar_t> rows_from(const void* data, const acc_t<scalar_t>* inverse_norms,
 
 template <typename scalar_t>
 Rows<scalar_t> x_rows(const PairwiseOperands& operands, const Chunk& chunk) {
-  const auto& shape = operands.shape;
-  const auto* norms = static_cast<const acc_t<scalar_t>*>(operands.inverse_norms);
-  return rows_from<scalar_t>(operands.x, norms, chunk.first_task * shape.queries + chunk.first_row,
-                             chunk.rows, shape.queries, shape.features);
+  const int64_t queries = operands.shape.queries;
+  const auto* norms = static_cast<const acc_t<scalar_t>*>(operands.norms);
+  return rows_from<scalar_t>(operands, chunk.first_task, operands.x, norms,
+                             chunk.first_task * queries + chunk.first_row, chunk.rows, queries);
 }
 
 template <typename scalar_t>
 Rows<scalar_t> y_rows(const PairwiseOperands& operands, const Chunk& chunk) {
   const auto& shape = operands.shape;
-  const auto* norms = static_cast<const acc_t<scalar_t>*>(operands.inverse_norms);
+  const auto* norms = static_cast<const acc_t<scalar_t>*>(operands.norms);
   if (norms != nullptr) norms += shape.tasks * shape.queries;
-  return rows_from<scalar_t>(operands.y, norms, chunk.first_task * shape.classes, shape.classes,
-                             shape.classes, shape.features);
+  return rows_from<scalar_t>(operands, chunk.first_task, operands.y, norms,
+                             chunk.first_task * shape.classes, shape.classes, shape.classes);
 }
 
 // Copies kFeatures features of kCount rows into shared memory, kStride values a row. All loads of a
@@ -126,11 +139,11 @@ __device__ void stage(const Rows<scalar_t>& rows, int64_t first_row, int64_t fir
   }
 }
 
-// kM x kN sums a lane, kWarpRows x kWarpColumns warps, kDepthAccesses accesses of 16 bytes deep.
-template <int kM_, int kN_, int kWarpRows, int kWarpColumns_, int kDepthAccesses>
-struct DistanceTile {
-  static constexpr int kM = kM_, kN = kN_, kWarpColumns = kWarpColumns_;
-  static constexpr int kLaneRows = 4, kLaneColumns = 8;
+// 16 x 64 sums: 2 x 4 a lane, 4 x 8 lanes a warp, 2 x 2 warps.
+struct SmallTile {
+  static constexpr int kM = 2, kN = 4;
+  static constexpr int kLaneRows = 4, kLaneColumns = 8, kLaneColumnStep = 1;
+  static constexpr int kWarpRows = 2, kWarpColumns = 2, kDepthAccesses = 16;
   static constexpr int kRows = kLaneRows * kM * kWarpRows;
   static constexpr int kColumns = kLaneColumns * kN * kWarpColumns;
   static constexpr int kThreads = kWarp * kWarpRows * kWarpColumns;
@@ -153,9 +166,6 @@ struct DistanceTile {
   static __device__ bool is_first_lane_of_row() { return threadIdx.x % kLaneColumns == 0; }
 };
 
-using LargeTile = DistanceTile<8, 4, 4, 2, 8>;   // 128 x 64
-using SmallTile = DistanceTile<2, 4, 2, 2, 16>;  // 16 x 64
-
 template <typename Tile>
 FASTMETA_HOST_DEVICE constexpr int64_t tiles_across(int64_t columns) {
   return ceil_div(columns, Tile::kColumns);
@@ -171,23 +181,16 @@ struct TilePosition {
   int64_t task, row, column;
 };
 
+__device__ inline int at_most(int limit, int64_t x) {
+  return x < limit ? static_cast<int>(x) : limit;
+}
+
 // Tile number `tile` of such an array, counted along rows of tiles.
 template <typename Tile>
 __device__ TilePosition tile_position(int64_t tile, int64_t rows, int64_t columns) {
   const int64_t across = tiles_across<Tile>(columns), down = ceil_div(rows, Tile::kRows);
   const int64_t row_of_tiles = tile / across;
   return {row_of_tiles / down, row_of_tiles % down * Tile::kRows, tile % across * Tile::kColumns};
-}
-
-// Calls body(tile). Small tiles where large ones would be too few for the multiprocessors of a GPU,
-// or the columns fit into one; and for double, whose large tile would not fit into the registers.
-template <typename scalar_t, typename Body>
-cudaError_t with_tile(int64_t large_tiles, int64_t columns, const Body& body) {
-  constexpr int64_t kEnough = 128;
-  if constexpr (!std::is_same_v<scalar_t, double>) {
-    if (columns > SmallTile::kColumns && large_tiles >= kEnough) return body(LargeTile{});
-  }
-  return body(SmallTile{});
 }
 
 // Calls body(Difference{}) or body(Product{}).
@@ -217,10 +220,11 @@ __device__ void finish_tile(Metric metric, value_t (&sums)[m][n]) {
 
 // distances[i][j] = distance of rows row(i) and column(j) of the tile at (first_row, first_column).
 // For the whole block; uses its dynamic shared memory, free again on return.
-template <typename Tile, typename Term, typename scalar_t>
-__device__ void tile_distances(Metric metric, const Rows<scalar_t>& x, int64_t first_row,
+template <typename Term, typename scalar_t>
+__device__ void tile_distances(SmallTile, Metric metric, const Rows<scalar_t>& x, int64_t first_row,
                                const Rows<scalar_t>& y, int64_t first_column,
-                               acc_t<scalar_t> (&distances)[Tile::kM][Tile::kN]) {
+                               acc_t<scalar_t> (&distances)[SmallTile::kM][SmallTile::kN]) {
+  using Tile = SmallTile;
   using value_t = acc_t<scalar_t>;
   constexpr int n = kAccess<value_t>, kDepth = Tile::template kDepth<value_t>;
   constexpr int kStride = kDepth + n;

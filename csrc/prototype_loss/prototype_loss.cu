@@ -4,7 +4,7 @@
 
 #include "common/workspace.h"
 #include "pairwise_distance/gradient.h"
-#include "pairwise_distance/tile.cuh"
+#include "pairwise_distance/large_tile.cuh"
 #include "prototype_loss/prototype_loss.h"
 
 namespace fastmeta {
@@ -43,13 +43,13 @@ __device__ Softmax<value_t> merged(const Softmax<value_t>& a, const Softmax<valu
   return {largest, a.sum * std::exp(a.largest - largest) + b.sum * std::exp(b.largest - largest)};
 }
 
-// Lane 0 of every `lanes` neighbours gets the softmax over the logits of all of them.
-template <int lanes, typename value_t>
+// Of every `lanes` lanes that are `step` apart the first gets the softmax over the logits of all.
+template <int lanes, int step, typename value_t>
 __device__ Softmax<value_t> merged_over_lanes(Softmax<value_t> softmax) {
 #pragma unroll
-  for (int offset = lanes / 2; offset > 0; offset /= 2) {
-    const value_t largest = __shfl_down_sync(kAllLanes, softmax.largest, offset, lanes);
-    const value_t sum = __shfl_down_sync(kAllLanes, softmax.sum, offset, lanes);
+  for (int offset = lanes * step / 2; offset >= step; offset /= 2) {
+    const value_t largest = __shfl_down_sync(kAllLanes, softmax.largest, offset, lanes * step);
+    const value_t sum = __shfl_down_sync(kAllLanes, softmax.sum, offset, lanes * step);
     softmax = merged(softmax, {largest, sum});
   }
   return softmax;
@@ -67,25 +67,33 @@ struct Queries {
   Softmax<acc_t<scalar_t>>* softmax;  // or null
 };
 
+// index, or -1 outside of 0 <= index < size.
+__device__ int index_in(int size, int64_t index) {
+  return index >= 0 && index < size ? static_cast<int>(index) : -1;
+}
+
 // Writes the tile of W at `tile` from its distances; softmax_of(i) is that of row(i).
 template <typename Tile, typename scalar_t, typename SoftmaxOf>
 __device__ void write_weights(const Queries<scalar_t>& queries, const Rows<scalar_t>& query,
                               int64_t classes, const TilePosition& tile,
                               const acc_t<scalar_t> (&distances)[Tile::kM][Tile::kN],
                               const SoftmaxOf& softmax_of) {
+  const int columns = at_most(Tile::kColumns, classes - tile.column);
 #pragma unroll
   for (int i = 0; i < Tile::kM; ++i) {
     const int64_t row = tile.row + Tile::row(i);
     if (row >= query.count) continue;
-    const int64_t q = tile.task * query.task_stride + row, label = queries.labels[q];
+    const int64_t q = tile.task * query.task_stride + row;
+    const int label = index_in(columns, queries.labels[q] - tile.column);
     const auto weight = queries.weight[q];
     const Softmax<acc_t<scalar_t>> softmax = softmax_of(i);
     const auto inverse_sum = 1 / softmax.sum;
-    acc_t<scalar_t>* target = queries.weights + (tile.task * query.count + row) * classes;
+    acc_t<scalar_t>* target =
+        queries.weights + (tile.task * query.count + row) * classes + tile.column;
 #pragma unroll
     for (int j = 0; j < Tile::kN; ++j) {
-      const int64_t column = tile.column + Tile::column(j);
-      if (column >= classes) continue;
+      const int column = Tile::column(j);
+      if (column >= columns) continue;
       const auto distance = distances[i][j];
       const auto probability = std::exp(-queries.scale * distance - softmax.largest) * inverse_sum;
       const auto upstream = distance_upstream(queries.scale, weight, probability, column == label);
@@ -96,9 +104,10 @@ __device__ void write_weights(const Queries<scalar_t>& queries, const Rows<scala
 
 // loss[q] = log(sum) + largest - logit[label], softmax over logits -scale d(query[q], prototypes).
 // query [T, Q, D], prototypes [T, N, D], loss [T, Q]. A block owns a tile's rows of queries, walks
-// the tiles of prototypes (tile.cuh) and merges the softmax of each into a running one of a row and
-// column of warps. Where one tile holds all prototypes, the distances are still there when the
-// softmax is known, and W is written in the same launch: small episodes are bound by launches.
+// the tiles of prototypes and merges the softmax of each into a running one of a row and a column of
+// warps, in shared memory: the [Q, N] distances exist a tile at a time.
+// Where one tile holds all prototypes, the distances are still there when the softmax is known, and
+// W is written in the same launch: small episodes are bound by launches.
 template <typename scalar_t, typename Term, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     loss_kernel(Rows<scalar_t> query, Rows<scalar_t> prototypes, Queries<scalar_t> queries) {
@@ -109,10 +118,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const auto tile = tile_position<Tile>(blockIdx.x, query.count, 1);
   const int64_t classes = prototypes.count;
   const int thread = threadIdx.x;
-  const int64_t q = tile.task * query.task_stride + tile.row + thread;
+  const int64_t first_query = tile.task * query.task_stride + tile.row;
   const bool owns_query = thread < Tile::kRows && tile.row + thread < query.count;
   if (thread < Tile::kRows) {
-    labels[thread] = owns_query ? queries.labels[q] : 0;
+    labels[thread] = owns_query ? (queries.labels + first_query)[thread] : 0;
     label_logits[thread] = 0;
     for (int w = 0; w < Tile::kWarpColumns; ++w) softmaxes[w][thread] = empty_softmax<value_t>();
   }
@@ -120,20 +129,22 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
   value_t distances[Tile::kM][Tile::kN];
   for (int64_t first = 0; first < classes; first += Tile::kColumns) {
-    tile_distances<Tile, Term>(queries.metric, query.task(tile.task), tile.row,
-                               prototypes.task(tile.task), first, distances);
+    tile_distances<Term>(Tile{}, queries.metric, query.task(tile.task), tile.row,
+                         prototypes.task(tile.task), first, distances);
+    const int columns = at_most(Tile::kColumns, classes - first);
 #pragma unroll
     for (int i = 0; i < Tile::kM; ++i) {
-      const int row = Tile::row(i);
+      const int row = Tile::row(i), label = index_in(columns, labels[row] - first);
       value_t logits[Tile::kN];
 #pragma unroll
       for (int j = 0; j < Tile::kN; ++j) {
-        const int64_t column = first + Tile::column(j);
-        logits[j] = column < classes ? -queries.scale * distances[i][j]
+        const int column = Tile::column(j);
+        logits[j] = column < columns ? -queries.scale * distances[i][j]
                                      : -std::numeric_limits<value_t>::infinity();
-        if (column == labels[row]) label_logits[row] = logits[j];
+        if (column == label) label_logits[row] = logits[j];
       }
-      const auto softmax = merged_over_lanes<Tile::kLaneColumns>(softmax_of(logits));
+      const auto softmax =
+          merged_over_lanes<Tile::kLaneColumns, Tile::kLaneColumnStep>(softmax_of(logits));
       auto& running = softmaxes[Tile::warp_column()][row];
       if (Tile::is_first_lane_of_row()) running = merged(running, softmax);
     }
@@ -145,8 +156,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     for (int w = 1; w < Tile::kWarpColumns; ++w) softmax = merged(softmax, softmaxes[w][thread]);
     const bool is_valid = labels[thread] >= 0 && labels[thread] < classes;
     if (!is_valid) softmax.sum = std::numeric_limits<value_t>::quiet_NaN();
-    queries.loss[q] = std::log(softmax.sum) + (softmax.largest - label_logits[thread]);
-    if (queries.softmax != nullptr) queries.softmax[q] = softmax;
+    (queries.loss + first_query)[thread] =
+        std::log(softmax.sum) + (softmax.largest - label_logits[thread]);
+    if (queries.softmax != nullptr) (queries.softmax + first_query)[thread] = softmax;
     softmaxes[0][thread] = softmax;
   }
   if constexpr (std::is_same_v<Tile, SmallTile>) {
@@ -164,8 +176,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     weights_kernel(Rows<scalar_t> query, Rows<scalar_t> prototypes, Queries<scalar_t> queries) {
   const auto tile = tile_position<Tile>(blockIdx.x, query.count, prototypes.count);
   acc_t<scalar_t> distances[Tile::kM][Tile::kN];
-  tile_distances<Tile, Term>(queries.metric, query.task(tile.task), tile.row,
-                             prototypes.task(tile.task), tile.column, distances);
+  tile_distances<Term>(Tile{}, queries.metric, query.task(tile.task), tile.row,
+                       prototypes.task(tile.task), tile.column, distances);
   write_weights<Tile>(queries, query, prototypes.count, tile, distances, [&](int i) {
     return queries.softmax[tile.task * query.task_stride + tile.row + Tile::row(i)];
   });
@@ -208,8 +220,7 @@ class PrototypeLoss {
     const auto query = x_rows<scalar_t>(operands_.pairwise, chunk);
     const auto prototypes = y_rows<scalar_t>(operands_.pairwise, chunk);
     const auto queries = queries_of(chunk, weights);
-    const int64_t large_tiles = count_tiles<LargeTile>(chunk.tasks, chunk.rows, columns);
-    return with_tile<scalar_t>(large_tiles, prototypes.count, [&](auto tile) {
+    return with_tile<scalar_t>(operands_.pairwise, [&](auto tile) {
       using Tile = decltype(tile);
       return with_term(operands_.pairwise.metric, [&](auto term) {
         return launch(kernel_of(term, tile), count_tiles<Tile>(chunk.tasks, chunk.rows, columns),
@@ -239,7 +250,7 @@ class PrototypeLoss {
 
 // Parts of the backward's workspace.
 struct BackwardSpace {
-  void* inverse_norms;
+  void* row_norms;
   void* softmax = nullptr;  // of each query, where W is not written along with the loss
   void* gradient;
   int64_t bytes;
@@ -247,7 +258,7 @@ struct BackwardSpace {
   BackwardSpace(const PairwiseOperands& operands, void* workspace) {
     const auto& shape = operands.shape;
     Workspace space(workspace);
-    inverse_norms = space.take<char>(inverse_norms_bytes(operands));
+    row_norms = space.take<char>(row_norms_bytes(operands));
     if (!fits_one_tile(shape)) {
       softmax = with_dtype(operands.dtype, [&](auto type) -> void* {
         using value_t = acc_t<typename decltype(type)::type>;
@@ -259,15 +270,24 @@ struct BackwardSpace {
   }
 };
 
+// The operands with the tiles that their distances are made in: the same ones in both kernels, or W
+// would not get the bits of the distances in the loss.
+PairwiseOperands tiled(PairwiseOperands operands) {
+  const auto& shape = operands.shape;
+  operands.large_tiles =
+      uses_large_tiles(operands, count_tiles<LargeTile>(shape.tasks, shape.queries, 1));
+  return operands;
+}
+
 }  // namespace
 
 int64_t prototype_loss_workspace(const LossOperands& operands) {
-  return inverse_norms_bytes(operands.pairwise);
+  return row_norms_bytes(tiled(operands.pairwise));
 }
 
 int launch_prototype_loss(LossOperands operands, void* loss, void* workspace, void* stream) {
-  auto& pairwise = operands.pairwise;
-  const int error = launch_inverse_norms(pairwise, workspace, stream);
+  auto& pairwise = operands.pairwise = tiled(operands.pairwise);
+  const int error = launch_row_norms(pairwise, workspace, stream);
   if (error != cudaSuccess) return error;
   return with_dtype(pairwise.dtype, [&](auto type) {
     using scalar_t = typename decltype(type)::type;
@@ -277,15 +297,15 @@ int launch_prototype_loss(LossOperands operands, void* loss, void* workspace, vo
 }
 
 int64_t prototype_loss_backward_workspace(const LossOperands& operands) {
-  return BackwardSpace(operands.pairwise, nullptr).bytes;
+  return BackwardSpace(tiled(operands.pairwise), nullptr).bytes;
 }
 
 int launch_prototype_loss_backward(LossOperands operands, const void* weight, void* loss,
                                    void* grad_query, void* grad_prototypes, void* workspace,
                                    void* stream) {
-  auto& pairwise = operands.pairwise;
+  auto& pairwise = operands.pairwise = tiled(operands.pairwise);
   const BackwardSpace space(pairwise, workspace);
-  const int error = launch_inverse_norms(pairwise, space.inverse_norms, stream);
+  const int error = launch_row_norms(pairwise, space.row_norms, stream);
   if (error != cudaSuccess) return error;
   return with_dtype(pairwise.dtype, [&](auto type) -> int {
     const PrototypeLoss<typename decltype(type)::type> op(operands, weight, loss, space.softmax,
