@@ -18,6 +18,7 @@ allocator holds back and what earlier work left behind. On a GPU: the caching al
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Callable
 
 import torch
@@ -75,6 +76,7 @@ def peak(run: Callable[[], None], device: torch.device) -> int:
     """Most bytes that ``run`` holds at once besides what is there before it."""
     if device.type != "cuda":
         return peak_bytes(run)
+    gc.collect()
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -34,7 +34,8 @@ def hvp(
     ``H`` is the Hessian of ``loss_fn`` at ``params``; it is never formed. Tasks are vmapped.
 
     - ``reverse``: derivative of ``<grad, v>``. The fastest, and itself differentiable.
-    - ``forward``: tangent of the gradient. Exact too; keeps no graph of the gradient's graph.
+    - ``forward``: tangent of the gradient. Exact too; keeps no graph of the gradient's graph. Not
+      for GRU and LSTM on CUDA, whose cells have no forward derivative in PyTorch.
     - ``finite_difference``: ``(g(theta + e v) - g(theta - e v)) / 2e`` with
       ``e = cbrt(machine epsilon) (1 + |theta|) / |v|`` for each task. The memory of a gradient;
       right to about 1e-9 in float64 and 1e-4 in float32 where the loss is smooth.
@@ -55,8 +56,8 @@ def hvp(
 
     Raises:
         TypeError: a leaf or a batch entry that is no tensor, or dtypes that differ.
-        ValueError: an unknown mode, trees or shapes that do not match, different numbers of tasks,
-            or a loss that is no scalar.
+        ValueError: an unknown mode, trees, shapes or devices that do not match, different numbers
+            of tasks, or a loss that is no scalar.
 
     Example:
         >>> import torch
@@ -243,6 +244,8 @@ def _check_trees(params: Any, vector: Any, batch: Sequence[Tensor]) -> int:
             )
         if leaf.dtype != direction.dtype:
             raise TypeError(f"vector: expected dtype {leaf.dtype}, got {direction.dtype}")
+        if leaf.device != direction.device:
+            raise ValueError(f"vector: expected device {leaf.device}, got {direction.device}")
     tasks = leaves[0].shape[0]
     counts = {tensor.shape[0] for tensor in [*leaves, *batch]}
     if counts != {tasks}:

@@ -6,8 +6,9 @@ Each function is differentiable any number of times, and works under torch.func 
 
 from __future__ import annotations
 
+import math
+
 import torch
-import torch.nn.functional as F
 
 from fastmeta.ops._raw import accumulation_dtype
 
@@ -24,12 +25,15 @@ def inner_update(params: torch.Tensor, grads: torch.Tensor, lr: torch.Tensor) ->
 def check_label_range(labels: torch.Tensor, classes: int, name: str) -> None:
     """Raises ValueError for the first label outside [0, classes).
 
-    A tensor without values to look at (fake, traced or vmapped) is not checked.
+    A tensor without values to look at (fake, traced, vmapped, or of a CUDA stream that is being
+    captured) is not checked.
     """
     real = type(labels) is torch.Tensor and labels.device.type != "meta"
     if torch.compiler.is_compiling() or not real:
         return
     if torch._C._functorch.is_functorch_wrapped_tensor(labels):
+        return
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     bad = ((labels < 0) | (labels >= classes)).nonzero()
     if len(bad):
@@ -81,6 +85,16 @@ def pairwise_distance(x: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Te
     return out.to(x.dtype)
 
 
+def at_labels(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """rows [T, Q, N] at labels [T, Q]; NaN, and a NaN gradient, for a label that was not checked.
+
+    A gather at such a label would end the CUDA context.
+    """
+    known = (labels >= 0) & (labels < rows.shape[2])
+    values = rows.gather(2, labels.where(known, 0).unsqueeze(2)).squeeze(2)
+    return values * torch.where(known, 1.0, math.nan).to(rows.dtype)
+
+
 def prototype_loss(
     query: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor, metric: str, scale: float
 ) -> torch.Tensor:
@@ -88,4 +102,4 @@ def prototype_loss(
     check_label_range(labels, prototypes.shape[1], "query_labels")
     a, b = (z.to(accumulation_dtype(query.dtype)) for z in (query, prototypes))
     logits = -scale * pairwise_distance(a, b, metric)
-    return F.cross_entropy(logits.mT, labels, reduction="none")
+    return -at_labels(logits.log_softmax(2), labels)

@@ -81,33 +81,38 @@ class Tasks(NamedTuple):
     query_y: Tensor
 
 
-def build(name: str, seed: int = 0) -> nn.Module:
+def build(name: str, device: str, seed: int = 0) -> nn.Module:
+    """A network by name, with the same weights on every device."""
     torch.manual_seed(seed)
-    return NETWORKS[name][0]().double()
+    return NETWORKS[name][0]().double().to(device)
 
 
-def classification(name: str, tasks: int = 3, support: int = 6, queries: int = 5) -> Tasks:
+def classification(
+    name: str, device: str, tasks: int = 3, support: int = 6, queries: int = 5
+) -> Tasks:
     """Random examples for a network by name, with labels of four classes."""
     generator = torch.Generator().manual_seed(7)
     shape = NETWORKS[name][1]
 
     def examples(count: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(tasks, count, *shape, generator=generator, dtype=torch.float64)
-        return x, torch.randint(0, 4, (tasks, count), generator=generator)
+        y = torch.randint(0, 4, (tasks, count), generator=generator)
+        return x.to(device), y.to(device)
 
     return Tasks(*examples(support), *examples(queries))
 
 
-def regression(tasks: int = 3, examples: int = 6) -> Tasks:
+def regression(device: str, tasks: int = 3, examples: int = 6) -> Tasks:
     """Inputs and targets ``[T, S, 1]``."""
     generator = torch.Generator().manual_seed(8)
     shape = (tasks, examples, 1)
-    return Tasks(*(torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4)))
+    tensors = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4))
+    return Tasks(*(tensor.to(device) for tensor in tensors))
 
 
-def regressor() -> nn.Module:
+def regressor(device: str) -> nn.Module:
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    return nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double().to(device)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -18,7 +18,7 @@ class Tied(nn.Module):
 
 def arena_of(layout: Layout, *lead: int) -> torch.Tensor:
     size = torch.Size(lead).numel() * layout.numel
-    return torch.arange(float(size)).reshape(*lead, layout.numel)
+    return torch.arange(float(size), device=layout.device).reshape(*lead, layout.numel)
 
 
 def test_a_tied_parameter_is_in_the_layout_once():
@@ -33,8 +33,8 @@ def test_frozen_parameters_are_not_in_the_layout():
     assert Layout.of(net).names == ("bias",)
 
 
-def test_views_share_the_arenas_memory():
-    layout = Layout.of(nn.Linear(3, 2))
+def test_views_share_the_arenas_memory(device):
+    layout = Layout.of(nn.Linear(3, 2, device=device))
     arena = arena_of(layout, 4)
     views = layout.views(arena)
     arena[1, 7] = -1.0
@@ -42,17 +42,17 @@ def test_views_share_the_arenas_memory():
     assert views["weight"].shape == (4, 2, 3)
 
 
-def test_flatten_inverts_views():
-    layout = Layout.of(Tied())
+def test_flatten_inverts_views(device):
+    layout = Layout.of(Tied().to(device))
     arena = arena_of(layout, 2, 5)
     assert torch.equal(layout.flatten(layout.views(arena)), arena)
 
 
-def test_scalar_and_empty_parameters_have_their_place():
+def test_scalar_and_empty_parameters_have_their_place(device):
     module = nn.Module()
     module.scale, module.none = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.zeros(0, 3))
     module.weight = nn.Parameter(torch.ones(2))
-    layout = Layout.of(module)
+    layout = Layout.of(module.to(device))
     views = layout.views(arena_of(layout, 2))
     assert [tuple(view.shape) for view in views.values()] == [(2,), (2, 0, 3), (2, 2)]
     assert torch.equal(layout.flatten(views), arena_of(layout, 2))
@@ -62,13 +62,15 @@ def test_scalar_and_empty_parameters_have_their_place():
     ("shape", "expected"),
     [([], []), ([1], []), ([2], [8]), ([8], [8]), ([4, 1], [4, 1]), ([4, 8], [4, 8])],
 )
-def test_step_sizes_broadcast_against_the_arena(shape, expected):
-    layout = Layout.of(nn.Linear(3, 2))
-    assert list(layout.step_size(torch.ones(shape), tasks=4).shape) == expected
+def test_step_sizes_broadcast_against_the_arena(shape, expected, device):
+    layout = Layout.of(nn.Linear(3, 2, device=device))
+    assert list(layout.step_size(torch.ones(shape, device=device), tasks=4).shape) == expected
 
 
-def test_a_step_size_per_parameter_is_repeated_over_its_elements():
-    step = Layout.of(nn.Linear(3, 2)).step_size(torch.tensor([1.0, 2.0]), tasks=4)
+def test_a_step_size_per_parameter_is_repeated_over_its_elements(device):
+    lr = torch.tensor([1.0, 2.0], device=device)
+    step = Layout.of(nn.Linear(3, 2, device=device)).step_size(lr, tasks=4)
+    assert step.device == lr.device
     assert step.tolist() == [1.0] * 6 + [2.0] * 2
 
 

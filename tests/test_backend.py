@@ -9,12 +9,16 @@ import torch
 
 import fastmeta as fm
 from fastmeta import _native, reference
+from tests.cases import Maker
+from tests.test_ops import require_kernels
 
-X, Y = torch.randn(1, 2, 3), torch.randn(1, 4, 3)
+Rows = tuple[torch.Tensor, torch.Tensor]
 
-needs_native = pytest.mark.skipif(
-    not fm.build_info()["native"], reason="the native extension was not built"
-)
+
+@pytest.fixture
+def rows(device) -> Rows:
+    make = Maker(torch.float32, device)
+    return make.randn(1, 2, 3), make.randn(1, 4, 3)
 
 
 @pytest.fixture
@@ -28,53 +32,53 @@ def calls(monkeypatch):
     return seen
 
 
-def test_the_environment_is_read_at_every_call(calls, monkeypatch):
+def test_the_environment_is_read_at_every_call(calls, monkeypatch, rows, device):
     monkeypatch.setenv("FASTMETA_BACKEND", "torch")
-    fm.pairwise_distance(X, Y)
-    assert calls == ["torch"] and fm.backend_of("pairwise_distance") == "torch"
+    fm.pairwise_distance(*rows)
+    assert calls == ["torch"] and fm.backend_of("pairwise_distance", device) == "torch"
     monkeypatch.delenv("FASTMETA_BACKEND")
-    if fm.build_info()["native"]:
-        fm.pairwise_distance(X, Y)
-        assert calls == ["torch"] and fm.backend_of("pairwise_distance") == "native"
+    require_kernels(device)
+    fm.pairwise_distance(*rows)
+    assert calls == ["torch"] and fm.backend_of("pairwise_distance", device) == "native"
 
 
-@needs_native
-def test_the_context_goes_before_the_environment_and_ends(calls, monkeypatch):
+def test_the_context_goes_before_the_environment_and_ends(calls, monkeypatch, rows, device):
+    require_kernels(device)
     monkeypatch.setenv("FASTMETA_BACKEND", "torch")
     with fm.use_backend("native"):
-        fm.pairwise_distance(X, Y)
+        fm.pairwise_distance(*rows)
         with fm.use_backend("torch"):
-            assert fm.backend_of("pairwise_distance") == "torch"
-        assert fm.backend_of("pairwise_distance") == "native"
-    assert calls == [] and fm.backend_of("pairwise_distance") == "torch"
+            assert fm.backend_of("pairwise_distance", device) == "torch"
+        assert fm.backend_of("pairwise_distance", device) == "native"
+    assert calls == [] and fm.backend_of("pairwise_distance", device) == "torch"
 
 
-def test_bad_names(monkeypatch):
+def test_bad_names(monkeypatch, rows):
     with pytest.raises(ValueError, match="backend must be 'native' or 'torch', got 'cuda'"):
         fm.use_backend("cuda").__enter__()
     with pytest.raises(ValueError, match=r"op must be one of .*, got 'conv'"):
         fm.backend_of("conv")
     monkeypatch.setenv("FASTMETA_BACKEND", "fast")
     with pytest.raises(ValueError, match="FASTMETA_BACKEND must be 'native' or 'torch'"):
-        fm.pairwise_distance(X, Y)
+        fm.pairwise_distance(*rows)
 
 
-@needs_native
-def test_a_fallback_is_said_once(monkeypatch):
+def test_a_fallback_is_said_once(monkeypatch, rows, device):
+    require_kernels(device)
     monkeypatch.setattr(_native, "KERNELS", set())
     _native._warn.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            fm.pairwise_distance(X, Y)
+            fm.pairwise_distance(*rows)
         with fm.use_backend("torch"):
-            fm.prototypes(X, torch.zeros(1, 2, dtype=torch.int64), 1)
+            fm.prototypes(rows[0], torch.zeros(1, 2, dtype=torch.int64, device=device), 1)
     messages = [str(w.message) for w in caught]
     assert messages == [
         "fastmeta runs in plain PyTorch: the extension was built without pairwise_distance for "
-        "cpu. Set FASTMETA_BACKEND=torch to accept that."
+        f"{device}. Set FASTMETA_BACKEND=torch to accept that."
     ]
-    assert fm.backend_of("pairwise_distance") == "torch"
+    assert fm.backend_of("pairwise_distance", device) == "torch"
     _native._warn.cache_clear()
 
 

@@ -84,11 +84,12 @@ def test_another_torch_file_is_no_checkpoint(tmp_path):
         load_checkpoint(tmp_path / "model.pt")
 
 
-def test_the_random_state_comes_back(tmp_path):
-    state = rng_state(torch.device("cpu"))
-    first = torch.rand(5)
-    set_rng_state(state, torch.device("cpu"))
-    assert torch.equal(torch.rand(5), first)
+def test_the_random_state_comes_back(device):
+    state = rng_state(torch.device(device))
+    first = torch.rand(5), torch.rand(5, device=device)
+    set_rng_state(state, torch.device(device))
+    assert torch.equal(torch.rand(5), first[0])
+    assert torch.equal(torch.rand(5, device=device), first[1])
 
 
 def write_log(path, lines: int) -> None:

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastmeta as fm
 from fastmeta.algorithms._clone import clone_module
 from tests.networks import NETWORKS, Recurrent, Tasks, build, classification, relative_error
+from tests.unrolled import twice_differentiable
 
 EXACT = 1e-10
 
@@ -34,13 +34,13 @@ def looped_meta_loss(maml: fm.MAML, tasks: Tasks) -> Tensor:
 
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_clone_and_adapt_give_the_engines_meta_gradient(name, first_order):
-    net, tasks = build(name), classification(name)
-    lr = torch.linspace(0.01, 0.1, sum(p.numel() for p in net.parameters()))
+def test_clone_and_adapt_give_the_engines_meta_gradient(name, first_order, device):
+    net, tasks = build(name, device), classification(name, device)
+    lr = torch.linspace(0.01, 0.1, sum(p.numel() for p in net.parameters()), device=device)
     maml = fm.MAML(net, lr, 2, first_order, learn_lr=True)
     loss, _ = maml.meta_loss(*tasks)
     expected = joined(torch.autograd.grad(loss, list(maml.parameters())))
-    with sdpa_kernel(SDPBackend.MATH):  # flash attention has no second derivative
+    with twice_differentiable():
         looped = looped_meta_loss(maml, tasks)
         actual = joined(torch.autograd.grad(looped, list(maml.parameters())))
     assert relative_error(looped, loss) < EXACT
@@ -48,13 +48,13 @@ def test_clone_and_adapt_give_the_engines_meta_gradient(name, first_order):
 
 
 @pytest.mark.parametrize("kind", ["number", "scalar", "layer", "names"])
-def test_adapt_takes_every_form_of_step_size(kind):
-    net, tasks = build("mlp"), classification("mlp")
+def test_adapt_takes_every_form_of_step_size(kind, device):
+    net, tasks = build("mlp", device), classification("mlp", device)
     names = [name for name, _ in net.named_parameters()]
-    vector = torch.linspace(0.01, 0.1, len(names), dtype=torch.float64)
+    vector = torch.linspace(0.01, 0.1, len(names), dtype=torch.float64, device=device)
     forms = {
         "number": 0.1,
-        "scalar": torch.tensor(0.1),
+        "scalar": torch.tensor(0.1, device=device),
         "layer": vector,
         "names": dict(zip(names, vector, strict=True)),
     }
@@ -67,8 +67,8 @@ def support_loss(learner: fm.MAML, tasks: Tasks) -> Tensor:
 
 
 @pytest.mark.parametrize("where", ["constructor", "clone", "adapt"])
-def test_first_order_can_be_chosen_at_every_call(where):
-    net, tasks = build("mlp"), classification("mlp")
+def test_first_order_can_be_chosen_at_every_call(where, device):
+    net, tasks = build("mlp", device), classification("mlp", device)
 
     def gradient(constructor: bool, clone: bool | None, adapt: bool | None) -> Tensor:
         maml = fm.MAML(net, 0.1, first_order=constructor)
@@ -85,7 +85,7 @@ def test_first_order_can_be_chosen_at_every_call(where):
     assert torch.equal(gradient(*undone.get(where, (True, None, False))), second)
 
 
-def test_first_order_builds_no_graph_and_frees_that_of_the_loss():
+def test_first_order_builds_no_graph_and_frees_that_of_the_loss(device):
     modes = []
 
     class Spy(torch.autograd.Function):
@@ -98,9 +98,9 @@ def test_first_order_builds_no_graph_and_frees_that_of_the_loss():
             modes.append(torch.is_grad_enabled())
             return grad
 
-    tasks = classification("mlp")
+    tasks = classification("mlp", device)
     for first_order in (True, False):
-        learner = fm.MAML(build("mlp"), 0.1, first_order=first_order).clone()
+        learner = fm.MAML(build("mlp", device), 0.1, first_order=first_order).clone()
         loss = F.cross_entropy(Spy.apply(learner(tasks.support_x[0])), tasks.support_y[0])
         learner.adapt(loss)
         if first_order:
@@ -111,16 +111,16 @@ def test_first_order_builds_no_graph_and_frees_that_of_the_loss():
     assert modes == [False, True, True] or modes == [False, True, False]
 
 
-def half_frozen() -> nn.Module:
-    net = build("mlp")
+def half_frozen(device: str) -> nn.Module:
+    net = build("mlp", device)
     net[0].weight.requires_grad_(False)
     return net
 
 
 @pytest.mark.parametrize("where", ["constructor", "clone", "adapt"])
-def test_frozen_parameters_need_allow_nograd(where):
-    tasks = classification("mlp")
-    net = half_frozen()
+def test_frozen_parameters_need_allow_nograd(where, device):
+    tasks = classification("mlp", device)
+    net = half_frozen(device)
 
     def adapted(allow: bool) -> fm.MAML:
         maml = fm.MAML(net, 0.1, allow_nograd=allow and where == "constructor")
@@ -149,8 +149,8 @@ class TwoHeads(nn.Module):
 
 
 @pytest.mark.parametrize("where", ["constructor", "clone", "adapt"])
-def test_unused_parameters_need_allow_unused(where):
-    net, tasks = TwoHeads().double(), classification("mlp")
+def test_unused_parameters_need_allow_unused(where, device):
+    net, tasks = TwoHeads().double().to(device), classification("mlp", device)
 
     def adapted(allow: bool) -> fm.MAML:
         maml = fm.MAML(net, 0.1, allow_unused=allow if where == "constructor" else None)
@@ -167,8 +167,8 @@ def test_unused_parameters_need_allow_unused(where):
     assert not torch.equal(learner.module.used.weight, net.used.weight)
 
 
-def test_allow_unused_follows_allow_nograd_unless_it_is_given():
-    net, tasks = TwoHeads().double(), classification("mlp")
+def test_allow_unused_follows_allow_nograd_unless_it_is_given(device):
+    net, tasks = TwoHeads().double().to(device), classification("mlp", device)
     learner = fm.MAML(net, 0.1, allow_nograd=True).clone()
     learner.adapt(support_loss(learner, tasks))
     strict = fm.MAML(net, 0.1, allow_nograd=True, allow_unused=False).clone()
@@ -176,10 +176,10 @@ def test_allow_unused_follows_allow_nograd_unless_it_is_given():
         strict.adapt(support_loss(strict, tasks))
 
 
-def test_a_clone_leaves_the_original_alone():
-    net = build("conv4")
+def test_a_clone_leaves_the_original_alone(device):
+    net = build("conv4", device)
     before = copy.deepcopy(net.state_dict())
-    maml, tasks = fm.MAML(net, 0.1), classification("conv4")
+    maml, tasks = fm.MAML(net, 0.1), classification("conv4", device)
     learner = maml.clone()
     learner.adapt(support_loss(learner, tasks))
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
@@ -187,8 +187,8 @@ def test_a_clone_leaves_the_original_alone():
     assert all(isinstance(parameter, nn.Parameter) for parameter in net.parameters())
 
 
-def test_a_clone_of_a_clone_reaches_the_original():
-    net, tasks = build("mlp"), classification("mlp")
+def test_a_clone_of_a_clone_reaches_the_original(device):
+    net, tasks = build("mlp", device), classification("mlp", device)
     maml = fm.MAML(net, 0.1)
     outer = maml.clone()
     outer.adapt(support_loss(outer, tasks))
@@ -206,18 +206,18 @@ def test_a_clone_of_a_clone_reaches_the_original():
     )
 
 
-def test_a_clone_without_gradients_still_runs():
-    maml, tasks = fm.MAML(build("mlp")), classification("mlp")
+def test_a_clone_without_gradients_still_runs(device):
+    maml, tasks = fm.MAML(build("mlp", device)), classification("mlp", device)
     with torch.no_grad():
         learner = maml.clone()
         assert torch.equal(learner(tasks.query_x[0]), maml(tasks.query_x[0]))
 
 
-def test_a_clone_keeps_subclass_and_options():
+def test_a_clone_keeps_subclass_and_options(device):
     class Special(fm.MAML):
         pass
 
-    maml = Special(build("mlp"), 0.1, 3, True, task_chunk=2, learn_lr=True)
+    maml = Special(build("mlp", device), 0.1, 3, True, task_chunk=2, learn_lr=True)
     learner = maml.clone()
     assert type(learner) is Special
     assert (learner.steps, learner.first_order, learner.task_chunk) == (3, True, 2)
@@ -253,8 +253,8 @@ def test_what_is_shared_in_a_module_is_shared_in_its_clone():
     assert twin.shift is not net.shift
 
 
-def test_tied_parameters_are_adapted_as_one():
-    net, tasks = Shared().double(), classification("mlp")
+def test_tied_parameters_are_adapted_as_one(device):
+    net, tasks = Shared().double().to(device), classification("mlp", device)
     tasks = tasks._replace(support_y=tasks.support_y % 3, query_y=tasks.query_y % 3)
     maml = fm.MAML(net, 0.1)
     learner = maml.clone()
@@ -265,9 +265,9 @@ def test_tied_parameters_are_adapted_as_one():
 
 
 @pytest.mark.parametrize("layer", [nn.GRU, nn.LSTM])
-def test_recurrent_clones_use_their_adapted_weights(layer):
+def test_recurrent_clones_use_their_adapted_weights(layer, device):
     torch.manual_seed(0)
-    net, tasks = Recurrent(layer).double(), classification("gru")
+    net, tasks = Recurrent(layer).double().to(device), classification("gru", device)
     maml = fm.MAML(net, 0.1)
     learner = maml.clone()
     net(tasks.query_x[0])
@@ -276,19 +276,19 @@ def test_recurrent_clones_use_their_adapted_weights(layer):
     assert relative_error(learner(tasks.query_x[0]), expected) < EXACT
 
 
-def test_hooks_of_a_clone_are_its_own():
-    net = build("mlp")
+def test_hooks_of_a_clone_are_its_own(device):
+    net = build("mlp", device)
     calls = []
     net.register_forward_hook(lambda *_: calls.append("original"))
     twin = clone_module(net)
     twin.register_forward_hook(lambda *_: calls.append("clone"))
-    net(torch.zeros(1, 3, dtype=torch.float64))
+    net(torch.zeros(1, 3, dtype=torch.float64, device=device))
     assert calls == ["original"]
-    twin(torch.zeros(1, 3, dtype=torch.float64))
+    twin(torch.zeros(1, 3, dtype=torch.float64, device=device))
     assert calls == ["original", "original", "clone"]
 
 
-def test_clones_update_by_inner_update(monkeypatch):
+def test_clones_update_by_inner_update(monkeypatch, device):
     seen = []
 
     def spy(params, grads, lr):
@@ -296,6 +296,6 @@ def test_clones_update_by_inner_update(monkeypatch):
         return [p - lr[0] * g for p, g in zip(params, grads, strict=True)]
 
     monkeypatch.setattr("fastmeta.algorithms.maml.inner_update", spy)
-    learner = fm.MAML(build("mlp"), 0.1).clone()
-    learner.adapt(support_loss(learner, classification("mlp")))
+    learner = fm.MAML(build("mlp", device), 0.1).clone()
+    learner.adapt(support_loss(learner, classification("mlp", device)))
     assert seen == [6]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta._adjoint
+from benchmarks.meta_memory import peak
 from fastmeta.arena import Layout
 from fastmeta.functional import FunctionalEngine
 from tests.memory import peak_bytes
@@ -22,6 +23,7 @@ from tests.networks import (
     regressor,
     relative_error,
 )
+from tests.test_hvp import skip_without_forward_derivative
 from tests.unrolled import MetaGradient, meta_gradient, vmapped_meta_loss
 
 EXACT = 1e-10
@@ -31,7 +33,8 @@ def step_sizes(module: nn.Module, *shape: int) -> Tensor:
     """Step sizes between 0.02 and 0.1; of the shape [P] if none is given."""
     generator = torch.Generator().manual_seed(3)
     shape = shape or (Layout.of(module).numel,)
-    return 0.02 + 0.08 * torch.rand(shape, generator=generator, dtype=torch.float64)
+    sizes = 0.02 + 0.08 * torch.rand(shape, generator=generator, dtype=torch.float64)
+    return sizes.to(Layout.of(module).device)
 
 
 def run(
@@ -62,8 +65,8 @@ def assert_equal(actual: MetaGradient, expected: MetaGradient, tolerance: float 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_meta_gradient_equals_the_unrolled_one(name, steps):
-    net, tasks = build(name), classification(name)
+def test_meta_gradient_equals_the_unrolled_one(name, steps, device):
+    net, tasks = build(name, device), classification(name, device)
     lr = step_sizes(net)
     expected = meta_gradient(net, tasks, F.cross_entropy, lr, steps)
     assert_equal(run(net, tasks, lr, steps=steps), expected)
@@ -71,8 +74,8 @@ def test_meta_gradient_equals_the_unrolled_one(name, steps):
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_first_order_equals_the_unrolled_one(name, steps):
-    net, tasks = build(name), classification(name)
+def test_first_order_equals_the_unrolled_one(name, steps, device):
+    net, tasks = build(name, device), classification(name, device)
     lr = step_sizes(net)
     expected = meta_gradient(net, tasks, F.cross_entropy, lr, steps, first_order=True)
     actual = run(net, tasks, lr, steps=steps, first_order=True)
@@ -82,11 +85,11 @@ def test_first_order_equals_the_unrolled_one(name, steps):
 
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("shape", ["scalar", "layer", "element", "task and element"])
-def test_gradient_of_every_form_of_step_size(shape, first_order):
-    net, tasks = build("mlp"), classification("mlp")
+def test_gradient_of_every_form_of_step_size(shape, first_order, device):
+    net, tasks = build("mlp", device), classification("mlp", device)
     layout = Layout.of(net)
     shapes = {
-        "scalar": torch.tensor(0.07, dtype=torch.float64),
+        "scalar": torch.tensor(0.07, dtype=torch.float64, device=device),
         "layer": step_sizes(net, len(layout.names)),
         "element": step_sizes(net),
         "task and element": step_sizes(net, 3, layout.numel),
@@ -96,8 +99,8 @@ def test_gradient_of_every_form_of_step_size(shape, first_order):
     assert_equal(run(net, tasks, lr, steps=3, first_order=first_order), expected)
 
 
-def test_a_step_size_per_task_gets_its_gradient():
-    net, tasks = build("mlp"), classification("mlp")
+def test_a_step_size_per_task_gets_its_gradient(device):
+    net, tasks = build("mlp", device), classification("mlp", device)
     lr = step_sizes(net, 3, 1)
     wide = lr.expand(3, Layout.of(net).numel).contiguous()
     expected = meta_gradient(net, tasks, F.cross_entropy, wide, 2)
@@ -107,57 +110,60 @@ def test_a_step_size_per_task_gets_its_gradient():
 
 @pytest.mark.parametrize("name", ["mlp", "conv4", "gru"])
 @pytest.mark.parametrize("chunk", [1, 2, 3])
-def test_the_result_does_not_depend_on_the_chunk(name, chunk):
-    net, tasks = build(name), classification(name)
+def test_the_result_does_not_depend_on_the_chunk(name, chunk, device):
+    net, tasks = build(name, device), classification(name, device)
     lr = step_sizes(net, 3, Layout.of(net).numel)
     expected = run(net, tasks, lr, steps=2)
     assert_equal(run(net, tasks, lr, steps=2, task_chunk=chunk), expected, 1e-13)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_large_query_set_is_taken_in_groups_of_tasks(name):
-    net, tasks = build(name), classification(name, tasks=5, support=5, queries=40)
+def test_a_large_query_set_is_taken_in_groups_of_tasks(name, device):
+    net, tasks = build(name, device), classification(name, device, tasks=5, support=5, queries=40)
     lr = step_sizes(net)
     assert_equal(run(net, tasks, lr, steps=1), meta_gradient(net, tasks, F.cross_entropy, lr, 1))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_forward_mode_gives_the_same_meta_gradient(name):
-    net, tasks = build(name), classification(name)
+def test_forward_mode_gives_the_same_meta_gradient(name, device):
+    skip_without_forward_derivative(name, "forward", device)
+    net, tasks = build(name, device), classification(name, device)
     lr = step_sizes(net)
     expected = run(net, tasks, lr, steps=2)
     assert_equal(run(net, tasks, lr, steps=2, hvp_mode="forward"), expected)
 
 
-def test_finite_differences_give_nearly_the_same_meta_gradient():
-    net, tasks = build("attention"), classification("attention")
+def test_finite_differences_give_nearly_the_same_meta_gradient(device):
+    net, tasks = build("attention", device), classification("attention", device)
     lr = step_sizes(net)
     expected = run(net, tasks, lr, steps=2)
     assert_equal(run(net, tasks, lr, steps=2, hvp_mode="finite_difference"), expected, 1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"task_chunk": 1}, {"hvp_mode": "forward"}])
-def test_all_derivatives_pass_gradcheck(options):
-    net, tasks = regressor(), regression(tasks=2, examples=3)
+def test_all_derivatives_pass_gradcheck(options, device):
+    net, tasks = regressor(device), regression(device, tasks=2, examples=3)
     engine = FunctionalEngine(net, F.mse_loss, steps=2, **options)
-    inputs = [engine.parameters().detach(), torch.tensor(0.1, dtype=torch.float64), *tasks]
+    lr = torch.tensor(0.1, dtype=torch.float64, device=device)
+    inputs = [engine.parameters().detach(), lr, *tasks]
     inputs = [tensor.requires_grad_() for tensor in inputs]
     assert torch.autograd.gradcheck(lambda *args: engine.meta_loss(*args)[0], inputs)
 
 
-def test_adapted_parameters_pass_gradcheck():
-    net, tasks = regressor(), regression(tasks=2, examples=3)
+def test_adapted_parameters_pass_gradcheck(device):
+    net, tasks = regressor(device), regression(device, tasks=2, examples=3)
     engine = FunctionalEngine(net, F.mse_loss, steps=2)
-    theta = engine.parameters().detach() + 0.1 * torch.randn(2, 25, dtype=torch.float64)
-    inputs = [theta, torch.full((2, 1), 0.1, dtype=torch.float64), *tasks[:2]]
+    theta = engine.parameters().detach()
+    theta = theta + 0.1 * torch.randn(2, 25, dtype=torch.float64).to(device)
+    inputs = [theta, torch.full_like(theta[:, :1], 0.1), *tasks[:2]]
     inputs = [tensor.requires_grad_() for tensor in inputs]
     assert torch.autograd.gradcheck(engine.adapt, inputs)
 
 
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("chunk", [None, 2])
-def test_a_loss_on_adapted_parameters_gives_the_same_meta_gradient(chunk, first_order):
-    net, tasks = build("conv4"), classification("conv4")
+def test_a_loss_on_adapted_parameters_gives_the_same_meta_gradient(chunk, first_order, device):
+    net, tasks = build("conv4", device), classification("conv4", device)
     options = {"steps": 2, "first_order": first_order, "task_chunk": chunk}
     expected = run(net, tasks, step_sizes(net), **options)
     engine = FunctionalEngine(net, F.cross_entropy, **options)
@@ -169,19 +175,20 @@ def test_a_loss_on_adapted_parameters_gives_the_same_meta_gradient(chunk, first_
     assert_equal(expected._replace(params=actual), expected)
 
 
-def test_zero_steps_leave_the_parameters_alone():
-    net, tasks = build("mlp"), classification("mlp")
+def test_zero_steps_leave_the_parameters_alone(device):
+    net, tasks = build("mlp", device), classification("mlp", device)
     engine = FunctionalEngine(net, F.cross_entropy, steps=0)
     adapted = engine.adapt(engine.parameters(), 0.1, *tasks[:2])
     assert torch.equal(adapted, engine.parameters().expand(3, -1))
-    expected = meta_gradient(net, tasks, F.cross_entropy, torch.tensor(0.1), 0)
-    actual = run(net, tasks, torch.tensor(0.1, dtype=torch.float64), steps=0)
+    lr = torch.tensor(0.1, dtype=torch.float64, device=device)
+    expected = meta_gradient(net, tasks, F.cross_entropy, lr, 0)
+    actual = run(net, tasks, lr, steps=0)
     assert relative_error(actual.query_x, expected.query_x) < EXACT
     assert not actual.lr.any()
 
 
-def test_backward_scales_with_the_gradient_from_above():
-    net, tasks = build("mlp"), classification("mlp")
+def test_backward_scales_with_the_gradient_from_above(device):
+    net, tasks = build("mlp", device), classification("mlp", device)
     once = run(net, tasks, step_sizes(net)).params["0.weight"].clone()
     engine = FunctionalEngine(net, F.cross_entropy)
     net.zero_grad()
@@ -189,8 +196,8 @@ def test_backward_scales_with_the_gradient_from_above():
     assert relative_error(net[0].weight.grad, -3 * once) < EXACT
 
 
-def test_backward_can_run_twice_over_a_kept_graph():
-    net, tasks = build("mlp"), classification("mlp")
+def test_backward_can_run_twice_over_a_kept_graph(device):
+    net, tasks = build("mlp", device), classification("mlp", device)
     engine = FunctionalEngine(net, F.cross_entropy, steps=2)
     total = engine.adapt(engine.parameters(), 0.1, *tasks[:2]).sum()
     total.backward(retain_graph=True)
@@ -199,8 +206,8 @@ def test_backward_can_run_twice_over_a_kept_graph():
     assert torch.equal(net[0].weight.grad, 2 * first)
 
 
-def test_a_second_derivative_of_the_meta_gradient_raises():
-    net, tasks = build("mlp"), classification("mlp")
+def test_a_second_derivative_of_the_meta_gradient_raises(device):
+    net, tasks = build("mlp", device), classification("mlp", device)
     engine = FunctionalEngine(net, F.cross_entropy)
     theta = engine.parameters()
     for value in (
@@ -212,8 +219,8 @@ def test_a_second_derivative_of_the_meta_gradient_raises():
             grad.sum().backward()
 
 
-def test_without_gradients_nothing_but_the_loss_is_computed(monkeypatch):
-    net, tasks = build("mlp"), classification("mlp")
+def test_without_gradients_nothing_but_the_loss_is_computed(monkeypatch, device):
+    net, tasks = build("mlp", device), classification("mlp", device)
     expected = run(net, tasks, step_sizes(net), steps=2)
     monkeypatch.setattr(fastmeta._adjoint, "curvature", lambda *_: pytest.fail("an HVP was taken"))
     engine = FunctionalEngine(net, F.cross_entropy, steps=2)
@@ -261,14 +268,14 @@ class Spied(nn.Module):
 
 @pytest.mark.parametrize("chunk", [None, 1])
 @pytest.mark.parametrize(("first_order", "expected"), [(True, {False}), (False, {False, True})])
-def test_first_order_builds_no_graph_of_the_inner_gradient(first_order, expected, chunk):
+def test_first_order_builds_no_graph_of_the_inner_gradient(first_order, expected, chunk, device):
     GraphSpy.graphs.clear()
-    net, tasks = Spied().double(), classification("mlp")
+    net, tasks = Spied().double().to(device), classification("mlp", device)
     run(net, tasks, step_sizes(net), steps=2, first_order=first_order, task_chunk=chunk)
     assert set(GraphSpy.graphs) == expected
 
 
-def test_the_inner_loop_does_not_track_what_asks_for_a_gradient():
+def test_the_inner_loop_does_not_track_what_asks_for_a_gradient(device):
     tracked = []
 
     class Watched(Spied):
@@ -276,21 +283,21 @@ def test_the_inner_loop_does_not_track_what_asks_for_a_gradient():
             tracked.append(x.requires_grad)
             return self.linear(x)
 
-    net, tasks = Watched().double(), classification("mlp")
+    net, tasks = Watched().double().to(device), classification("mlp", device)
     actual = run(net, tasks, step_sizes(net), steps=2, task_chunk=1)
     assert actual.support_x.any()
     # of each task: two inner steps, the queries, and two steps back
     assert tracked == [False, False, True, True, True] * 3
 
 
-def test_first_order_takes_no_hessian_vector_product(monkeypatch):
+def test_first_order_takes_no_hessian_vector_product(monkeypatch, device):
     monkeypatch.setattr(fastmeta._adjoint, "curvature", lambda *_: pytest.fail("an HVP was taken"))
-    net, tasks = build("mlp"), classification("mlp")
+    net, tasks = build("mlp", device), classification("mlp", device)
     run(net, tasks, step_sizes(net), steps=3, first_order=True)
 
 
-def test_inputs_are_not_modified():
-    net, tasks = build("conv4"), classification("conv4")
+def test_inputs_are_not_modified(device):
+    net, tasks = build("conv4", device), classification("conv4", device)
     lr = step_sizes(net)
     tensors = [*tasks, lr, *net.parameters(), *net.buffers()]
     before = [tensor.detach().clone() for tensor in tensors]
@@ -298,13 +305,24 @@ def test_inputs_are_not_modified():
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
-def test_expanded_and_strided_data_are_taken():
-    net, tasks = build("mlp"), classification("mlp")
+def test_expanded_and_strided_data_are_taken(device):
+    net, tasks = build("mlp", device), classification("mlp", device)
     wide = Tasks(*(t.repeat_interleave(2, dim=1)[:, ::2] for t in tasks))
     assert_equal(run(net, wide, step_sizes(net)), run(net, tasks, step_sizes(net)))
     same = Tasks(*(t[:1].expand(3, *t.shape[1:]) for t in tasks))
     dense = Tasks(*(t.contiguous() for t in same))
     assert_equal(run(net, same, step_sizes(net)), run(net, dense, step_sizes(net)))
+
+
+def test_the_peak_is_of_what_is_alive_at_once(device):
+    def run() -> None:
+        a = torch.ones(1 << 20, device=device)
+        b = a + a
+        del a
+        b + b
+
+    # A cache hands out blocks that are up to 1 MiB larger.
+    assert 8 << 20 <= peak(run, torch.device(device)) < 11 << 20
 
 
 def convolutional() -> nn.Module:

@@ -24,28 +24,30 @@ ERRORS = [
     ({"query_x": (3, 0, 3)}, ValueError, "at least one task and one example"),
     ({"query_x": (2, 5, 3)}, ValueError, r"query_x: expected shape \[3, 5, ...\], got \[2, "),
     ({"support_x": (3, 7, 3)}, ValueError, r"support_y: expected shape \[3, 7, ...\], got"),
-    ({"query_x": torch.zeros(3, 5, 3)}, TypeError, "query_x: expected dtype torch.float64"),
-    ({"query_x": torch.zeros(3, 5, 3, device="meta")}, ValueError, "query_x: expected device cpu"),
-    ({"support_y": torch.full((3, 6), 4)}, ValueError, r"support_y: expected labels in 0..3.*to 4"),
-    ({"query_y": torch.full((3, 5), -1)}, ValueError, r"query_y: expected labels in 0..3.* -1 to"),
-    ({"support_y": torch.zeros(3, 6).int()}, TypeError, "support_y: expected int64 class labels"),
+    ({"query_x": torch.Tensor.float}, TypeError, "query_x: expected dtype torch.float64"),
+    ({"query_x": lambda x: x.to("meta")}, ValueError, "query_x: expected device DEVICE, got meta"),
+    ({"support_y": lambda y: y * 0 + 4}, ValueError, r"support_y: expected labels in 0..3.*to 4"),
+    ({"query_y": lambda y: y * 0 - 1}, ValueError, r"query_y: expected labels in 0..3.* -1 to"),
+    ({"support_y": torch.Tensor.int}, TypeError, "support_y: expected int64 class labels"),
 ]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), ERRORS)
-def test_bad_data_is_named(change, error, message):
-    change = {
-        name: torch.zeros(value, dtype=torch.float64) if isinstance(value, tuple) else value
-        for name, value in change.items()
-    }
-    with pytest.raises(error, match=message):
-        gradients(build("mlp"), classification("mlp")._replace(**change))
+def test_bad_data_is_named(change, error, message, device):
+    ((name, value),) = change.items()
+    net, tasks = build("mlp", device), classification("mlp", device)
+    if isinstance(value, tuple):
+        value = torch.zeros(value, dtype=torch.float64, device=device)
+    elif callable(value):
+        value = value(getattr(tasks, name))
+    with pytest.raises(error, match=message.replace("DEVICE", str(tasks.query_x.device))):
+        gradients(net, tasks._replace(**{name: value}))
 
 
-def test_ignored_labels_are_no_error():
-    tasks = classification("mlp")
+def test_ignored_labels_are_no_error(device):
+    tasks = classification("mlp", device)
     tasks.support_y[:, 0] = -100
-    assert gradients(build("mlp"), tasks).isfinite().all()
+    assert gradients(build("mlp", device), tasks).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -55,18 +57,18 @@ def test_ignored_labels_are_no_error():
         (lambda outputs, y: 1.0, "loss: expected a scalar tensor, .* got float"),
     ],
 )
-def test_a_loss_that_is_no_scalar_is_refused(loss, message):
+def test_a_loss_that_is_no_scalar_is_refused(loss, message, device):
     with pytest.raises(ValueError, match=message):
-        gradients(regressor(), regression(), loss)
+        gradients(regressor(device), regression(device), loss)
 
 
-def test_a_module_with_several_outputs_is_refused():
+def test_a_module_with_several_outputs_is_refused(device):
     class Pair(nn.Linear):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return x, super().forward(x)
 
     with pytest.raises(TypeError, match="module: expected one output tensor, got tuple"):
-        gradients(Pair(3, 4).double(), classification("mlp"))
+        gradients(Pair(3, 4).double().to(device), classification("mlp", device))
 
 
 @pytest.mark.parametrize(
@@ -80,24 +82,27 @@ def test_a_module_with_several_outputs_is_refused():
         ({"loss": None}, TypeError, "loss: expected a callable, got NoneType"),
     ],
 )
-def test_bad_options_are_named(options, error, message):
+def test_bad_options_are_named(options, error, message, device):
     with pytest.raises(error, match=message):
-        gradients(build("mlp"), classification("mlp"), **options)
+        gradients(build("mlp", device), classification("mlp", device), **options)
 
 
-def test_wrong_starting_parameters_are_named():
-    engine, tasks = FunctionalEngine(build("mlp"), F.cross_entropy), classification("mlp")
-    for theta, error, message in (
+def test_wrong_starting_parameters_are_named(device):
+    engine = FunctionalEngine(build("mlp", device), F.cross_entropy)
+    tasks = classification("mlp", device)
+    theta = engine.parameters()
+    for wrong, error, message in (
         (0.0, TypeError, r"theta: expected a tensor, got float"),
-        (torch.zeros(82).double(), ValueError, r"theta: .* \[83\] or \[3, 83\], got \[82\]"),
-        (torch.zeros(83), TypeError, r"theta: expected dtype torch.float64, got torch.float32"),
-        (torch.zeros(83, device="meta").double(), ValueError, r"theta: expected device cpu"),
+        (theta[:82], ValueError, r"theta: .* \[83\] or \[3, 83\], got \[82\]"),
+        (theta.float(), TypeError, r"theta: expected dtype torch.float64, got torch.float32"),
+        (theta.to("meta"), ValueError, f"theta: expected device {theta.device}, got meta"),
     ):
         with pytest.raises(error, match=message):
-            engine.adapt(theta, 0.1, *tasks[:2])
+            engine.adapt(wrong, 0.1, *tasks[:2])
 
 
-def test_inference_mode_is_refused_with_the_reason():
-    engine, tasks = FunctionalEngine(build("mlp"), F.cross_entropy), classification("mlp")
+def test_inference_mode_is_refused_with_the_reason(device):
+    engine = FunctionalEngine(build("mlp", device), F.cross_entropy)
+    tasks = classification("mlp", device)
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch.no_grad\(\)"):
         engine.meta_loss(engine.parameters(), 0.1, *tasks)

@@ -40,10 +40,11 @@ def quadratic(outputs: Tensor, targets: Tensor) -> Tensor:
     return (targets[:, 0] / 2 * (outputs - targets[:, 1]) ** 2).mean()
 
 
-def quadratic_tasks() -> Tasks:
+def quadratic_tasks(device: str) -> Tasks:
     """L_s = a/2 (w - b)^2 and L_q = c/2 (w - d)^2 for two tasks: (a, b, c, d) below."""
-    a, b, c, d = torch.tensor([[2.0, 1.0, 4.0, 0.5], [1.0, -1.0, 1.0, 0.0]]).double().T
-    x = torch.zeros(2, 1, 1, dtype=torch.float64)
+    like = {"dtype": torch.float64, "device": device}
+    a, b, c, d = torch.tensor([[2.0, 1.0, 4.0, 0.5], [1.0, -1.0, 1.0, 0.0]], **like).T
+    x = torch.zeros(2, 1, 1, **like)
     support, query = torch.stack([a, b], 1)[:, None], torch.stack([c, d], 1)[:, None]
     return Tasks(x, support.requires_grad_(), x, query.requires_grad_())
 
@@ -59,7 +60,7 @@ GOLDEN = [
 
 @pytest.mark.parametrize(("steps", "first_order", "loss", "dw", "dlr", "db", "dd"), GOLDEN)
 @pytest.mark.parametrize("chunk", [None, 1])
-def test_golden_meta_gradients(steps, first_order, loss, dw, dlr, db, dd, chunk):
+def test_golden_meta_gradients(steps, first_order, loss, dw, dlr, db, dd, chunk, device):
     """Worked out by hand from w_0 = 3 and lr = 1/4.
 
     With r = 1 - lr a: w_K = b + r^K (w_0 - b), v = c (w_K - d), and of one task
@@ -72,8 +73,9 @@ def test_golden_meta_gradients(steps, first_order, loss, dw, dlr, db, dd, chunk)
            w = 5/4, L = 25/32, v = 5/4, dw = 45/64, dlr = -15/2, db = 35/64, dd = -5/4; dlr = -35/4
     All of them, halved and summed over the two tasks where both share the variable.
     """
-    maml = fm.MAML(Point(), 0.25, steps, first_order, quadratic, learn_lr=True, task_chunk=chunk)
-    tasks = quadratic_tasks()
+    options = {"learn_lr": True, "task_chunk": chunk}
+    maml = fm.MAML(Point().to(device), 0.25, steps, first_order, quadratic, **options)
+    tasks = quadratic_tasks(device)
     value, outputs = maml.meta_loss(*tasks)
     value.backward()
     assert value.item() == pytest.approx(loss, rel=1e-14)
@@ -91,10 +93,10 @@ def layer_step_sizes(net: nn.Module) -> dict[str, float]:
     return {name: 0.02 * (i + 1) for i, (name, _) in enumerate(net.named_parameters())}
 
 
-def test_step_sizes_by_name_are_step_sizes_per_layer():
-    net, tasks = build("mlp"), classification("mlp")
+def test_step_sizes_by_name_are_step_sizes_per_layer(device):
+    net, tasks = build("mlp", device), classification("mlp", device)
     by_name = layer_step_sizes(net)
-    vector = torch.tensor(list(by_name.values()), dtype=torch.float64)
+    vector = torch.tensor(list(by_name.values()), dtype=torch.float64, device=device)
     expected = meta_gradient(net, tasks, F.cross_entropy, vector, 2)
     shuffled = dict(reversed(by_name.items()))
     maml = fm.MAML(net, shuffled, steps=2, learn_lr=True)
@@ -104,37 +106,46 @@ def test_step_sizes_by_name_are_step_sizes_per_layer():
     assert relative_error(actual, joined(expected.params.values())) < EXACT
 
 
-def test_a_step_size_made_by_another_network_gets_its_gradient():
-    net, tasks = build("mlp"), classification("mlp")
-    source = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
+def test_a_step_size_made_by_another_network_gets_its_gradient(device):
+    net, tasks = build("mlp", device), classification("mlp", device)
+    source = torch.tensor(-2.0, dtype=torch.float64, device=device, requires_grad=True)
     fm.MAML(net, source.exp(), steps=2).meta_loss(*tasks)[0].backward()
     lr = source.detach().exp()
     expected = meta_gradient(net, tasks, F.cross_entropy, lr, 2).lr * lr
     assert relative_error(source.grad, expected) < EXACT
 
 
-def test_learned_step_sizes_are_parameters():
-    net = build("mlp")
-    maml = fm.MAML(net, torch.full((83,), 0.1), learn_lr=True)
+def test_learned_step_sizes_are_parameters(device):
+    net = build("mlp", device)
+    given = torch.full((83,), 0.1, device=device)
+    maml = fm.MAML(net, given, learn_lr=True)
     assert "lr" in dict(maml.named_parameters())
     assert maml.lr.dtype == torch.float64
-    fixed = fm.MAML(net, torch.full((83,), 0.1))
+    fixed = fm.MAML(net, given)
     assert "lr" not in dict(fixed.named_parameters())
     assert "lr" in fixed.state_dict()
-    own = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+    own = nn.Parameter(torch.tensor(0.1, dtype=torch.float64, device=device))
     assert fm.MAML(net, own).lr is own
 
 
-def test_learned_step_sizes_do_not_touch_the_callers_tensor():
-    given = torch.full((83,), 0.1, dtype=torch.float64)
-    maml = fm.MAML(build("mlp"), given, learn_lr=True)
+def test_learned_step_sizes_do_not_touch_the_callers_tensor(device):
+    given = torch.full((83,), 0.1, dtype=torch.float64, device=device)
+    maml = fm.MAML(build("mlp", device), given, learn_lr=True)
     with torch.no_grad():
         maml.lr.zero_()
     assert given[0] == 0.1
 
 
-def test_meta_loss_trains():
-    net, tasks = regressor(), regression(tasks=4, examples=10)
+def test_a_step_size_comes_to_the_device_of_the_module(device):
+    maml = fm.MAML(build("mlp", device), torch.full((6,), 0.1, device="cpu"), learn_lr=True)
+    loss, _ = maml.meta_loss(*classification("mlp", device))
+    loss.backward()
+    assert maml.lr.device == maml.module[0].weight.device
+    assert maml.lr.grad.any()
+
+
+def test_meta_loss_trains(device):
+    net, tasks = regressor(device), regression(device, tasks=4, examples=10)
     tasks = tasks._replace(support_y=tasks.support_x.sin(), query_y=tasks.query_x.sin())
     maml = fm.MAML(net, 0.05, loss=F.mse_loss, learn_lr=True)
     optimizer = torch.optim.Adam(maml.parameters(), 1e-2)
@@ -149,8 +160,8 @@ def test_meta_loss_trains():
 
 
 @pytest.mark.parametrize("first_order", [False, True])
-def test_a_loss_on_adapted_tasks_gives_the_meta_gradient(first_order):
-    net, tasks = build("conv4"), classification("conv4")
+def test_a_loss_on_adapted_tasks_gives_the_meta_gradient(first_order, device):
+    net, tasks = build("conv4", device), classification("conv4", device)
     maml = fm.MAML(net, 0.1, 2, first_order, learn_lr=True)
     loss, logits = maml.meta_loss(*tasks)
     wanted = torch.autograd.grad(loss, list(maml.parameters()))
@@ -162,8 +173,8 @@ def test_a_loss_on_adapted_tasks_gives_the_meta_gradient(first_order):
     assert relative_error(joined(actual), joined(wanted)) < EXACT
 
 
-def test_adapted_tasks():
-    net, tasks = build("mlp"), classification("mlp")
+def test_adapted_tasks(device):
+    net, tasks = build("mlp", device), classification("mlp", device)
     maml = fm.MAML(net, 0.1)
     adapted = maml.adapt_tasks(*tasks[:2], steps=3)
     assert len(adapted) == 3
@@ -178,16 +189,16 @@ def test_adapted_tasks():
         adapted([1.0])
 
 
-def test_steps_of_adapt_tasks_default_to_the_learners():
-    net, tasks = build("mlp"), classification("mlp")
+def test_steps_of_adapt_tasks_default_to_the_learners(device):
+    net, tasks = build("mlp", device), classification("mlp", device)
     three = fm.MAML(net, 0.1, steps=3).adapt_tasks(*tasks[:2]).params
     one = fm.MAML(net, 0.1, steps=1)
     assert torch.equal(one.adapt_tasks(*tasks[:2], steps=3).params, three)
     assert not torch.equal(one.adapt_tasks(*tasks[:2]).params, three)
 
 
-def test_adapting_without_gradients():
-    maml, tasks = fm.MAML(build("conv4").eval(), 0.1), classification("conv4")
+def test_adapting_without_gradients(device):
+    maml, tasks = fm.MAML(build("conv4", device).eval(), 0.1), classification("conv4", device)
     with torch.no_grad():
         adapted = maml.adapt_tasks(*tasks[:2])
         logits = adapted(tasks.query_x)
@@ -196,21 +207,21 @@ def test_adapting_without_gradients():
     assert relative_error(logits, maml.meta_loss(*tasks)[1]) < EXACT
 
 
-def test_forward_is_the_modules_own():
-    net = build("mlp")
-    x = torch.randn(2, 3, dtype=torch.float64)
+def test_forward_is_the_modules_own(device):
+    net = build("mlp", device)
+    x = torch.randn(2, 3, dtype=torch.float64).to(device)
     assert torch.equal(fm.MAML(net)(x), net(x))
 
 
-def test_freezing_after_construction_is_seen():
-    net, tasks = build("mlp"), classification("mlp")
+def test_freezing_after_construction_is_seen(device):
+    net, tasks = build("mlp", device), classification("mlp", device)
     maml = fm.MAML(net, 0.1)
     net[0].requires_grad_(False)
     assert maml.adapt_tasks(*tasks[:2]).params.shape == (3, 83 - 24)
 
 
-def test_options_reach_the_engine():
-    net, tasks = build("mlp"), classification("mlp")
+def test_options_reach_the_engine(device):
+    net, tasks = build("mlp", device), classification("mlp", device)
     reference = fm.MAML(net, 0.1, 2).meta_loss(*tasks)[0]
     wanted = torch.autograd.grad(reference, net[0].weight)[0]
     rough = fm.MAML(net, 0.1, 2, hvp_mode="finite_difference").meta_loss(*tasks)[0]
@@ -219,11 +230,12 @@ def test_options_reach_the_engine():
 
 
 @pytest.mark.parametrize("learn_lr", [False, True])
-def test_copies_and_state_dicts(learn_lr):
-    tasks = classification("mlp")
-    maml = fm.MAML(build("mlp"), torch.tensor([0.1] * 6), 2, learn_lr=learn_lr)
+def test_copies_and_state_dicts(learn_lr, device):
+    tasks = classification("mlp", device)
+    step_sizes = (torch.full((6,), lr, device=device) for lr in (0.1, 0.3))
+    maml = fm.MAML(build("mlp", device), next(step_sizes), 2, learn_lr=learn_lr)
     loss = maml.meta_loss(*tasks)[0].item()
-    other = fm.MAML(build("mlp", seed=1), torch.tensor([0.3] * 6), 2, learn_lr=learn_lr)
+    other = fm.MAML(build("mlp", device, seed=1), next(step_sizes), 2, learn_lr=learn_lr)
     assert other.meta_loss(*tasks)[0].item() != loss
     other.load_state_dict(maml.state_dict())
     for twin in (other, copy.deepcopy(maml), pickle.loads(pickle.dumps(maml))):
@@ -233,20 +245,20 @@ def test_copies_and_state_dicts(learn_lr):
     assert buffer.tell() > 0
 
 
-def test_explain_says_what_runs():
-    net = build("mlp")
+def test_explain_says_what_runs(device):
+    net = build("mlp", device)
     text = fm.MAML(net, 0.1, 3).explain()
     for part in (
         "Functional engine",
         "Sequential",
         "83 adapted parameters",
         "6 tensors",
-        "float64",
     ):
         assert part in text
     assert "all tasks vmapped together" in text
     assert "Inner steps: 3, second order by the adjoint, one reverse" in text
-    assert fm.backend_of("inner_update", "cpu", torch.float64) in text
+    assert fm.backend_of("inner_update", device, torch.float64) in text
+    assert f"on {device} in float64" in text
     assert "without vmap" in fm.MAML(net, task_chunk=1).explain()
     assert "8 at a time" in fm.MAML(net, task_chunk=8).explain()
     assert "first order" in fm.MAML(net, first_order=True).explain()
@@ -274,11 +286,11 @@ def test_explain_says_what_runs():
 )
 def test_bad_arguments_are_named(options, error, message):
     with pytest.raises(error, match=message):
-        fm.MAML(**{"model": build("mlp"), **options})
+        fm.MAML(**{"model": build("mlp", "cpu"), **options})
 
 
 def test_a_step_size_by_name_is_one_number():
-    net = build("mlp")
+    net = build("mlp", "cpu")
     lr = {name: torch.ones(2) for name, _ in net.named_parameters()}
     with pytest.raises(
         ValueError, match=r"lr: expected one number for '0.weight', got shape \[2\]"
@@ -287,7 +299,7 @@ def test_a_step_size_by_name_is_one_number():
 
 
 def test_no_tasks_are_refused():
-    maml, tasks = fm.MAML(build("mlp")), classification("mlp")
+    maml, tasks = fm.MAML(build("mlp", "cpu")), classification("mlp", "cpu")
     empty = [tensor[:0] for tensor in tasks]
     with pytest.raises(ValueError, match=r"support_x: .* at least one task"):
         maml.meta_loss(*empty)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -21,6 +21,13 @@ TOLERANCE = {
 }
 
 BACKENDS = [b for b in ("native", "torch") if b == "torch" or fm.build_info()["native"]]
+
+
+def require_kernels(device: str) -> None:
+    """Skips the test where the extension has no kernels for the device."""
+    if not all((op, device) in fm._native.KERNELS for op in fm._native.OPS):
+        pytest.skip(f"the extension has no kernels for {device}")
+
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_small_case = pytest.mark.parametrize("case", SMALL_CASES, ids=str)
@@ -113,15 +120,23 @@ def test_bits_repeat_whatever_the_number_of_threads(case, device):
         assert torch.equal(a, b)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+any_shape = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # `device` is a mere name
+)
+
+
+@any_shape
 @given(
     metric=st.sampled_from(METRICS),
     sizes=st.tuples(*(st.integers(1, n) for n in (3, 150, 150)), st.integers(2, 70)),
     reduction=st.sampled_from(["mean", "sum", "none"]),
 )
-def test_losses_and_distances_of_any_shape(metric, sizes, reduction):
+def test_losses_and_distances_of_any_shape(device, metric, sizes, reduction):
     t, q, n, d = sizes
-    make = Maker(torch.float64)
+    make = Maker(torch.float64, device)
     query, prototypes, labels = make.randn(t, q, d), make.randn(t, n, d), make.labels(n, t, q)
     for op, args, options in (
         ("pairwise_distance", (query, prototypes), {"metric": metric}),
@@ -135,15 +150,15 @@ def test_losses_and_distances_of_any_shape(metric, sizes, reduction):
             assert_near(a, e, 1e-12)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@any_shape
 @given(
     sizes=st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 9), st.integers(1, 600)),
     lr_rows=st.booleans(),
     lr_columns=st.booleans(),
 )
-def test_prototypes_and_updates_of_any_shape(sizes, lr_rows, lr_columns):
+def test_prototypes_and_updates_of_any_shape(device, sizes, lr_rows, lr_columns):
     t, s, n, d = sizes
-    make = Maker(torch.float64)
+    make = Maker(torch.float64, device)
     lr = make.randn(t if lr_rows else 1, s * d if lr_columns else 1)
     for op, args in (
         ("prototypes", (make.randn(t, s, d), make.labels(n, t, s), n)),

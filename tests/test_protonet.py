@@ -16,19 +16,19 @@ T, N, SHOTS, QUERIES = 2, 3, 2, 4
 
 
 @pytest.fixture
-def episode() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def episode(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(T, N * (SHOTS + QUERIES), 6, generator=generator, dtype=torch.float64)
     support_x, query_x = x.split([N * SHOTS, N * QUERIES], dim=1)
     support_y = torch.arange(N).repeat_interleave(SHOTS).repeat(T, 1)
     query_y = torch.arange(N).repeat(QUERIES).repeat(T, 1)
-    return support_x, support_y, query_x, query_y
+    return tuple(part.to(device) for part in (support_x, support_y, query_x, query_y))
 
 
 @pytest.fixture
-def encoder() -> nn.Module:
+def encoder(device: str) -> nn.Module:
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double().to(device)
 
 
 def distance(metric: str, query: Tensor, centre: Tensor) -> Tensor:
@@ -127,8 +127,10 @@ def test_adapted_logits_are_differentiable(encoder, episode):
     assert support_x.grad.abs().sum() > 0
 
 
-def test_batch_norm_uses_batch_statistics_in_training_and_running_ones_in_evaluation(episode):
-    norm = nn.BatchNorm1d(6).double()
+def test_batch_norm_uses_batch_statistics_in_training_and_running_ones_in_evaluation(
+    episode, device
+):
+    norm = nn.BatchNorm1d(6).double().to(device)
     learner = fm.ProtoNet(norm)
     x = torch.cat([episode[0], episode[2]], dim=1).flatten(0, 1)
     learner.meta_loss(*episode)
@@ -166,12 +168,12 @@ def test_training_brings_the_loss_down(encoder, episode):
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_explain_names_the_metric_and_the_backends(encoder):
+def test_explain_names_the_metric_and_the_backends(encoder, device):
     text = fm.ProtoNet(encoder, "cosine").explain()
     assert "cosine" in text
-    backend = fm.backend_of("prototype_loss", torch.device("cpu"), torch.float64)
+    backend = fm.backend_of("prototype_loss", device, torch.float64)
     assert f"prototype_loss {backend}" in text
-    assert "float64" in text
+    assert f"on {device} float64" in text
 
 
 @pytest.mark.parametrize(
@@ -198,6 +200,8 @@ def test_bad_options(options, error, message):
         (1, lambda y: y - 1, ValueError, "label"),
         (2, lambda x: x[:, :, 1:], ValueError, r"query_x must be \[2, Q, 6\].*\[2, 12, 5\]"),
         (2, lambda x: x.float(), TypeError, "query_x must have support_x's dtype torch.float64"),
+        (2, lambda x: x.to("meta"), ValueError, "query_x must have support_x's device .* got meta"),
+        (3, lambda y: y.to("meta"), ValueError, "query_labels must be on .*, got meta"),
         (3, lambda y: y[:1], ValueError, r"query_y must be \[2, 12\].*got \[1, 12\]"),
         (3, lambda y: y + 1, ValueError, "label"),
     ],

@@ -18,6 +18,7 @@ from tests.networks import (
     classification,
     relative_error,
 )
+from tests.test_hvp import skip_without_forward_derivative
 from tests.unrolled import meta_gradient, vmapped_meta_loss
 
 EXACT = 1e-10
@@ -31,7 +32,7 @@ def gradients(module: nn.Module, tasks: Tasks, loss=F.cross_entropy, **options) 
 
 
 def unrolled(module: nn.Module, tasks: Tasks, loss=F.cross_entropy, steps: int = 2) -> Tensor:
-    lr = torch.tensor(0.1, dtype=torch.float64)
+    lr = torch.tensor(0.1, dtype=torch.float64, device=tasks.support_x.device)
     params = meta_gradient(module, tasks, loss, lr, steps).params
     return Layout.of(module).flatten(params)
 
@@ -47,15 +48,15 @@ def through_adapt(module: nn.Module, tasks: Tasks, between=lambda: None) -> Tens
     return torch.autograd.grad(loss, theta)[0]
 
 
-def dropout_net() -> nn.Module:
+def dropout_net(device: str) -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Linear(3, 8), nn.Dropout(0.4), nn.Tanh(), nn.Linear(8, 4)]
-    return nn.Sequential(*layers).double()
+    return nn.Sequential(*layers).double().to(device)
 
 
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
-def test_dropout_replays_the_masks_of_each_step(mode):
-    net, tasks = dropout_net(), classification("mlp")
+def test_dropout_replays_the_masks_of_each_step(mode, device):
+    net, tasks = dropout_net(device), classification("mlp", device)
     torch.manual_seed(5)
     loss = vmapped_meta_loss(net, tasks, F.cross_entropy, 0.1, 2)
     loss.backward()
@@ -64,36 +65,36 @@ def test_dropout_replays_the_masks_of_each_step(mode):
     assert relative_error(gradients(net, tasks, hvp_mode=mode), expected) < EXACT
 
 
-def test_finite_differences_shift_both_ways_under_the_same_masks():
-    net, tasks = dropout_net(), classification("mlp")
+def test_finite_differences_shift_both_ways_under_the_same_masks(device):
+    net, tasks = dropout_net(device), classification("mlp", device)
     torch.manual_seed(5)
     expected = gradients(net, tasks)
     torch.manual_seed(5)
     assert relative_error(gradients(net, tasks, hvp_mode="finite_difference"), expected) < 1e-6
 
 
-def test_dropout_leaves_the_random_stream_as_if_each_mask_was_drawn_once():
-    net, tasks = dropout_net(), classification("mlp")
+def test_dropout_leaves_the_random_stream_as_if_each_mask_was_drawn_once(device):
+    net, tasks = dropout_net(device), classification("mlp", device)
     torch.manual_seed(5)
     vmapped_meta_loss(net, tasks, F.cross_entropy, 0.1, 2)
-    expected = torch.rand(3)
+    expected = torch.rand(3, device=device)
     for way in (gradients, through_adapt):
         torch.manual_seed(5)
         way(net, tasks)
-        assert torch.equal(torch.rand(3), expected)
+        assert torch.equal(torch.rand(3, device=device), expected)
 
 
-def test_dropout_masks_survive_draws_before_backward():
-    net, tasks = dropout_net(), classification("mlp")
+def test_dropout_masks_survive_draws_before_backward(device):
+    net, tasks = dropout_net(device), classification("mlp", device)
     torch.manual_seed(5)
     expected = gradients(net, tasks)
     torch.manual_seed(5)
-    actual = through_adapt(net, tasks, between=lambda: torch.rand(100))
+    actual = through_adapt(net, tasks, between=lambda: torch.rand(100, device=device))
     assert relative_error(actual, expected) < EXACT
 
 
-def test_dropout_masks_differ_between_tasks():
-    net, tasks = dropout_net(), classification("mlp")
+def test_dropout_masks_differ_between_tasks(device):
+    net, tasks = dropout_net(device), classification("mlp", device)
     same = [t[:1].expand(3, *t.shape[1:]) for t in tasks[:2]]
     engine = FunctionalEngine(net, F.cross_entropy)
     adapted = engine.adapt(engine.parameters(), 0.1, *same)
@@ -103,8 +104,8 @@ def test_dropout_masks_differ_between_tasks():
     assert torch.equal(adapted[0], adapted[1])
 
 
-def test_the_way_back_runs_in_the_mode_of_the_way_there():
-    net, tasks = dropout_net(), classification("mlp")
+def test_the_way_back_runs_in_the_mode_of_the_way_there(device):
+    net, tasks = dropout_net(device), classification("mlp", device)
     torch.manual_seed(5)
     expected = gradients(net, tasks)
     torch.manual_seed(5)
@@ -124,14 +125,14 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
-def test_tied_parameters_stay_tied():
+def test_tied_parameters_stay_tied(device):
     torch.manual_seed(0)
-    net, tasks = Tied().double(), classification("mlp")
+    net, tasks = Tied().double().to(device), classification("mlp", device)
     assert relative_error(gradients(net, tasks), unrolled(net, tasks)) < EXACT
     assert net.second.weight is net.first.weight
 
 
-def test_a_submodule_in_two_places_stays_one_and_is_restored():
+def test_a_submodule_in_two_places_stays_one_and_is_restored(device):
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -142,7 +143,8 @@ def test_a_submodule_in_two_places_stays_one_and_is_restored():
             return self.head(torch.tanh(self.again(torch.tanh(self.first(x)))))
 
     torch.manual_seed(0)
-    net, tied, tasks = Twice().double(), Tied().double(), classification("mlp")
+    net, tied = (module.double().to(device) for module in (Twice(), Tied()))
+    tasks = classification("mlp", device)
     tied.first.load_state_dict(net.first.state_dict())
     tied.second.bias = tied.first.bias
     tied.head.load_state_dict(net.head.state_dict())
@@ -151,8 +153,8 @@ def test_a_submodule_in_two_places_stays_one_and_is_restored():
     assert all(p is q for p, q in zip(net.parameters(), parameters, strict=True))
 
 
-def test_frozen_parameters_are_not_adapted():
-    net, tasks = build("conv4"), classification("conv4")
+def test_frozen_parameters_are_not_adapted(device):
+    net, tasks = build("conv4", device), classification("conv4", device)
     net[0].requires_grad_(False)
     net[-1].bias.requires_grad_(False)
     before = copy.deepcopy(net.state_dict())
@@ -165,8 +167,8 @@ def test_frozen_parameters_are_not_adapted():
     assert net[-1].weight.grad is not None
 
 
-def test_a_frozen_parameter_changed_before_backward_is_noticed():
-    net, tasks = build("mlp"), classification("mlp")
+def test_a_frozen_parameter_changed_before_backward_is_noticed(device):
+    net, tasks = build("mlp", device), classification("mlp", device)
     net[0].requires_grad_(False)
 
     def change() -> None:
@@ -187,24 +189,24 @@ class Unused(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["reverse", "forward", "finite_difference"])
-def test_unused_parameters_get_zero_gradients(mode):
-    net = Unused().double()
+def test_unused_parameters_get_zero_gradients(mode, device):
+    net = Unused().double().to(device)
     engine = FunctionalEngine(net, F.cross_entropy, steps=2, hvp_mode=mode)
-    engine.meta_loss(engine.parameters(), 0.1, *classification("mlp"))[0].backward()
+    engine.meta_loss(engine.parameters(), 0.1, *classification("mlp", device))[0].backward()
     assert net.unused.weight.grad is not None
     assert not net.unused.weight.grad.any()
     assert net.used.weight.grad.any()
 
 
-def test_a_loss_without_any_parameter_has_zero_gradients():
-    net, tasks = Unused().double(), classification("mlp")
+def test_a_loss_without_any_parameter_has_zero_gradients(device):
+    net, tasks = Unused().double().to(device), classification("mlp", device)
     assert not gradients(net, tasks, loss=lambda outputs, y: y.double().mean()).any()
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_batch_norm_uses_batch_statistics_and_leaves_the_running_ones_alone(training):
-    net, tasks = build("conv4"), classification("conv4")
-    net(torch.randn(8, 1, 16, 16, dtype=torch.float64))
+def test_batch_norm_uses_batch_statistics_and_leaves_the_running_ones_alone(training, device):
+    net, tasks = build("conv4", device), classification("conv4", device)
+    net(torch.randn(8, 1, 16, 16, dtype=torch.float64).to(device))
     net.train(training)
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
     objects = dict(net.named_buffers())
@@ -218,18 +220,18 @@ def test_batch_norm_uses_batch_statistics_and_leaves_the_running_ones_alone(trai
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_instance_norm_leaves_its_running_statistics_alone(training):
+def test_instance_norm_leaves_its_running_statistics_alone(training, device):
     torch.manual_seed(0)
     norm = nn.InstanceNorm2d(3, affine=True, track_running_stats=True)
     net = nn.Sequential(nn.Conv2d(1, 3, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(48, 4))
-    net, tasks = net.double().train(training), classification("residual")
+    net, tasks = net.double().to(device).train(training), classification("residual", device)
     before = norm.running_mean.clone()
     assert relative_error(gradients(net, tasks), unrolled(net, tasks)) < EXACT
     assert torch.equal(norm.running_mean, before)
 
 
-def test_the_module_is_restored_when_the_loss_raises():
-    net, tasks = build("conv4").eval(), classification("conv4")
+def test_the_module_is_restored_when_the_loss_raises(device):
+    net, tasks = build("conv4", device).eval(), classification("conv4", device)
 
     def broken(outputs: Tensor, targets: Tensor) -> Tensor:
         raise ArithmeticError("no")
@@ -263,9 +265,9 @@ class Remembering(nn.Module):
 
 
 @pytest.mark.parametrize("chunk", [None, 1])
-def test_buffers_that_a_module_writes_are_copies_that_start_afresh(chunk):
+def test_buffers_that_a_module_writes_are_copies_that_start_afresh(chunk, device):
     torch.manual_seed(0)
-    net, tasks = Remembering().double(), classification("mlp")
+    net, tasks = Remembering().double().to(device), classification("mlp", device)
     actual = gradients(net, tasks, task_chunk=chunk)
     assert net.calls == 0
     assert not net.mean.any()
@@ -275,7 +277,7 @@ def test_buffers_that_a_module_writes_are_copies_that_start_afresh(chunk):
             h = torch.tanh(self.linear(x))
             return self.head((h - h.detach().mean(0) / 2)[:, self.order])
 
-    same = Stateless().double()
+    same = Stateless().double().to(device)
     same.load_state_dict(net.state_dict())
     assert relative_error(actual, unrolled(same, tasks)) < EXACT
 
@@ -296,23 +298,29 @@ def lstm_cell_net() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Recurrent(nn.LSTM), lambda: Recurrent(nn.RNN), lstm_cell_net]
+    ("name", "make"),
+    [
+        ("lstm", lambda: Recurrent(nn.LSTM)),
+        ("rnn", lambda: Recurrent(nn.RNN)),
+        ("lstm", lstm_cell_net),
+    ],
 )
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
-def test_recurrent_layers(make, mode):
+def test_recurrent_layers(name, make, mode, device):
+    skip_without_forward_derivative(name, mode, device)
     torch.manual_seed(0)
-    net, tasks = make().double(), classification("gru")
+    net, tasks = make().double().to(device), classification("gru", device)
     assert relative_error(gradients(net, tasks, hvp_mode=mode), unrolled(net, tasks)) < EXACT
 
 
-def test_a_recurrent_layer_is_left_with_its_own_weights():
-    net, tasks = build("gru"), classification("gru")
+def test_a_recurrent_layer_is_left_with_its_own_weights(device):
+    net, tasks = build("gru", device), classification("gru", device)
     gradients(net, tasks)
     assert all(w is p for w, p in zip(net.layer._flat_weights, net.layer.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_transformer_layer_does_without_its_fast_path(training):
+def test_a_transformer_layer_does_without_its_fast_path(training, device):
     class Encoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -322,15 +330,15 @@ def test_a_transformer_layer_does_without_its_fast_path(training):
             return self.layer(x).mean(1)
 
     torch.manual_seed(0)
-    net, tasks = Encoder().double().train(training), classification("attention")
+    net, tasks = Encoder().double().to(device).train(training), classification("attention", device)
     assert relative_error(gradients(net, tasks), unrolled(net, tasks)) < EXACT
 
 
-def test_integer_inputs_are_taken():
+def test_integer_inputs_are_taken(device):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Embedding(7, 3), nn.Flatten(), nn.Linear(12, 4)).double()
-    tokens = torch.randint(0, 7, (3, 6, 4))
-    tasks = classification("mlp")._replace(support_x=tokens, query_x=tokens[:, :5])
+    net = nn.Sequential(nn.Embedding(7, 3), nn.Flatten(), nn.Linear(12, 4)).double().to(device)
+    tokens = torch.randint(0, 7, (3, 6, 4)).to(device)
+    tasks = classification("mlp", device)._replace(support_x=tokens, query_x=tokens[:, :5])
 
     engine = FunctionalEngine(net, F.cross_entropy, steps=2)
     theta = engine.parameters()
@@ -352,19 +360,19 @@ class Branching(nn.Module):
         return torch.tanh(y) if y.sum() > 0 else y
 
 
-def test_a_module_that_vmap_refuses_runs_task_by_task():
+def test_a_module_that_vmap_refuses_runs_task_by_task(device):
     torch.manual_seed(0)
-    net, tasks = Branching().double(), classification("mlp")
+    net, tasks = Branching().double().to(device), classification("mlp", device)
     with pytest.raises(RuntimeError, match="Branching cannot be vmapped over tasks; task_chunk=1"):
         gradients(net, tasks)
     assert relative_error(gradients(net, tasks, task_chunk=1), unrolled(net, tasks)) < EXACT
 
 
-def test_autocast_of_the_way_there_holds_on_the_way_back():
+def test_autocast_of_the_way_there_holds_on_the_way_back(device):
     # Four tasks: their mean is an exact scaling, so both ways round alike.
-    net, tasks = build("mlp").float(), classification("mlp", tasks=4)
+    net, tasks = build("mlp", device).float(), classification("mlp", device, tasks=4)
     tasks = Tasks(*(t.float() if t.is_floating_point() else t for t in tasks))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         expected = gradients(net, tasks)
         engine = FunctionalEngine(net, F.cross_entropy, steps=2)
         theta = engine.parameters()

@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
+from torch.utils._triton import has_triton
 
 import fastmeta as fm
-from tests.cases import SMALL_CASES, Case, as_function
-from tests.test_ops import each_backend, each_case, each_small_case
+from tests.cases import SMALL_CASES, Case, Maker, as_function
+from tests.test_ops import each_backend, each_case, each_small_case, require_kernels
 
-needs_native = pytest.mark.skipif(
-    not fm.build_info()["native"], reason="the native extension was not built"
-)
+each_op = pytest.mark.parametrize("op", fm._native.OPS)
 
 
 def setup(case: Case, device: str) -> tuple:
@@ -87,14 +86,15 @@ def test_forward_mode(case, device):
 
 @each_backend
 @each_case
-def test_fake_tensors_have_the_shape_and_dtype_of_real_ones(case, backend):
+def test_fake_tensors_have_the_shape_and_dtype_of_real_ones(case, backend, device):
     for dtype in (torch.float32, torch.bfloat16):
-        args, options = case(dtype)
+        args, options = case(dtype, device)
         real = case.function(*args, **options)
         with fm.use_backend(backend), FakeTensorMode() as mode:
             fakes = [mode.from_tensor(a) if torch.is_tensor(a) else a for a in args]
             fake = case.function(*fakes, **options)
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+        assert fake.device == real.device
 
 
 @pytest.fixture
@@ -129,13 +129,11 @@ def test_compiled_transforms_are_right(case, device, fresh_dynamo):
     )
 
 
-@needs_native
-@pytest.mark.parametrize(
-    "op", ["inner_update", "prototypes", "pairwise_distance", "prototype_loss"]
-)
-def test_compiled_graph_keeps_the_native_kernel(op, fresh_dynamo):
+@each_op
+def test_compiled_graph_keeps_the_native_kernel(op, device, fresh_dynamo):
+    require_kernels(device)
     case = next(c for c in SMALL_CASES if c.op == op)
-    function, inputs = as_function(case, *case(torch.float32))
+    function, inputs = as_function(case, *case(torch.float32, device))
     graphs = []
 
     def backend(graph, _inputs):
@@ -146,29 +144,30 @@ def test_compiled_graph_keeps_the_native_kernel(op, fresh_dynamo):
     assert f"fastmeta.{op}" in graphs[0].print_readable(print_output=False)
 
 
-@needs_native
-@pytest.mark.parametrize(
-    "op", ["inner_update", "prototypes", "pairwise_distance", "prototype_loss"]
-)
-def test_compiled_by_inductor_with_any_number_of_tasks(op, fresh_dynamo):
+@each_op
+def test_compiled_by_inductor_with_any_number_of_tasks(op, device, fresh_dynamo):
+    require_kernels(device)
+    if device == "cuda" and not has_triton():
+        pytest.skip("needs Triton")
     case = next(c for c in SMALL_CASES if c.op == op)
-    function, inputs = as_function(case, *case(torch.float32))
+    function, inputs = as_function(case, *case(torch.float32, device))
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
     torch.testing.assert_close(grads_of(compiled, inputs), grads_of(function, inputs))
 
 
-def raw_arguments(op: str) -> tuple:
+def raw_arguments(op: str, device: str) -> tuple:
     """Arguments of a compiled op, all of different sizes."""
-    x, y, w = torch.randn(2, 4, 3), torch.randn(2, 5, 3), torch.rand(2, 4)
-    labels = torch.tensor([[0, 1, 2, 4], [4, 4, 3, 0]])
-    p, g, lr = torch.randn(2, 7), torch.randn(2, 7), torch.rand(1, 7)
+    make = Maker(torch.float32, device)
+    x, y, w = make.randn(2, 4, 3), make.randn(2, 5, 3), make.randn(2, 4)
+    labels = make.labels(5, 2, 4)
+    p, g, lr = make.randn(2, 7), make.randn(2, 7), make.randn(1, 7)
     return {
         "inner_update": (p, g, lr),
         "inner_update_backward": (p, g, lr),
         "prototypes": (x, labels, 5),
         "prototypes_backward": (y, labels),
         "pairwise_distance": (x, y, "euclidean"),
-        "pairwise_distance_backward": (torch.randn(2, 4, 5), x, y, "euclidean"),
+        "pairwise_distance_backward": (make.randn(2, 4, 5), x, y, "euclidean"),
         "prototype_loss": (x, labels, y, "cosine", 2.0),
         "prototype_loss_backward": (w, x, labels, y, "sqeuclidean", 1.0),
     }[op]
@@ -177,8 +176,9 @@ def raw_arguments(op: str) -> tuple:
 RAW_OPS = [f"{op}{suffix}" for op in fm._native.OPS for suffix in ("", "_backward")]
 
 
-@needs_native
 @pytest.mark.parametrize("op", RAW_OPS)
-def test_opcheck(op):
-    results = torch.library.opcheck(getattr(torch.ops.fastmeta, op).default, raw_arguments(op))
+def test_opcheck(op, device):
+    require_kernels(device)
+    overload = getattr(torch.ops.fastmeta, op).default
+    results = torch.library.opcheck(overload, raw_arguments(op, device))
     assert set(results.values()) == {"SUCCESS"}

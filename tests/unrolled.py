@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.networks import Tasks
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Keeps torch from flash attention and cuDNN's recurrent layers: no second derivatives."""
+    with sdpa_kernel(SDPBackend.MATH), cudnn.flags(enabled=False):
+        yield
 
 
 class MetaGradient(NamedTuple):
@@ -43,7 +52,7 @@ def meta_gradient(
     lr = lr.detach().requires_grad_()
     support_x, query_x = (x.detach().requires_grad_() for x in (tasks.support_x, tasks.query_x))
     losses, logits = [], []
-    with sdpa_kernel(SDPBackend.MATH):
+    with twice_differentiable():
         for t in range(len(support_x)):
             fast = dict(params)
             for _ in range(steps):

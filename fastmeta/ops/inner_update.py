@@ -154,13 +154,14 @@ def step_size_rows(
         raise ValueError(f"lr must be on {params.device} like params, got {lr.device}")
     lr = lr.to(device=params.device, dtype=dtype)
     if layer_sizes is not None:
-        sizes = torch.tensor(layer_sizes, device=params.device)
         if lr.shape != (len(layer_sizes),) or sum(layer_sizes) != parameters:
             raise ValueError(
                 f"lr must hold one step size a layer, [{len(layer_sizes)}], and layer_sizes must "
                 f"sum to P = {parameters}; got lr {list(lr.shape)}, sum {sum(layer_sizes)}"
             )
-        return lr.repeat_interleave(sizes, output_size=parameters).unsqueeze(0)
+        # Expanded by Python's numbers: a tensor of sizes would make a GPU wait for its copy.
+        pieces = [rate.expand(size) for rate, size in zip(lr.unbind(), layer_sizes, strict=True)]
+        return torch.cat(pieces).unsqueeze(0)
     if lr.dim() <= 1:
         lr = lr.reshape(1, -1)
     if lr.dim() != 2 or lr.shape[0] not in (1, tasks) or lr.shape[1] not in (1, parameters):

@@ -52,7 +52,7 @@ def loss_tangent(
     rows = [z.to(wide) for z in (query, prototypes, query_dot, prototypes_dot)]
     probability = (-scale * reference.pairwise_distance(*rows[:2], metric)).softmax(-1)
     distance_dot = distance_tangent(*rows, metric)
-    at_label = distance_dot.gather(2, labels.unsqueeze(2)).squeeze(2)
+    at_label = reference.at_labels(distance_dot, labels)
     return scale * (at_label - (probability * distance_dot).sum(2))
 
 
