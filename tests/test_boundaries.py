@@ -17,6 +17,9 @@ SHAPES = [
     *((2, q, 5, 3) for q in EDGES),
     *((2, 3, n, 5) for n in EDGES),
     *((2, 3, 5, d) for d in (*EDGES, 127, 128, 129)),
+    # Past large tiles of 64 x 128 distances and 64 x 64 sums, and far enough to split a sum.
+    *((1, q, n, d) for q, n in ((64, 128), (65, 129), (63, 127)) for d in (3, 8, 9)),
+    (1, 1025, 5, 3),
 ]
 
 # The metrics that take the two ways through the kernels: differences, and products of rows that

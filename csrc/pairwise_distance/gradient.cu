@@ -5,6 +5,10 @@
 #include "pairwise_distance/gradient.h"
 #include "pairwise_distance/large_tile.cuh"
 
+#ifndef FASTMETA_CHUNK
+#define FASTMETA_CHUNK (1 << 26)  // numbers in the largest array of a chunk: 256 MiB of float
+#endif
+
 namespace fastmeta {
 namespace {
 
@@ -224,8 +228,7 @@ struct Plan {
 };
 
 Plan plan_of(const PairwiseShape& shape) {
-  constexpr int64_t kChunk = 1 << 26;  // numbers in the largest array of a chunk: 256 MiB of float
-  constexpr int64_t kEnoughTiles = 256, kSplitRows = 512;
+  constexpr int64_t kChunk = FASTMETA_CHUNK, kSplitRows = 512;
   using Tile = LargeGradientTile;
   const int64_t row = std::max({shape.classes, shape.features, int64_t(1)});
   // Whole rows of tiles: a tile decides for all its distances how they are summed.
@@ -236,7 +239,7 @@ Plan plan_of(const PairwiseShape& shape) {
   }
   const int64_t tiles = count_tiles<Tile>(plan.tasks, shape.classes, shape.features);
   plan.splits = std::max<int64_t>(
-      1, std::min(kEnoughTiles / std::max<int64_t>(1, tiles), plan.rows / kSplitRows));
+      1, std::min(2 * multiprocessors() / std::max<int64_t>(1, tiles), plan.rows / kSplitRows));
   return plan;
 }
 
@@ -314,7 +317,6 @@ class PairwiseGradient {
 
   cudaError_t add_weighted_sums(const Side<scalar_t>& x, const Side<scalar_t>& y, int64_t tasks,
                                 cudaStream_t stream) const {
-    constexpr int64_t kEnoughTiles = 128;
     const auto with = [&](auto term, auto tile) {
       using Tile = decltype(tile);
       const int64_t x_tiles = count_tiles<Tile>(tasks, x.own.count, shape_.features);
@@ -328,7 +330,7 @@ class PairwiseGradient {
         count_tiles<LargeGradientTile>(tasks * plan_.splits, y.own.count, shape_.features);
     return with_term(operands_.metric, [&](auto term) {
       if constexpr (!std::is_same_v<scalar_t, double>) {
-        if (large_tiles >= kEnoughTiles) return with(term, LargeGradientTile{});
+        if (large_tiles >= multiprocessors()) return with(term, LargeGradientTile{});
       }
       return with(term, SmallGradientTile{});
     });

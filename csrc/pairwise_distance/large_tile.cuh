@@ -12,6 +12,7 @@
 
 #include <limits>
 
+#include "common/multiprocessors.cuh"
 #include "pairwise_distance/tile.cuh"
 
 namespace fastmeta {
@@ -49,12 +50,11 @@ struct LargeTile {
   static __device__ int place(int c) { return c / 32 * 32 + c % 8 * 4 + c / 8 % 4; }
 };
 
-// Whether `tiles` large tiles are enough for the multiprocessors of a GPU, and small ones too small.
-// Never for double, whose large tile would not fit into the registers.
+// Whether `tiles` large tiles are enough for all multiprocessors, and small ones too small. Never for
+// double, whose large tile would not fit into the registers.
 inline bool uses_large_tiles(const PairwiseOperands& operands, int64_t tiles) {
-  constexpr int64_t kEnough = 128;
   return operands.dtype != Dtype::kDouble && operands.shape.classes > SmallTile::kColumns &&
-         tiles >= kEnough;
+         tiles >= multiprocessors();
 }
 
 // Calls body(tile).

@@ -133,6 +133,16 @@ def devices(current: int, of_tensors: int) -> Iterator[None]:
         runtime().emulator_set_device(0, 0)
 
 
+@contextmanager
+def multiprocessors(count: int) -> Iterator[None]:
+    """Inside the `with` block, how many a device has: 2 outside of it."""
+    runtime().emulator_set_multiprocessors(count)
+    try:
+        yield
+    finally:
+        runtime().emulator_set_multiprocessors(2)
+
+
 def current_device() -> int:
     return runtime().emulator_device()
 

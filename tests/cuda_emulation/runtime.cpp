@@ -32,6 +32,7 @@ struct Runtime {
   std::array<std::array<EmulatedStream, kStreams>, kDevices> streams{{{{{0}, {0}}}, {{{1}, {1}}}}};
   std::array<int, kDevices> current_streams{};
   bool is_capturing = false;
+  int multiprocessors = 2;  // few, so that small tensors are enough for them
   cudaError_t error = cudaSuccess;
   int64_t launches_until_failure = -1;  // -1: none fails
   std::map<const void*, int> consents;  // bytes of dynamic shared memory
@@ -121,6 +122,11 @@ cudaError_t cudaSetDevice(int device) {
   return cudaSuccess;
 }
 
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = runtime.multiprocessors;
+  return cudaSuccess;
+}
+
 // For emulator.py.
 extern "C" {
 
@@ -147,6 +153,8 @@ int emulator_device() { return runtime.device; }
 void emulator_set_stream(int device, int stream) { runtime.current_streams[device] = stream; }
 
 void emulator_set_capturing(bool is_capturing) { runtime.is_capturing = is_capturing; }
+
+void emulator_set_multiprocessors(int count) { runtime.multiprocessors = count; }
 
 // The launch after `launches` more fails; -1: none does.
 void emulator_fail_after(int64_t launches) { runtime.launches_until_failure = launches; }

@@ -10,6 +10,7 @@ import torch
 
 import fastmeta as fm
 from tests.cases import (
+    METRICS,
     Case,
     Maker,
     distance_case,
@@ -18,7 +19,7 @@ from tests.cases import (
     prototypes_case,
 )
 from tests.cuda_emulation import emulator
-from tests.test_ops import value_and_grads
+from tests.test_ops import TOLERANCE, assert_near, value_and_grads
 
 # With two tiles of prototypes, and cosine's norms: as many launches as an op ever makes.
 CASES = [
@@ -44,6 +45,23 @@ def test_work_goes_to_the_current_stream_of_the_tensors_device(case):
         assert emulator.current_device() == 0
     assert launches
     assert {(launch.device, launch.stream) for launch in launches} == {(1, 1)}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("make_case", [distance_case, lambda *a: loss_case(a[0], "none", *a[1:])])
+def test_small_tiles_walk_many_columns_where_large_ones_would_be_few(make_case, metric):
+    case = make_case(metric, 1, 70, 129, 65)
+    args, options = case(torch.float32)
+    with emulator.launches() as large:
+        value_and_grads(case, args, options)
+    with emulator.multiprocessors(1000), emulator.launches() as small:
+        actual = value_and_grads(case, args, options)
+    assert {launch.shared_bytes for launch in large} != {launch.shared_bytes for launch in small}
+    exact = [a.double() if a.is_floating_point() else a for a in args]
+    with fm.use_backend("torch"):
+        expected = value_and_grads(case, tuple(exact), options)
+    for a, e in zip(actual, expected, strict=True):
+        assert_near(a, e, TOLERANCE[torch.float32])
 
 
 @each_case
