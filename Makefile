@@ -4,18 +4,23 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint cuda-check bench gpu clean
+.PHONY: demo test cuda-test lint cuda-check bench gpu clean
 
 demo: $(VENV)/.built
 	$(RUN) -m fastmeta demo --out demo
 
 test: $(VENV)/.built lint
 	$(RUN) -m pytest
+	@$(MAKE) --no-print-directory cuda-test
+
+# The CUDA kernels on the CPU. Where g++ has no sanitizers it says so and ends with 3.
+cuda-test: $(VENV)/.installed
+	$(RUN) -m tests.cuda_emulation || [ $$? -eq 3 ]
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 # Needs nvcc, but neither a GPU nor a torch with CUDA.
 cuda-check: $(VENV)/.installed

@@ -127,7 +127,7 @@ def small_losses(sizes: Sizes) -> Iterator[Measure]:
     for t in sizes.small_tasks:
         for what, rivals in contenders.items():
             for calls, in_graph in ((sizes.graph, False), (1, True), (sizes.graph, True)):
-                # The plain-PyTorch backend looks at the labels, which no graph can hold.
+                # In a graph, against the usual composition alone.
                 plain = {} if in_graph else {"torch backend": in_torch(rivals[OURS])}
                 yield Measure(
                     "prototype_loss",

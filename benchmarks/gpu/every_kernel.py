@@ -25,7 +25,7 @@ from fastmeta.ops._raw import accumulation_dtype
 
 METRICS = ("euclidean", "cosine")  # differences with a root, and products with norms
 # T, Q, N, D: odd sizes; one tile of prototypes, in whole accesses; large tiles; a split sum.
-PAIRS = ((2, 7, 65, 17), (1, 20, 3, 32), (128, 3, 65, 5), (1, 1100, 65, 8))
+PAIRS = ((2, 7, 65, 17), (1, 20, 3, 32), (256, 3, 65, 5), (1, 1100, 65, 8))
 UPDATES = ((3, 1023), (2, 64))  # T, P: single values, and whole accesses
 SUPPORTS = ((2, 40, 5, 33), (2, 40, 5, 64))  # T, S, N, D, likewise
 

@@ -83,9 +83,10 @@ def pairwise_distance(
     dot             -x.y
     ==============  =====================================================
 
-    Squared differences are summed as they are, never as |x|^2 + |y|^2 - 2 x.y, so a distance
-    that is small beside the norms keeps its digits (the plain-PyTorch fallback uses the expansion,
-    moved to the mean of y, above 4 million differences). Differentiable any number of times,
+    Squared differences are summed as they are, or as |x|^2 + |y|^2 - 2 x.y where that is as exact
+    (large arrays on a GPU), so a distance that is small beside the norms keeps its digits (the
+    plain-PyTorch fallback always uses the expansion, moved to the mean of y, above 4 million
+    differences). Differentiable any number of times,
     forward and reverse; works under torch.func and torch.compile. bfloat16 and float16 are summed
     in float32. NaN and infinite inputs give NaN or infinite distances, in their rows only.
 

@@ -22,7 +22,12 @@ from tests.ninja_build import BuildError
 
 CANNOT_RUN = 3
 HERE = "tests/cuda_emulation"
-KERNEL_TESTS = ["tests/test_ops.py", "tests/test_boundaries.py", f"{HERE}/test_runtime.py"]
+KERNEL_TESTS = [
+    "tests/test_ops.py",
+    "tests/test_boundaries.py",
+    "tests/test_large_tiles.py",
+    f"{HERE}/test_runtime.py",
+]
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Run:
 
 
 # Every op case in three orders; in the natural one also what does not depend on the order.
-# 2^31 elements take too long one by one: test_runtime.py has its own way.
+# 2^31 elements take too long one by one: test_runtime.py has its own way. Finite differences call
+# the kernels of the other tests, hundreds of times.
 RUNS = [
     Run("mutants", "natural", [f"{HERE}/test_mutants.py"]),
     Run(
@@ -59,11 +65,15 @@ RUNS = [
             "tests/test_edges.py",
             f"{HERE}/test_emulator.py",
             "-k",
-            "not 2_to_the_31_e",
+            "not 2_to_the_31_e and not finite_differences",
         ],
     ),
     *(
-        Run(order, order, [*KERNEL_TESTS, "-k", "float64_reference or boundaries or runtime"])
+        Run(
+            order,
+            order,
+            [*KERNEL_TESTS, "-k", "float64_reference or boundaries or large_tiles or runtime"],
+        )
         for order in ("reversed", "shuffled")
     ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from tests.cuda_emulation.build import BUILD
 
+SLOT = 64 * 1024  # alignment of a __shared__ array, as in shared_memory.h
 ORDERS = ("natural", "reversed", "shuffled")
 
 # Environment of a process that emulates.
@@ -37,8 +39,8 @@ def runtime() -> ctypes.CDLL:
     library.emulator_launch_count.restype = ctypes.c_int64
     library.emulator_run_only.argtypes = [ctypes.c_int64, ctypes.c_int64]
     library.emulator_set_order.argtypes = [ctypes.c_int, ctypes.c_uint64]
-    place = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_char_p]
-    library.emulator_add_shared.argtypes = place
+    sizes = [ctypes.c_size_t] * 3
+    library.emulator_add_shared.argtypes = [ctypes.c_void_p, *sizes, ctypes.c_char_p]
     library.emulator_fail_after.argtypes = [ctypes.c_int64]
     library.emulator_launch.argtypes = [ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)]
     return library
@@ -48,27 +50,25 @@ def load_kernels(path: Path) -> ctypes.CDLL:
     """Loads a library of kernels and tells the emulator of its __shared__ arrays."""
     runtime()
     library = ctypes.CDLL(str(path))
-    for offset, size, name in _shared_arrays(path):
-        runtime().emulator_add_shared(library._handle, offset, size, name.encode())
+    arrays = _objects_in_bss(path)
+    end = max((offset + size for offset, size, _ in arrays), default=0)
+    end = -(-end // mmap.PAGESIZE) * mmap.PAGESIZE  # nothing else shares the last page
+    for offset, size, name in arrays:
+        if offset % SLOT == 0:
+            runtime().emulator_add_shared(library._handle, offset, size, end, name.encode())
     return library
 
 
-def _shared_arrays(path: Path) -> Iterator[tuple[int, int, str]]:
-    """Offset, size and name of each static array that has a slot of its own."""
-    slot = 64 * 1024
-    output = subprocess.run(
-        ["nm", "--defined-only", "--print-size", "--demangle", str(path)],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    for line in output.splitlines():
-        fields = line.split(maxsplit=3)
-        if len(fields) < 4 or fields[2] not in "bBvV":
-            continue
-        offset, size = int(fields[0], 16), int(fields[1], 16)
-        if offset > 0 and offset % slot == 0:  # a thread's own variables start at 0
-            yield offset, size, fields[3]
+def _objects_in_bss(path: Path) -> list[tuple[int, int, str]]:
+    """Offset, size and name of each variable that starts as zero: __shared__ arrays, and others."""
+    command = ["nm", "--defined-only", "--format=sysv", "--demangle", str(path)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines = [line.rsplit("|", 6) for line in output.splitlines() if line.endswith("|.bss")]
+    return [
+        (int(offset, 16), int(size, 16), name.strip())
+        for name, offset, _, _, size, _, _ in lines
+        if size.strip()
+    ]
 
 
 def set_order(order: str, seed: int = 0) -> None:

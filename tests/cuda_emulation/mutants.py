@@ -40,7 +40,7 @@ class Mutant:
         text = self.source.read_text()
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         (folder / place).write_text(text[: self.start] + "\n" + text[self.end :])
-        changed = [place] if place.suffix == ".cu" else self._users(place)
+        changed = [path for path in KERNELS if place in included(path)]
         compiled = objects(
             [folder / place if path == place else CSRC / path for path in changed],
             [f"-I{folder}", *KERNEL],
@@ -50,12 +50,14 @@ class Mutant:
         emulator = [f"-L{BUILD}", "-lemulator", f"-Wl,-rpath,{BUILD}"]
         run_ninja(folder, RULES, [*compiled, library(str(self.library), inputs, emulator)])
 
-    def _users(self, header: Path) -> list[Path]:
-        include = f'#include "{header.as_posix()}"'
-        return [path for path in KERNELS if include in (CSRC / path).read_text()]
-
     def __str__(self) -> str:
         return f"{self.source.name}:{self.line}"
+
+
+def included(path: Path) -> set[Path]:
+    """The sources of csrc/ that one of them consists of."""
+    direct = re.findall(r'^#include "(.+)"', (CSRC / path).read_text(), re.MULTILINE)
+    return {path}.union(*(included(Path(name)) for name in direct))
 
 
 def all_mutants() -> list[Mutant]:

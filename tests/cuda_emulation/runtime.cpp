@@ -136,11 +136,13 @@ void emulator_set_order(int order, uint64_t seed) {
 
 void emulator_run_only(int64_t first, int64_t count) { emulator::run_only(first, count); }
 
-// An array at `offset` in the library of a dlopen() handle.
-void emulator_add_shared(void* library, uintptr_t offset, size_t bytes, const char* name) {
+// An array at `offset` in the library of a dlopen() handle, whose memory ends at offset `end`.
+void emulator_add_shared(void* library, uintptr_t offset, size_t bytes, uintptr_t end,
+                         const char* name) {
   const link_map* map = nullptr;
   if (dlinfo(library, RTLD_DI_LINKMAP, &map) != 0) std::abort();
-  emulator::shared_memory().add_static(map->l_addr + offset, bytes, name);
+  const auto base = map->l_addr;
+  emulator::shared_memory().add_static(base + offset, bytes, base + end, name);
 }
 
 void emulator_set_device(int current, int of_tensors) {

@@ -32,12 +32,13 @@ void WarpClock::synchronize(unsigned mask) {
 
 SharedMemory::SharedMemory() {
   auto* arena = static_cast<char*>(std::aligned_alloc(kSlot, kArena));
-  dynamic_ = {reinterpret_cast<uintptr_t>(arena + kSlot), 0, "(dynamic)",
+  dynamic_ = {reinterpret_cast<uintptr_t>(arena + kSlot), 0, kArena - kSlot, "(dynamic)",
               std::vector<ByteLog>(kMaxDynamic)};
 }
 
-void SharedMemory::add_static(uintptr_t address, size_t bytes, const char* name) {
-  statics_.push_back({address, bytes, name, std::vector<ByteLog>(bytes)});
+void SharedMemory::add_static(uintptr_t address, size_t bytes, uintptr_t end, const char* name) {
+  const size_t slot = std::min(kSlot, end - address);
+  statics_.push_back({address, bytes, slot, name, std::vector<ByteLog>(bytes)});
   std::sort(statics_.begin(), statics_.end(),
             [](const auto& a, const auto& b) { return a.address < b.address; });
 }
@@ -61,7 +62,7 @@ SharedArray* SharedMemory::find(uintptr_t address) {
   const auto is_before = [](uintptr_t a, const auto& array) { return a < array.address; };
   const auto next = std::upper_bound(statics_.begin(), statics_.end(), address, is_before);
   auto& array = *std::prev(next);
-  return address - array.address < kSlot ? &array : nullptr;
+  return address - array.address < array.slot ? &array : nullptr;
 }
 
 bool SharedMemory::is_ordered(int thread, uint32_t time, int other) const {

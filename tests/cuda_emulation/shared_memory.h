@@ -43,6 +43,7 @@ struct ByteLog {
 struct SharedArray {
   uintptr_t address;
   size_t bytes;
+  size_t slot;  // up to the next one, or to where other memory begins
   std::string name;
   std::vector<ByteLog> log;
 };
@@ -51,9 +52,9 @@ class SharedMemory {
  public:
   SharedMemory();
 
-  // A __shared__ array of a kernel library. The library aligns each to kSlot bytes, so that what
-  // lies between its end and the next slot is nobody's.
-  void add_static(uintptr_t address, size_t bytes, const char* name);
+  // A __shared__ array of a kernel library, whose own memory ends at `end`. The library aligns each
+  // array to kSlot bytes, so that what lies behind it in its slot is nobody's.
+  void add_static(uintptr_t address, size_t bytes, uintptr_t end, const char* name);
 
   void begin_block(size_t dynamic_bytes);
   void barrier() { ++interval_; }

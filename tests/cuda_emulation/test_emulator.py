@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import fastmeta as fm
 from tests.cuda_emulation import emulator
 from tests.cuda_emulation.build import BUILD
 
@@ -139,11 +140,11 @@ def test_block_operations(kernels, order):
     assert (rows[:, 0, 5] == THREADS * (THREADS - 1) / 2).all()
 
 
-def test_half_types_round_as_torch_does(kernels):
-    """Through fastmeta's own half kernels: a step of size 1 against a gradient of zero."""
-    import fastmeta as fm
-
-    for dtype in (torch.float16, torch.bfloat16):
-        every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(1, -1).view(dtype)
-        finite = every[every.isfinite()].unsqueeze(0)
-        assert torch.equal(fm.inner_update(finite, torch.zeros_like(finite), 1.0), finite)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_types_round_as_torch_does(dtype):
+    """Every finite number, moved by a step that has more digits, through fastmeta's own kernel."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    params = every[every.isfinite()].unsqueeze(0)
+    grads = params.flip(1)
+    exact = params.float() - 0.3 * grads.float()
+    assert torch.equal(fm.inner_update(params, grads, 0.3), exact.to(dtype))
