@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta._stateless import Loss
+from fastmeta.reference import is_being_captured
 
 _DEFAULT_IGNORE_INDEX = -100
 
@@ -31,7 +32,7 @@ def with_checked_labels(loss: Loss, labels: Tensor, name: str) -> Loss:
         return loss
     if labels.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64 class labels, got {labels.dtype}")
-    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_being_captured(labels):
         return loss
     ignored = labels == getattr(loss, "ignore_index", _DEFAULT_IGNORE_INDEX)
     lowest, highest = torch.stack(labels.masked_fill(ignored, 0).aminmax()).tolist()

@@ -22,6 +22,14 @@ def inner_update(params: torch.Tensor, grads: torch.Tensor, lr: torch.Tensor) ->
     return out.to(params.dtype)
 
 
+def is_being_captured(x: torch.Tensor) -> bool:
+    """Whether work on `x` goes into a CUDA graph, where nothing can be read back."""
+    if not x.is_cuda:
+        return False
+    with torch.cuda.device(x.device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def check_label_range(labels: torch.Tensor, classes: int, name: str) -> None:
     """Raises ValueError for the first label outside [0, classes).
 
@@ -33,7 +41,7 @@ def check_label_range(labels: torch.Tensor, classes: int, name: str) -> None:
         return
     if torch._C._functorch.is_functorch_wrapped_tensor(labels):
         return
-    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_being_captured(labels):
         return
     bad = ((labels < 0) | (labels >= classes)).nonzero()
     if len(bad):

@@ -435,7 +435,15 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path, monkeypatch, number):
     assert (tmp_path / "curve.png").exists()
 
 
-def test_a_second_signal_ends_the_program(tmp_path, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """SIGINT as in a shell's foreground: programs in its background are started to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_ends_the_program(tmp_path, monkeypatch, interruptible):
     def signal_twice(log, record):
         # Two signals sent from outside may reach the process as one.
         signal.raise_signal(signal.SIGINT)
