@@ -29,7 +29,8 @@ class WarpClock {
   uint32_t met_[kWarp][kWarp] = {};
 };
 
-// What threads did to one byte since the last barrier, and whether it was ever written.
+// What threads did to one byte since the last barrier, and whether it was ever written. Of the reads
+// of a warp the last one's time counts for all: a __syncwarp orders them once it came after each.
 struct ByteLog {
   uint32_t block = 0;  // the rest is about this block; nothing happened in a later one
   uint32_t write_interval = 0, write_time = 0;
