@@ -6,7 +6,7 @@ import ctypes
 import mmap
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -93,65 +93,48 @@ def launches() -> Iterator[list[Launch]]:
         seen.append(Launch(*fields))
 
 
-@contextmanager
-def only_blocks(first: int, count: int) -> Iterator[None]:
-    """Runs `count` blocks from `first` (negative: from the end) of launches in a `with` block."""
-    runtime().emulator_run_only(first, count)
-    try:
-        yield
-    finally:
-        runtime().emulator_run_only(0, 2**62)
+# Each of these holds inside of a `with` block.
 
 
 @contextmanager
-def failing_launch(after: int) -> Iterator[None]:
-    """Inside the `with` block, the launch after `after` others fails."""
-    runtime().emulator_fail_after(after)
+def _during(name: str, values: tuple[int, ...], usual: tuple[int, ...]) -> Iterator[None]:
+    setting = getattr(runtime(), name)
+    setting(*values)
     try:
         yield
     finally:
-        runtime().emulator_fail_after(-1)
+        setting(*usual)
 
 
-@contextmanager
-def capturing() -> Iterator[None]:
-    """Inside the `with` block, the current stream says that it is being captured."""
-    runtime().emulator_set_capturing(True)
-    try:
-        yield
-    finally:
-        runtime().emulator_set_capturing(False)
+def only_blocks(first: int, count: int) -> AbstractContextManager[None]:
+    """Of every launch, `count` blocks run from `first` on; from the end where that is negative."""
+    return _during("emulator_run_only", (first, count), (0, 2**62))
 
 
-@contextmanager
-def devices(current: int, of_tensors: int) -> Iterator[None]:
-    """Inside the `with` block, which device is current, and on which one tensors are."""
-    runtime().emulator_set_device(current, of_tensors)
-    try:
-        yield
-    finally:
-        runtime().emulator_set_device(0, 0)
+def failing_launch(after: int) -> AbstractContextManager[None]:
+    """The launch after `after` others fails."""
+    return _during("emulator_fail_after", (after,), (-1,))
 
 
-@contextmanager
-def multiprocessors(count: int) -> Iterator[None]:
-    """Inside the `with` block, how many a device has: 2 outside of it."""
-    runtime().emulator_set_multiprocessors(count)
-    try:
-        yield
-    finally:
-        runtime().emulator_set_multiprocessors(2)
+def capturing() -> AbstractContextManager[None]:
+    """The current stream says that it is being captured."""
+    return _during("emulator_set_capturing", (True,), (False,))
+
+
+def devices(current: int, of_tensors: int) -> AbstractContextManager[None]:
+    """Which device is current at first, and on which one tensors are."""
+    return _during("emulator_set_device", (current, of_tensors), (0, 0))
+
+
+def multiprocessors(count: int) -> AbstractContextManager[None]:
+    """How many a device has; 2 otherwise."""
+    return _during("emulator_set_multiprocessors", (count,), (2,))
+
+
+def current_stream(device: int, stream: int) -> AbstractContextManager[None]:
+    """The current stream of a device."""
+    return _during("emulator_set_stream", (device, stream), (device, 0))
 
 
 def current_device() -> int:
     return runtime().emulator_device()
-
-
-@contextmanager
-def current_stream(device: int, stream: int) -> Iterator[None]:
-    """Inside the `with` block, the current stream of a device."""
-    runtime().emulator_set_stream(device, stream)
-    try:
-        yield
-    finally:
-        runtime().emulator_set_stream(device, 0)
