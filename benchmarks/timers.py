@@ -33,13 +33,12 @@ class Spread:
         return asdict(self)
 
 
-class Captured:
+class Captured(Protocol):
     """`calls` calls as one; `output` is that of the last."""
 
     output: Any
 
-    def __call__(self, number: int) -> None:
-        raise NotImplementedError
+    def __call__(self, number: int) -> None: ...
 
 
 class Timer(Protocol):
@@ -53,7 +52,7 @@ class Timer(Protocol):
     def captured(self, call: Call, calls: int) -> Captured: ...
 
 
-class _Repeated(Captured):
+class _Repeated:
     def __init__(self, call: Call, calls: int) -> None:
         self.call, self.calls = call, calls
 
@@ -78,7 +77,7 @@ class HostTimer:
         return _Repeated(call, calls)
 
 
-class _Graph(Captured):
+class _Graph:
     def __init__(self, call: Call, calls: int) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -237,6 +237,28 @@ __global__ void block_operations(const float*, float* out) {
   row[5] = block_sum<kThreads>(static_cast<float>(i));
 }
 
+// What atomics leave in shared memory when all threads of a block take part: 9 numbers a thread.
+template <bool bug>
+__global__ void atomic_operations(const float*, float* out) {
+  static_assert(!bug);
+  constexpr int kFirst[] = {0, 0, 99, 99, -99, -1, 0, 0, 0};
+  __shared__ int values[9];
+  const int i = threadIdx.x;
+  if (i < 9) values[i] = kFirst[i];
+  __syncthreads();
+  atomicAdd(&values[0], i);
+  atomicSub(&values[1], i);
+  atomicExch(&values[2], 7);
+  atomicMin(&values[3], i - 5);
+  atomicMax(&values[4], i);
+  atomicAnd(&values[5], ~(i & 12));
+  atomicOr(&values[6], i);
+  atomicXor(&values[7], 1 << i % 5);
+  atomicCAS(&values[8], 0, 3);
+  __syncthreads();
+  for (int k = 0; k < 9; ++k) out[global(i) * 9 + k] = static_cast<float>(values[k]);
+}
+
 using Kernel = void (*)(const float*, float*);
 
 struct Entry {
@@ -266,6 +288,7 @@ constexpr Entry kEntries[] = {
     ENTRY(misaligned),
     {"warp_operations", warp_operations<false>, nullptr},
     {"block_operations", block_operations<false>, nullptr},
+    {"atomic_operations", atomic_operations<false>, nullptr},
 };
 #undef ENTRY
 

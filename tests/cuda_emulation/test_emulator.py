@@ -140,6 +140,17 @@ def test_block_operations(kernels, order):
     assert (rows[:, 0, 5] == THREADS * (THREADS - 1) / 2).all()
 
 
+@each_order
+def test_atomics(kernels, order):
+    emulator.set_order(order)
+    error, out = run(kernels, "atomic_operations", False, columns=9)
+    assert error == 0
+    xor = 0b01111  # 64 threads: 13 times bits 0 to 3, 12 times bit 4
+    total = THREADS * (THREADS - 1) // 2
+    expected = torch.tensor([total, -total, 7, -5, 63, ~12, 63, xor, 3]).float()
+    assert (out.view(-1, 9) == expected).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_types_round_as_torch_does(dtype):
     """Every finite number, moved by a step that has more digits, through fastmeta's own kernel."""
