@@ -32,6 +32,38 @@ TORCH_LIBRARY(fastmeta, m) {
   m.def(
       "prototype_loss_backward(Tensor weight, Tensor query, Tensor labels, Tensor prototypes,"
       " str metric, float scale) -> (Tensor loss, Tensor grad_query, Tensor grad_prototypes)");
+
+  // A network and its loss as a list of instructions: code, see task_program/program.h.
+  // theta [P] or [T, P]; frozen [F]; lr [K or 1, T or 1, P or 1]; x [T, B, ...]; y [T, B] int64
+  // labels, or [T, B, ...]; n elements in an example's output. A gradient has the shape of what it
+  // is of, and is empty where it is not asked for.
+  // -> outputs [T, B, n]
+  m.def("task_program_forward(Tensor code, Tensor theta, Tensor frozen, Tensor x) -> Tensor");
+  // -> loss [T], outputs [T, B, n], grad_theta [T, P], grad_x
+  m.def(
+      "task_program_gradient(Tensor code, Tensor theta, Tensor frozen, Tensor x, Tensor y,"
+      " bool input_grad) -> (Tensor loss, Tensor outputs, Tensor grad_theta, Tensor grad_x)");
+  // vector [T, P] -> H vector [T, P], the gradient [T, P], and the derivative of <gradient, vector>
+  m.def(
+      "task_program_hvp(Tensor code, Tensor theta, Tensor frozen, Tensor x, Tensor y,"
+      " Tensor vector, bool input_grad) -> (Tensor product, Tensor grad_theta, Tensor grad_x)");
+  // -> theta after `steps` steps of gradient descent [T, P]
+  m.def(
+      "task_program_adapt(Tensor code, Tensor theta, Tensor frozen, Tensor lr, Tensor x, Tensor y,"
+      " int steps) -> Tensor");
+  // grad_out [T, P]
+  m.def(
+      "task_program_adapt_backward(Tensor code, Tensor theta, Tensor frozen, Tensor lr, Tensor x,"
+      " Tensor y, int steps, Tensor grad_out, bool first_order, bool keep, bool lr_grad,"
+      " bool input_grad) -> (Tensor grad_theta, Tensor grad_lr, Tensor grad_x)");
+  // -> the mean over tasks of the query loss after the steps (each step's times its weight, where
+  // there are weights), outputs [T, Q, n] after the last, and gradients of that mean
+  m.def(
+      "task_program_meta_gradient(Tensor code, Tensor theta, Tensor frozen, Tensor lr,"
+      " Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, float[] step_weights,"
+      " int steps, bool first_order, bool keep, bool gradient, bool lr_grad, bool support_grad,"
+      " bool query_grad) -> (Tensor loss, Tensor outputs, Tensor grad_theta, Tensor grad_lr,"
+      " Tensor grad_support_x, Tensor grad_query_x)");
 }
 
 namespace {

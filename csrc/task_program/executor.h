@@ -1,0 +1,65 @@
+// What runs the passes of the layers: an executor. The layers are written once, over this concept:
+//
+//   storage_t                 what arrays hold: a number, or the numbers of several tasks
+//   map(n, f)                 f(cell) for each element of an array; a cell may be several elements
+//   rows(n, f)                f(team, row) for each row; a team's members share the row's elements
+//   reduce(n, f, target)      target[0] += sum over elements of f(cell)
+//   product(p, finish)        a sum of matrix products; then finish(cell) for each element of C
+//
+// Each returns, or on a device is ordered, after the one before it. An executor is a CPU thread
+// that takes a task, or as many tasks as a vector has lanes; on a GPU a block that takes a task, or
+// the host that launches a kernel for all tasks.
+//
+// A cell has load(array, offset = 0), store(array, value, offset = 0) of its own elements, and
+// load_one(array, i) of the same element for all. A team has lane, size, sum(x), larger(x), and
+// load(array, i), store(array, i, value).
+#pragma once
+
+#include <cstdint>
+
+#include "common/host_device.h"
+
+namespace fastmeta {
+
+// An array of every task: task t's begins at data + t * task_stride.
+template <typename storage_t>
+struct Array {
+  storage_t* data = nullptr;
+  int64_t task_stride = 0;
+
+  FASTMETA_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
+  FASTMETA_HOST_DEVICE Array from(int64_t offset) const {
+    return data == nullptr ? Array{} : Array{data + offset, task_stride};
+  }
+};
+
+enum class Form {
+  kNT,  // A [m, k], B [n, k]
+  kNN,  // A [m, k], B [k, n]
+  kTN,  // A [k, m], B [k, n]
+};
+
+// C [m, n] (+)= bias [n] + the sum over pairs of op(A) op(B).
+template <typename storage_t>
+struct Product {
+  Form form;
+  int64_t m, n, k;
+  Array<storage_t> c;
+  bool accumulates = false;
+  Array<storage_t> bias = {};
+  int pairs = 0;
+  Array<storage_t> a[2] = {}, b[2] = {};
+
+  FASTMETA_HOST_DEVICE void add(Array<storage_t> left, Array<storage_t> right) {
+    a[pairs] = left;
+    b[pairs] = right;
+    ++pairs;
+  }
+};
+
+struct NoFinish {
+  template <typename Cell>
+  FASTMETA_HOST_DEVICE void operator()(const Cell&) const {}
+};
+
+}  // namespace fastmeta

@@ -1,0 +1,113 @@
+// One call of an op of the task program, as pointers: what every implementation takes.
+// T tasks; theta [P] or [T, P]; examples x [B, ...] and targets of every task.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/dtype.h"
+#include "task_program/task_arrays.h"
+
+namespace fastmeta {
+
+enum class JobKind {
+  kForward,        // outputs of the queries at theta
+  kGradient,       // and their loss, and its gradient
+  kHvp,            // H vector of the support's loss, and its gradient
+  kAdapt,          // theta_K
+  kAdaptBackward,  // gradient before the K steps from `upstream`, the one after them
+  kMeta,           // the query loss after K steps, and its gradient
+};
+
+// Strides are in elements; 0: all tasks share it.
+struct ExampleSet {
+  int64_t count = 0;
+  const void* x = nullptr;  // [T, B, elements]
+  int64_t x_stride = 0;
+  const void* targets = nullptr;  // [T, B] int64 labels, or [T, B, outputs]
+  int64_t targets_stride = 0;
+};
+
+struct Job {
+  JobKind kind;
+  Dtype dtype;
+  int64_t tasks = 0;
+  Program program;
+  MetaOptions options{};
+  bool keeps_states = false, gradient = false;
+
+  const void* theta = nullptr;
+  int64_t theta_stride = 0;
+  const void* frozen = nullptr;
+  const void* lr = nullptr;  // [K or 1, T or 1, P or 1]
+  int64_t lr_step_stride = 0, lr_task_stride = 0;
+  bool lr_per_parameter = false;
+  ExampleSet support, query;
+  double scale = 1;                  // of the meta-loss: 1/T for a mean
+  std::vector<double> step_weights;  // K, or none: the last step alone
+  const void* given = nullptr;       // [T, P]: upstream gradient, or vector
+
+  // Results, contiguous, null where not wanted. Tasks that share an input share its gradient.
+  void* outputs = nullptr;     // [T, Q, outputs]
+  void* loss = nullptr;        // [T]; a task's part of the mean
+  void* adapted = nullptr;     // [T, P]
+  void* grads = nullptr;       // [T, P], of the support at theta
+  void* grad_theta = nullptr;  // [P] or [T, P]
+  bool grad_theta_shared = false;
+  void* grad_lr = nullptr;       // as lr
+  void* grad_support = nullptr;  // as x
+  void* grad_query = nullptr;
+
+  // Of a task's own step sizes: elements of a step, from a step to the next, of all steps.
+  int64_t lr_row() const { return lr_per_parameter ? program.parameters : 1; }
+  int64_t lr_dense_stride() const { return lr_step_stride == 0 ? 0 : lr_row(); }
+  int64_t lr_elements() const { return lr_row() * (lr_step_stride == 0 ? 1 : options.steps); }
+  TaskNeeds needs() const {
+    return {options,          support.count,           query.count,           gradient,
+            keeps_states,     grad_support != nullptr, grad_query != nullptr, lr_elements(),
+            lr_dense_stride()};
+  }
+  // Weight of the query loss after k steps.
+  double weight(int k) const {
+    if (k == options.steps) return scale * (step_weights.empty() ? 1 : step_weights.back());
+    return k == 0 || step_weights.empty() ? 0 : scale * step_weights[k - 1];
+  }
+};
+
+// The job for one task (or one executor's tasks), all of whose inputs are in place.
+template <typename Executor>
+void run_job(Executor& exec, const Job& job, const TaskArrays<typename Executor::storage_t>& task) {
+  using storage_t = typename Executor::storage_t;
+  const MetaStep<Executor> step(exec, job.program, job.options, task);
+  const int steps = job.options.steps;
+  exec.map(1, Fill<storage_t>{0, task.loss});
+  if (task.grad_lr) exec.map(job.lr_elements(), Fill<storage_t>{0, task.grad_lr});
+  switch (job.kind) {
+    case JobKind::kForward:
+      step.query_outputs();
+      break;
+    case JobKind::kGradient:
+      step.query(0, job.scale, true, false);
+      break;
+    case JobKind::kHvp:
+      step.hessian_vector_product();
+      break;
+    case JobKind::kAdapt:
+      step.adapt();
+      break;
+    case JobKind::kAdaptBackward:
+      step.adapt();
+      for (int k = steps - 1; k >= 0; --k) step.step_back(k);
+      break;
+    case JobKind::kMeta:
+      step.adapt();
+      step.query(steps, job.weight(steps), job.gradient, false);
+      for (int k = steps - 1; k >= 0; --k) {
+        if (job.gradient) step.step_back(k);
+        if (job.weight(k) != 0) step.query(k, job.weight(k), job.gradient, true);
+      }
+      break;
+  }
+}
+
+}  // namespace fastmeta

@@ -1,0 +1,98 @@
+// Linear layer on the last dimension, weight [O, I], and its four passes:
+//
+//   forward           z = x W' + b
+//   backward          dx = dz W              dW = dz' x                 db = sum over rows of dz
+//   tangent forward   z_dot = x_dot W' + x W_dot' + b_dot
+//   tangent backward  dx_dot = dz_dot W + dz W_dot
+//                     dW_dot = dz_dot' x + dz' x_dot                    db_dot = sum of dz_dot
+//
+// `finish` is done with each element that the pass to the next layer makes.
+#pragma once
+
+#include "task_program/elementwise.h"
+#include "task_program/network.h"
+
+namespace fastmeta {
+
+template <typename storage_t>
+struct Linear {
+  const Network<storage_t>& net;
+  const Instruction& i;
+
+  FASTMETA_HOST_DEVICE int64_t rows() const { return net.size(i.y) / i.outputs; }
+
+  template <typename Executor, typename Finish>
+  FASTMETA_HOST_DEVICE void forward(Executor& exec, const Finish& finish) const {
+    auto p = product(Form::kNT, rows(), i.outputs, i.inputs, net.value(i.y));
+    p.bias = net.parameters.at(i.bias);
+    p.add(net.value(i.x), net.parameters.at(i.weight));
+    exec.product(p, finish);
+  }
+
+  template <typename Executor, typename Finish>
+  FASTMETA_HOST_DEVICE void tangent_forward(Executor& exec, const Finish& finish) const {
+    auto p = product(Form::kNT, rows(), i.outputs, i.inputs, net.value_dot(i.y));
+    p.bias = net.tangent_of(i.bias);
+    add_where_there(p, net.value_dot(i.x), net.parameters.at(i.weight));
+    add_where_there(p, net.value(i.x), net.tangent_of(i.weight));
+    exec.product(p, finish);
+  }
+
+  // grads [P] (+)=; adds to what is there where told to, or where another layer has the parameter.
+  template <typename Executor, typename Finish>
+  FASTMETA_HOST_DEVICE void backward(Executor& exec, Array<storage_t> grads, bool adds,
+                                     const Finish& finish) const {
+    if (is_adapted(i.weight)) {
+      auto p = product(Form::kTN, i.outputs, i.inputs, rows(), grads.from(i.weight));
+      p.accumulates = adds || i.adds_to_weight;
+      p.add(net.delta(i.y), net.value(i.x));
+      exec.product(p, NoFinish{});
+    }
+    if (is_adapted(i.bias)) {
+      exec.map(i.outputs, ColumnSums<storage_t>{rows(), i.outputs, net.delta(i.y),
+                                                grads.from(i.bias), adds || i.adds_to_bias});
+    }
+    if (const auto dx = net.delta(i.x)) {
+      auto p = product(Form::kNN, rows(), i.inputs, i.outputs, dx);
+      p.accumulates = i.adds_to_x;
+      p.add(net.delta(i.y), net.parameters.at(i.weight));
+      exec.product(p, finish);
+    }
+  }
+
+  // target [P] += H v of this layer's parameters.
+  template <typename Executor, typename Finish>
+  FASTMETA_HOST_DEVICE void tangent_backward(Executor& exec, Array<storage_t> target,
+                                             const Finish& finish) const {
+    if (is_adapted(i.weight)) {
+      auto p = product(Form::kTN, i.outputs, i.inputs, rows(), target.from(i.weight));
+      p.accumulates = true;
+      p.add(net.delta_dot(i.y), net.value(i.x));
+      add_where_there(p, net.delta(i.y), net.value_dot(i.x));
+      exec.product(p, NoFinish{});
+    }
+    if (is_adapted(i.bias)) {
+      exec.map(i.outputs, ColumnSums<storage_t>{rows(), i.outputs, net.delta_dot(i.y),
+                                                target.from(i.bias), true});
+    }
+    if (const auto dx_dot = net.delta_dot(i.x)) {
+      auto p = product(Form::kNN, rows(), i.inputs, i.outputs, dx_dot);
+      p.accumulates = i.adds_to_x;
+      p.add(net.delta_dot(i.y), net.parameters.at(i.weight));
+      add_where_there(p, net.delta(i.y), net.tangent_of(i.weight));
+      exec.product(p, finish);
+    }
+  }
+
+ private:
+  FASTMETA_HOST_DEVICE static Product<storage_t> product(Form form, int64_t m, int64_t n, int64_t k,
+                                                         Array<storage_t> c) {
+    return {form, m, n, k, c};
+  }
+  FASTMETA_HOST_DEVICE static void add_where_there(Product<storage_t>& p, Array<storage_t> a,
+                                                   Array<storage_t> b) {
+    if (a && b) p.add(a, b);
+  }
+};
+
+}  // namespace fastmeta

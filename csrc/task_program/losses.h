@@ -1,0 +1,236 @@
+// The losses of a task: the loss of each row of outputs z, its gradient dz, and the tangent of that.
+// `norm` is scale/examples (or scale/elements) for a mean over them, scale for a sum.
+//
+//   cross entropy (label smoothing e, N classes; p = softmax(z); q = (1 - e) e_y + e/N)
+//                      -sum q log p     dz = norm (p - q)        dz_dot = norm p (z_dot - p.z_dot)
+//   squared error      (z - y)^2        dz = 2 norm (z - y)      dz_dot = 2 norm z_dot
+//   BCE with logits    log(1 + exp z) - y z     dz = norm (s - y), s = sigmoid z
+//                                                                dz_dot = norm s (1 - s) z_dot
+//   Huber (delta)      z - y within delta: (z - y)^2/2, else delta (|z - y| - delta/2)
+//   absolute error     |z - y|
+// Rows with the label to ignore, here -1, have no loss and no gradient.
+#pragma once
+
+#include "task_program/executor.h"
+#include "task_program/math.h"
+#include "task_program/program.h"
+
+namespace fastmeta {
+
+template <typename storage_t>
+struct LossArrays {
+  int64_t columns;  // outputs of an example
+  double weight;    // of this loss among others, multiplies the gradient
+  Array<storage_t> z, targets, norm, row_loss, dz, z_dot, dz_dot;
+};
+
+// softmax of a row: largest logit and sum of exp(logit - largest).
+template <typename storage_t, typename Team>
+struct SoftmaxOfRow {
+  using number_t = typename Team::number_t;
+  const Team& team;
+  Array<storage_t> z;
+  number_t largest, inverse_sum, log_sum;
+
+  FASTMETA_HOST_DEVICE SoftmaxOfRow(const Team& t, Array<storage_t> row, int64_t columns)
+      : team(t), z(row) {
+    using M = Math<number_t>;
+    largest = team.load(z, 0);
+    for (int64_t n = team.lane; n < columns; n += team.size) {
+      largest = M::larger(largest, team.load(z, n));
+    }
+    largest = team.larger(largest);
+    number_t sum(0);
+    for (int64_t n = team.lane; n < columns; n += team.size) {
+      sum = sum + M::exp(team.load(z, n) - largest);
+    }
+    sum = team.sum(sum);
+    inverse_sum = number_t(1) / sum;
+    log_sum = M::log(sum);
+  }
+  FASTMETA_HOST_DEVICE number_t log_probability(int64_t n) const {
+    return team.load(z, n) - largest - log_sum;
+  }
+  FASTMETA_HOST_DEVICE number_t probability(int64_t n) const {
+    return Math<number_t>::exp(team.load(z, n) - largest) * inverse_sum;
+  }
+};
+
+template <typename storage_t>
+struct CrossEntropy {
+  LossArrays<storage_t> l;
+  double smoothing;
+
+  template <typename Team>
+  FASTMETA_HOST_DEVICE void operator()(const Team& team, int64_t row) const {
+    using number_t = typename Team::number_t;
+    using M = Math<number_t>;
+    const int64_t begin = row * l.columns;
+    const SoftmaxOfRow<storage_t, Team> softmax(team, l.z.from(begin), l.columns);
+    const number_t zero(0), label = team.load(l.targets, row);
+    const number_t norm = team.load(l.norm, 0) * number_t(l.weight);
+    number_t loss(0);
+    for (int64_t n = team.lane; n < l.columns; n += team.size) {
+      const number_t target = M::if_equal(label, number_t(n), number_t(1 - smoothing), zero) +
+                              number_t(smoothing / l.columns);
+      loss = loss - M::if_equal(target, zero, zero, target * softmax.log_probability(n));
+      if (!l.dz) continue;
+      const number_t slope = norm * (softmax.probability(n) - target);
+      team.store(l.dz, begin + n, M::if_less(label, zero, zero, slope));
+    }
+    loss = M::if_less(label, zero, zero, team.sum(loss));
+    if (team.lane == 0) team.store(l.row_loss, row, loss);
+  }
+};
+
+template <typename storage_t>
+struct CrossEntropyTangent {
+  LossArrays<storage_t> l;
+
+  template <typename Team>
+  FASTMETA_HOST_DEVICE void operator()(const Team& team, int64_t row) const {
+    using number_t = typename Team::number_t;
+    using M = Math<number_t>;
+    const int64_t begin = row * l.columns;
+    const SoftmaxOfRow<storage_t, Team> softmax(team, l.z.from(begin), l.columns);
+    const number_t zero(0), label = team.load(l.targets, row);
+    const number_t norm = team.load(l.norm, 0) * number_t(l.weight);
+    number_t mean(0);
+    for (int64_t n = team.lane; n < l.columns; n += team.size) {
+      mean = mean + softmax.probability(n) * team.load(l.z_dot, begin + n);
+    }
+    mean = team.sum(mean);
+    for (int64_t n = team.lane; n < l.columns; n += team.size) {
+      const number_t change = team.load(l.z_dot, begin + n) - mean;
+      const number_t slope = norm * softmax.probability(n) * change;
+      team.store(l.dz_dot, begin + n, M::if_less(label, zero, zero, slope));
+    }
+  }
+};
+
+// Losses of an output and its target alone. Each has the loss, its slope and its curvature in z.
+struct SquaredError {
+  template <typename number_t>
+  FASTMETA_HOST_DEVICE number_t loss(const number_t& z, const number_t& y) const {
+    return (z - y) * (z - y);
+  }
+  template <typename number_t>
+  FASTMETA_HOST_DEVICE number_t slope(const number_t& z, const number_t& y) const {
+    return number_t(2) * (z - y);
+  }
+  template <typename number_t>
+  FASTMETA_HOST_DEVICE number_t curvature(const number_t&, const number_t&) const {
+    return number_t(2);
+  }
+};
+
+struct BceWithLogits {
+  template <typename number_t>
+  FASTMETA_HOST_DEVICE number_t loss(const number_t& z, const number_t& y) const {
+    using M = Math<number_t>;  // softplus(z) = larger(z, 0) + log1p(exp(-|z|)) does not overflow
+    const number_t zero(0);
+    return M::larger(z, zero) + M::log1p(M::exp(zero - M::abs(z))) - y * z;
+  }
+  template <typename number_t>
+  FASTMETA_HOST_DEVICE number_t slope(const number_t& z, const number_t& y) const {
+    return Math<number_t>::sigmoid(z) - y;
+  }
+  template <typename number_t>
+  FASTMETA_HOST_DEVICE number_t curvature(const number_t& z, const number_t&) const {
+    const number_t s = Math<number_t>::sigmoid(z);
+    return s * (number_t(1) - s);
+  }
+};
+
+struct Huber {
+  double delta;
+
+  template <typename number_t>
+  FASTMETA_HOST_DEVICE number_t loss(const number_t& z, const number_t& y) const {
+    using M = Math<number_t>;
+    const number_t e = M::abs(z - y), d(delta), half(0.5);
+    return M::if_less(e, d, half * e * e, d * (e - half * d));
+  }
+  template <typename number_t>
+  FASTMETA_HOST_DEVICE number_t slope(const number_t& z, const number_t& y) const {
+    using M = Math<number_t>;
+    const number_t e = z - y, d(delta), minus_d(-delta);
+    return M::if_less(d, e, d, M::if_less(e, minus_d, minus_d, e));
+  }
+  template <typename number_t>
+  FASTMETA_HOST_DEVICE number_t curvature(const number_t& z, const number_t& y) const {
+    using M = Math<number_t>;
+    return M::if_less(M::abs(z - y), number_t(delta), number_t(1), number_t(0));
+  }
+};
+
+struct AbsoluteError {
+  template <typename number_t>
+  FASTMETA_HOST_DEVICE number_t loss(const number_t& z, const number_t& y) const {
+    return Math<number_t>::abs(z - y);
+  }
+  template <typename number_t>
+  FASTMETA_HOST_DEVICE number_t slope(const number_t& z, const number_t& y) const {
+    using M = Math<number_t>;
+    const number_t e = z - y, zero(0);
+    return M::if_less(zero, e, number_t(1), M::if_less(e, zero, number_t(-1), e));  // NaN stays
+  }
+  template <typename number_t>
+  FASTMETA_HOST_DEVICE number_t curvature(const number_t&, const number_t&) const {
+    return number_t(0);
+  }
+};
+
+template <typename Loss, typename storage_t>
+struct RegressionLoss {
+  Loss loss;
+  LossArrays<storage_t> l;
+
+  template <typename Team>
+  FASTMETA_HOST_DEVICE void operator()(const Team& team, int64_t row) const {
+    using number_t = typename Team::number_t;
+    const number_t norm = team.load(l.norm, 0) * number_t(l.weight);
+    number_t sum(0);
+    for (int64_t n = team.lane; n < l.columns; n += team.size) {
+      const int64_t i = row * l.columns + n;
+      const number_t z = team.load(l.z, i), y = team.load(l.targets, i);
+      sum = sum + loss.loss(z, y);
+      if (l.dz) team.store(l.dz, i, norm * loss.slope(z, y));
+    }
+    sum = team.sum(sum);
+    if (team.lane == 0) team.store(l.row_loss, row, sum);
+  }
+};
+
+template <typename Loss, typename storage_t>
+struct RegressionTangent {
+  Loss loss;
+  LossArrays<storage_t> l;
+
+  template <typename Cell>
+  FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
+    using number_t = typename Cell::number_t;
+    const number_t norm = at.load_one(l.norm, 0) * number_t(l.weight);
+    at.store(l.dz_dot, norm * loss.curvature(at.load(l.z), at.load(l.targets)) * at.load(l.z_dot));
+  }
+};
+
+// fn(loss) for the losses of an output and its target alone.
+template <typename Fn>
+FASTMETA_HOST_DEVICE void with_regression_loss(const LossSpec& spec, const Fn& fn) {
+  switch (spec.kind) {
+    case LossKind::kMse:
+      return fn(SquaredError{});
+    case LossKind::kBceWithLogits:
+      return fn(BceWithLogits{});
+    case LossKind::kHuber:
+      return fn(Huber{spec.a});
+    case LossKind::kL1:
+      return fn(AbsoluteError{});
+    case LossKind::kCrossEntropy:
+    case LossKind::kNone:
+      return;
+  }
+}
+
+}  // namespace fastmeta

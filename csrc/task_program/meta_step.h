@@ -1,0 +1,191 @@
+// The inner loop of a task and the way back through it by the adjoint recursion (MATH: Maclaurin
+// 2015, Franceschi 2017; MAML: Finn 2017), on any executor:
+//
+//   theta_{k+1} = theta_k - lr_k g_k,  g_k = grad L_s(theta_k)         k = 0 .. K-1
+//   v_K  = w_K grad L_q(theta_K)
+//   v_k  = v_{k+1} - H_k (lr_k v_{k+1}) + w_k grad L_q(theta_k)        first order: without H_k
+//   d lr_k += -g_k v_{k+1}           d x_s += -d<grad L_s(theta_k), lr_k v_{k+1}>/d x_s
+//
+// The Hessian-vector product is taken in the direction -lr_k v_{k+1} and added to v as it is made.
+#pragma once
+
+#include "task_program/passes.h"
+
+namespace fastmeta {
+
+struct MetaOptions {
+  int steps;
+  bool first_order;
+  bool lr_grad;
+  bool keeps_steps;  // values and gradients of all K steps, else those of one, made again
+};
+
+// lr[k, p] at a task's lr + k step_stride + (per_parameter ? p : 0).
+template <typename storage_t>
+struct StepSizes {
+  Array<storage_t> lr;
+  int64_t step_stride;
+  bool per_parameter;
+
+  FASTMETA_HOST_DEVICE Array<storage_t> of(int k) const { return lr.from(k * step_stride); }
+};
+
+// target = base - lr x, or -lr x without a base.
+template <typename storage_t>
+struct Descend {
+  Array<storage_t> lr;
+  bool per_parameter;
+  Array<storage_t> base, x, target;
+
+  template <typename Cell>
+  FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
+    using number_t = typename Cell::number_t;
+    const number_t step = per_parameter ? at.load(lr) : at.load_one(lr, 0);
+    const number_t start = base ? at.load(base) : number_t(0);
+    at.store(target, start - step * at.load(x));
+  }
+};
+
+// target -= a b
+template <typename storage_t>
+struct SubtractProduct {
+  Array<storage_t> a, b, target;
+
+  template <typename Cell>
+  FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
+    at.store(target, at.load(target) - at.load(a) * at.load(b));
+  }
+};
+
+// Everything that a task's steps read and write; empty where not wanted.
+template <typename storage_t>
+struct TaskArrays {
+  Array<storage_t> start, frozen;             // theta_0 [P] and [F]
+  Array<storage_t> states;                    // theta_1 .. theta_K
+  Array<storage_t> grads;                     // g_0 .. g_{K-1}
+  Array<storage_t> direction, v;              // [P]
+  Array<storage_t> loss;                      // [1]
+  Array<storage_t> grad_lr;                   // as the step sizes of a task
+  Array<storage_t> grad_support, grad_query;  // as x
+  StepSizes<storage_t> step_sizes;
+  Examples<storage_t> support, query;
+  Activations<storage_t> support_arrays, query_arrays;  // of step 0, of the queries
+  // From a step to the next; 0: one for all.
+  int64_t state_stride = 0, grads_stride = 0, step_stride = 0, grad_lr_stride = 0;
+};
+
+template <typename Executor>
+class MetaStep {
+ public:
+  using storage_t = typename Executor::storage_t;
+  using Arena = Array<storage_t>;
+
+  FASTMETA_HOST_DEVICE MetaStep(Executor& exec, const Program& program, const MetaOptions& options,
+                                const TaskArrays<storage_t>& task)
+      : exec_(exec), program_(program), options_(options), task_(task) {}
+
+  FASTMETA_HOST_DEVICE Arena theta(int k) const {
+    return k == 0 ? task_.start : task_.states.from((k - 1) * task_.state_stride);
+  }
+
+  FASTMETA_HOST_DEVICE void adapt() const {
+    for (int k = 0; k < options_.steps; ++k) {
+      support_gradient(k);
+      exec_.map(program_.parameters,
+                Descend<storage_t>{task_.step_sizes.of(k), task_.step_sizes.per_parameter, theta(k),
+                                   grads(k), theta(k + 1)});
+    }
+  }
+
+  // loss += weight L_q(theta_k); v = (or +=) weight grad L_q(theta_k), where wanted.
+  FASTMETA_HOST_DEVICE void query(int k, double weight, bool gradient, bool adds) const {
+    const auto net = query_network(k);
+    const Passes<Executor> passes(exec_, net);
+    passes.forward();
+    passes.loss(task_.loss, weight, gradient);
+    if (!gradient) return;
+    passes.backward(task_.v, adds);
+    if (task_.grad_query) {
+      exec_.map(net.size(0), Copy<storage_t>{net.delta(0), task_.grad_query, adds});
+    }
+  }
+
+  FASTMETA_HOST_DEVICE void query_outputs() const {
+    const auto net = query_network(options_.steps);
+    Passes<Executor>(exec_, net).forward();
+  }
+
+  // v = H direction, the gradient in grads(0), and of the inputs; for theta_0.
+  FASTMETA_HOST_DEVICE void hessian_vector_product() const {
+    support_gradient(0);
+    exec_.map(program_.parameters, Fill<storage_t>{0, task_.v});
+    add_hessian_product(0, false);
+  }
+
+  // v_k from v_{k+1}, without the queries' own part.
+  FASTMETA_HOST_DEVICE void step_back(int k) const {
+    const bool is_there = options_.first_order || options_.keeps_steps || k + 1 == options_.steps;
+    if (!is_there) support_gradient(k);
+    if (options_.lr_grad) step_size_gradient(k);
+    if (options_.first_order) return;
+    exec_.map(program_.parameters,
+              Descend<storage_t>{task_.step_sizes.of(k), task_.step_sizes.per_parameter, Arena{},
+                                 task_.v, task_.direction});
+    add_hessian_product(k, k + 1 < options_.steps);
+  }
+
+ private:
+  FASTMETA_HOST_DEVICE Arena grads(int k) const { return task_.grads.from(k * task_.grads_stride); }
+
+  FASTMETA_HOST_DEVICE Network<storage_t> support_network(int k) const {
+    Network<storage_t> net{program_,
+                           {theta(k), task_.frozen},
+                           {task_.direction, {}},
+                           task_.support,
+                           task_.support_arrays};
+    const int64_t offset = k * task_.step_stride;
+    net.arrays.value = net.arrays.value.from(offset);
+    net.arrays.delta = net.arrays.delta.from(offset);
+    return net;
+  }
+
+  FASTMETA_HOST_DEVICE Network<storage_t> query_network(int k) const {
+    return {program_, {theta(k), task_.frozen}, {}, task_.query, task_.query_arrays};
+  }
+
+  // g_k, and with it values and gradients of step k.
+  FASTMETA_HOST_DEVICE void support_gradient(int k) const {
+    const auto net = support_network(k);
+    const Passes<Executor> passes(exec_, net);
+    passes.forward();
+    passes.loss({}, 1, true);
+    passes.backward(grads(k), false);
+  }
+
+  // v += H_k direction; grad_support = (or +=) the derivative of <g_k, direction>.
+  FASTMETA_HOST_DEVICE void add_hessian_product(int k, bool adds) const {
+    const auto net = support_network(k);
+    const Passes<Executor> passes(exec_, net);
+    passes.tangent_forward();
+    passes.tangent_backward(task_.v);
+    if (task_.grad_support) {
+      exec_.map(net.size(0), Copy<storage_t>{net.delta_dot(0), task_.grad_support, adds});
+    }
+  }
+
+  FASTMETA_HOST_DEVICE void step_size_gradient(int k) const {
+    const Arena target = task_.grad_lr.from(k * task_.grad_lr_stride);
+    if (task_.step_sizes.per_parameter) {
+      exec_.map(program_.parameters, SubtractProduct<storage_t>{grads(k), task_.v, target});
+    } else {
+      exec_.reduce(program_.parameters, NegativeProduct<storage_t>{grads(k), task_.v}, target);
+    }
+  }
+
+  Executor& exec_;
+  const Program& program_;
+  const MetaOptions& options_;
+  const TaskArrays<storage_t>& task_;
+};
+
+}  // namespace fastmeta

@@ -1,0 +1,296 @@
+// The ops of the task program: tensors to a job, and the job to what runs it, `Device`:
+//
+//   run(job, theta)   does the job; results that tasks share are zeros, to be added to
+//   check_labels(labels [T, B], classes, ignored, name)   ValueError for a label without a class
+#pragma once
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "common/check.h"
+#include "task_program/job.h"
+#include "task_program/parse.h"
+
+namespace fastmeta {
+
+// A job that keeps its tensors alive.
+class Call {
+ public:
+  Call(JobKind kind, const at::Tensor& code, const at::Tensor& theta, const at::Tensor& frozen)
+      : parsed_(code), theta_(theta.contiguous()), frozen_(frozen.contiguous()) {
+    const auto type = theta.scalar_type();
+    TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble,
+                     "theta must be float32 or float64, got ", type);
+    check_same(theta, frozen, "theta and frozen");
+    job.kind = kind;
+    job.dtype = type == at::kFloat ? Dtype::kFloat : Dtype::kDouble;
+    job.program = parsed_.program();
+    TORCH_CHECK(theta.dim() == 1 || theta.dim() == 2, "theta must be [P] or [T, P], got ",
+                theta.sizes());
+    TORCH_CHECK(theta.size(-1) == job.program.parameters, "theta must have ",
+                job.program.parameters, " parameters, got ", theta.sizes());
+    check_shape(frozen, {job.program.frozen}, "frozen");
+    TORCH_CHECK(kind == JobKind::kForward || job.program.loss.kind != LossKind::kNone,
+                "the program has no loss");
+    TORCH_CHECK(kind == JobKind::kForward || job.program.values[job.program.output].adapts,
+                "no parameter of theta reaches the output");
+    job.theta = theta_.const_data_ptr();
+    job.theta_stride = theta.dim() == 1 ? 0 : job.program.parameters;
+    job.frozen = frozen_.const_data_ptr();
+  }
+
+  // Raises ValueError for a label without a class.
+  template <typename Device>
+  ExampleSet examples(const at::Tensor& x, const at::Tensor& y, const std::string& name) {
+    ExampleSet set = inputs(x, name);
+    const at::Tensor targets = keep(dense_tasks(y));
+    TORCH_CHECK(set.count > 0, name, "_x must have an example, got ", x.sizes());
+    if (job.program.loss.kind == LossKind::kCrossEntropy) {
+      check_labels(y, x, (name + "_y").c_str());
+      check_shape(y, {job.tasks, set.count}, (name + "_y").c_str());
+      const auto& loss = job.program.loss;
+      Device::check_labels(targets, job.program.output_elements(), static_cast<int64_t>(loss.b),
+                           (name + "_y").c_str());
+    } else {
+      check_same(x, y, (name + "_x and " + name + "_y").c_str());
+      TORCH_CHECK(y.dim() >= 2 && y.size(0) == job.tasks && y.size(1) == set.count &&
+                      y.numel() == job.tasks * set.count * job.program.output_elements(),
+                  name, "_y must have ", job.program.output_elements(), " elements for each of ",
+                  job.tasks, " x ", set.count, " examples, got ", y.sizes());
+    }
+    set.targets = targets.const_data_ptr();
+    set.targets_stride = job.tasks > 0 ? targets.stride(0) : 0;
+    return set;
+  }
+
+  ExampleSet inputs(const at::Tensor& x, const std::string& name) {
+    check_same(theta_, x, ("theta and " + name + "_x").c_str());
+    TORCH_CHECK(x.dim() >= 2, name, "_x must be [T, B, ...], got ", x.sizes());
+    set_tasks(x.size(0), name);
+    const auto& dense = keep(dense_tasks(x));
+    ExampleSet set;
+    set.count = x.size(1);
+    TORCH_CHECK(x.numel() == job.tasks * set.count * job.program.values[0].elements, name,
+                "_x must have ", job.program.values[0].elements, " elements an example, got ",
+                x.sizes());
+    set.x = dense.const_data_ptr();
+    set.x_stride = job.tasks > 0 ? dense.stride(0) : 0;
+    return set;
+  }
+
+  void step_sizes(const at::Tensor& lr, int64_t steps) {
+    check_same(theta_, lr, "theta and lr");
+    TORCH_CHECK(steps >= 0 && steps <= (1 << 30), "steps must not be negative, got ", steps);
+    job.options.steps = static_cast<int>(steps);
+    const int64_t p = job.program.parameters;
+    TORCH_CHECK(
+        lr.dim() == 3 && (lr.size(0) == 1 || lr.size(0) == steps) &&
+            (lr.size(1) == 1 || lr.size(1) == job.tasks) && (lr.size(2) == 1 || lr.size(2) == p),
+        "lr must be [", steps, " or 1, ", job.tasks, " or 1, ", p, " or 1], got ", lr.sizes());
+    const auto& dense = keep(lr.contiguous());
+    job.lr = dense.const_data_ptr();
+    job.lr_per_parameter = lr.size(2) == p && p > 1;
+    job.lr_task_stride = lr.size(1) == 1 ? 0 : lr.size(2);
+    job.lr_step_stride = lr.size(0) == 1 ? 0 : lr.size(1) * lr.size(2);
+  }
+
+  // [T, P], of which a copy of contiguous rows is kept.
+  const void* given(const at::Tensor& x, const char* name) {
+    check_same(theta_, x, name);
+    check_shape(x, {job.tasks, job.program.parameters}, name);
+    return keep(x.contiguous()).const_data_ptr();
+  }
+
+  void way_back(bool first_order, bool keeps) {
+    job.gradient = true;
+    job.options.first_order = first_order;
+    job.options.keeps_steps = keeps;
+    job.keeps_states = !first_order;
+  }
+
+  at::Tensor result(at::IntArrayRef shape, void*& pointer) const {
+    auto tensor = at::empty(shape, theta_.options());
+    pointer = tensor.mutable_data_ptr();
+    return tensor;
+  }
+  at::Tensor result_if(bool wanted, at::IntArrayRef shape, void*& pointer) const {
+    return wanted ? result(shape, pointer) : at::empty({0}, theta_.options());
+  }
+  // Of something that tasks may share: then zeros, to be added to.
+  at::Tensor summed(bool shared, at::IntArrayRef shape, void*& pointer) const {
+    if (!shared) return result(shape, pointer);
+    auto tensor = at::zeros(shape, theta_.options());
+    pointer = tensor.mutable_data_ptr();
+    return tensor;
+  }
+  at::Tensor grad_theta() {
+    job.grad_theta_shared = theta_.dim() == 1;
+    return summed(job.grad_theta_shared, theta_.sizes(), job.grad_theta);
+  }
+  at::Tensor grad_lr(bool wanted, const at::Tensor& lr) {
+    job.options.lr_grad = wanted && job.options.steps > 0;
+    if (!wanted) return at::empty({0}, theta_.options());
+    if (job.options.steps == 0) return at::zeros(lr.sizes(), theta_.options());
+    return summed(job.lr_task_stride == 0, lr.sizes(), job.grad_lr);
+  }
+  // First order reaches no input of the support.
+  at::Tensor grad_support(bool wanted, const at::Tensor& x) {
+    if (wanted && (job.options.first_order || job.options.steps == 0)) {
+      return at::zeros(x.sizes(), theta_.options());
+    }
+    return result_if(wanted, x.sizes(), job.grad_support);
+  }
+
+  template <typename Device>
+  void run() {
+    if (job.tasks > 0) Device::run(job, theta_);
+  }
+
+  Job job;
+
+ private:
+  void set_tasks(int64_t tasks, const std::string& name) {
+    TORCH_CHECK(kept_.empty() || tasks == job.tasks, name, "_x must have ", job.tasks,
+                " tasks, got ", tasks);
+    TORCH_CHECK(theta_.dim() == 1 || theta_.size(0) == tasks, "theta must have ", tasks,
+                " tasks, got ", theta_.sizes());
+    job.tasks = tasks;
+  }
+  const at::Tensor& keep(at::Tensor tensor) {
+    kept_.push_back(std::move(tensor));
+    return kept_.back();
+  }
+  // x itself where each task's part is contiguous, also where tasks share it; else a copy.
+  static at::Tensor dense_tasks(const at::Tensor& x) {
+    if (x.is_contiguous() || x.numel() == 0) return x;
+    return x.stride(0) == 0 && x.select(0, 0).is_contiguous() ? x : x.contiguous();
+  }
+
+  ParsedProgram parsed_;
+  at::Tensor theta_, frozen_;
+  std::vector<at::Tensor> kept_;
+};
+
+template <typename Device>
+struct TaskProgramOps {
+  using Tensor = at::Tensor;
+
+  static Tensor forward(const Tensor& code, const Tensor& theta, const Tensor& frozen,
+                        const Tensor& x) {
+    Call call(JobKind::kForward, code, theta, frozen);
+    call.job.query = call.inputs(x, "query");
+    auto outputs =
+        call.result({x.size(0), x.size(1), call.job.program.output_elements()}, call.job.outputs);
+    if (x.size(1) > 0) call.run<Device>();
+    return outputs;
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> gradient(const Tensor& code,
+                                                             const Tensor& theta,
+                                                             const Tensor& frozen, const Tensor& x,
+                                                             const Tensor& y, bool input_grad) {
+    Call call(JobKind::kGradient, code, theta, frozen);
+    Job& job = call.job;
+    job.query = call.examples<Device>(x, y, "query");
+    job.gradient = true;
+    auto loss = call.result({job.tasks}, job.loss);
+    auto outputs = call.result({job.tasks, x.size(1), job.program.output_elements()}, job.outputs);
+    auto grad_theta = call.result({job.tasks, job.program.parameters}, job.grad_theta);
+    auto grad_x = call.result_if(input_grad, x.sizes(), job.grad_query);
+    call.run<Device>();
+    return {loss, outputs, grad_theta, grad_x};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> hvp(const Tensor& code, const Tensor& theta,
+                                                const Tensor& frozen, const Tensor& x,
+                                                const Tensor& y, const Tensor& vector,
+                                                bool input_grad) {
+    Call call(JobKind::kHvp, code, theta, frozen);
+    Job& job = call.job;
+    job.support = call.examples<Device>(x, y, "support");
+    job.gradient = true;
+    job.given = call.given(vector, "vector");
+    const int64_t shape[] = {job.tasks, job.program.parameters};
+    auto product = call.result(shape, job.grad_theta);
+    auto grads = call.result(shape, job.grads);
+    auto grad_x = call.result_if(input_grad, x.sizes(), job.grad_support);
+    call.run<Device>();
+    return {product, grads, grad_x};
+  }
+
+  static Tensor adapt(const Tensor& code, const Tensor& theta, const Tensor& frozen,
+                      const Tensor& lr, const Tensor& x, const Tensor& y, int64_t steps) {
+    Call call(JobKind::kAdapt, code, theta, frozen);
+    Job& job = call.job;
+    job.support = call.examples<Device>(x, y, "support");
+    call.step_sizes(lr, steps);
+    auto adapted = call.result({job.tasks, job.program.parameters}, job.adapted);
+    call.run<Device>();
+    return adapted;
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> adapt_backward(const Tensor& code, const Tensor& theta,
+                                                           const Tensor& frozen, const Tensor& lr,
+                                                           const Tensor& x, const Tensor& y,
+                                                           int64_t steps, const Tensor& grad_out,
+                                                           bool first_order, bool keep,
+                                                           bool lr_grad, bool input_grad) {
+    Call call(JobKind::kAdaptBackward, code, theta, frozen);
+    Job& job = call.job;
+    job.support = call.examples<Device>(x, y, "support");
+    call.step_sizes(lr, steps);
+    call.way_back(first_order, keep);
+    job.given = call.given(grad_out, "grad_out");
+    auto grad_theta = call.grad_theta();
+    auto grad_lr = call.grad_lr(lr_grad, lr);
+    auto grad_x = call.grad_support(input_grad, x);
+    call.run<Device>();
+    return {grad_theta, grad_lr, grad_x};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient(
+      const Tensor& code, const Tensor& theta, const Tensor& frozen, const Tensor& lr,
+      const Tensor& support_x, const Tensor& support_y, const Tensor& query_x,
+      const Tensor& query_y, at::ArrayRef<double> step_weights, int64_t steps, bool first_order,
+      bool keep, bool gradient, bool lr_grad, bool support_grad, bool query_grad) {
+    Call call(JobKind::kMeta, code, theta, frozen);
+    Job& job = call.job;
+    job.support = call.examples<Device>(support_x, support_y, "support");
+    job.query = call.examples<Device>(query_x, query_y, "query");
+    call.step_sizes(lr, steps);
+    TORCH_CHECK(step_weights.empty() || static_cast<int64_t>(step_weights.size()) == steps,
+                "step_weights must be ", steps, " numbers, got ", step_weights.size());
+    job.step_weights = step_weights.vec();
+    job.scale = job.tasks > 0 ? 1.0 / static_cast<double>(job.tasks) : 0;
+    auto loss = call.result({job.tasks}, job.loss);
+    auto outputs =
+        call.result({job.tasks, query_x.size(1), job.program.output_elements()}, job.outputs);
+    Tensor grad_theta, grad_lr, grad_support, grad_query;
+    if (gradient) call.way_back(first_order, keep);
+    job.keeps_states = (gradient && !first_order) || !step_weights.empty();
+    grad_theta = gradient ? call.grad_theta() : at::empty({0}, theta.options());
+    grad_lr = call.grad_lr(gradient && lr_grad, lr);
+    grad_support = call.grad_support(gradient && support_grad, support_x);
+    grad_query = call.result_if(gradient && query_grad, query_x.sizes(), job.grad_query);
+    call.run<Device>();
+    return {loss.sum(), outputs, grad_theta, grad_lr, grad_support, grad_query};
+  }
+};
+
+template <typename Device>
+void register_task_program(torch::Library& m) {
+  using Ops = TaskProgramOps<Device>;
+  m.impl("task_program_forward", &Ops::forward);
+  m.impl("task_program_gradient", &Ops::gradient);
+  m.impl("task_program_hvp", &Ops::hvp);
+  m.impl("task_program_adapt", &Ops::adapt);
+  m.impl("task_program_adapt_backward", &Ops::adapt_backward);
+  m.impl("task_program_meta_gradient", &Ops::meta_gradient);
+}
+
+}  // namespace fastmeta

@@ -1,0 +1,183 @@
+#include "task_program/parse.h"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <bit>
+#include <set>
+
+namespace fastmeta {
+namespace {
+
+double number(int64_t word) { return std::bit_cast<double>(word); }
+
+int64_t weight_size(const Instruction& i) {
+  return i.op == Opcode::kLinear ? i.inputs * i.outputs : i.inputs;
+}
+
+}  // namespace
+
+ParsedProgram::ParsedProgram(const at::Tensor& code) {
+  TORCH_CHECK(code.scalar_type() == at::kLong && code.dim() == 1 && code.device().is_cpu() &&
+                  code.is_contiguous(),
+              "code must be a contiguous int64 vector on the CPU");
+  const int64_t* words = code.const_data_ptr<int64_t>();
+  TORCH_CHECK(code.numel() >= kHeaderWords && words[0] == kCodeFormat,
+              "code must begin with format ", kCodeFormat);
+  const int64_t values = words[1], instructions = words[2];
+  constexpr int64_t kMost = 1 << 20;
+  TORCH_CHECK(values >= 1 && values < kMost && instructions >= 0 && instructions < kMost &&
+                  code.numel() == kHeaderWords + values + instructions * kInstructionWords,
+              "code has not the length that its header says");
+  program_.parameters = words[3];
+  program_.frozen = words[4];
+  program_.output = static_cast<int>(words[5]);
+  program_.loss = {static_cast<LossKind>(words[6]), number(words[7]), 0, words[9] != 0,
+                   number(words[10])};
+  TORCH_CHECK(words[6] >= -1 && words[6] <= static_cast<int64_t>(LossKind::kL1), "unknown loss ",
+              words[6]);
+  program_.loss.b = program_.loss.kind == LossKind::kCrossEntropy ? static_cast<double>(words[8])
+                                                                  : number(words[8]);
+  const int64_t* word = words + kHeaderWords;
+  for (int64_t v = 0; v < values; ++v, ++word) {
+    TORCH_CHECK(*word >= 1, "a value must have elements, got ", *word);
+    values_.push_back({*word, 0, 0, false});
+  }
+  made_.assign(values, false);
+  made_[0] = true;
+  for (int64_t k = 0; k < instructions; ++k, word += kInstructionWords) read_instruction(word);
+  TORCH_CHECK(words[5] >= 0 && words[5] < values && made_[words[5]],
+              "no instruction makes the output");
+  drop_unused();
+  lay_out_values();
+  plan_gradients();
+  pair_activations();
+  program_.instructions = instructions_.data();
+  program_.instruction_count = static_cast<int>(instructions_.size());
+  program_.values = values_.data();
+  program_.value_count = static_cast<int>(values_.size());
+}
+
+void ParsedProgram::read_instruction(const int64_t* words) {
+  const auto input = [&](int64_t v) {
+    TORCH_CHECK(v >= 0 && v < static_cast<int64_t>(values_.size()) && made_[v],
+                "an instruction reads value ", v, ", which nothing before it makes");
+    return static_cast<int>(v);
+  };
+  TORCH_CHECK(words[0] >= 0 && words[0] <= static_cast<int64_t>(Opcode::kLayerNorm),
+              "unknown instruction ", words[0]);
+  Instruction i{};
+  i.op = static_cast<Opcode>(words[0]);
+  i.x = input(words[1]);
+  i.x2 = i.op == Opcode::kAdd ? input(words[2]) : -1;
+  TORCH_CHECK(words[3] > 0 && words[3] < static_cast<int64_t>(values_.size()) && !made_[words[3]],
+              "value ", words[3], " cannot be made here");
+  i.y = static_cast<int>(words[3]);
+  i.weight = i.bias = kNoParameter;
+  const int64_t* arguments = words + 6;
+  const int64_t x = values_[i.x].elements, y = values_[i.y].elements;
+  bool fits = x == y;
+  switch (i.op) {
+    case Opcode::kLinear:
+      i.inputs = arguments[0];
+      i.outputs = arguments[1];
+      fits = i.inputs >= 1 && i.outputs >= 1 && x % i.inputs == 0 &&
+             x / i.inputs * i.outputs == y && words[4] != kNoParameter;
+      break;
+    case Opcode::kActivation:
+      TORCH_CHECK(
+          arguments[0] >= 0 && arguments[0] <= static_cast<int64_t>(ActivationKind::kSoftplus),
+          "unknown activation ", arguments[0]);
+      i.activation = static_cast<ActivationKind>(arguments[0]);
+      i.a = number(arguments[1]);
+      i.b = number(arguments[2]);
+      break;
+    case Opcode::kAdd:
+      fits = fits && values_[i.x2].elements == y;
+      break;
+    case Opcode::kLayerNorm:
+      i.inputs = i.outputs = arguments[0];
+      fits = fits && i.inputs >= 1 && x % i.inputs == 0;
+      i.a = number(arguments[1]);
+      break;
+  }
+  TORCH_CHECK(fits, "instruction ", instructions_.size(), " does not fit values of ", x, " and ", y,
+              " elements");
+  if (i.op == Opcode::kLayerNorm) values_[i.y].extra = 2 * (y / i.inputs);
+  if (i.op == Opcode::kLinear || i.op == Opcode::kLayerNorm) {
+    i.weight = words[4];
+    i.bias = words[5];
+    check_parameter(i.weight, weight_size(i));
+    check_parameter(i.bias, i.outputs);
+  }
+  values_[i.y].adapts = values_[i.x].adapts || (i.x2 >= 0 && values_[i.x2].adapts) ||
+                        is_adapted(i.weight) || is_adapted(i.bias);
+  made_[i.y] = true;
+  instructions_.push_back(i);
+}
+
+void ParsedProgram::check_parameter(int64_t parameter, int64_t size) const {
+  if (parameter == kNoParameter) return;
+  const int64_t begin = is_adapted(parameter) ? parameter : -2 - parameter;
+  const int64_t all = is_adapted(parameter) ? program_.parameters : program_.frozen;
+  TORCH_CHECK(begin <= all - size, "a parameter of ", size, " elements at ", begin,
+              " does not lie within ", all);
+}
+
+// Instructions that the output does not depend on.
+void ParsedProgram::drop_unused() {
+  std::vector<bool> used(values_.size(), false);
+  used[program_.output] = true;
+  for (auto i = instructions_.rbegin(); i != instructions_.rend(); ++i) {
+    if (!used[i->y]) continue;
+    used[i->x] = true;
+    if (i->x2 >= 0) used[i->x2] = true;
+  }
+  std::erase_if(instructions_, [&](const Instruction& i) { return !used[i.y]; });
+}
+
+void ParsedProgram::lay_out_values() {
+  for (const auto& i : instructions_) {
+    Value& y = values_[i.y];
+    y.offset = program_.example_elements;
+    program_.example_elements += y.elements + y.extra;
+  }
+}
+
+void ParsedProgram::plan_gradients() {
+  std::vector<bool> written(values_.size(), false);
+  std::set<int64_t> parameters;
+  int64_t covered = 0;
+  // Whether it was written before; it is now.
+  const auto seen_value = [&](int v) {
+    const bool before = written[v];
+    written[v] = true;
+    return before;
+  };
+  const auto seen_parameter = [&](int64_t parameter, int64_t size) {
+    if (!is_adapted(parameter)) return false;
+    const bool is_new = parameters.insert(parameter).second;
+    if (is_new) covered += size;
+    return !is_new;
+  };
+  for (auto i = instructions_.rbegin(); i != instructions_.rend(); ++i) {
+    i->adds_to_x = seen_value(i->x);
+    if (i->x2 >= 0) i->adds_to_x2 = seen_value(i->x2);
+    i->adds_to_weight = seen_parameter(i->weight, weight_size(*i));
+    i->adds_to_bias = seen_parameter(i->bias, i->outputs);
+  }
+  program_.covers_theta = covered == program_.parameters;
+}
+
+void ParsedProgram::pair_activations() {
+  for (size_t k = 0; k < instructions_.size(); ++k) {
+    Instruction& i = instructions_[k];
+    if (i.op != Opcode::kLinear) continue;
+    const auto* next = k + 1 < instructions_.size() ? &instructions_[k + 1] : nullptr;
+    const auto* previous = k > 0 ? &instructions_[k - 1] : nullptr;
+    i.with_next = next && next->op == Opcode::kActivation && next->x == i.y;
+    i.with_previous = previous && previous->op == Opcode::kActivation && previous->y == i.x;
+  }
+}
+
+}  // namespace fastmeta

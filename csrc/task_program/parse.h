@@ -1,0 +1,36 @@
+// From the code tensor to a program, checked as far as memory safety needs it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "task_program/program.h"
+
+namespace fastmeta {
+
+class ParsedProgram {
+ public:
+  // Raises RuntimeError where the code is not what program.h says.
+  explicit ParsedProgram(const at::Tensor& code);
+
+  ParsedProgram(const ParsedProgram&) = delete;
+  ParsedProgram& operator=(const ParsedProgram&) = delete;
+
+  const Program& program() const { return program_; }
+
+ private:
+  void read_instruction(const int64_t* words);
+  void check_parameter(int64_t parameter, int64_t size) const;
+  void drop_unused();
+  void lay_out_values();
+  void plan_gradients();
+  void pair_activations();
+
+  std::vector<Value> values_;
+  std::vector<Instruction> instructions_;
+  std::vector<bool> made_;
+  Program program_{};
+};
+
+}  // namespace fastmeta

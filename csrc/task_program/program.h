@@ -1,0 +1,91 @@
+// A network and its loss as a list of instructions over the parameters of a task, theta [P], and
+// parameters that tasks share and do not adapt, frozen [F].
+//
+// Python hands it over as a code tensor, int64 words:
+//   header, 16 words    format 1; values V; instructions N; P; F; output value; loss kind (-1:
+//                       none), its a and b; 1: mean, 0: sum; scale; the rest 0
+//   values, V words     elements of one example; value 0 is the input
+//   instructions, N x 16 words
+//                       opcode, x, x2, y, weight, bias, arguments [10]
+// x, x2 and y are values, -1 none, each made by one instruction; a parameter is an offset in theta,
+// -1 none, or -2 - its offset in frozen. Numbers that are no integers are the bits of a double.
+// Arguments: linear I, O; activation kind, a, b; layer norm D, eps.
+#pragma once
+
+#include <cstdint>
+
+#include "common/host_device.h"
+
+namespace fastmeta {
+
+inline constexpr int kHeaderWords = 16, kInstructionWords = 16;
+inline constexpr int64_t kCodeFormat = 1;
+
+enum class Opcode : int64_t { kLinear, kActivation, kAdd, kLayerNorm };
+
+enum class ActivationKind : int64_t {
+  kRelu,
+  kLeakyRelu,  // a: slope
+  kElu,        // a: alpha
+  kGelu,
+  kGeluTanh,
+  kSilu,
+  kTanh,
+  kSigmoid,
+  kSoftplus,  // a: beta, b: threshold
+};
+
+enum class LossKind : int64_t {
+  kNone = -1,
+  kCrossEntropy,  // a: label smoothing, b: index to ignore, an integer
+  kMse,
+  kBceWithLogits,
+  kHuber,  // a: delta
+  kL1,
+};
+
+inline constexpr int64_t kNoParameter = -1;
+
+struct Value {
+  int64_t elements;  // of one example
+  int64_t extra;     // statistics that its layer keeps beside them
+  int64_t offset;    // elements and extra of the values before it; the input takes none
+  bool adapts;       // depends on theta: has a tangent
+};
+
+struct Instruction {
+  Opcode op;
+  int x, x2, y;
+  int64_t weight, bias;
+  int64_t inputs, outputs;  // linear: I, O; layer norm: D in both
+  ActivationKind activation;
+  double a, b;  // of the activation; layer norm: a = eps
+  // Going backwards, whether an instruction done before has written this gradient already.
+  bool adds_to_x, adds_to_x2, adds_to_weight, adds_to_bias;
+  // The activation that follows (in the order of the pass) is done with this linear layer.
+  bool with_next, with_previous;
+};
+
+struct LossSpec {
+  LossKind kind;
+  double a, b;
+  bool mean;
+  double scale;
+};
+
+// A program without ownership, as both the host and a kernel read it.
+struct Program {
+  const Instruction* instructions;
+  const Value* values;
+  int instruction_count, value_count, output;
+  int64_t parameters, frozen;  // P, F
+  int64_t example_elements;    // offset behind the last value: of an example, without the input
+  bool covers_theta;           // the backward pass writes every element of the gradient
+  LossSpec loss;
+
+  FASTMETA_HOST_DEVICE int64_t output_elements() const { return values[output].elements; }
+};
+
+FASTMETA_HOST_DEVICE constexpr bool is_adapted(int64_t parameter) { return parameter >= 0; }
+
+}  // namespace fastmeta

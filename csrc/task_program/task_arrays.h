@@ -1,0 +1,107 @@
+// The memory of a task: what the steps of one job need, taken out of one workspace.
+#pragma once
+
+#include "task_program/meta_step.h"
+
+namespace fastmeta {
+
+// Hands out arrays one after the other; from nowhere, it only counts.
+template <typename storage_t>
+class Carver {
+ public:
+  FASTMETA_HOST_DEVICE Carver(storage_t* base, int64_t task_stride)
+      : base_(base), task_stride_(task_stride) {}
+
+  FASTMETA_HOST_DEVICE Array<storage_t> take(int64_t count) {
+    Array<storage_t> array;
+    if (base_ != nullptr) array = {base_ + used_, task_stride_};
+    used_ += (count + kAlign - 1) / kAlign * kAlign;
+    return array;
+  }
+  FASTMETA_HOST_DEVICE int64_t used() const { return used_; }
+
+ private:
+  static constexpr int64_t kAlign = sizeof(storage_t) <= 8 ? 64 / sizeof(storage_t) : 1;
+  storage_t* base_;
+  int64_t task_stride_;
+  int64_t used_ = 0;
+};
+
+// What a job does with a task.
+struct TaskNeeds {
+  MetaOptions options;
+  int64_t support, queries;             // examples; 0 queries: no query pass
+  bool gradient;                        // a way back: v
+  bool keeps_states;                    // theta_1 .. theta_K are read again
+  bool support_grad, query_grad;        // of the examples
+  int64_t lr_elements, lr_step_stride;  // step sizes of a task, densely; 0: steps share them
+
+  FASTMETA_HOST_DEVICE bool tangents() const {
+    return gradient && support > 0 && !options.first_order;
+  }
+  FASTMETA_HOST_DEVICE bool keeps_grads() const {
+    return gradient && options.lr_grad && (options.first_order || options.keeps_steps);
+  }
+};
+
+template <typename storage_t>
+FASTMETA_HOST_DEVICE void take_values(Carver<storage_t>& carver, const Program& program,
+                                      int64_t examples, int64_t steps, int64_t input_elements,
+                                      bool input_delta, Activations<storage_t>& arrays,
+                                      int64_t& step_stride) {
+  const int64_t one = examples * program.example_elements;
+  const auto block = carver.take(2 * one * steps);
+  arrays.value = block;
+  arrays.delta = block.from(one);
+  step_stride = steps > 1 ? 2 * one : 0;
+  arrays.row_loss = carver.take(examples);
+  if (input_delta) arrays.input_delta = carver.take(examples * input_elements);
+}
+
+// Everything but what comes from outside: start, frozen, step sizes, examples.
+template <typename storage_t>
+FASTMETA_HOST_DEVICE TaskArrays<storage_t> take_task_arrays(Carver<storage_t>& carver,
+                                                            const Program& program,
+                                                            const TaskNeeds& needs) {
+  TaskArrays<storage_t> task;
+  const int64_t parameters = program.parameters, input = program.values[0].elements;
+  const int64_t steps = needs.options.steps;
+  task.loss = carver.take(1);
+  if (steps > 0) {
+    task.states = carver.take(parameters * (needs.keeps_states ? steps : 1));
+    task.state_stride = needs.keeps_states ? parameters : 0;
+  }
+  if (needs.support > 0) {
+    task.grads = carver.take(parameters * (needs.keeps_grads() ? steps : 1));
+    task.grads_stride = needs.keeps_grads() ? parameters : 0;
+    const int64_t kept = needs.gradient && needs.options.keeps_steps && !needs.options.first_order
+                             ? (steps > 0 ? steps : 1)
+                             : 1;
+    take_values(carver, program, needs.support, kept, input, false, task.support_arrays,
+                task.step_stride);
+  }
+  if (needs.gradient) task.v = carver.take(parameters);
+  if (needs.tangents()) {
+    task.direction = carver.take(parameters);
+    const int64_t one = needs.support * program.example_elements;
+    task.support_arrays.value_dot = carver.take(one);
+    task.support_arrays.delta_dot = carver.take(one);
+    if (needs.support_grad) {
+      task.support_arrays.input_delta_dot = carver.take(needs.support * input);
+      task.grad_support = carver.take(needs.support * input);
+    }
+  }
+  if (needs.queries > 0) {
+    int64_t unused = 0;
+    take_values(carver, program, needs.queries, 1, input, needs.query_grad, task.query_arrays,
+                unused);
+    if (needs.query_grad) task.grad_query = carver.take(needs.queries * input);
+  }
+  if (needs.gradient && needs.options.lr_grad) {
+    task.grad_lr = carver.take(needs.lr_elements);
+    task.grad_lr_stride = needs.lr_step_stride;
+  }
+  return task;
+}
+
+}  // namespace fastmeta
