@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -42,8 +42,8 @@ class InnerLoop:
     """The inner loop of the tasks of one call, its adjoint, and the query loss.
 
     ``wants`` names the tensors whose gradient is asked for, among ``theta``, ``lr``, ``support_x``,
-    ``support_y``, ``query_x`` and ``query_y``. ``step`` is a step size that broadcasts against
-    ``[T, P]``. All tensors come detached.
+    ``support_y``, ``query_x`` and ``query_y``. ``step`` holds the step sizes as
+    ``[K or 1, T or 1, P or 1]``. All tensors come detached.
 
     Attributes:
         layout: of the arenas ``[T, P]``.
@@ -60,14 +60,24 @@ class InnerLoop:
     hvp_mode: str
 
     def run(
-        self, theta: Tensor, step: float | Tensor, data: Tensors, wants: set[str]
+        self,
+        theta: Tensor,
+        step: Tensor,
+        data: Tensors,
+        wants: set[str],
+        visit: Callable[[int, Tensor], None] | None = None,
     ) -> tuple[Tensor, Tape]:
-        """theta_K ``[T, P]``, K steps from ``theta`` ``[P]`` or ``[T, P]``, and their tape."""
+        """theta_K ``[T, P]``, K steps from ``theta`` ``[P]`` or ``[T, P]``, and their tape.
+
+        ``visit(k, theta_k)`` is called on the way, for k = 0 .. K - 1.
+        """
         tape = Tape()
         theta = theta.expand(len(data["support_x"]), self.layout.numel)
         total = self._total("support", data)
         with self.call.conditions():
-            for _ in range(self.steps):
+            for k in range(self.steps):
+                if visit is not None:
+                    visit(k, theta)
                 if not self.first_order and wants.intersection(("theta", "lr", *SUPPORT)):
                     tape.states.append(theta)
                     tape.randoms.append(RandomState(theta.device))
@@ -75,45 +85,58 @@ class InnerLoop:
                 arena = self.layout.flatten(grads)
                 if self.first_order and "lr" in wants:
                     tape.grads.append(arena)
-                theta = inner_update(theta, arena, step)
+                theta = inner_update(theta, arena, step[_row(step, k)])
         return theta, tape
 
     def adjoint(
-        self, tape: Tape, v: Tensor, step: float | Tensor, data: Tensors, wants: set[str]
+        self, tape: Tape, pulls: dict[int, Tensor], step: Tensor, data: Tensors, wants: set[str]
     ) -> Tensors:
-        """The gradient before the K steps from ``v`` ``[T, P]``, the gradient after them.
+        """The gradient before the K steps.
+
+        Args:
+            tape: of these steps.
+            pulls: k -> the gradient ``[T, P]`` of what reads theta_k besides the next step: always
+                for k = K, and for each k < K that has a query loss of its own.
+            step, data, wants: as for ``run``.
 
         Returns:
-            name -> gradient: ``theta`` ``[T, P]``; ``lr`` ``[T, P]``, yet to be summed over what
-            shares a step size; the support as it is, but not in first order.
+            name -> gradient: ``theta`` ``[T, P]``; ``lr`` in the shape of ``step``; the support as
+            it is, but not in first order.
         """
-        result = {"lr": torch.zeros_like(v)} if "lr" in wants else {}
-        if self.first_order:
-            for grads in tape.grads:
-                result["lr"].addcmul_(grads, v, value=-1)
-            return {**result, "theta": v}
-        inputs = {name: data[name] for name in SUPPORT if name in wants}
-        result.update({name: torch.zeros_like(tensor) for name, tensor in inputs.items()})
-        total = self._total("support", data)
+        inputs = {} if self.first_order else {n: data[n] for n in SUPPORT if n in wants}
+        result = {name: torch.zeros_like(tensor) for name, tensor in inputs.items()}
+        if "lr" in wants:
+            result["lr"] = torch.zeros_like(step)
+        v = pulls[self.steps]
         with self.call.conditions():
-            for theta, random in zip(reversed(tape.states), reversed(tape.randoms), strict=True):
-                params = self.layout.views(theta)
-                direction = self.layout.views(-step * v)
-                with random.replay():
-                    grads, product, mixed = curvature(
-                        total, params, direction, inputs, self.hvp_mode
-                    )
+            for k in reversed(range(self.steps)):
+                row = _row(step, k)
+                grads, product, mixed = self._step_back(tape, k, step[row], v, data, inputs)
                 if "lr" in result:
-                    result["lr"].addcmul_(self.layout.flatten(grads), v, value=-1)
+                    result["lr"][row].sub_((grads * v).sum_to_size(step.shape[1:]))
                 for name, tensor in mixed.items():
                     result[name] += tensor
-                v = v + self.layout.flatten(product)
+                for pull in (product, pulls.get(k)):
+                    v = v if pull is None else v + pull
         return {**result, "theta": v}
 
+    def _step_back(
+        self, tape: Tape, k: int, step: Tensor, v: Tensor, data: Tensors, inputs: Tensors
+    ) -> tuple[Tensor | None, Tensor | None, Tensors]:
+        """g_k, ``-H_k (step v)`` and the gradient to the inputs; None for what is not needed."""
+        if self.first_order:
+            return (tape.grads[k] if tape.grads else None), None, {}
+        total, params = self._total("support", data), self.layout.views(tape.states[k])
+        # A number comes in float32 where v is of half precision, which the direction has to keep.
+        direction = self.layout.views((-step * v).to(v.dtype))
+        with tape.randoms[k].replay():
+            grads, product, mixed = curvature(total, params, direction, inputs, self.hvp_mode)
+        return self.layout.flatten(grads), self.layout.flatten(product), mixed
+
     def query(
-        self, theta: Tensor, data: Tensors, wants: set[str]
+        self, theta: Tensor, data: Tensors, wants: set[str], weight: float
     ) -> tuple[Tensor, Tensor, Tensors]:
-        """The query losses, the outputs, and the gradient of the losses' sum.
+        """The query losses, the outputs, and the gradient of the losses' sum times ``weight``.
 
         Tasks go in groups that keep no more activations than a Hessian-vector product on the
         support does, so that a large query set does not set the peak of the memory.
@@ -126,7 +149,7 @@ class InnerLoop:
         with self.call.conditions():
             for rows in self._query_groups(data):
                 part = {name: data[name][rows] for name in QUERY}
-                total = self._total("query", part, (losses, outputs))
+                total = self._total("query", part, (losses, outputs), weight)
                 params = self.layout.views(theta[rows])
                 if wants:
                     inputs = {name: part[name] for name in QUERY if name in wants}
@@ -141,15 +164,22 @@ class InnerLoop:
     def meta_gradient(
         self,
         theta: Tensor,
-        step: float | Tensor,
+        step: Tensor,
         data: Tensors,
         wants: set[str],
         chunks: Sequence[slice],
+        weights: Mapping[int, float],
     ) -> tuple[Tensor, Tensor, Tensors]:
         """The meta-loss, the outputs on the queries, and the gradient of the meta-loss.
 
+        Args:
+            theta, step, data, wants: as for ``run``.
+            chunks: the tasks that run together.
+            weights: k -> weight of the query loss at theta_k; K is among them, with 0 if need be.
+
         Returns:
-            loss ``[]``, outputs ``[T, Q, ...]``, and name -> gradient in the shape of the tensor.
+            loss ``[]``, outputs at theta_K ``[T, Q, ...]``, and name -> gradient in the shape of
+            the tensor.
         """
         sources = {"theta": theta, "lr": step, **data}
         unreached = SUPPORT if self.first_order else ()
@@ -157,20 +187,28 @@ class InnerLoop:
         losses, outputs = [], []
         for rows in chunks:
             part = {name: take_tasks(name, tensor, rows) for name, tensor in sources.items()}
-            adapted, tape = self.run(part["theta"], part["lr"], part, wants)
-            chunk_losses, chunk_outputs, grads = self.query(adapted, part, wants)
-            losses.append(chunk_losses)
-            outputs.append(chunk_outputs)
+            queries = _WeightedQueries(self, part, wants, weights)
+            adapted, tape = self.run(part["theta"], part["lr"], part, wants, queries.visit)
+            queries.visit(self.steps, adapted)
+            losses.append(queries.losses)
+            outputs.append(queries.outputs)
+            grads = queries.grads
             if wants.difference(QUERY):
-                grads.update(self.adjoint(tape, grads["theta"], part["lr"], part, wants))
-            for name, total in result.items():
-                target = take_tasks(name, total, rows)
+                grads.update(self.adjoint(tape, queries.pulls, part["lr"], part, wants))
+            for name in result.keys() & grads.keys():
+                target = take_tasks(name, result[name], rows)
                 target += grads[name].sum_to_size(target.shape)
         tasks = len(data["query_x"])
         means = {name: total.div_(tasks) for name, total in result.items()}
         return torch.cat(losses).mean(), torch.cat(outputs), means
 
-    def _total(self, role: str, data: Tensors, kept: tuple[list, list] | None = None) -> Total:
+    def _total(
+        self,
+        role: str,
+        data: Tensors,
+        kept: tuple[list, list] | None = None,
+        weight: float = 1.0,
+    ) -> Total:
         """The summed loss as a function of parameters and of the inputs that replace ``data``."""
 
         def total(params: Tensors, inputs: Tensors) -> Tensor:
@@ -179,7 +217,7 @@ class InnerLoop:
             if kept is not None:
                 kept[0].append(losses.detach())
                 kept[1].append(outputs.detach())
-            return losses.sum()
+            return losses.sum() if weight == 1 else weight * losses.sum()
 
         return total
 
@@ -192,8 +230,52 @@ class InnerLoop:
         return (slice(start, start + size) for start in range(0, tasks, size))
 
 
-def take_tasks(name: str, tensor: float | Tensor, rows: slice) -> float | Tensor:
+@dataclass
+class _WeightedQueries:
+    """The query losses of a chunk, ``sum_k w_k L_q(theta_k)``, gathered as the inner loop goes on.
+
+    They are taken on the way there, in the order in which an unrolled loop would draw its random
+    numbers; the way back finds their gradients in ``pulls``.
+
+    Attributes:
+        loop, data, wants, weights: as in ``InnerLoop.meta_gradient``, of the chunk.
+        losses: their weighted sum ``[T]``.
+        outputs: those of the last visit ``[T, Q, ...]``.
+        pulls: k -> ``w_k grad L_q(theta_k)`` ``[T, P]``, if a gradient is wanted.
+        grads: name -> gradient of the wanted query tensors.
+    """
+
+    loop: InnerLoop
+    data: Tensors
+    wants: set[str]
+    weights: Mapping[int, float]
+    losses: Tensor | None = None
+    outputs: Tensor | None = None
+    pulls: dict[int, Tensor] = field(default_factory=dict)
+    grads: Tensors = field(default_factory=dict)
+
+    def visit(self, k: int, theta: Tensor) -> None:
+        """Adds the query loss at theta_k, if it has a weight."""
+        if k not in self.weights:
+            return
+        weight = self.weights[k]
+        wants = self.wants if weight else set()
+        losses, self.outputs, grads = self.loop.query(theta, self.data, wants, weight)
+        # A weight of 0 means not asked for: 0 times an infinite loss would be NaN.
+        weighted = weight * losses if weight else torch.zeros_like(losses)
+        self.losses = weighted if self.losses is None else self.losses + weighted
+        self.pulls[k] = grads.pop("theta") if wants else torch.zeros_like(theta)
+        for name, grad in grads.items():
+            self.grads[name] = self.grads[name] + grad if name in self.grads else grad
+
+
+def _row(step: Tensor, k: int) -> int:
+    """The row of step k: its own, or the one that all steps share."""
+    return k % len(step)
+
+
+def take_tasks(name: str, tensor: Tensor, rows: slice) -> Tensor:
     """A chunk of the tasks' rows; parameters and step sizes that tasks share stay whole."""
-    if name in ("theta", "lr") and (isinstance(tensor, float) or tensor.ndim < 2):
-        return tensor
-    return tensor[rows]
+    if name == "lr":
+        return tensor if tensor.shape[1] == 1 else tensor[:, rows]
+    return tensor if name == "theta" and tensor.ndim < 2 else tensor[rows]

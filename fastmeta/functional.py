@@ -9,10 +9,15 @@ way back takes one Hessian-vector product a step (Maclaurin 2015, Franceschi 201
     d x_s += -d<grad L_s(theta_k), lr v_{k+1}> / d x_s
 
 so memory is K P a task and the activations of one step, where an unrolled graph keeps those of K.
+With a query loss at every step, ``sum_k w_k L_q(theta_k)`` (MAML++: Antoniou 2019), the way back
+starts from ``w_K grad L_q(theta_K)`` and adds ``w_k grad L_q(theta_k)`` to v_k, which takes another
+P a task for each weight that is not 0.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -20,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.func import grad, vjp
 
 from fastmeta._adjoint import QUERY, SUPPORT, InnerLoop, Tape, take_tasks
-from fastmeta._hvp import MODES, Tensors, hvp
+from fastmeta._hvp import MODES, Tensors, central_difference, hvp, tangent
 from fastmeta._losses import with_checked_labels
 from fastmeta._replay import AutocastState
 from fastmeta._stateless import Loss, TaskModule
@@ -33,7 +39,7 @@ __all__ = ["FunctionalEngine", "hvp"]
 
 @dataclass(frozen=True)
 class FunctionalEngine:
-    """Adaptation and meta-gradient of any module.
+    """Adaptation, meta-gradient and Hessian-vector product of any module.
 
     Args:
         module: any module of one input and one output tensor; its trainable parameters are adapted.
@@ -92,7 +98,8 @@ class FunctionalEngine:
 
         Args:
             theta: starting parameters, ``[P]`` for all tasks or ``[T, P]``.
-            lr: a number, or a tensor as in ``Layout.step_size``.
+            lr: a number, or a tensor as in ``Layout.step_size_array``; three dimensions are one
+                matrix a step.
             support_x: ``[T, S, ...]``.
             support_y: ``[T, S, ...]``; int64 labels or floating-point targets.
 
@@ -108,10 +115,8 @@ class FunctionalEngine:
         if self.steps == 0:
             return theta.expand(tasks, loop.layout.numel)
         sources = {"theta": theta, "lr": step, **data}
-        chunks = [
-            _Adapt.apply(loop, torch.is_grad_enabled(), *_take_all(sources, rows))
-            for rows in self._chunks(tasks)
-        ]
+        parts = (_take_all(sources, rows) for rows in self._chunks(tasks))
+        chunks = [_Adapt.apply(loop, torch.is_grad_enabled(), *part) for part in parts]
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
     def meta_loss(
@@ -122,8 +127,9 @@ class FunctionalEngine:
         support_y: Tensor,
         query_x: Tensor,
         query_y: Tensor,
+        step_weights: Sequence[float] | Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The mean over tasks of the query loss after adaptation.
+        """The mean over tasks of the query loss after adaptation, or after each of its steps.
 
         With gradients enabled the meta-gradient is taken here, chunk by chunk, so that no more than
         a chunk's memory is ever held; ``backward`` only hands it out.
@@ -131,32 +137,67 @@ class FunctionalEngine:
         Args:
             theta, lr, support_x, support_y: as for ``adapt``.
             query_x, query_y: ``[T, Q, ...]``.
+            step_weights: w_1 .. w_K of the query losses after each step, ``sum_k w_k L_q(theta_k)``
+                (MAML++: Antoniou 2019). A step of weight 0 takes no query pass, but for the outputs
+                of the last. None: the last step's loss alone.
 
         Returns:
             loss (scalar), differentiable once in theta, lr and floating-point data; and the
-            detached outputs on the queries ``[T, Q, ...]``.
+            detached outputs on the queries at theta_K ``[T, Q, ...]``.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as for ``adapt``; weights that are not K finite
+                numbers.
+        """
+        weights = read_step_weights(step_weights, self.steps)
+        data = dict(zip(SUPPORT + QUERY, (support_x, support_y, query_x, query_y), strict=True))
+        loop, tasks, step = self._prepare(theta, lr, data)
+        nonzero = {k: weight for k, weight in enumerate(weights, 1) if weight}
+        by_step = {self.steps: 0.0, **nonzero} if weights else {self.steps: 1.0}
+        options = loop, torch.is_grad_enabled(), self._chunks(tasks), by_step
+        return _MetaLoss.apply(*options, theta, step, *data.values())
+
+    def hvp(self, params: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:
+        """The Hessian of each task's loss on ``(x, y)`` times a vector (Pearlmutter 1994).
+
+        Args:
+            params: where the Hessian is taken, ``[P]`` for all tasks or ``[T, P]``.
+            x, y: the examples ``[T, B, ...]``.
+            vector: ``[P]`` for all tasks or ``[T, P]``.
+
+        Returns:
+            ``[T, P]``, differentiable wherever the result of ``fastmeta.hvp`` is.
 
         Raises:
             TypeError, ValueError, RuntimeError: as for ``adapt``.
         """
-        data = dict(zip(SUPPORT + QUERY, (support_x, support_y, query_x, query_y), strict=True))
-        loop, tasks, step = self._prepare(theta, lr, data)
-        sources = {"theta": theta, "lr": step, **data}
-        return _MetaLoss.apply(
-            loop, torch.is_grad_enabled(), self._chunks(tasks), *sources.values()
-        )
+        layout, data = Layout.of(self.module), {"x": x, "y": y}
+        tasks = _check_data(layout, data)
+        sources = {"params": params, "vector": vector}
+        for name, arena in sources.items():
+            _check_arena(name, layout, arena, tasks)
+        _refuse_inference_mode("the product needs the gradient of the loss")
+        call, loss = TaskModule(self.module), with_checked_labels(self.loss, y, "y")
+        products = []
+        with call.conditions():
+            for rows in self._chunks(tasks):
+                at, along = (a.expand(tasks, layout.numel)[rows] for a in sources.values())
+                part = x[rows], y[rows]
+
+                def total(theta: Tensor, part: tuple[Tensor, Tensor] = part) -> Tensor:
+                    return call.losses(layout.views(theta), *part, loss)[0].sum()
+
+                products.append(_product(total, at, along, self.hvp_mode))
+        return torch.cat(products)
 
     def _prepare(
         self, theta: Tensor, lr: float | Tensor, data: Tensors
-    ) -> tuple[InnerLoop, int, float | Tensor]:
+    ) -> tuple[InnerLoop, int, Tensor]:
         layout = Layout.of(self.module)
         tasks = _check_data(layout, data)
-        _check_theta(layout, theta, tasks)
-        if self.steps > 0 and torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "adaptation needs the gradient of the support loss, which inference mode forbids; "
-                "use torch.no_grad()"
-            )
+        _check_arena("theta", layout, theta, tasks)
+        if self.steps > 0:
+            _refuse_inference_mode("adaptation needs the gradient of the support loss")
         losses = {
             name.removesuffix("_y"): with_checked_labels(self.loss, data[name], name)
             for name in data
@@ -165,11 +206,43 @@ class FunctionalEngine:
         loop = InnerLoop(
             layout, TaskModule(self.module), losses, self.steps, self.first_order, self.hvp_mode
         )
-        return loop, tasks, layout.step_size(lr, tasks)
+        return loop, tasks, layout.step_size_array(lr, tasks, self.steps)
 
     def _chunks(self, tasks: int) -> list[slice]:
         size = self.task_chunk or tasks
         return [slice(start, start + size) for start in range(0, tasks, size)]
+
+
+def read_step_weights(weights: Sequence[float] | Tensor | None, steps: int) -> list[float]:
+    """The weights w_1 .. w_K of the query losses as numbers; none of them for None.
+
+    Raises:
+        TypeError: ``weights`` is no sequence of numbers and no tensor.
+        ValueError: not K of them, one that is not finite, or no steps.
+    """
+    if weights is None:
+        return []
+    expected = f"step_weights: expected {steps} finite numbers, one a step"
+    if steps == 0:
+        raise ValueError("step_weights: expected None, as there are no steps")
+    if isinstance(weights, Tensor):
+        if weights.ndim != 1:
+            raise ValueError(f"{expected}, got shape {list(weights.shape)}")
+        weights = weights.tolist()
+    numbers = isinstance(weights, Sequence) and all(isinstance(w, (int, float)) for w in weights)
+    if not numbers:
+        raise TypeError(f"{expected}, got {weights!r}")
+    if len(weights) != steps or not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"{expected}, got {list(weights)}")
+    return [float(weight) for weight in weights]
+
+
+def _product(total: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor, mode: str) -> Tensor:
+    """Hessian of the summed loss of all tasks times ``vector``; tasks do not mix."""
+    if mode == "reverse":
+        return vjp(grad(total), theta)[1](vector)[0]
+    along = tangent if mode == "forward" else central_difference
+    return along(grad(total), theta, vector)[1]
 
 
 _ADAPT_INPUTS = ("theta", "lr", *SUPPORT)
@@ -180,27 +253,24 @@ class _Adapt(torch.autograd.Function):
     """theta_K of a chunk of tasks; its backward is the adjoint recursion."""
 
     @staticmethod
-    def forward(ctx: Any, loop: InnerLoop, enabled: bool, *inputs: Any) -> Tensor:
-        sources = dict(zip(_ADAPT_INPUTS, map(_detached, inputs), strict=True))
+    def forward(ctx: Any, loop: InnerLoop, enabled: bool, *inputs: Tensor) -> Tensor:
+        sources = {n: x.detach() for n, x in zip(_ADAPT_INPUTS, inputs, strict=True)}
         ctx.wants = _wanted(ctx, enabled, _ADAPT_INPUTS)
         theta, tape = loop.run(sources["theta"], sources["lr"], sources, ctx.wants)
         ctx.loop, ctx.randoms, ctx.autocast = loop, tape.randoms, AutocastState(theta.device)
-        ctx.numbers = {name: v for name, v in sources.items() if not isinstance(v, Tensor)}
-        saved = {name: v for name, v in sources.items() if isinstance(v, Tensor)}
-        ctx.counts = len(tape.states), len(tape.grads)
-        ctx.names = tuple(saved)
+        ctx.counts = len(sources), len(tape.states), len(tape.grads)
         # The module's constants are saved for their version check alone: the way back reads them.
-        ctx.save_for_backward(*saved.values(), *tape.states, *tape.grads, *loop.call.constants)
+        ctx.save_for_backward(*sources.values(), *tape.states, *tape.grads, *loop.call.constants)
         return theta
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
-        sources = {name: next(tensors) for name in ctx.names} | ctx.numbers
-        states, grads = (list(islice(tensors, count)) for count in ctx.counts)
-        tape = Tape(states, ctx.randoms, grads)
+        inputs, states, grads = (list(islice(tensors, count)) for count in ctx.counts)
+        sources = dict(zip(_ADAPT_INPUTS, inputs, strict=True))
+        loop, tape = ctx.loop, Tape(states, ctx.randoms, grads)
         with torch.no_grad(), ctx.autocast.restored():
-            grads = ctx.loop.adjoint(tape, v, sources["lr"], sources, ctx.wants)
+            grads = loop.adjoint(tape, {loop.steps: v}, sources["lr"], sources, ctx.wants)
         shaped = [
             grads[name].sum_to_size(sources[name].shape) if name in ctx.wants & set(grads) else None
             for name in _ADAPT_INPUTS
@@ -213,12 +283,17 @@ class _MetaLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, loop: InnerLoop, enabled: bool, chunks: list[slice], *inputs: Any
+        ctx: Any,
+        loop: InnerLoop,
+        enabled: bool,
+        chunks: list[slice],
+        weights: Mapping[int, float],
+        *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        sources = dict(zip(_META_LOSS_INPUTS, map(_detached, inputs), strict=True))
+        sources = {n: x.detach() for n, x in zip(_META_LOSS_INPUTS, inputs, strict=True)}
         theta, step = sources.pop("theta"), sources.pop("lr")
         wants = _wanted(ctx, enabled, _META_LOSS_INPUTS)
-        loss, outputs, grads = loop.meta_gradient(theta, step, sources, wants, chunks)
+        loss, outputs, grads = loop.meta_gradient(theta, step, sources, wants, chunks, weights)
         ctx.save_for_backward(*(grads.get(name) for name in _META_LOSS_INPUTS))
         ctx.mark_non_differentiable(outputs)
         return loss, outputs
@@ -227,7 +302,7 @@ class _MetaLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             grads = [None if g is None else g * grad_loss for g in ctx.saved_tensors]
-        return None, None, None, *_differentiable_once(grads)
+        return None, None, None, None, *_differentiable_once(grads)
 
 
 class _Once(torch.autograd.Function):
@@ -259,11 +334,7 @@ def _wanted(ctx: Any, enabled: bool, names: tuple[str, ...]) -> set[str]:
     return {name for name, need in zip(names, needed, strict=True) if need and enabled}
 
 
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _take_all(sources: dict[str, Any], rows: slice) -> list[Any]:
+def _take_all(sources: Tensors, rows: slice) -> list[Tensor]:
     return [take_tasks(name, value, rows) for name, value in sources.items()]
 
 
@@ -274,21 +345,27 @@ def _check_integer(name: str, value: int, lowest: int) -> None:
         raise ValueError(f"{name}: expected at least {lowest}, got {value}")
 
 
-def _check_theta(layout: Layout, theta: Tensor, tasks: int) -> None:
-    if not isinstance(theta, Tensor):
-        raise TypeError(f"theta: expected a tensor, got {type(theta).__name__}")
-    if theta.shape not in ((layout.numel,), (tasks, layout.numel)):
+def _refuse_inference_mode(reason: str) -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{reason}, which inference mode forbids; use torch.no_grad()")
+
+
+def _check_arena(name: str, layout: Layout, arena: Tensor, tasks: int) -> None:
+    if not isinstance(arena, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(arena).__name__}")
+    if arena.shape not in ((layout.numel,), (tasks, layout.numel)):
         raise ValueError(
-            f"theta: expected shape [{layout.numel}] or [{tasks}, {layout.numel}], "
-            f"got {list(theta.shape)}"
+            f"{name}: expected shape [{layout.numel}] or [{tasks}, {layout.numel}], "
+            f"got {list(arena.shape)}"
         )
-    if theta.dtype != layout.dtype:
-        raise TypeError(f"theta: expected dtype {layout.dtype}, got {theta.dtype}")
-    if theta.device != layout.device:
-        raise ValueError(f"theta: expected device {layout.device}, got {theta.device}")
+    if arena.dtype != layout.dtype:
+        raise TypeError(f"{name}: expected dtype {layout.dtype}, got {arena.dtype}")
+    if arena.device != layout.device:
+        raise ValueError(f"{name}: expected device {layout.device}, got {arena.device}")
 
 
 def _check_data(layout: Layout, data: Tensors) -> int:
+    """The number of tasks in inputs and targets, which alternate."""
     for name, tensor in data.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -299,17 +376,15 @@ def _check_data(layout: Layout, data: Tensors) -> int:
             )
         if tensor.device != layout.device:
             raise ValueError(f"{name}: expected device {layout.device}, got {tensor.device}")
-    tasks = data["support_x"].shape[0]
-    for role in ("support", "query"):
-        if f"{role}_x" not in data:
-            continue
-        x, y = data[f"{role}_x"], data[f"{role}_y"]
-        for name, tensor in ((f"{role}_x", x), (f"{role}_y", y)):
+    tasks = len(next(iter(data.values())))
+    pairs = iter(data.items())
+    for (x_name, x), (y_name, y) in zip(pairs, pairs, strict=True):
+        for name, tensor in ((x_name, x), (y_name, y)):
             if tensor.shape[:2] != (tasks, x.shape[1]):
                 raise ValueError(
                     f"{name}: expected shape [{tasks}, {x.shape[1]}, ...], got {list(tensor.shape)}"
                 )
         mixed = x.is_floating_point() and x.dtype != layout.dtype
         if mixed and not torch.is_autocast_enabled(layout.device.type):
-            raise TypeError(f"{role}_x: expected dtype {layout.dtype}, got {x.dtype}")
+            raise TypeError(f"{x_name}: expected dtype {layout.dtype}, got {x.dtype}")
     return tasks

@@ -60,18 +60,49 @@ def test_scalar_and_empty_parameters_have_their_place(device):
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
-    [([], []), ([1], []), ([2], [8]), ([8], [8]), ([4, 1], [4, 1]), ([4, 8], [4, 8])],
+    [
+        ([], [1, 1, 1]),
+        ([1], [1, 1, 1]),
+        ([2], [1, 1, 8]),
+        ([8], [1, 1, 8]),
+        ([4, 1], [1, 4, 1]),
+        ([4, 2], [1, 4, 8]),
+        ([4, 8], [1, 4, 8]),
+        ([3, 1, 1], [3, 1, 1]),
+        ([3, 1, 2], [3, 1, 8]),
+        ([3, 4, 8], [3, 4, 8]),
+        ([1, 4, 1], [1, 4, 1]),
+    ],
 )
-def test_step_sizes_broadcast_against_the_arena(shape, expected, device):
+def test_every_form_of_step_size_becomes_one_array(shape, expected, device):
     layout = Layout.of(nn.Linear(3, 2, device=device))
-    assert list(layout.step_size(torch.ones(shape, device=device), tasks=4).shape) == expected
+    lr = torch.ones(shape, device=device, requires_grad=True)
+    array = layout.step_size_array(lr, tasks=4, steps=3)
+    assert list(array.shape) == expected
+    array.sum().backward()
+    assert lr.grad.sum() == array.numel()
+    assert torch.equal(layout.step_size_array(array, tasks=4, steps=3), array)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_a_number_keeps_its_digits_whatever_the_parameters(dtype, expected, device):
+    layout = Layout.of(nn.Linear(3, 2, device=device, dtype=dtype))
+    array = layout.step_size_array(0.1, tasks=4, steps=3)
+    assert array.shape == (1, 1, 1)
+    assert array.device == layout.device
+    assert torch.equal(array.cpu(), torch.full((1, 1, 1), 0.1, dtype=expected))
 
 
 def test_a_step_size_per_parameter_is_repeated_over_its_elements(device):
-    lr = torch.tensor([1.0, 2.0], device=device)
-    step = Layout.of(nn.Linear(3, 2, device=device)).step_size(lr, tasks=4)
-    assert step.device == lr.device
-    assert step.tolist() == [1.0] * 6 + [2.0] * 2
+    lr = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]], device=device)
+    layout = Layout.of(nn.Linear(3, 2, device=device))
+    first, second = layout.step_size_array(lr, tasks=4, steps=2)[:, 0].tolist()
+    assert first == [1.0] * 6 + [2.0] * 2
+    assert second == [3.0] * 6 + [4.0] * 2
+    assert layout.step_size_array(lr[0, 0], tasks=4, steps=2)[0, 0].tolist() == first
 
 
 @pytest.mark.parametrize(
@@ -81,13 +112,18 @@ def test_a_step_size_per_parameter_is_repeated_over_its_elements(device):
         (True, TypeError, "lr: expected a number or a tensor, got bool"),
         (torch.ones(8).double(), TypeError, "lr: expected dtype torch.float32"),
         (torch.ones(8, device="meta"), ValueError, "lr: expected device cpu, got meta"),
-        (torch.ones(3), ValueError, r"L = 2, P = 8, T = 4; got \[3\]"),
+        (torch.ones(3), ValueError, r"L = 2, P = 8, T = 4, K = 5; got \[3\]"),
+        (torch.ones(0), ValueError, r"got \[0\]"),
         (torch.ones(3, 8), ValueError, r"got \[3, 8\]"),
+        (torch.ones(4, 1, 8), ValueError, r"got \[4, 1, 8\]"),
+        (torch.ones(5, 3, 8), ValueError, r"got \[5, 3, 8\]"),
+        (torch.ones(5, 4, 3), ValueError, r"got \[5, 4, 3\]"),
+        (torch.ones(1, 1, 1, 1), ValueError, r"got \[1, 1, 1, 1\]"),
     ],
 )
 def test_a_bad_step_size_is_named(lr, error, message):
     with pytest.raises(error, match=message):
-        Layout.of(nn.Linear(3, 2)).step_size(lr, tasks=4)
+        Layout.of(nn.Linear(3, 2)).step_size_array(lr, tasks=4, steps=5)
 
 
 def mixed(value: torch.Tensor) -> nn.Module:

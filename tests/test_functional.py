@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import pytest
@@ -38,7 +39,12 @@ def step_sizes(module: nn.Module, *shape: int) -> Tensor:
 
 
 def run(
-    module: nn.Module, tasks: Tasks, lr: Tensor, loss=F.cross_entropy, **options: object
+    module: nn.Module,
+    tasks: Tasks,
+    lr: Tensor,
+    loss=F.cross_entropy,
+    step_weights: Sequence[float] | Tensor | None = None,
+    **options: object,
 ) -> MetaGradient:
     """The engine's meta-gradient by ``meta_loss`` and ``backward``."""
     module.zero_grad()
@@ -46,7 +52,13 @@ def run(
     support_x, query_x = (x.detach().requires_grad_() for x in (tasks.support_x, tasks.query_x))
     engine = FunctionalEngine(module, loss, **options)
     value, logits = engine.meta_loss(
-        engine.parameters(), lr, support_x, tasks.support_y, query_x, tasks.query_y
+        engine.parameters(),
+        lr,
+        support_x,
+        tasks.support_y,
+        query_x,
+        tasks.query_y,
+        step_weights,
     )
     value.backward()
     grads = {n: p.grad for n, p in module.named_parameters() if p.requires_grad}

@@ -89,6 +89,39 @@ def test_golden_meta_gradients(steps, first_order, loss, dw, dlr, db, dd, chunk,
     assert outputs.shape == (2, 1)
 
 
+# first order -> dw, dlr with one step size, dlr with one a step
+GOLDEN_STEPS = [
+    (False, 2.828125, -31.5, [-19.75, -11.75]),
+    (True, 7.25, -40.75, [-29.0, -11.75]),
+]
+
+
+@pytest.mark.parametrize(("first_order", "dw", "dlr", "dlr_by_step"), GOLDEN_STEPS)
+def test_golden_meta_gradients_of_all_steps(first_order, dw, dlr, dlr_by_step, device):
+    """Worked out by hand: K = 2 steps of the tasks above with query losses weighed 1/2 and 2.
+
+    Of the two tasks, from the numbers of K = 1 and K = 2 above:
+        loss  1/2 9/2 + 2 2 = 25/4,      1/2 2 + 2 25/32 = 41/16
+        dw    1/2 3 + 2 1 = 7/2,         1/2 3/2 + 2 45/64 = 69/32;    first order 11, 7/2
+        dlr   -1/2 24 - 2 16 = -44,      -1/2 8 - 2 15/2 = -19;        first order -60, -43/2
+    By step, with u_2 = 2 v_2 and u_1 = v_1 / 2 + r u_2 (first order: r left out),
+        dlr_1 = -u_1 a (w_0 - b),  dlr_2 = -u_2 a r (w_0 - b), the latter the same in first order:
+        task 1: u_2 = 8, u_1 = 7 (first order 11): -28 (-44), -16
+        task 2: u_2 = 5/2, u_1 = 23/8 (first order 7/2): -23/2 (-14), -15/2
+    All of them, halved and summed over the two tasks.
+    """
+    weights, data = [0.5, 2.0], quadratic_tasks(device)
+    by_step = torch.full((2, 1), 0.25)
+    for lr, expected in ((0.25, [dlr]), (by_step, dlr_by_step)):
+        maml = fm.MAML(Point().to(device), lr, 2, first_order, quadratic, learn_lr=True)
+        value, outputs = maml.meta_loss(*data, step_weights=weights)
+        value.backward()
+        assert value.item() == pytest.approx(4.40625, rel=1e-14)
+        assert maml.module.w.grad.item() == pytest.approx(dw, rel=1e-14)
+        assert maml.lr.grad.flatten().tolist() == pytest.approx(expected, rel=1e-14)
+        assert outputs.flatten().tolist() == pytest.approx([1.5, 1.25], rel=1e-14)
+
+
 def layer_step_sizes(net: nn.Module) -> dict[str, float]:
     return {name: 0.02 * (i + 1) for i, (name, _) in enumerate(net.named_parameters())}
 
@@ -104,6 +137,49 @@ def test_step_sizes_by_name_are_step_sizes_per_layer(device):
     assert relative_error(maml.lr.grad, expected.lr) < EXACT
     actual = joined(p.grad for p in net.parameters())
     assert relative_error(actual, joined(expected.params.values())) < EXACT
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("width", [1, 6, 83])
+def test_learned_step_sizes_of_every_step(width, first_order, chunk, device):
+    net, tasks = build("mlp", device), classification("mlp", device)
+    lr = torch.linspace(0.02, 0.1, 3 * width, dtype=torch.float64, device=device).view(3, width)
+    weights = [0.25, 0.0, 1.0]
+    expected = meta_gradient(
+        net, tasks, F.cross_entropy, lr[:, None], 3, first_order, step_weights=weights
+    )
+    maml = fm.MAML(net, lr, 3, first_order, learn_lr=True, task_chunk=chunk)
+    loss, logits = maml.meta_loss(*tasks, step_weights=weights)
+    loss.backward()
+    assert maml.lr.shape == (3, width)
+    assert relative_error(maml.lr.grad, expected.lr[:, 0]) < EXACT
+    actual = joined(p.grad for p in net.parameters())
+    assert relative_error(actual, joined(expected.params.values())) < EXACT
+    assert relative_error(loss, expected.loss) < EXACT
+    assert relative_error(logits, expected.logits) < EXACT
+
+
+def test_fewer_steps_take_the_first_rows_of_the_step_sizes(device):
+    net, tasks = build("mlp", device), classification("mlp", device)
+    lr = torch.tensor([[0.1], [0.2], [0.3]], device=device)
+    maml = fm.MAML(net, lr, 3)
+    two = fm.MAML(net, lr[:2], 2).adapt_tasks(*tasks[:2]).params
+    assert torch.equal(maml.adapt_tasks(*tasks[:2], steps=2).params, two)
+    assert torch.equal(maml.adapt_tasks(*tasks[:2], steps=0).task(1)["0.weight"], net[0].weight)
+    with pytest.raises(ValueError, match=r"steps: expected at most 3, as lr has a row .* got 4"):
+        maml.adapt_tasks(*tasks[:2], steps=4)
+    once = fm.MAML(net, lr[:1], 1)
+    with pytest.raises(ValueError, match=r"steps: expected at most 1, as lr has a row .* got 2"):
+        once.adapt_tasks(*tasks[:2], steps=2)
+
+
+def test_a_clone_cannot_take_step_sizes_of_every_step(device):
+    net, tasks = build("mlp", device), classification("mlp", device)
+    learner = fm.MAML(net, torch.full((2, 6), 0.1, device=device), 2).clone()
+    loss = F.cross_entropy(learner(tasks.support_x[0]), tasks.support_y[0])
+    with pytest.raises(ValueError, match=r"lr: adapt takes one step .* a step, \[2, 6\]"):
+        learner.adapt(loss)
 
 
 def test_a_step_size_made_by_another_network_gets_its_gradient(device):
@@ -229,6 +305,13 @@ def test_options_reach_the_engine(device):
     assert 1e-14 < error < 1e-6
 
 
+def test_the_choice_of_engine_and_memory_is_kept():
+    net = build("mlp", "cpu")
+    assert (fm.MAML(net).engine, fm.MAML(net).memory) == ("auto", "auto")
+    maml = fm.MAML(net, engine="functional", memory="recompute")
+    assert (maml.engine, maml.memory) == ("functional", "recompute")
+
+
 @pytest.mark.parametrize("learn_lr", [False, True])
 def test_copies_and_state_dicts(learn_lr, device):
     tasks = classification("mlp", device)
@@ -272,7 +355,9 @@ def test_explain_says_what_runs(device):
         ({"lr": "fast"}, TypeError, "lr: expected a number or a tensor, got str"),
         ({"lr": float("nan")}, ValueError, "lr: expected a finite number, got nan"),
         ({"lr": torch.ones(5)}, ValueError, r"lr: expected .*; got \[5\]"),
-        ({"lr": torch.ones(1, 83)}, ValueError, r"lr: expected .* got \[1, 83\]"),
+        ({"lr": torch.ones(2, 83)}, ValueError, r"lr: expected .* K = 1; got \[2, 83\]"),
+        ({"lr": torch.ones(1, 5)}, ValueError, r"lr: expected .* \[K, P\] .*; got \[1, 5\]"),
+        ({"lr": torch.ones(1, 1, 1)}, ValueError, r"lr: expected .*; got \[1, 1, 1\]"),
         ({"lr": torch.tensor(1)}, TypeError, "lr: expected a floating-point tensor"),
         ({"lr": nn.Parameter(torch.ones(83))}, TypeError, "lr: expected dtype torch.float64"),
         ({"lr": {"0.weight": 0.1}}, ValueError, r"lr: expected the names \['0.weight', "),
@@ -282,6 +367,16 @@ def test_explain_says_what_runs(device):
         ({"loss": "mse"}, TypeError, "loss: expected a callable"),
         ({"task_chunk": 0}, ValueError, "task_chunk: expected at least 1"),
         ({"hvp_mode": "fast"}, ValueError, "hvp_mode: expected one of"),
+        (
+            {"engine": "native"},
+            ValueError,
+            r"engine: expected one of \('auto', 'program', .*'native'",
+        ),
+        (
+            {"memory": None},
+            ValueError,
+            r"memory: expected one of \('auto', 'recompute', .* got None",
+        ),
     ],
 )
 def test_bad_arguments_are_named(options, error, message):

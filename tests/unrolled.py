@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -41,11 +41,14 @@ def meta_gradient(
     lr: Tensor,
     steps: int,
     first_order: bool = False,
+    step_weights: Sequence[float] | None = None,
 ) -> MetaGradient:
     """A loop over tasks and steps with ``create_graph=True``, differentiated as one graph.
 
-    ``lr`` is a scalar, one number a parameter ``[L]``, one an element ``[P]`` or one a task and
-    element ``[T, P]``. The module runs in training mode, so batch norm uses batch statistics.
+    ``lr`` is a scalar, one number a parameter ``[L]``, one an element ``[P]``, one a task and
+    element ``[T, P]``, or such a matrix a step ``[K or 1, T or 1, P or L or 1]``. ``step_weights``
+    weigh the query losses after each step. The module runs in training mode, so batch norm uses
+    batch statistics.
     """
     module = copy.deepcopy(module).train()
     params = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -55,7 +58,8 @@ def meta_gradient(
     with twice_differentiable():
         for t in range(len(support_x)):
             fast = dict(params)
-            for _ in range(steps):
+            weighted = []
+            for k in range(steps):
                 outputs = functional_call(module, fast, (support_x[t],))
                 value = loss(outputs, tasks.support_y[t])
                 grads = torch.autograd.grad(
@@ -64,11 +68,14 @@ def meta_gradient(
                 fast = {
                     name: p if g is None else p - step * g
                     for (name, p), g, step in zip(
-                        fast.items(), grads, _split(lr, params, t), strict=True
+                        fast.items(), grads, _split(lr, params, t, k), strict=True
                     )
                 }
+                if step_weights is not None:
+                    outputs = functional_call(module, fast, (query_x[t],))
+                    weighted.append(step_weights[k] * loss(outputs, tasks.query_y[t]))
             outputs = functional_call(module, fast, (query_x[t],))
-            losses.append(loss(outputs, tasks.query_y[t]))
+            losses.append(sum(weighted) if weighted else loss(outputs, tasks.query_y[t]))
             logits.append(outputs)
         total = torch.stack(losses).mean()
         inputs = [*params.values(), lr, support_x, query_x]
@@ -82,8 +89,11 @@ def meta_gradient(
     )
 
 
-def _split(lr: Tensor, params: dict[str, Tensor], task: int) -> list[Tensor]:
-    if lr.ndim == 0:
+def _split(lr: Tensor, params: dict[str, Tensor], task: int, step: int) -> list[Tensor]:
+    if lr.ndim == 3:
+        rows = lr[step if len(lr) > 1 else 0]
+        return _split(rows[task if len(rows) > 1 else 0], params, task, step)
+    if lr.numel() == 1:
         return [lr] * len(params)
     if lr.shape == (len(params),):
         return list(lr)

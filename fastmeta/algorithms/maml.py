@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from fastmeta.ops import backend_of
 from fastmeta.ops.inner_update import inner_update
 
 StepSize = float | Tensor | Mapping[str, "float | Tensor"]
+
+ENGINES = ("auto", "program", "functional")
+MEMORY = ("auto", "recompute", "keep")
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ class MAML(nn.Module):
         model: any module of one input and one output tensor.
         lr: inner step size: a number, a tensor, an ``nn.Parameter``, or a dict of one number for
             each trainable parameter by name. Tensors: ``[]``, one number a parameter ``[L]`` (in
-            the order of ``named_parameters``), or one an element ``[P]`` (Meta-SGD, Li 2017).
+            the order of ``named_parameters``), or one an element ``[P]`` (Meta-SGD, Li 2017); or
+            one such row a step, ``[K, 1]``, ``[K, L]`` (MAML++, Antoniou 2019) or ``[K, P]``.
         steps: inner gradient steps K; 0 adapts nothing.
         first_order: leave the Hessian out (FOMAML). Step sizes still get a gradient, the support
             inputs none.
@@ -95,6 +99,13 @@ class MAML(nn.Module):
         task_chunk: tasks that run together, None for all; bounds the memory. 1 runs them one by
             one, without vmap.
         hvp_mode: ``"reverse"``, ``"forward"`` or ``"finite_difference"``, see ``fastmeta.hvp``.
+        engine: ``"program"``, the compiled task program: a ValueError gives the reason where the
+            module, the loss, the dtype or the device cannot be lowered to it; ``"functional"``,
+            which takes any module; or ``"auto"``, the program where it can be.
+        memory: whether the task program keeps the activations of all K inner steps for the way
+            back, ``"keep"``, or makes them again, ``"recompute"``; ``"auto"`` keeps them where they
+            take no more room than the K parameter vectors. The functional engine always makes them
+            again.
         allow_unused: ``adapt`` only: leave parameters alone that the loss does not depend on, where
             it would otherwise raise. None: as ``allow_nograd``.
         allow_nograd: ``adapt`` only: leave frozen parameters alone, where it would otherwise raise.
@@ -123,27 +134,38 @@ class MAML(nn.Module):
         learn_lr: bool = False,
         task_chunk: int | None = None,
         hvp_mode: str = "reverse",
+        engine: str = "auto",
+        memory: str = "auto",
         allow_unused: bool | None = None,
         allow_nograd: bool = False,
     ) -> None:
         super().__init__()
         FunctionalEngine(model, loss, steps, first_order, hvp_mode, task_chunk)
+        _check_choice("engine", engine, ENGINES)
+        _check_choice("memory", memory, MEMORY)
         self.module = model
         self.steps = steps
         self.first_order = first_order
         self.loss = loss
         self.task_chunk = task_chunk
         self.hvp_mode = hvp_mode
+        self.engine = engine
+        self.memory = memory
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
-        self._set_step_size(_as_step_size(lr, Layout.of(model)), learn_lr)
+        self._set_step_size(_as_step_size(lr, Layout.of(model), steps), learn_lr)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with its current parameters."""
         return self.module(*args, **kwargs)
 
     def meta_loss(
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        step_weights: Sequence[float] | Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The mean over tasks of the query loss after adaptation to the support.
 
@@ -151,20 +173,24 @@ class MAML(nn.Module):
             support_x: ``[T, S, ...]``.
             support_y: ``[T, S]`` int64 labels, or floating-point targets ``[T, S, ...]``.
             query_x, query_y: the same with Q examples.
+            step_weights: K numbers w_1 .. w_K: the loss is ``sum_k w_k L_q(theta_k)`` over the
+                parameters theta_k after each inner step (the multi-step loss of MAML++, Antoniou
+                2019). A step of weight 0 takes no query pass, but for the outputs of the last.
+                None: the last step's loss alone.
 
         Returns:
             ``loss``, whose ``backward()`` fills the ``.grad`` of the module's parameters, of a
             learned ``lr`` and of floating-point inputs that require it; and the detached outputs on
-            the queries ``[T, Q, N]``. The gradient is taken during this call (unless gradients are
-            disabled) and can be taken once: its own derivative raises a RuntimeError.
+            the queries after the last step ``[T, Q, N]``. The gradient is taken during this call
+            (unless gradients are disabled) and can be taken once: its own derivative raises a
+            RuntimeError.
 
         Raises:
             TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
         """
-        engine = self._engine(self.steps)
-        return engine.meta_loss(
-            engine.parameters(), self.lr, support_x, support_y, query_x, query_y
-        )
+        engine, lr = self._engine(self.steps), self._step_size(self.steps)
+        data = support_x, support_y, query_x, query_y
+        return engine.meta_loss(engine.parameters(), lr, *data, step_weights)
 
     def adapt_tasks(
         self, support_x: Tensor, support_y: Tensor, steps: int | None = None
@@ -174,7 +200,8 @@ class MAML(nn.Module):
         Args:
             support_x: ``[T, S, ...]``.
             support_y: ``[T, S]`` int64 labels, or floating-point targets ``[T, S, ...]``.
-            steps: inner steps; None for the learner's own.
+            steps: inner steps; None for the learner's own. Where ``lr`` has a row a step, the first
+                ``steps`` of them are used, and there can be no more steps than rows.
 
         Returns:
             ``AdaptedTasks``: call it on queries ``[T, Q, ...]``; its ``params`` are ``[T, P]``.
@@ -182,9 +209,44 @@ class MAML(nn.Module):
         Raises:
             TypeError, ValueError: as for ``meta_loss``.
         """
-        engine = self._engine(self.steps if steps is None else steps)
-        params = engine.adapt(engine.parameters(), self.lr, support_x, support_y)
+        steps = self.steps if steps is None else steps
+        engine, lr = self._engine(steps), self._step_size(steps)
+        params = engine.adapt(engine.parameters(), lr, support_x, support_y)
         return AdaptedTasks(params, Layout.of(self.module), self.module)
+
+    def hvp(self, params: Tensor, batch: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
+        """The Hessian of each task's loss times a vector (Pearlmutter 1994).
+
+        ``H v = d <grad L(params), v> / d params`` with the learner's loss, and in its ``hvp_mode``;
+        the Hessian is never formed.
+
+        Args:
+            params: where the Hessian is taken, in the order of the module's trainable parameters:
+                ``[P]`` for all tasks, or ``[T, P]`` as in ``AdaptedTasks.params``.
+            batch: ``(x, y)`` with x ``[T, B, ...]`` and y ``[T, B]`` int64 labels or floating-point
+                targets ``[T, B, ...]``.
+            vector: ``[P]`` for all tasks, or ``[T, P]``.
+
+        Returns:
+            ``[T, P]``; differentiable as the result of ``fastmeta.hvp`` is.
+
+        Raises:
+            TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
+            RuntimeError: inference mode, which has no gradients.
+
+        Example:
+            >>> import torch
+            >>> maml = MAML(torch.nn.Linear(1, 1, bias=False), loss=torch.nn.functional.mse_loss)
+            >>> x, y = torch.full((2, 5, 1), 3.0), torch.zeros(2, 5, 1)
+            >>> maml.hvp(torch.zeros(1), (x, y), torch.ones(1))  # d^2/dw^2 mean (3 w)^2 = 18
+            tensor([[18.],
+                    [18.]])
+        """
+        if not isinstance(batch, (tuple, list)):
+            raise TypeError(f"batch: expected a pair (x, y), got {type(batch).__name__}")
+        if len(batch) != 2:
+            raise ValueError(f"batch: expected a pair (x, y), got {len(batch)} entries")
+        return self._engine(self.steps).hvp(params, *batch, vector)
 
     def explain(self) -> str:
         """Which engine runs, and how, in a few sentences."""
@@ -251,8 +313,8 @@ class MAML(nn.Module):
             allow_nograd: leave parameters alone that do not require gradients.
 
         Raises:
-            ValueError: frozen or unused parameters without the option that allows them; a step size
-                for several tasks.
+            ValueError: frozen or unused parameters without the option that allows them; step sizes
+                that differ by step.
         """
         first_order = _default(first_order, self.first_order)
         named = dict(self.module.named_parameters())
@@ -278,9 +340,22 @@ class MAML(nn.Module):
         replace_parameters(self.module, dict(zip(old, new, strict=True)))
 
     def _engine(self, steps: int) -> FunctionalEngine:
+        """What computes: ``parameters``, ``adapt``, ``meta_loss`` and ``hvp`` over arenas."""
         return FunctionalEngine(
             self.module, self.loss, steps, self.first_order, self.hvp_mode, self.task_chunk
         )
+
+    def _step_size(self, steps: int) -> float | Tensor:
+        """``lr`` as the engines take it: one row a step becomes one matrix a step."""
+        lr = self.lr
+        if not _is_per_step(lr):
+            return lr
+        if steps > len(lr):
+            raise ValueError(
+                f"steps: expected at most {len(lr)}, as lr has a row for each of {len(lr)} steps, "
+                f"got {steps}"
+            )
+        return lr[:steps].unsqueeze(1)
 
     def _set_step_size(self, lr: float | Tensor, learn: bool) -> None:
         layout = Layout.of(self.module)
@@ -293,37 +368,66 @@ class MAML(nn.Module):
             self.lr = lr
 
 
-def _as_step_size(lr: StepSize, layout: Layout) -> float | Tensor:
+def _as_step_size(lr: StepSize, layout: Layout, steps: int) -> float | Tensor:
     """A number, or a tensor of the parameters' dtype and device, checked against the layout."""
     if isinstance(lr, Mapping):
-        if set(lr) != set(layout.names):
-            raise ValueError(f"lr: expected the names {list(layout.names)}, got {list(lr)}")
-        like = {"dtype": layout.dtype, "device": layout.device}
-        values = [torch.as_tensor(lr[name], **like) for name in layout.names]
-        for name, value in zip(layout.names, values, strict=True):
-            if value.numel() != 1:
-                raise ValueError(
-                    f"lr: expected one number for {name!r}, got shape {list(value.shape)}"
-                )
-        lr = torch.stack([value.reshape(()) for value in values])
+        lr = _joined(lr, layout)
     if isinstance(lr, Tensor) and not isinstance(lr, nn.Parameter):
         if not lr.is_floating_point():
             raise TypeError(f"lr: expected a floating-point tensor, got {lr.dtype}")
         lr = lr.to(layout.device, layout.dtype)
-    if isinstance(lr, Tensor) and lr.ndim > 1:
-        raise ValueError(f"lr: expected a number or shape [], [L] or [P], got {list(lr.shape)}")
-    layout.step_size(lr, tasks=1)
+    if isinstance(lr, Tensor):
+        _check_shape(lr, layout, steps)
+    layout.step_size_array(lr.unsqueeze(1) if _is_per_step(lr) else lr, tasks=1, steps=steps)
     if isinstance(lr, (int, float)) and not math.isfinite(lr):
         raise ValueError(f"lr: expected a finite number, got {lr}")
     return lr
 
 
+def _joined(lr: Mapping[str, float | Tensor], layout: Layout) -> Tensor:
+    """One number a parameter by name -> ``[L]``."""
+    if set(lr) != set(layout.names):
+        raise ValueError(f"lr: expected the names {list(layout.names)}, got {list(lr)}")
+    like = {"dtype": layout.dtype, "device": layout.device}
+    values = [torch.as_tensor(lr[name], **like) for name in layout.names]
+    for name, value in zip(layout.names, values, strict=True):
+        if value.numel() != 1:
+            raise ValueError(f"lr: expected one number for {name!r}, got shape {list(value.shape)}")
+    return torch.stack([value.reshape(()) for value in values])
+
+
+def _check_shape(lr: Tensor, layout: Layout, steps: int) -> None:
+    parameters, elements = len(layout.names), layout.numel
+    rows = lr.ndim < 2 or (lr.ndim == 2 and len(lr) == steps)
+    if not rows or (lr.ndim and lr.shape[-1] not in (1, parameters, elements)):
+        raise ValueError(
+            f"lr: expected a number or shape [], [L], [P] or, with one row a step, [K, 1], [K, L], "
+            f"[K, P] with L = {parameters}, P = {elements}, K = {steps}; got {list(lr.shape)}"
+        )
+
+
+def _is_per_step(lr: float | Tensor) -> bool:
+    return isinstance(lr, Tensor) and lr.ndim == 2
+
+
 def _step_sizes(lr: float | Tensor, layout: Layout) -> list[float | Tensor]:
     """The step size of each parameter: a number, ``[]``, or one an element in its shape."""
-    step = layout.step_size(lr, tasks=1)
-    if isinstance(step, float) or step.ndim == 0:
-        return [step] * len(layout.names)
+    if _is_per_step(lr):
+        raise ValueError(
+            "lr: adapt takes one step and cannot know which; expected a number or shape [], [L] "
+            f"or [P], got one row a step, {list(lr.shape)}"
+        )
+    if not isinstance(lr, Tensor):
+        return [lr] * len(layout.names)
+    step = layout.step_size_array(lr, tasks=1, steps=1)[0, 0]
+    if len(step) == 1:
+        return [step.squeeze(0)] * len(layout.names)
     return list(layout.views(step).values())
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
 
 
 def _refuse(names: list[str], what: str, option: str) -> None:
