@@ -225,7 +225,8 @@ class CpuWorker {
     const int64_t input = program.values[0].elements, outputs = program.output_elements();
     if (job_.outputs != nullptr) {
       const Network<storage_t> net{program, {}, {}, task_.query, task_.query_arrays};
-      store(net.value(program.output), job_.query.count * outputs, job_.outputs);
+      store(task_.outputs ? task_.outputs : net.value(program.output), job_.query.count * outputs,
+            job_.outputs);
     }
     store(task_.loss, 1, job_.loss);
     const int last = job_.options.steps - 1;

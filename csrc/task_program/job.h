@@ -63,9 +63,18 @@ struct Job {
   int64_t lr_dense_stride() const { return lr_step_stride == 0 ? 0 : lr_row(); }
   int64_t lr_elements() const { return lr_row() * (lr_step_stride == 0 ? 1 : options.steps); }
   TaskNeeds needs() const {
-    return {options,          support.count,           query.count,           gradient,
-            keeps_states,     grad_support != nullptr, grad_query != nullptr, lr_elements(),
-            lr_dense_stride()};
+    TaskNeeds needs{};
+    needs.options = options;
+    needs.support = support.count;
+    needs.queries = query.count;
+    needs.gradient = gradient;
+    needs.keeps_outputs = !step_weights.empty();
+    needs.keeps_states = keeps_states;
+    needs.support_grad = grad_support != nullptr;
+    needs.query_grad = grad_query != nullptr;
+    needs.lr_elements = lr_elements();
+    needs.lr_step_stride = lr_dense_stride();
+    return needs;
   }
   // Weight of the query loss after k steps.
   double weight(int k) const {

@@ -60,12 +60,13 @@ struct SubtractProduct {
 // Everything that a task's steps read and write; empty where not wanted.
 template <typename storage_t>
 struct TaskArrays {
-  Array<storage_t> start, frozen;             // theta_0 [P] and [F]
-  Array<storage_t> states;                    // theta_1 .. theta_K
-  Array<storage_t> grads;                     // g_0 .. g_{K-1}
-  Array<storage_t> direction, v;              // [P]
-  Array<storage_t> loss;                      // [1]
-  Array<storage_t> grad_lr;                   // as the step sizes of a task
+  Array<storage_t> start, frozen;  // theta_0 [P] and [F]
+  Array<storage_t> states;         // theta_1 .. theta_K
+  Array<storage_t> grads;          // g_0 .. g_{K-1}
+  Array<storage_t> direction, v;   // [P]
+  Array<storage_t> loss;           // [1]
+  Array<storage_t> outputs;        // after the last step, where later passes overwrite the values
+  Array<storage_t> grad_lr;        // as the step sizes of a task
   Array<storage_t> grad_support, grad_query;  // as x
   StepSizes<storage_t> step_sizes;
   Examples<storage_t> support, query;
@@ -103,6 +104,10 @@ class MetaStep {
     const Passes<Executor> passes(exec_, net);
     passes.forward();
     passes.loss(task_.loss, weight, gradient);
+    if (k == options_.steps && task_.outputs) {
+      const int out = program_.output;
+      exec_.map(net.size(out), Copy<storage_t>{net.value(out), task_.outputs});
+    }
     if (!gradient) return;
     passes.backward(task_.v, adds);
     if (task_.grad_query) {

@@ -32,6 +32,7 @@ struct TaskNeeds {
   MetaOptions options;
   int64_t support, queries;             // examples; 0 queries: no query pass
   bool gradient;                        // a way back: v
+  bool keeps_outputs;                   // of the last step: other query passes follow
   bool keeps_states;                    // theta_1 .. theta_K are read again
   bool support_grad, query_grad;        // of the examples
   int64_t lr_elements, lr_step_stride;  // step sizes of a task, densely; 0: steps share them
@@ -95,6 +96,7 @@ FASTMETA_HOST_DEVICE TaskArrays<storage_t> take_task_arrays(Carver<storage_t>& c
     int64_t unused = 0;
     take_values(carver, program, needs.queries, 1, input, needs.query_grad, task.query_arrays,
                 unused);
+    if (needs.keeps_outputs) task.outputs = carver.take(needs.queries * program.output_elements());
     if (needs.query_grad) task.grad_query = carver.take(needs.queries * input);
   }
   if (needs.gradient && needs.options.lr_grad) {
