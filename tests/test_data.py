@@ -61,6 +61,17 @@ def test_the_first_episode_of_seed_0_never_changes() -> None:
     assert decode(episode.query_x)[1].tolist() == [[4, 3, 4], [1, 0, 5]]
 
 
+@pytest.mark.parametrize(("seed", "index"), [(0, 0), (3, 70_000), (2**64 - 1, 2**64 - 1)])
+@pytest.mark.parametrize("source", [coded_source(), Sinusoid()], ids=["images", "sinusoid"])
+def test_the_generator_is_philox_with_seed_and_index_for_its_key(
+    source: ClassImages | Sinusoid, seed: int, index: int
+) -> None:
+    ways = 5 if isinstance(source, ClassImages) else 1
+    philox = np.random.Philox(key=np.array([seed, index], dtype=np.uint64))
+    expected = source.sample(np.random.Generator(philox), 4, ways, 2, 3)
+    assert_same(Episodes(source, ways, 2, 3, tasks=4, seed=seed)[index], expected)
+
+
 @pytest.mark.parametrize(("seed", "index"), [(1, 0), (0, 1), (2**64 - 1, 0), (0, 2**64 - 1)])
 def test_other_seeds_and_indices_give_other_episodes(seed: int, index: int) -> None:
     first = Episodes(coded_source(), 5, 2, 3, tasks=4)[0]
@@ -230,6 +241,18 @@ def test_sinusoid_tasks_are_sinusoids_in_range() -> None:
     amplitude, phase = torch.hypot(a_cos, a_sin), torch.atan2(a_sin, a_cos)
     assert 0.1 <= amplitude.min() < 0.3 and 4.8 < amplitude.max() <= 5
     assert 0 <= phase.min() < 0.1 and math.pi - 0.1 < phase.max() <= math.pi
+
+
+def test_the_first_sinusoids_of_seed_0_never_change() -> None:
+    episode = Episodes(Sinusoid(), ways=1, shots=2, queries=1, tasks=2)[0]
+    expected = (
+        [0.02379604, -2.22394419, 4.86066246, -2.46177268],
+        [-0.05018380, -0.08417766, 0.06939690, 1.14004326],
+        [4.46544313, -3.04949427],
+        [-0.12949491, 1.27579558],
+    )
+    for tensor, values in zip(episode, expected, strict=True):
+        assert tensor.flatten().tolist() == pytest.approx(values, rel=1e-6)
 
 
 def test_sinusoid_ranges_are_honoured() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 from ._checks import check_count, check_device
@@ -101,9 +102,23 @@ class Episodes:
 
     def __getitem__(self, index: int) -> Episode:
         counter = check_count("index", index, least=0, below=2**64)
-        key = np.array([self.seed, counter], dtype=np.uint64)
-        rng = np.random.Generator(np.random.Philox(key=key))
+        rng = np.random.Generator(np.random.Philox(_Key(self.seed, counter)))
         return self.source.sample(rng, self.tasks, self.ways, self.shots, self.queries)
 
     def __iter__(self) -> Iterator[Episode]:
         return map(self.__getitem__, itertools.count())
+
+
+class _Key(ISeedSequence):
+    """Makes ``Philox(_Key(seed, index))`` the generator ``Philox(key=[seed, index])``.
+
+    The latter asks the system for entropy too, for a seed sequence that it never uses: that takes
+    longer than the drawing of a small episode's numbers.
+    """
+
+    def __init__(self, seed: int, index: int) -> None:
+        self._words = np.array([seed, index], dtype=np.uint64)
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        """The key; Philox asks for it as two words of 64 bits."""
+        return self._words
