@@ -16,6 +16,7 @@ from fastmeta.checkpoint import write_atomically
 _X_LABELS = {"iteration": "Iteration", "seconds": "Training time [s]"}
 _Y_LABELS = {"accuracy": "Query accuracy [%]", "mse": "Query mean squared error"}
 _WINDOWS = 40  # the running means that smooth a line reach over this fraction of the run
+_SHOWN = 99  # percent of a run's errors that lie on the axis: a few spikes would fill it alone
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Curve:
 
 def draw_curves(path: Path, curves: Sequence[Curve], score: str, x: str = "iteration") -> None:
     """Write the learning curves as one PNG, atomically.
+
+    The axis of the error reaches as far as the smoothed lines and 99 % of the raw values do.
 
     Args:
         path: the file.
@@ -62,10 +65,11 @@ def draw_curves(path: Path, curves: Sequence[Curve], score: str, x: str = "itera
     axes.set_xlabel(_X_LABELS[x])
     axes.set_ylabel(_Y_LABELS[score])
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter("{x:,.10g}")
     if score == "accuracy":
         axes.set_ylim(top=101)
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, _error_limit(curves, score))
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -89,21 +93,43 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 def _draw(axes: Axes, curve: Curve, score: str, x: str, colour: str) -> None:
     scale = 100 if score == "accuracy" else 1
-    at = np.array([record[x] for record in curve.metrics], dtype=np.float64)
-    raw = scale * np.array([record[score] for record in curve.metrics], dtype=np.float64)
+    at, raw = _column(curve.metrics, x), scale * _column(curve.metrics, score)
     axes.plot(at, raw, color=colour, alpha=0.2, linewidth=0.8)
-    window = max(1, len(raw) // _WINDOWS)
-    smoothed = smooth(smooth(raw, window), window)
-    axes.plot(at, smoothed, color=colour, linewidth=1.8, label=f"{curve.label}, {curve.training}")
-    validated = [record for record in curve.metrics if "validation" in record]
-    if validated:
+    axes.plot(
+        at, _smoothed(raw), color=colour, linewidth=1.8, label=f"{curve.label}, {curve.training}"
+    )
+    if validated := _validated(curve):
         axes.errorbar(
-            [record[x] for record in validated],
-            [scale * record["validation"] for record in validated],
-            [scale * record["validation_interval"] for record in validated],
+            _column(validated, x),
+            scale * _column(validated, "validation"),
+            scale * _column(validated, "validation_interval"),
             fmt="o",
             color=colour,
             markersize=6,
             markeredgecolor="white",
             label=f"{curve.label}, {curve.validation}",
         )
+
+
+def _error_limit(curves: Sequence[Curve], score: str) -> float | None:
+    """Where an axis of errors ends: above all but rare spikes; ``None`` where nothing is drawn."""
+    ends = [0.0]
+    for curve in curves:
+        raw = _column(curve.metrics, score)
+        if len(raw):
+            ends += [np.percentile(raw, _SHOWN), _smoothed(raw).max()]
+        ends += [m["validation"] + m["validation_interval"] for m in _validated(curve)]
+    return 1.05 * max(ends) or None
+
+
+def _smoothed(raw: np.ndarray) -> np.ndarray:
+    window = max(1, len(raw) // _WINDOWS)
+    return smooth(smooth(raw, window), window)
+
+
+def _column(metrics: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+    return np.array([record[name] for record in metrics], dtype=np.float64)
+
+
+def _validated(curve: Curve) -> list[dict[str, Any]]:
+    return [record for record in curve.metrics if "validation" in record]

@@ -74,6 +74,32 @@ def test_mean_squared_errors_are_no_percentages(tmp_path, drawn):
     assert axes.get_ylim()[0] == 0
 
 
-def test_a_run_without_an_iteration_draws_too(tmp_path):
-    draw_curves(tmp_path / "curve.png", [Curve("MAML", [])], "accuracy")
+def test_rare_spikes_do_not_stretch_the_axis_of_errors(tmp_path, drawn):
+    records = metrics(1000, "mse")
+    records[500]["mse"] = 1000.0
+    draw_curves(tmp_path / "curve.png", [Curve("MAML", records)], "mse")
+    axes = drawn[0].axes[0]
+    assert axes.lines[0].get_ydata().max() == 1000
+    assert axes.lines[1].get_ydata().max() < axes.get_ylim()[1] < 50
+
+
+def test_validation_is_on_the_axis_of_errors(tmp_path, drawn):
+    records = metrics(10, "mse")
+    records[4] |= {"validation": 7.0, "validation_interval": 2.0}
+    draw_curves(tmp_path / "curve.png", [Curve("MAML", records)], "mse")
+    assert 9 < drawn[0].axes[0].get_ylim()[1] < 10
+
+
+@pytest.mark.parametrize(
+    ("count", "label"), [(3, "0.5"), (70_000, "10,000"), (3_000_000, "1,000,000")]
+)
+def test_iterations_are_written_out(tmp_path, drawn, count, label):
+    records = [{"iteration": i, "accuracy": 0.5} for i in (1, count)]
+    draw_curves(tmp_path / "curve.png", [Curve("MAML", records)], "accuracy")
+    assert label in [text.get_text() for text in drawn[0].axes[0].get_xticklabels()]
+
+
+@pytest.mark.parametrize("score", ["accuracy", "mse"])
+def test_a_run_without_an_iteration_draws_too(tmp_path, score):
+    draw_curves(tmp_path / "curve.png", [Curve("MAML", [])], score)
     assert (tmp_path / "curve.png").stat().st_size > 1000
