@@ -12,6 +12,7 @@ from typing import IO, Any
 import torch
 
 FORMAT = "fastmeta checkpoint 1"
+_encode = json.JSONEncoder(allow_nan=False).encode  # json.dumps would make an encoder each time
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -124,7 +125,7 @@ class MetricsLog:
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one record; it has an ``iteration``, and its numbers are finite."""
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.write(_encode(record) + "\n")
 
     def sync(self) -> None:
         """Wait until all records are on the disk."""

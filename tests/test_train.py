@@ -5,8 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,48 +16,10 @@ from fastmeta import train as training
 from fastmeta.algorithms.protonet import ProtoNet
 from fastmeta.checkpoint import load_checkpoint, read_metrics
 from fastmeta.config import TrainConfig, read_options
-from fastmeta.data import ClassImages, Episodes, Sinusoid
+from fastmeta.data import Episodes, Sinusoid
 from fastmeta.runs import build_learner, load_run
-from fastmeta.train import Result, train
-
-TINY = {"hidden": 4, "iterations": 4, "queries": 3, "meta_batch": 2}
-
-
-def images(classes: int = 40, seed: int = 0) -> ClassImages:
-    """Classes that are easy to tell apart: a pattern each, and noise."""
-    generator = torch.Generator().manual_seed(seed)
-    patterns = torch.rand(classes, 1, 1, 16, 16, generator=generator) > 0.5
-    noise = torch.randint(120, (classes, 8, 1, 16, 16), generator=generator)
-    return ClassImages((120 * patterns + noise).to(torch.uint8))
-
-
-def sinusoid(out: Path, **options: Any) -> TrainConfig:
-    return TrainConfig("maml", "sinusoid", str(out), **{**TINY, **options})
-
-
-def protonet(out: Path, **options: Any) -> TrainConfig:
-    return TrainConfig("protonet", "images", str(out), **{**TINY, **options})
-
-
-def maml(out: Path, **options: Any) -> TrainConfig:
-    return TrainConfig("maml", "images", str(out), **{**TINY, **options})
-
-
-def run(config: TrainConfig, **how: Any) -> Result:
-    return train(config, source=None if config.regression else images(), **how)
-
-
-def weights(result: Result) -> list[torch.Tensor]:
-    return [tensor.clone() for tensor in result.learner.state_dict().values()]
-
-
-def equal(first: Result, second: Result) -> bool:
-    pairs = zip(weights(first), weights(second), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
-
-
-def without_seconds(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in m.items() if key != "seconds"} for m in metrics]
+from fastmeta.train import train
+from tests.runs import TINY, equal, images, maml, protonet, run, sinusoid, weights, without_seconds
 
 
 @pytest.fixture
@@ -127,6 +88,37 @@ def test_training_learns(tmp_path):
     result = run(protonet(tmp_path, hidden=8, iterations=40, lr=0.01, train_ways=10))
     assert result.metrics[-1]["loss"] < 0.5 * result.metrics[0]["loss"]
     assert result.metrics[-1]["accuracy"] > 0.9
+
+
+@pytest.fixture
+def plain_adam(monkeypatch):
+    """Within this context training takes PyTorch's Adam as it is by default."""
+    adam = torch.optim.Adam
+
+    @contextmanager
+    def context():
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim, "Adam", lambda params, lr, **_: adam(params, lr))
+            yield
+
+    return context
+
+
+@pytest.mark.parametrize("make", [sinusoid, protonet, maml])
+def test_the_outer_step_is_adam(tmp_path, plain_adam, make):
+    """The fused one goes through memory in its own order; a ProtoNet's is channels last."""
+    fused = run(make(tmp_path / "a", iterations=1))
+    with plain_adam():
+        plain = run(make(tmp_path / "b", iterations=1))
+    for ours, theirs in zip(weights(fused), weights(plain), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_a_run_begun_with_another_adam_goes_on_with_it(tmp_path, plain_adam):
+    with plain_adam():
+        straight = run(protonet(tmp_path / "a", iterations=6))
+        run(protonet(tmp_path / "b", iterations=3))
+    assert equal(straight, run(protonet(tmp_path / "b", iterations=6), resume=True))
 
 
 def test_the_process_is_left_as_it_was(tmp_path):
