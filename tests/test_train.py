@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from fastmeta.config import TrainConfig, read_options
 from fastmeta.data import Episodes, Sinusoid
 from fastmeta.runs import build_learner, load_run
 from fastmeta.train import train
-from tests.runs import TINY, equal, images, maml, protonet, run, sinusoid, weights, without_seconds
+from tests.runs import TINY, equal, images, maml, protonet, run, sinusoid, without_seconds
 
 
 @pytest.fixture
@@ -88,37 +87,6 @@ def test_training_learns(tmp_path):
     result = run(protonet(tmp_path, hidden=8, iterations=40, lr=0.01, train_ways=10))
     assert result.metrics[-1]["loss"] < 0.5 * result.metrics[0]["loss"]
     assert result.metrics[-1]["accuracy"] > 0.9
-
-
-@pytest.fixture
-def plain_adam(monkeypatch):
-    """Within this context training takes PyTorch's Adam as it is by default."""
-    adam = torch.optim.Adam
-
-    @contextmanager
-    def context():
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.optim, "Adam", lambda params, lr, **_: adam(params, lr))
-            yield
-
-    return context
-
-
-@pytest.mark.parametrize("make", [sinusoid, protonet, maml])
-def test_the_outer_step_is_adam(tmp_path, plain_adam, make):
-    """The fused one goes through memory in its own order; a ProtoNet's is channels last."""
-    fused = run(make(tmp_path / "a", iterations=1))
-    with plain_adam():
-        plain = run(make(tmp_path / "b", iterations=1))
-    for ours, theirs in zip(weights(fused), weights(plain), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-
-
-def test_a_run_begun_with_another_adam_goes_on_with_it(tmp_path, plain_adam):
-    with plain_adam():
-        straight = run(protonet(tmp_path / "a", iterations=6))
-        run(protonet(tmp_path / "b", iterations=3))
-    assert equal(straight, run(protonet(tmp_path / "b", iterations=6), resume=True))
 
 
 def test_the_process_is_left_as_it_was(tmp_path):
