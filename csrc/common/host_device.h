@@ -6,3 +6,11 @@
 #else
 #define FASTMETA_HOST_DEVICE
 #endif
+
+// For a function of a constant argument: g++ keeps out of line what is long before the constant is
+// put in.
+#ifdef __CUDACC__
+#define FASTMETA_ALWAYS_INLINE
+#else
+#define FASTMETA_ALWAYS_INLINE [[gnu::always_inline]] inline
+#endif

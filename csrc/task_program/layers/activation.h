@@ -12,7 +12,6 @@
 
 namespace fastmeta {
 
-// kind is a compile-time constant, or read from the instruction where `chosen` is none.
 struct Activation {
   ActivationKind kind;
   double a, b;
@@ -72,7 +71,7 @@ struct GeluTanh {
 };
 
 template <typename number_t>
-FASTMETA_HOST_DEVICE number_t Activation::value(const number_t& z) const {
+FASTMETA_ALWAYS_INLINE FASTMETA_HOST_DEVICE number_t Activation::value(const number_t& z) const {
   using M = Math<number_t>;
   const number_t zero(0), one(1), half(0.5);
   switch (kind) {
@@ -101,7 +100,7 @@ FASTMETA_HOST_DEVICE number_t Activation::value(const number_t& z) const {
 }
 
 template <typename number_t>
-FASTMETA_HOST_DEVICE number_t Activation::slope(const number_t& z) const {
+FASTMETA_ALWAYS_INLINE FASTMETA_HOST_DEVICE number_t Activation::slope(const number_t& z) const {
   using M = Math<number_t>;
   const number_t zero(0), one(1), half(0.5);
   switch (kind) {
@@ -138,7 +137,8 @@ FASTMETA_HOST_DEVICE number_t Activation::slope(const number_t& z) const {
 }
 
 template <typename number_t>
-FASTMETA_HOST_DEVICE number_t Activation::curvature(const number_t& z) const {
+FASTMETA_ALWAYS_INLINE FASTMETA_HOST_DEVICE number_t
+Activation::curvature(const number_t& z) const {
   using M = Math<number_t>;
   const number_t zero(0), one(1), two(2), half(0.5);
   switch (kind) {
