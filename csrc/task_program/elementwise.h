@@ -38,12 +38,13 @@ struct Sum {
   }
 };
 
-// target[j] (+)= sum over rows of source[row, j]; a cell is a column.
-template <typename storage_t>
+// target[j] (+)= sum over rows of source[row, j], then finish; a cell is a column.
+template <typename storage_t, typename Finish = NoFinish>
 struct ColumnSums {
   int64_t rows, columns;
   Array<storage_t> source, target;
   bool adds;
+  Finish finish = {};
 
   template <typename Cell>
   FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
@@ -51,6 +52,7 @@ struct ColumnSums {
     auto sum = adds ? at.load(target) : number_t(0);
     for (int64_t r = 0; r < rows; ++r) sum = sum + at.load(source, r * columns);
     at.store(target, sum);
+    finish(at);
   }
 };
 

@@ -62,4 +62,9 @@ struct NoFinish {
   FASTMETA_HOST_DEVICE void operator()(const Cell&) const {}
 };
 
+// Nothing is done with the gradient of a parameter.
+struct NoUpdate {
+  FASTMETA_HOST_DEVICE NoFinish from(int64_t) const { return {}; }
+};
+
 }  // namespace fastmeta

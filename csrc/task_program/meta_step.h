@@ -46,6 +46,21 @@ struct Descend {
   }
 };
 
+// Descend for each part of the gradient as it is made.
+template <typename storage_t>
+struct DescendFrom {
+  Descend<storage_t> all;
+
+  FASTMETA_HOST_DEVICE Descend<storage_t> from(int64_t parameter) const {
+    Descend<storage_t> part = all;
+    if (all.per_parameter) part.lr = all.lr.from(parameter);
+    part.base = all.base.from(parameter);
+    part.x = all.x.from(parameter);
+    part.target = all.target.from(parameter);
+    return part;
+  }
+};
+
 // target -= a b
 template <typename storage_t>
 struct SubtractProduct {
@@ -90,11 +105,16 @@ class MetaStep {
   }
 
   FASTMETA_HOST_DEVICE void adapt() const {
+    const bool updates_at_once = program_.covers_theta && program_.writes_once && keeps_states();
     for (int k = 0; k < options_.steps; ++k) {
-      support_gradient(k);
-      exec_.map(program_.parameters,
-                Descend<storage_t>{task_.step_sizes.of(k), task_.step_sizes.per_parameter, theta(k),
-                                   grads(k), theta(k + 1)});
+      const Descend<storage_t> descend{task_.step_sizes.of(k), task_.step_sizes.per_parameter,
+                                       theta(k), grads(k), theta(k + 1)};
+      if (updates_at_once) {
+        support_gradient(k, DescendFrom<storage_t>{descend});
+      } else {
+        support_gradient(k, NoUpdate{});
+        exec_.map(program_.parameters, descend);
+      }
     }
   }
 
@@ -122,7 +142,7 @@ class MetaStep {
 
   // v = H direction, the gradient in grads(0), and of the inputs; for theta_0.
   FASTMETA_HOST_DEVICE void hessian_vector_product() const {
-    support_gradient(0);
+    support_gradient(0, NoUpdate{});
     exec_.map(program_.parameters, Fill<storage_t>{0, task_.v});
     add_hessian_product(0, false);
   }
@@ -130,7 +150,7 @@ class MetaStep {
   // v_k from v_{k+1}, without the queries' own part.
   FASTMETA_HOST_DEVICE void step_back(int k) const {
     const bool is_there = options_.first_order || options_.keeps_steps || k + 1 == options_.steps;
-    if (!is_there) support_gradient(k);
+    if (!is_there) support_gradient(k, NoUpdate{});
     if (options_.lr_grad) step_size_gradient(k);
     if (options_.first_order) return;
     exec_.map(program_.parameters,
@@ -140,6 +160,11 @@ class MetaStep {
   }
 
  private:
+  // Where theta_{k+1} takes the place of theta_k, a layer's weights are still to be read when its
+  // gradient is there.
+  FASTMETA_HOST_DEVICE bool keeps_states() const {
+    return task_.state_stride > 0 || options_.steps == 1;
+  }
   FASTMETA_HOST_DEVICE Arena grads(int k) const { return task_.grads.from(k * task_.grads_stride); }
 
   FASTMETA_HOST_DEVICE Network<storage_t> support_network(int k) const {
@@ -159,12 +184,13 @@ class MetaStep {
   }
 
   // g_k, and with it values and gradients of step k.
-  FASTMETA_HOST_DEVICE void support_gradient(int k) const {
+  template <typename Update>
+  FASTMETA_HOST_DEVICE void support_gradient(int k, const Update& update) const {
     const auto net = support_network(k);
     const Passes<Executor> passes(exec_, net);
     passes.forward();
     passes.loss({}, 1, true);
-    passes.backward(grads(k), false);
+    passes.backward(grads(k), false, update);
   }
 
   // v += H_k direction; grad_support = (or +=) the derivative of <g_k, direction>.

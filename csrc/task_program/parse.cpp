@@ -148,6 +148,7 @@ void ParsedProgram::plan_gradients() {
   std::vector<bool> written(values_.size(), false);
   std::set<int64_t> parameters;
   int64_t covered = 0;
+  program_.writes_once = true;
   // Whether it was written before; it is now.
   const auto seen_value = [&](int v) {
     const bool before = written[v];
@@ -158,6 +159,7 @@ void ParsedProgram::plan_gradients() {
     if (!is_adapted(parameter)) return false;
     const bool is_new = parameters.insert(parameter).second;
     if (is_new) covered += size;
+    program_.writes_once = program_.writes_once && is_new;
     return !is_new;
   };
   for (auto i = instructions_.rbegin(); i != instructions_.rend(); ++i) {

@@ -66,8 +66,10 @@ class Passes {
                  WeightedElement<storage_t>{l.row_loss, net_.examples.norm, weight}, target);
   }
 
-  // From the gradient at the outputs: grads [P] = (or +=) the gradient, and that of the input.
-  FASTMETA_HOST_DEVICE void backward(Arena grads, bool adds) const {
+  // From the gradient at the outputs: grads [P] = (or +=) the gradient, and that of the input. With
+  // each element of grads that is complete `update.from(its parameter)` is done.
+  template <typename Update = NoUpdate>
+  FASTMETA_HOST_DEVICE void backward(Arena grads, bool adds, const Update& update = {}) const {
     if (!adds && !net_.program.covers_theta) {
       exec_.map(net_.program.parameters, Fill<storage_t>{0, grads});
     }
@@ -79,10 +81,10 @@ class Passes {
           if (i.with_previous && net_.delta(net_.program.instructions[k - 1].x)) {
             const Instruction& previous = net_.program.instructions[--k];
             with_activation<Executor>(previous, [&](const auto& f) {
-              linear(i).backward(exec_, grads, adds, activation_backward(f, previous));
+              linear(i).backward(exec_, grads, adds, activation_backward(f, previous), update);
             });
           } else {
-            linear(i).backward(exec_, grads, adds, NoFinish{});
+            linear(i).backward(exec_, grads, adds, NoFinish{}, update);
           }
           break;
         case Opcode::kActivation:
@@ -95,7 +97,7 @@ class Passes {
           hand_on(i, net_.delta(i.y), net_.delta(i.x), net_.delta(i.x2));
           break;
         case Opcode::kLayerNorm:
-          LayerNorm<storage_t>{net_, i}.backward(exec_, grads, adds);
+          LayerNorm<storage_t>{net_, i}.backward(exec_, grads, adds, update);
           break;
       }
     }

@@ -80,7 +80,8 @@ struct Program {
   int instruction_count, value_count, output;
   int64_t parameters, frozen;  // P, F
   int64_t example_elements;    // offset behind the last value: of an example, without the input
-  bool covers_theta;           // the backward pass writes every element of the gradient
+  bool covers_theta;           // the backward pass writes every element of the gradient,
+  bool writes_once;            // and none twice
   LossSpec loss;
 
   FASTMETA_HOST_DEVICE int64_t output_elements() const { return values[output].elements; }

@@ -172,12 +172,13 @@ struct LayerNormTangentBackward {
 };
 
 // target[j] (+)= sum over rows of dy xh, and with tangents of dy_dot xh + dy xh_dot; a cell is a
-// column.
-template <typename storage_t, bool tangent>
+// column; then finish.
+template <typename storage_t, bool tangent, typename Finish>
 struct LayerNormWeightGradient {
   LayerNormArrays<storage_t> l;
   Array<storage_t> target;
   bool adds;
+  Finish finish;
 
   template <typename Cell>
   FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
@@ -198,6 +199,7 @@ struct LayerNormWeightGradient {
       }
     }
     at.store(target, sum);
+    finish(at);
   }
 };
 
@@ -243,31 +245,36 @@ struct LayerNorm {
     exec.rows(l.rows, LayerNormTangentForward<storage_t>{l});
   }
 
-  template <typename Executor>
-  FASTMETA_HOST_DEVICE void backward(Executor& exec, Array<storage_t> grads, bool adds) const {
+  template <typename Executor, typename Update>
+  FASTMETA_HOST_DEVICE void backward(Executor& exec, Array<storage_t> grads, bool adds,
+                                     const Update& update) const {
     const auto l = arrays(false);
-    parameter_gradients<false>(exec, l, grads, adds);
+    parameter_gradients<false>(exec, l, grads, adds, update);
     if (l.dx) exec.rows(l.rows, LayerNormBackward<storage_t>{l});
   }
 
   template <typename Executor>
   FASTMETA_HOST_DEVICE void tangent_backward(Executor& exec, Array<storage_t> target) const {
     const auto l = arrays(true);
-    parameter_gradients<true>(exec, l, target, true);
+    parameter_gradients<true>(exec, l, target, true, NoUpdate{});
     if (l.dx_dot) exec.rows(l.rows, LayerNormTangentBackward<storage_t>{l});
   }
 
  private:
-  template <bool tangent, typename Executor>
+  template <bool tangent, typename Executor, typename Update>
   FASTMETA_HOST_DEVICE void parameter_gradients(Executor& exec, const LayerNormArrays<storage_t>& l,
-                                                Array<storage_t> target, bool adds) const {
+                                                Array<storage_t> target, bool adds,
+                                                const Update& update) const {
+    using Finish = decltype(update.from(0));
     if (is_adapted(i.weight)) {
-      exec.map(l.size, LayerNormWeightGradient<storage_t, tangent>{l, target.from(i.weight),
-                                                                   adds || i.adds_to_weight});
+      exec.map(l.size,
+               LayerNormWeightGradient<storage_t, tangent, Finish>{
+                   l, target.from(i.weight), adds || i.adds_to_weight, update.from(i.weight)});
     }
     if (is_adapted(i.bias)) {
-      exec.map(l.size, ColumnSums<storage_t>{l.rows, l.size, tangent ? l.dy_dot : l.dy,
-                                             target.from(i.bias), adds || i.adds_to_bias});
+      exec.map(l.size, ColumnSums<storage_t, Finish>{l.rows, l.size, tangent ? l.dy_dot : l.dy,
+                                                     target.from(i.bias), adds || i.adds_to_bias,
+                                                     update.from(i.bias)});
     }
   }
 };

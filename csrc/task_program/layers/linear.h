@@ -6,7 +6,8 @@
 //   tangent backward  dx_dot = dz_dot W + dz W_dot
 //                     dW_dot = dz_dot' x + dz' x_dot                    db_dot = sum of dz_dot
 //
-// `finish` is done with each element that the pass to the next layer makes.
+// `finish` is done with each element that the pass to the next layer makes, `update` with each of
+// the gradient of a parameter.
 #pragma once
 
 #include "task_program/elementwise.h"
@@ -39,18 +40,20 @@ struct Linear {
   }
 
   // grads [P] (+)=; adds to what is there where told to, or where another layer has the parameter.
-  template <typename Executor, typename Finish>
+  template <typename Executor, typename Finish, typename Update>
   FASTMETA_HOST_DEVICE void backward(Executor& exec, Array<storage_t> grads, bool adds,
-                                     const Finish& finish) const {
+                                     const Finish& finish, const Update& update) const {
     if (is_adapted(i.weight)) {
       auto p = product(Form::kTN, i.outputs, i.inputs, rows(), grads.from(i.weight));
       p.accumulates = adds || i.adds_to_weight;
       p.add(net.delta(i.y), net.value(i.x));
-      exec.product(p, NoFinish{});
+      exec.product(p, update.from(i.weight));
     }
     if (is_adapted(i.bias)) {
-      exec.map(i.outputs, ColumnSums<storage_t>{rows(), i.outputs, net.delta(i.y),
-                                                grads.from(i.bias), adds || i.adds_to_bias});
+      const auto finish_bias = update.from(i.bias);
+      exec.map(i.outputs, ColumnSums<storage_t, decltype(finish_bias)>{
+                              rows(), i.outputs, net.delta(i.y), grads.from(i.bias),
+                              adds || i.adds_to_bias, finish_bias});
     }
     if (const auto dx = net.delta(i.x)) {
       auto p = product(Form::kNN, rows(), i.inputs, i.outputs, dx);
