@@ -40,6 +40,11 @@ struct TaskNeeds {
   FASTMETA_HOST_DEVICE bool tangents() const {
     return gradient && support > 0 && !options.first_order;
   }
+  // g_k is made where theta_{k+1} comes to be: nobody asks for g_k itself, and where it is made again
+  // on the way back, theta_{k+1} is not needed any more.
+  FASTMETA_HOST_DEVICE bool shares_grads() const {
+    return keeps_states && options.steps > 0 && !options.lr_grad;
+  }
   FASTMETA_HOST_DEVICE bool keeps_grads() const {
     return gradient && options.lr_grad && (options.first_order || options.keeps_steps);
   }
@@ -73,8 +78,13 @@ FASTMETA_HOST_DEVICE TaskArrays<storage_t> take_task_arrays(Carver<storage_t>& c
     task.state_stride = needs.keeps_states ? parameters : 0;
   }
   if (needs.support > 0) {
-    task.grads = carver.take(parameters * (needs.keeps_grads() ? steps : 1));
-    task.grads_stride = needs.keeps_grads() ? parameters : 0;
+    if (needs.shares_grads()) {
+      task.grads = task.states;
+      task.grads_stride = task.state_stride;
+    } else {
+      task.grads = carver.take(parameters * (needs.keeps_grads() ? steps : 1));
+      task.grads_stride = needs.keeps_grads() ? parameters : 0;
+    }
     const int64_t kept = needs.gradient && needs.options.keeps_steps && !needs.options.first_order
                              ? (steps > 0 ? steps : 1)
                              : 1;

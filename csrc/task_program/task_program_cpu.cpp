@@ -12,7 +12,7 @@ namespace fastmeta {
 namespace {
 
 // A group of tasks in lanes takes about as long as this many tasks one after the other.
-constexpr int64_t kGroupCost = 8;
+constexpr int64_t kGroupCost = 5;
 // Parameters of a task up to which a group's arrays stay in the L2 cache.
 constexpr int64_t kMostParametersInLanes = 4096;
 
@@ -32,6 +32,16 @@ void add(const value_t* source, int64_t count, void* target) {
   at::vec::map2<value_t>([](Vec a, Vec b) { return a + b; }, sum, sum, source, count);
 }
 
+// Scratch memory; what is small is kept for this thread's next call: pages new to the process cost a
+// small job as much time as its arithmetic.
+at::Tensor workspace(int64_t bytes) {
+  constexpr int64_t kMostKept = 16 << 20;
+  if (bytes > kMostKept) return at::empty({bytes}, at::kByte);
+  thread_local at::Tensor kept;
+  if (!kept.defined() || kept.numel() < bytes) kept = at::empty({bytes}, at::kByte);
+  return kept;
+}
+
 template <typename value_t, bool in_lanes>
 void run(const Job& job) {
   using Worker = CpuWorker<value_t, in_lanes>;
@@ -39,7 +49,7 @@ void run(const Job& job) {
   const int64_t threads = at::get_num_threads();
   const int64_t workers = groups < threads ? 1 : threads;
   const int64_t bytes = ceil_div(Worker::bytes(job), 64) * 64;
-  const auto memory = at::empty({bytes * workers}, at::kByte);
+  const auto memory = workspace(bytes * workers);
   auto* base = static_cast<char*>(memory.mutable_data_ptr());
   std::vector<const value_t*> sums_theta(workers), sums_lr(workers);
   at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
