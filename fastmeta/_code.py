@@ -1,0 +1,157 @@
+"""The code of a task program: what Python writes as a tensor and C++ reads.
+
+An int64 tensor ``[16 + V + 16 N]`` on the CPU; csrc/task_program/program.h reads the same format.
+
+    header  format, V values, N instructions, P parameters, F frozen ones, output value,
+            loss kind (-1: none), its a and b, mean (1) or sum (0), scale of the loss
+    values  elements of one example, V words; value 0 is the input
+    then N instructions of 16 words
+            opcode, x, x2, y (values; -1: none), weight, bias, arguments
+
+``weight`` and ``bias`` are offsets in the arena [P] from 0 up, offsets ``-2 - i`` in the frozen
+parameters [F], or -1 for none. Real numbers are float64, stored by their bits.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_FORMAT = 1
+_WORDS = 16  # of the header, and of an instruction
+_NONE = -1
+
+
+class Opcode(IntEnum):
+    LINEAR = 0  # y = x W' + b on the last dimension; inputs, outputs
+    ACTIVATION = 1  # kind, a, b
+    ADD = 2  # y = x + x2
+    LAYER_NORM = 3  # normalised elements, eps
+
+
+class Activation(IntEnum):
+    RELU = 0
+    LEAKY_RELU = 1  # a: slope
+    ELU = 2  # a: alpha
+    GELU = 3
+    GELU_TANH = 4
+    SILU = 5
+    TANH = 6
+    SIGMOID = 7
+    SOFTPLUS = 8  # a: beta, b: threshold
+
+
+class LossKind(IntEnum):
+    CROSS_ENTROPY = 0  # a: label smoothing, b: ignored label
+    MSE = 1
+    BCE_WITH_LOGITS = 2
+    HUBER = 3  # a: delta
+    L1 = 4
+
+
+# How the arguments are packed into words: q an integer, d a float64.
+_ARGUMENTS = {
+    Opcode.LINEAR: "<qq",
+    Opcode.ACTIVATION: "<qdd",
+    Opcode.ADD: "<",
+    Opcode.LAYER_NORM: "<qd",
+}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    opcode: Opcode
+    x: int
+    y: int
+    x2: int = _NONE
+    weight: int = _NONE
+    bias: int = _NONE
+    args: tuple[int | float, ...] = ()
+
+    def words(self) -> list[int]:
+        args = _words(_ARGUMENTS[self.opcode], self.args, _WORDS - 6)
+        return [self.opcode, self.x, self.x2, self.y, self.weight, self.bias, *args]
+
+    @classmethod
+    def of(cls, words: list[int]) -> Instruction:
+        opcode = Opcode(words[0])
+        x, x2, y, weight, bias = words[1:6]
+        return cls(opcode, x, y, x2, weight, bias, _numbers(_ARGUMENTS[opcode], words[6:]))
+
+
+@dataclass(frozen=True)
+class LossCode:
+    """``scale`` times the mean or the sum over a task's examples."""
+
+    kind: LossKind
+    a: float = 0.0
+    b: int = 0
+    mean: bool = True
+    scale: float = 1.0
+
+    def words(self) -> list[int]:
+        return [self.kind, *_words("<dqqd", (self.a, self.b, self.mean, self.scale), 4)]
+
+    @classmethod
+    def of(cls, words: list[int]) -> LossCode | None:
+        if words[0] == _NONE:
+            return None
+        a, b, mean, scale = _numbers("<dqqd", words[1:])
+        return cls(LossKind(words[0]), a, b, bool(mean), scale)
+
+
+@dataclass(frozen=True)
+class Code:
+    """A code tensor, taken apart.
+
+    Attributes:
+        values: elements of one example of each value.
+        instructions: in the order in which they run.
+        parameters, frozen: P, F.
+        output: the value that the module returns.
+        loss: None for a program that gives outputs only.
+    """
+
+    values: tuple[int, ...]
+    instructions: tuple[Instruction, ...]
+    parameters: int
+    frozen: int
+    output: int
+    loss: LossCode | None = None
+
+    def encode(self) -> Tensor:
+        counts = [len(self.values), len(self.instructions), self.parameters, self.frozen]
+        loss = self.loss.words() if self.loss else [_NONE, 0, 0, 0, 0]
+        header = [_FORMAT, *counts, self.output, *loss]
+        header += [0] * (_WORDS - len(header))
+        body = [word for instruction in self.instructions for word in instruction.words()]
+        return torch.tensor([*header, *self.values, *body])
+
+    @classmethod
+    def decode(cls, code: Tensor) -> Code:
+        words = code.tolist()
+        _, values, count, parameters, frozen, output = words[:6]
+        start = _WORDS + values
+        rows = [words[i : i + _WORDS] for i in range(start, start + count * _WORDS, _WORDS)]
+        return cls(
+            tuple(words[_WORDS:start]),
+            tuple(map(Instruction.of, rows)),
+            parameters,
+            frozen,
+            output,
+            LossCode.of(words[6:11]),
+        )
+
+
+def _words(layout: str, numbers: tuple[int | float, ...], count: int) -> list[int]:
+    packed = struct.pack(layout, *numbers).ljust(8 * count, b"\0")
+    return list(struct.unpack(f"<{count}q", packed))
+
+
+def _numbers(layout: str, words: list[int]) -> tuple[int | float, ...]:
+    packed = struct.pack(f"<{len(words)}q", *words)
+    return struct.unpack_from(layout, packed)

@@ -1,0 +1,220 @@
+"""The task program's ops in plain PyTorch: readable, slow, and the tests' oracle.
+
+The code is interpreted one instruction at a time for one task; everything else follows from
+``torch.func`` and from unrolling the inner steps. Arguments and results are those of the compiled
+ops of the same names (csrc/library.cpp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import grad, grad_and_value, vmap
+
+from fastmeta._code import Activation, Code, Instruction, LossCode, LossKind, Opcode
+
+
+def forward(code: Tensor, theta: Tensor, frozen: Tensor, x: Tensor) -> Tensor:
+    """Outputs ``[T, B, n]``."""
+    program = Code.decode(code)
+    return vmap(lambda p, x: _outputs(program, p, frozen, x))(_each(theta, x), x)
+
+
+def gradient(
+    code: Tensor, theta: Tensor, frozen: Tensor, x: Tensor, y: Tensor, input_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss ``[T]``, outputs, and the gradient of each task's loss to theta ``[T, P]`` and x."""
+    task_loss = _task_loss(Code.decode(code), frozen)
+    both = vmap(grad_and_value(task_loss, argnums=(0, 1), has_aux=True))
+    (grad_theta, grad_x), (loss, outputs) = both(_each(theta, x), x, y)
+    return loss, outputs, grad_theta, grad_x if input_grad else x.new_empty(0)
+
+
+def hvp(
+    code: Tensor,
+    theta: Tensor,
+    frozen: Tensor,
+    x: Tensor,
+    y: Tensor,
+    vector: Tensor,
+    input_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``H v`` and the gradient, ``[T, P]``, and the derivative of ``<gradient, v>`` to x."""
+    slope = grad(_task_loss(Code.decode(code), frozen), has_aux=True)
+
+    def along(theta: Tensor, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        g, _ = slope(theta, x, y)
+        return g @ v, g
+
+    second = vmap(grad(along, argnums=(0, 1), has_aux=True))
+    (product, mixed), g = second(_each(theta, x), x, y, vector)
+    return product, g, mixed if input_grad else x.new_empty(0)
+
+
+def adapt(
+    code: Tensor, theta: Tensor, frozen: Tensor, lr: Tensor, x: Tensor, y: Tensor, steps: int
+) -> Tensor:
+    """theta_K ``[T, P]``."""
+    with torch.no_grad():
+        return _unrolled(code, theta, frozen, lr, x, y, steps, first_order=True)[-1]
+
+
+def adapt_backward(
+    code: Tensor,
+    theta: Tensor,
+    frozen: Tensor,
+    lr: Tensor,
+    x: Tensor,
+    y: Tensor,
+    steps: int,
+    grad_out: Tensor,
+    first_order: bool,
+    keep: bool,
+    lr_grad: bool,
+    input_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The derivative of ``<theta_K, grad_out>`` to theta, lr and x; ``keep`` changes nothing."""
+    theta, lr, x = (tensor.detach().requires_grad_() for tensor in (theta, lr, x))
+    with torch.enable_grad():
+        end = _unrolled(code, theta, frozen, lr, x, y, steps, first_order)[-1]
+    return _grads((end * grad_out).sum(), {theta: True, lr: lr_grad, x: input_grad})
+
+
+def meta_gradient(
+    code: Tensor,
+    theta: Tensor,
+    frozen: Tensor,
+    lr: Tensor,
+    support_x: Tensor,
+    support_y: Tensor,
+    query_x: Tensor,
+    query_y: Tensor,
+    step_weights: Sequence[float],
+    steps: int,
+    first_order: bool,
+    keep: bool,
+    gradient: bool,
+    lr_grad: bool,
+    support_grad: bool,
+    query_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The meta-loss, the outputs on the queries, and the gradient to theta, lr and the inputs."""
+    leaves = (theta, lr, support_x, query_x)
+    theta, lr, support_x, query_x = (tensor.detach().requires_grad_() for tensor in leaves)
+    query_loss = vmap(_task_loss(Code.decode(code), frozen))
+    with torch.enable_grad():
+        states = _unrolled(code, theta, frozen, lr, support_x, support_y, steps, first_order)
+        losses, outputs = query_loss(states[-1], query_x, query_y)
+        if step_weights:
+            each = (query_loss(state, query_x, query_y)[0] for state in states[1:])
+            losses = sum(w * loss for w, loss in zip(step_weights, each, strict=True))
+        loss = losses.mean()
+    wanted = {theta: gradient, lr: lr_grad, support_x: support_grad, query_x: query_grad}
+    return loss.detach(), outputs.detach(), *_grads(loss, wanted)
+
+
+def _unrolled(
+    code: Tensor,
+    theta: Tensor,
+    frozen: Tensor,
+    lr: Tensor,
+    x: Tensor,
+    y: Tensor,
+    steps: int,
+    first_order: bool,
+) -> list[Tensor]:
+    """theta_0 .. theta_K, each ``[T, P]``."""
+    slope = vmap(grad(_task_loss(Code.decode(code), frozen), has_aux=True))
+    states = [_each(theta, x)]
+    for k in range(steps):
+        g, _ = slope(states[-1], x, y)
+        step = lr[min(k, len(lr) - 1)]
+        states.append(states[-1] - step * (g.detach() if first_order else g))
+    return states
+
+
+def _grads(value: Tensor, wanted: dict[Tensor, bool]) -> tuple[Tensor, ...]:
+    grads = torch.autograd.grad(value, list(wanted), materialize_grads=True)
+    return tuple(
+        g if want else g.new_empty(0) for g, want in zip(grads, wanted.values(), strict=True)
+    )
+
+
+def _each(theta: Tensor, x: Tensor) -> Tensor:
+    return theta.expand(len(x), theta.shape[-1])
+
+
+def _task_loss(program: Code, frozen: Tensor):
+    def task_loss(theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = _outputs(program, theta, frozen, x)
+        return _loss(program.loss, outputs, y), outputs
+
+    return task_loss
+
+
+def _outputs(program: Code, theta: Tensor, frozen: Tensor, x: Tensor) -> Tensor:
+    """Outputs ``[B, n]`` of one task's parameters ``[P]`` for inputs ``[B, ...]``."""
+    values = {0: x.reshape(len(x), program.values[0])}
+    for instruction in program.instructions:
+        y = _run(instruction, values, theta, frozen)
+        values[instruction.y] = y.reshape(len(x), program.values[instruction.y])
+    return values[program.output]
+
+
+def _run(ins: Instruction, values: dict[int, Tensor], theta: Tensor, frozen: Tensor) -> Tensor:
+    x = values[ins.x]
+    if ins.opcode == Opcode.ADD:
+        return x + values[ins.x2]
+    if ins.opcode == Opcode.ACTIVATION:
+        return _activation(x, *ins.args)
+    if ins.opcode == Opcode.LINEAR:
+        inputs, outputs = ins.args
+        weight = _parameter(ins.weight, (outputs, inputs), theta, frozen)
+        bias = _parameter(ins.bias, (outputs,), theta, frozen)
+        return F.linear(x.unflatten(1, (-1, inputs)), weight, bias)
+    size, eps = ins.args
+    weight, bias = (_parameter(at, (size,), theta, frozen) for at in (ins.weight, ins.bias))
+    return F.layer_norm(x.unflatten(1, (-1, size)), (size,), weight, bias, eps)
+
+
+def _parameter(
+    reference: int, shape: tuple[int, ...], theta: Tensor, frozen: Tensor
+) -> Tensor | None:
+    if reference == -1:
+        return None
+    source, start = (theta, reference) if reference >= 0 else (frozen, -2 - reference)
+    return source[start : start + torch.Size(shape).numel()].view(shape)
+
+
+def _activation(x: Tensor, kind: int, a: float, b: float) -> Tensor:
+    functions = {
+        Activation.RELU: lambda: F.relu(x),
+        Activation.LEAKY_RELU: lambda: F.leaky_relu(x, a),
+        Activation.ELU: lambda: F.elu(x, a),
+        Activation.GELU: lambda: F.gelu(x),
+        Activation.GELU_TANH: lambda: F.gelu(x, approximate="tanh"),
+        Activation.SILU: lambda: F.silu(x),
+        Activation.TANH: lambda: x.tanh(),
+        Activation.SIGMOID: lambda: x.sigmoid(),
+        Activation.SOFTPLUS: lambda: F.softplus(x, a, b),
+    }
+    return functions[Activation(kind)]()
+
+
+def _loss(code: LossCode, outputs: Tensor, y: Tensor) -> Tensor:
+    reduction = "mean" if code.mean else "sum"
+    if code.kind == LossKind.CROSS_ENTROPY:
+        options = {"label_smoothing": code.a, "ignore_index": code.b}
+        return code.scale * F.cross_entropy(outputs, y, reduction=reduction, **options)
+    y = y.reshape(outputs.shape)
+    if code.kind == LossKind.HUBER:
+        return code.scale * F.huber_loss(outputs, y, reduction=reduction, delta=code.a)
+    functions = {
+        LossKind.MSE: F.mse_loss,
+        LossKind.BCE_WITH_LOGITS: F.binary_cross_entropy_with_logits,
+        LossKind.L1: F.l1_loss,
+    }
+    return code.scale * functions[code.kind](outputs, y, reduction=reduction)

@@ -1,0 +1,134 @@
+"""What a module calls, in order: a torch.fx trace that can be relied on."""
+
+from __future__ import annotations
+
+import operator
+import random
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastmeta._watch import globally_hooked, hooked, is_torchs_own
+from fastmeta.arena import Layout
+
+_DTYPES = (torch.float32, torch.float64)
+_MODULE = "module"
+
+
+class Refusal(Exception):
+    """Why there is no program; the message is for the user."""
+
+
+class Trace:
+    """The calls of a module, the same for all inputs as long as the module does not change.
+
+    Attributes:
+        module, layout: what was traced, and where its parameters lie in the arena.
+        graph: of a call of ``module`` as a submodule, so with the defaults of its forward.
+        frozen: parameters that are not adapted.
+
+    Raises:
+        Refusal: where the calls cannot be said once for all inputs, or other code runs with them.
+    """
+
+    def __init__(
+        self, module: nn.Module, layout: Layout, leaves: tuple[type[nn.Module], ...]
+    ) -> None:
+        self.module, self.layout = module, layout
+        self._check_modules()
+        self.graph = self._traced(leaves)
+        self.frozen = [p for p in module.parameters() if not p.requires_grad]
+        self._references: dict[int, int] = {}
+        own, frozen = 0, 0
+        for p in module.parameters():
+            if p.requires_grad:
+                self._references[id(p)], own = own, own + p.numel()
+            else:
+                self._references[id(p)], frozen = -2 - frozen, frozen + p.numel()
+
+    def reference(self, parameter: Tensor) -> int:
+        """A parameter as an instruction names it: its offset, ``-2 - offset`` if it is frozen."""
+        if id(parameter) not in self._references:
+            raise Refusal("it uses a parameter that model does not own")
+        return self._references[id(parameter)]
+
+    def attribute(self, target: str) -> Any:
+        """What a node of the graph refers to: a layer or a parameter."""
+        value: Any = self.module
+        for name in target.split(".")[1:]:
+            value = getattr(value, name)
+        return value
+
+    def _traced(self, leaves: tuple[type[nn.Module], ...]) -> fx.Graph:
+        generators = torch.get_rng_state(), random.getstate()
+        try:
+            graph = _Tracer(leaves).trace(_Root(self.module))
+        except Exception as error:  # anything: a forward is the user's code
+            what = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+            raise Refusal(f"torch.fx cannot trace model: {what}") from error
+        drawn = not torch.equal(generators[0], torch.get_rng_state())
+        if drawn or generators[1] != random.getstate():
+            raise Refusal("the forward of model draws random numbers")
+        return graph
+
+    def _check_modules(self) -> None:
+        if self.layout.dtype not in _DTYPES:
+            raise Refusal(f"the parameters are {self.layout.dtype}, not float32 or float64")
+        if globally_hooked():
+            raise Refusal("there are hooks on the calls of every module")
+        for name, m in self.module.named_modules():
+            if hooked(m):
+                raise Refusal(f"{path(name)} has hooks")
+            if "forward" in m.__dict__ or m.__dict__.get("_compiled_call_impl") is not None:
+                raise Refusal(f"{path(name)} is compiled, or its forward was replaced")
+            if m._buffers and not is_torchs_own(m):
+                raise Refusal(f"{path(name)} has buffers, which the program does not follow")
+        for name, p in self.module.named_parameters():
+            if type(p) is not nn.Parameter:
+                raise Refusal(f"parameter {name!r} is a {type(p).__name__}")
+            if (p.dtype, p.device) != (self.layout.dtype, self.layout.device):
+                raise Refusal(f"parameter {name!r} is {p.dtype} on {p.device}, unlike the others")
+
+
+def path(name: str) -> str:
+    """A submodule as the user names it."""
+    return f"model.{name}" if name else "model"
+
+
+def caller(node: fx.Node) -> str:
+    """The module in whose forward a node stands."""
+    target = node.target
+    if node.op != "call_module":
+        target = next(reversed(node.meta.get("nn_module_stack", {_MODULE: None})))
+    return path(str(target).removeprefix(_MODULE).removeprefix("."))
+
+
+class _Proxy(fx.Proxy):
+    """Sees ``x += y`` as what it is; fx would take it for ``x + y``."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, leaves: tuple[type[nn.Module], ...]) -> None:
+        super().__init__()
+        self._leaves = leaves
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        if isinstance(module, self._leaves):
+            return True
+        return is_torchs_own(module) and type(module) is not nn.Sequential
+
+
+class _Root(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        setattr(self, _MODULE, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)

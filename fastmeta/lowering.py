@@ -1,0 +1,197 @@
+"""A module and its loss as the code of a task program, or the reason why there is none.
+
+A module is traced once (torch.fx); the trace becomes code once for each shape of an example. What
+the program would not compute exactly as the module does is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmeta._build import LAYERS, Builder, examples_that_fit
+from fastmeta._code import LossCode, LossKind
+from fastmeta._stateless import Loss
+from fastmeta._trace import Refusal, Trace
+from fastmeta._watch import Watch, hooked
+from fastmeta.arena import Layout
+
+
+class _LossOptions(NamedTuple):
+    """What a loss takes besides outputs, targets and reduction."""
+
+    name: str
+    defaults: dict[str, float]
+
+
+_LOSSES = {
+    F.cross_entropy: _LossOptions("cross entropy", {"label_smoothing": 0.0, "ignore_index": -100}),
+    F.mse_loss: _LossOptions("mean squared error", {}),
+    F.binary_cross_entropy_with_logits: _LossOptions("binary cross entropy with logits", {}),
+    F.huber_loss: _LossOptions("Huber loss", {"delta": 1.0}),
+    F.smooth_l1_loss: _LossOptions("smooth L1 loss", {"beta": 1.0}),
+    F.l1_loss: _LossOptions("L1 loss", {}),
+}
+# Exactly these types: a subclass may do something else.
+_LOSS_MODULES: dict[type[nn.Module], Any] = {
+    nn.CrossEntropyLoss: F.cross_entropy,
+    nn.MSELoss: F.mse_loss,
+    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
+    nn.HuberLoss: F.huber_loss,
+    nn.SmoothL1Loss: F.smooth_l1_loss,
+    nn.L1Loss: F.l1_loss,
+}
+_WEIGHTS = ("weight", "pos_weight")
+
+
+@dataclass(frozen=True)
+class Program:
+    """A module and its loss as code, for inputs of one shape.
+
+    Attributes:
+        code: int64, as ``fastmeta._code`` says.
+        layout: of the arena ``[P]``.
+        frozen: the parameters that are not adapted, in the order of the code's offsets.
+        input_shape, output_shape: of one example.
+        loss: what the outputs are compared by.
+        layers: what runs, in words.
+    """
+
+    code: Tensor
+    layout: Layout
+    frozen: tuple[nn.Parameter, ...]
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    loss: LossCode
+    layers: tuple[str, ...]
+
+
+class Lowering:
+    """The programs of a module and its loss, made where they are first needed and then kept.
+
+    ``current()`` says at each call whether what was made still holds: it does not when layers,
+    parameters, options, flags or hooks of the module have changed.
+
+    Args:
+        module: any module.
+        loss: any loss.
+
+    Example:
+        >>> lowering = Lowering(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), F.mse_loss)
+        >>> lowering.program((3,)).layers
+        ('linear 3 to 2', 'relu', 'mean squared error')
+        >>> Lowering(nn.Conv2d(1, 2, 3), F.mse_loss).program((1, 8, 8))
+        'model is a Conv2d, which the program does not have yet'
+    """
+
+    def __init__(self, module: nn.Module, loss: Loss) -> None:
+        self._module, self._loss = module, loss
+        self._spec, self._loss_name = lower_loss(loss)
+        self._programs: dict[tuple[int, ...], Program | str] = {}
+        layout, self._watch = Layout.of(module), Watch(module)
+        self._trace: Trace | str
+        try:
+            self._trace = Trace(module, layout, tuple(LAYERS))
+        except Refusal as refusal:
+            self._trace = str(refusal)
+        # A forward that changes its module does so at every call; nothing else is lost then.
+        self._changing = not self._watch.holds()
+        if self._changing:
+            self._trace = "the forward of model changes model"
+
+    def current(self, module: nn.Module, loss: Loss) -> bool:
+        """Whether this is a lowering of the module and the loss as they are now."""
+        if module is not self._module or loss is not self._loss:
+            return False
+        if not (self._watch.holds() or self._changing):
+            return False
+        return type(loss) is FunctionType or lower_loss(loss)[0] == self._spec
+
+    def program(self, shape: tuple[int, ...] | None = None) -> Program | str:
+        """The program for examples of a shape (None: of one that fits), or why there is none."""
+        if isinstance(self._spec, str):
+            return self._spec
+        if isinstance(self._trace, str):
+            return self._trace
+        if shape is None:
+            shape = examples_that_fit(self._trace) or ()
+        if shape not in self._programs:
+            self._programs[shape] = self._made(self._trace, self._spec, shape)
+        return self._programs[shape]
+
+    def _made(self, trace: Trace, loss: LossCode, shape: tuple[int, ...]) -> Program | str:
+        try:
+            built = Builder(trace, shape)
+        except Refusal as refusal:
+            return str(refusal)
+        output = built.output.shape
+        if loss.kind == LossKind.CROSS_ENTROPY and len(output) != 1:
+            return f"cross entropy takes [classes] of an example, and model gives {list(output)}"
+        layers = (*built.layers, self._loss_name)
+        code = built.code(loss).encode()
+        return Program(code, trace.layout, tuple(trace.frozen), shape, output, loss, layers)
+
+
+def lower_loss(loss: Loss) -> tuple[LossCode | str, str]:
+    """A loss as code, or the reason why there is none; and its name."""
+    try:
+        return _lowered_loss(loss)
+    except Refusal as refusal:
+        return f"loss: {refusal}", ""
+
+
+def _lowered_loss(loss: Loss) -> tuple[LossCode, str]:
+    function, options = _taken_apart(loss)
+    known = _LOSSES.get(function)
+    if known is None:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise Refusal(f"it is {name}, which the program does not have yet")
+    reduction = options.pop("reduction", "mean")
+    if any(options.pop(name, None) is not None for name in _WEIGHTS):
+        raise Refusal(f"the program's {known.name} has no weights")
+    if reduction not in ("mean", "sum") or not set(options) <= set(known.defaults):
+        raise Refusal(f"the program's {known.name} does not have these options")
+    numbers = {**known.defaults, **options}
+    if any(type(number) not in (int, float) for number in numbers.values()):
+        raise Refusal(f"the options of {known.name} are not all numbers")
+    return _coded(function, reduction == "mean", **numbers), known.name
+
+
+def _coded(
+    function: Any,
+    mean: bool,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    delta: float = 1.0,
+    beta: float = 1.0,
+) -> LossCode:
+    if function is F.cross_entropy and 0 <= label_smoothing <= 1:
+        return LossCode(LossKind.CROSS_ENTROPY, float(label_smoothing), int(ignore_index), mean)
+    if function is F.mse_loss:
+        return LossCode(LossKind.MSE, mean=mean)
+    if function is F.binary_cross_entropy_with_logits:
+        return LossCode(LossKind.BCE_WITH_LOGITS, mean=mean)
+    if function is F.huber_loss and delta > 0:
+        return LossCode(LossKind.HUBER, float(delta), mean=mean)
+    if function is F.l1_loss or (function is F.smooth_l1_loss and beta == 0):
+        return LossCode(LossKind.L1, mean=mean)
+    if function is F.smooth_l1_loss and beta > 0:
+        return LossCode(LossKind.HUBER, float(beta), mean=mean, scale=1 / beta)
+    raise Refusal("an option is out of range")
+
+
+def _taken_apart(loss: Any) -> tuple[Any, dict[str, Any]]:
+    """The function behind a loss, and its options."""
+    if type(loss) is functools.partial:
+        return (loss.func, dict(loss.keywords)) if not loss.args else (loss, {})
+    function = _LOSS_MODULES.get(type(loss))
+    if function is None or hooked(loss) or "forward" in loss.__dict__:
+        return loss, {}
+    names = ("reduction", *_WEIGHTS, *_LOSSES[function].defaults)
+    return function, {name: getattr(loss, name) for name in names if hasattr(loss, name)}
