@@ -47,10 +47,13 @@ class Builder:
         self._sizes = [math.prod(shape)]
         self._instructions: list[Instruction] = []
         self._overwritten: list[tuple[int, int]] = []  # value, the instruction that does it
+        self._adapts: set[int] = set()  # values that depend on adapted parameters
         self.output = self._run(Value(0, shape))
         self._check_overwritten()
         if 0 in self._sizes:
             raise Refusal("a tensor of model has no elements")
+        if self.output.index not in self._adapts:
+            raise Refusal("the outputs of model depend on no trainable parameter")
 
     def code(self, loss: LossCode | None) -> Code:
         return Code(
@@ -66,8 +69,14 @@ class Builder:
         self, opcode: Opcode, x: Value, shape: tuple[int, ...], name: str, **fields: Any
     ) -> Value:
         y = Value(len(self._sizes), shape)
+        instruction = Instruction(opcode, x.index, y.index, **fields)
+        if max(instruction.weight, instruction.bias) >= 0 or self._adapts & {
+            x.index,
+            instruction.x2,
+        }:
+            self._adapts.add(y.index)
         self._sizes.append(math.prod(shape))
-        self._instructions.append(Instruction(opcode, x.index, y.index, **fields))
+        self._instructions.append(instruction)
         self.layers.append(name)
         return y
 

@@ -25,18 +25,22 @@ except ImportError as error:
     UNAVAILABLE = str(error) if built else "it was installed without the compiled extension"
 
 OPS = ("inner_update", "prototypes", "pairwise_distance", "prototype_loss")
+PROGRAM = "task_program"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+PROGRAM_DTYPES = (torch.float32, torch.float64)
 BACKENDS = ("native", "torch")
 
 
 def _has_kernel(op: str, device: str) -> bool:
-    """Whether an op was compiled for a device."""
+    """Whether an op was compiled for a device; the task program has several, built together."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return _C is not None and has(f"fastmeta::{op}", device.upper())
+    name = "task_program_meta_gradient" if op == PROGRAM else op
+    return _C is not None and has(f"fastmeta::{name}", device.upper())
 
 
 # What follows is traced by torch.compile: plain tables and globals, which it guards on.
-KERNELS = {(op, device) for op in OPS for device in ("cpu", "cuda") if _has_kernel(op, device)}
+NAMES = (*OPS, PROGRAM)
+KERNELS = {(op, device) for op in NAMES for device in ("cpu", "cuda") if _has_kernel(op, device)}
 _forced: str | None = None
 
 
@@ -74,7 +78,8 @@ def _missing(op: str, device: str, dtype: torch.dtype) -> str:
         return f"the native extension is missing: {UNAVAILABLE}"
     if (op, device) not in KERNELS:
         return f"the extension was built without {op} for {device}"
-    return "" if dtype in DTYPES else f"{op} has no native kernel for {dtype}"
+    dtypes = PROGRAM_DTYPES if op == PROGRAM else DTYPES
+    return "" if dtype in dtypes else f"{op} has no native kernel for {dtype}"
 
 
 @cache
@@ -106,7 +111,7 @@ def backend_of(
     """The implementation that `op` runs for tensors of `dtype` on `device`: "native" or "torch".
 
     Args:
-        op: "inner_update", "prototypes", "pairwise_distance" or "prototype_loss".
+        op: "inner_update", "prototypes", "pairwise_distance", "prototype_loss" or "task_program".
         device: a device or its name.
         dtype: the tensors' dtype.
 
@@ -116,8 +121,8 @@ def backend_of(
     >>> fm.backend_of("prototype_loss", "cpu", torch.float32)
     'native'
     """
-    if op not in OPS:
-        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    if op not in NAMES:
+        raise ValueError(f"op must be one of {', '.join(NAMES)}, got {op!r}")
     return _select(op, torch.device(device).type, dtype)[0]
 
 

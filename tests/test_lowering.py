@@ -256,6 +256,10 @@ REASONS = {
         lambda m, x: torch.add(m.first(x), x, out=None)
     ),
     "model does not return one tensor": lambda: Calls(lambda m, x: (m.first(x), x)),
+    "the outputs of model depend on no trainable parameter": lambda: Calls(
+        lambda m, x: torch.relu(x)
+    ),
+    "a tensor of model has no elements": lambda: nn.Sequential(nn.Linear(3, 0), nn.Linear(0, 3)),
     "model has no layers": lambda: Calls(lambda m, x: x),
     "relu works in place on a tensor that is used elsewhere": lambda: Calls(in_place_twice),
     "add works in place on a tensor that is used elsewhere": lambda: Calls(added_in_place),

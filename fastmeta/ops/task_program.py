@@ -1,0 +1,122 @@
+"""The ops of a task program: forward, gradient, Hessian-vector product, inner loop, meta-gradient.
+
+Raw ops: tensors are [T, B, ...], parameters theta [P] or [T, P], frozen parameters [F], step sizes
+[K or 1, T or 1, P or 1]; ``fastmeta._code`` says what the code is. ``fastmeta.program`` joins them
+to autograd. They work on fake tensors, so under torch.compile; under vmap PyTorch loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType, SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from fastmeta import _native, _program_reference
+from fastmeta.ops._raw import contiguous_like, register
+
+NAMES = ("forward", "gradient", "hvp", "adapt", "adapt_backward", "meta_gradient")
+
+
+def implementation(x: Tensor) -> SimpleNamespace | ModuleType:
+    """The functions of ``NAMES`` for tensors like ``x``: compiled, or in plain PyTorch.
+
+    Warns once where compiled ones were to be expected.
+    """
+    return COMPILED if _native.is_native(_native.PROGRAM, x) else _program_reference
+
+
+def _outputs(x: Tensor) -> Tensor:
+    """Outputs [T, B, n]; the code knows n, and a fake tensor does not know its values."""
+    return x.new_empty(*x.shape[:2], torch.library.get_ctx().new_dynamic_size())
+
+
+def _rows(theta: Tensor, x: Tensor) -> Tensor:
+    return theta.new_empty(x.shape[0], theta.shape[-1])
+
+
+def _if_wanted(like: Tensor, wanted: bool) -> Tensor:
+    return contiguous_like(like) if wanted else like.new_empty(0)
+
+
+def _forward(code: Tensor, theta: Tensor, frozen: Tensor, x: Tensor) -> Tensor:
+    return _outputs(x)
+
+
+def _gradient(
+    code: Tensor, theta: Tensor, frozen: Tensor, x: Tensor, y: Tensor, input_grad: bool
+) -> tuple[Tensor, ...]:
+    outputs, loss = _outputs(x), x.new_empty(x.shape[0])
+    return loss, outputs, _rows(theta, x), _if_wanted(x, input_grad)
+
+
+def _hvp(
+    code: Tensor,
+    theta: Tensor,
+    frozen: Tensor,
+    x: Tensor,
+    y: Tensor,
+    vector: Tensor,
+    input_grad: bool,
+) -> tuple[Tensor, ...]:
+    return _rows(theta, x), _rows(theta, x), _if_wanted(x, input_grad)
+
+
+def _adapt(
+    code: Tensor, theta: Tensor, frozen: Tensor, lr: Tensor, x: Tensor, y: Tensor, steps: int
+) -> Tensor:
+    return _rows(theta, x)
+
+
+def _adapt_backward(
+    code: Tensor,
+    theta: Tensor,
+    frozen: Tensor,
+    lr: Tensor,
+    x: Tensor,
+    y: Tensor,
+    steps: int,
+    grad_out: Tensor,
+    first_order: bool,
+    keep: bool,
+    lr_grad: bool,
+    input_grad: bool,
+) -> tuple[Tensor, ...]:
+    return contiguous_like(theta), _if_wanted(lr, lr_grad), _if_wanted(x, input_grad)
+
+
+def _meta_gradient(
+    code: Tensor,
+    theta: Tensor,
+    frozen: Tensor,
+    lr: Tensor,
+    support_x: Tensor,
+    support_y: Tensor,
+    query_x: Tensor,
+    query_y: Tensor,
+    step_weights: Sequence[float],
+    steps: int,
+    first_order: bool,
+    keep: bool,
+    gradient: bool,
+    lr_grad: bool,
+    support_grad: bool,
+    query_grad: bool,
+) -> tuple[Tensor, ...]:
+    wanted = (
+        (theta, gradient),
+        (lr, gradient and lr_grad),
+        (support_x, gradient and support_grad),
+        (query_x, gradient and query_grad),
+    )
+    grads = (_if_wanted(tensor, want) for tensor, want in wanted)
+    return theta.new_empty(()), _outputs(query_x), *grads
+
+
+_FAKES = (_forward, _gradient, _hvp, _adapt, _adapt_backward, _meta_gradient)
+COMPILED = SimpleNamespace()
+for _name, _fake in zip(NAMES, _FAKES, strict=True):
+    register(f"task_program_{_name}", _fake)
+    if _native._C is not None:
+        setattr(COMPILED, _name, getattr(torch.ops.fastmeta, f"task_program_{_name}").default)
