@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import random
 from typing import Any
@@ -26,7 +27,7 @@ class Trace:
     Attributes:
         module, layout: what was traced, and where its parameters lie in the arena.
         graph: of a call of ``module`` as a submodule, so with the defaults of its forward.
-        frozen: parameters that are not adapted.
+        adapted, frozen: the parameters with and without ``requires_grad``.
 
     Raises:
         Refusal: where the calls cannot be said once for all inputs, or other code runs with them.
@@ -38,14 +39,11 @@ class Trace:
         self.module, self.layout = module, layout
         self._check_modules()
         self.graph = self._traced(leaves)
+        self.adapted = [p for p in module.parameters() if p.requires_grad]
         self.frozen = [p for p in module.parameters() if not p.requires_grad]
-        self._references: dict[int, int] = {}
-        own, frozen = 0, 0
-        for p in module.parameters():
-            if p.requires_grad:
-                self._references[id(p)], own = own, own + p.numel()
-            else:
-                self._references[id(p)], frozen = -2 - frozen, frozen + p.numel()
+        places = dict(zip(map(id, self.adapted), _offsets(self.adapted), strict=True))
+        shared = zip(map(id, self.frozen), _offsets(self.frozen), strict=True)
+        self._references = places | {key: -2 - offset for key, offset in shared}
 
     def reference(self, parameter: Tensor) -> int:
         """A parameter as an instruction names it: its offset, ``-2 - offset`` if it is frozen."""
@@ -89,6 +87,11 @@ class Trace:
                 raise Refusal(f"parameter {name!r} is a {type(p).__name__}")
             if (p.dtype, p.device) != (self.layout.dtype, self.layout.device):
                 raise Refusal(f"parameter {name!r} is {p.dtype} on {p.device}, unlike the others")
+
+
+def _offsets(parameters: list[nn.Parameter]) -> list[int]:
+    ends = list(itertools.accumulate(p.numel() for p in parameters))
+    return [0, *ends[:-1]] if ends else []
 
 
 def path(name: str) -> str:

@@ -66,9 +66,10 @@ class Watch:
             nested = [name for name in own if name not in simple]
             if nested:
                 self._nested.append((namespace, nested, _state(namespace, nested)))
-        self._parameters = [p for table in self._tables for p in table.values()]
-        self._tensors = [p for p in self._parameters if p is not None]
-        self._kinds = [_kind(p) for p in self._tensors]
+        parameters = [p for table in self._tables for p in table.values()]
+        self._identities = [id(p) for p in parameters]
+        self._tensors = [p for p in parameters if p is not None]  # kept, so that no id is reused
+        self._kinds = _kinds(self._tensors)
 
     def holds(self) -> bool:
         try:
@@ -81,7 +82,7 @@ class Watch:
         except KeyError:  # an attribute is gone
             return False
         now = [id(p) for table in self._tables for p in table.values()]
-        if now != [*map(id, self._parameters)] or [*map(_kind, self._tensors)] != self._kinds:
+        if now != self._identities or _kinds(self._tensors) != self._kinds:
             return False
         return globally_hooked() == self._hooked
 
@@ -122,5 +123,5 @@ def _copied(value: Any) -> Any:
     return value.copy() if isinstance(value, dict) else value
 
 
-def _kind(p: Tensor) -> tuple[torch.Size, torch.dtype, torch.device, bool]:
-    return p.shape, p.dtype, p.device, p.requires_grad
+def _kinds(tensors: list[Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.device, bool]]:
+    return [(p.shape, p.dtype, p.device, p.requires_grad) for p in tensors]

@@ -84,20 +84,20 @@ class FunctionalEngine:
             _check_integer("task_chunk", self.task_chunk, 1)
         if not isinstance(self.first_order, bool):
             raise TypeError(f"first_order: expected a bool, got {self.first_order!r}")
-        if self.hvp_mode not in MODES:
-            raise ValueError(f"hvp_mode: expected one of {MODES}, got {self.hvp_mode!r}")
+        check_choice("hvp_mode", self.hvp_mode, MODES)
 
     def parameters(self) -> Tensor:
         """The module's own trainable parameters as an arena ``[P]``, a differentiable copy."""
         return Layout.of(self.module).flatten(dict(self.module.named_parameters()))
 
     def adapt(
-        self, theta: Tensor, lr: float | Tensor, support_x: Tensor, support_y: Tensor
+        self, theta: Tensor | None, lr: float | Tensor, support_x: Tensor, support_y: Tensor
     ) -> Tensor:
         """The parameters of every task after K steps.
 
         Args:
-            theta: starting parameters, ``[P]`` for all tasks or ``[T, P]``.
+            theta: starting parameters, ``[P]`` for all tasks or ``[T, P]``; None for the module's
+                own.
             lr: a number, or a tensor as in ``Layout.step_size_array``; three dimensions are one
                 matrix a step.
             support_x: ``[T, S, ...]``.
@@ -110,6 +110,7 @@ class FunctionalEngine:
             TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
             RuntimeError: inference mode, which has no gradients; or a second derivative.
         """
+        theta = self.parameters() if theta is None else theta
         data = dict(zip(SUPPORT, (support_x, support_y), strict=True))
         loop, tasks, step = self._prepare(theta, lr, data)
         if self.steps == 0:
@@ -121,7 +122,7 @@ class FunctionalEngine:
 
     def meta_loss(
         self,
-        theta: Tensor,
+        theta: Tensor | None,
         lr: float | Tensor,
         support_x: Tensor,
         support_y: Tensor,
@@ -149,6 +150,7 @@ class FunctionalEngine:
             TypeError, ValueError, RuntimeError: as for ``adapt``; weights that are not K finite
                 numbers.
         """
+        theta = self.parameters() if theta is None else theta
         weights = read_step_weights(step_weights, self.steps)
         data = dict(zip(SUPPORT + QUERY, (support_x, support_y, query_x, query_y), strict=True))
         loop, tasks, step = self._prepare(theta, lr, data)
@@ -172,10 +174,10 @@ class FunctionalEngine:
             TypeError, ValueError, RuntimeError: as for ``adapt``.
         """
         layout, data = Layout.of(self.module), {"x": x, "y": y}
-        tasks = _check_data(layout, data)
+        tasks = check_data(layout, data)
         sources = {"params": params, "vector": vector}
         for name, arena in sources.items():
-            _check_arena(name, layout, arena, tasks)
+            check_arena(name, layout, arena, tasks)
         _refuse_inference_mode("the product needs the gradient of the loss")
         call, loss = TaskModule(self.module), with_checked_labels(self.loss, y, "y")
         products = []
@@ -194,8 +196,8 @@ class FunctionalEngine:
         self, theta: Tensor, lr: float | Tensor, data: Tensors
     ) -> tuple[InnerLoop, int, Tensor]:
         layout = Layout.of(self.module)
-        tasks = _check_data(layout, data)
-        _check_arena("theta", layout, theta, tasks)
+        tasks = check_data(layout, data)
+        check_arena("theta", layout, theta, tasks)
         if self.steps > 0:
             _refuse_inference_mode("adaptation needs the gradient of the support loss")
         losses = {
@@ -275,7 +277,7 @@ class _Adapt(torch.autograd.Function):
             grads[name].sum_to_size(sources[name].shape) if name in ctx.wants & set(grads) else None
             for name in _ADAPT_INPUTS
         ]
-        return None, None, *_differentiable_once(shaped)
+        return None, None, *differentiable_once(shaped)
 
 
 class _MetaLoss(torch.autograd.Function):
@@ -302,7 +304,7 @@ class _MetaLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             grads = [None if g is None else g * grad_loss for g in ctx.saved_tensors]
-        return None, None, None, None, *_differentiable_once(grads)
+        return None, None, None, None, *differentiable_once(grads)
 
 
 class _Once(torch.autograd.Function):
@@ -320,7 +322,7 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _differentiable_once(grads: list[Tensor | None]) -> list[Tensor | None]:
+def differentiable_once(grads: list[Tensor | None]) -> list[Tensor | None]:
     """The gradients; where a graph of them is asked for, one that raises when it is used."""
     if not torch.is_grad_enabled():
         return grads
@@ -345,12 +347,17 @@ def _check_integer(name: str, value: int, lowest: int) -> None:
         raise ValueError(f"{name}: expected at least {lowest}, got {value}")
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
 def _refuse_inference_mode(reason: str) -> None:
     if torch.is_inference_mode_enabled():
         raise RuntimeError(f"{reason}, which inference mode forbids; use torch.no_grad()")
 
 
-def _check_arena(name: str, layout: Layout, arena: Tensor, tasks: int) -> None:
+def check_arena(name: str, layout: Layout, arena: Tensor, tasks: int) -> None:
     if not isinstance(arena, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(arena).__name__}")
     if arena.shape not in ((layout.numel,), (tasks, layout.numel)):
@@ -364,7 +371,7 @@ def _check_arena(name: str, layout: Layout, arena: Tensor, tasks: int) -> None:
         raise ValueError(f"{name}: expected device {layout.device}, got {arena.device}")
 
 
-def _check_data(layout: Layout, data: Tensors) -> int:
+def check_data(layout: Layout, data: Tensors) -> int:
     """The number of tasks in inputs and targets, which alternate."""
     for name, tensor in data.items():
         if not isinstance(tensor, Tensor):

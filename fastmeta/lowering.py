@@ -56,17 +56,21 @@ class Program:
     Attributes:
         code: int64, as ``fastmeta._code`` says.
         layout: of the arena ``[P]``.
-        frozen: the parameters that are not adapted, in the order of the code's offsets.
+        adapted, frozen: the parameters that are adapted and those that are not, in the order of the
+            code's offsets.
         input_shape, output_shape: of one example.
+        activations: elements of one example, of all values but the input.
         loss: what the outputs are compared by.
         layers: what runs, in words.
     """
 
     code: Tensor
     layout: Layout
+    adapted: tuple[nn.Parameter, ...]
     frozen: tuple[nn.Parameter, ...]
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
+    activations: int
     loss: LossCode
     layers: tuple[str, ...]
 
@@ -133,8 +137,18 @@ class Lowering:
         if loss.kind == LossKind.CROSS_ENTROPY and len(output) != 1:
             return f"cross entropy takes [classes] of an example, and model gives {list(output)}"
         layers = (*built.layers, self._loss_name)
-        code = built.code(loss).encode()
-        return Program(code, trace.layout, tuple(trace.frozen), shape, output, loss, layers)
+        code = built.code(loss)
+        return Program(
+            code=code.encode(),
+            layout=trace.layout,
+            adapted=tuple(trace.adapted),
+            frozen=tuple(trace.frozen),
+            input_shape=shape,
+            output_shape=output,
+            activations=sum(code.values[1:]),
+            loss=loss,
+            layers=layers,
+        )
 
 
 def lower_loss(loss: Loss) -> tuple[LossCode | str, str]:

@@ -169,4 +169,4 @@ def test_inference_mode_is_refused_with_the_reason(device):
     net, tasks = build("mlp", device), classification("mlp", device)
     theta, vector = points(net)
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch.no_grad\(\)"):
-        fm.MAML(net).hvp(theta, tasks[:2], vector)
+        fm.MAML(net, engine="functional").hvp(theta, tasks[:2], vector)

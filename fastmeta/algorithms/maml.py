@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from fastmeta._stateless import TaskModule
 from fastmeta.algorithms._clone import clone_module, replace_parameters, shallow_copy
+from fastmeta.algorithms._explain import explain
 from fastmeta.arena import Layout
-from fastmeta.functional import FunctionalEngine
-from fastmeta.ops import backend_of
+from fastmeta.functional import FunctionalEngine, check_choice
 from fastmeta.ops.inner_update import inner_update
+from fastmeta.program import MEMORY, ProgramEngine, Programs
 
 StepSize = float | Tensor | Mapping[str, "float | Tensor"]
 
 ENGINES = ("auto", "program", "functional")
-MEMORY = ("auto", "recompute", "keep")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class AdaptedTasks:
             gives the full meta-gradient.
         layout: names and shapes of the parameters.
         module: the module that was adapted; it keeps its own parameters.
+        engine: what adapted it; a program engine gives the outputs where no graph is asked for.
 
     Example:
         >>> import torch
@@ -49,6 +50,7 @@ class AdaptedTasks:
     params: Tensor
     layout: Layout
     module: nn.Module
+    engine: FunctionalEngine | None = field(default=None, repr=False, compare=False)
 
     def __call__(self, query_x: Tensor) -> Tensor:
         """Outputs of each task's module on its queries, ``[T, Q, ...]`` -> ``[T, Q, N]``.
@@ -63,6 +65,10 @@ class AdaptedTasks:
             raise ValueError(
                 f"query_x: expected shape [{len(self)}, Q, ...], got {list(query_x.shape)}"
             )
+        if isinstance(self.engine, ProgramEngine):
+            outputs = self.engine.outputs(self.params, query_x)
+            if outputs is not None:
+                return outputs
         call = TaskModule(self.module)
         with call.conditions():
             return call.outputs(self.layout.views(self.params), query_x)
@@ -141,8 +147,8 @@ class MAML(nn.Module):
     ) -> None:
         super().__init__()
         FunctionalEngine(model, loss, steps, first_order, hvp_mode, task_chunk)
-        _check_choice("engine", engine, ENGINES)
-        _check_choice("memory", memory, MEMORY)
+        check_choice("engine", engine, ENGINES)
+        check_choice("memory", memory, MEMORY)
         self.module = model
         self.steps = steps
         self.first_order = first_order
@@ -153,6 +159,7 @@ class MAML(nn.Module):
         self.memory = memory
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
+        self._programs = Programs()
         self._set_step_size(_as_step_size(lr, Layout.of(model), steps), learn_lr)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -190,7 +197,7 @@ class MAML(nn.Module):
         """
         engine, lr = self._engine(self.steps), self._step_size(self.steps)
         data = support_x, support_y, query_x, query_y
-        return engine.meta_loss(engine.parameters(), lr, *data, step_weights)
+        return engine.meta_loss(None, lr, *data, step_weights)
 
     def adapt_tasks(
         self, support_x: Tensor, support_y: Tensor, steps: int | None = None
@@ -211,8 +218,8 @@ class MAML(nn.Module):
         """
         steps = self.steps if steps is None else steps
         engine, lr = self._engine(steps), self._step_size(steps)
-        params = engine.adapt(engine.parameters(), lr, support_x, support_y)
-        return AdaptedTasks(params, Layout.of(self.module), self.module)
+        params = engine.adapt(None, lr, support_x, support_y)
+        return AdaptedTasks(params, Layout.of(self.module), self.module, engine)
 
     def hvp(self, params: Tensor, batch: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
         """The Hessian of each task's loss times a vector (Pearlmutter 1994).
@@ -248,22 +255,18 @@ class MAML(nn.Module):
             raise ValueError(f"batch: expected a pair (x, y), got {len(batch)} entries")
         return self._engine(self.steps).hvp(params, *batch, vector)
 
-    def explain(self) -> str:
-        """Which engine runs, and how, in a few sentences."""
-        layout = Layout.of(self.module)
-        backend = backend_of("inner_update", layout.device, layout.dtype)
-        if self.first_order:
-            mode = "first order, no Hessian-vector products"
-        else:
-            mode = f"second order by the adjoint, one {self.hvp_mode} Hessian-vector product a step"
-        together = {None: "all tasks vmapped together", 1: "tasks one at a time, without vmap"}
-        tasks = together.get(self.task_chunk, f"tasks vmapped {self.task_chunk} at a time")
-        return (
-            f"Functional engine, which takes any nn.Module (here {type(self.module).__name__}, "
-            f"{layout.numel} adapted parameters in {len(layout.names)} tensors); {tasks}. "
-            f"Inner steps: {self.steps}, {mode}. Inner updates by the {backend} backend on "
-            f"{layout.device.type} in {str(layout.dtype).removeprefix('torch.')}."
-        )
+    def explain(self, support_x: Tensor | None = None, support_y: Tensor | None = None) -> str:
+        """Which engine runs, and how, in a few sentences.
+
+        Args:
+            support_x, support_y: a batch as for ``adapt_tasks``; without one the answer is for
+                inputs and targets that fit the module and the loss.
+
+        Raises:
+            TypeError, ValueError: naming the argument that does not fit.
+        """
+        batch = {"support_x": support_x, "support_y": support_y}
+        return explain(self._engine(self.steps), None if support_x is None else batch)
 
     def clone(
         self,
@@ -288,6 +291,7 @@ class MAML(nn.Module):
         """
         learner = shallow_copy(self)
         learner._modules["module"] = clone_module(self.module)
+        learner._programs = Programs()
         learner.first_order = _default(first_order, self.first_order)
         learner.allow_unused = _default(allow_unused, self.allow_unused)
         learner.allow_nograd = _default(allow_nograd, self.allow_nograd)
@@ -340,10 +344,13 @@ class MAML(nn.Module):
         replace_parameters(self.module, dict(zip(old, new, strict=True)))
 
     def _engine(self, steps: int) -> FunctionalEngine:
-        """What computes: ``parameters``, ``adapt``, ``meta_loss`` and ``hvp`` over arenas."""
-        return FunctionalEngine(
-            self.module, self.loss, steps, self.first_order, self.hvp_mode, self.task_chunk
-        )
+        """What computes: ``adapt``, ``meta_loss`` and ``hvp``."""
+        options = steps, self.first_order, self.hvp_mode, self.task_chunk
+        if self.engine == "functional":
+            return FunctionalEngine(self.module, self.loss, *options)
+        required = self.engine == "program"
+        more = self.memory, required, self._programs
+        return ProgramEngine(self.module, self.loss, *options, *more)
 
     def _step_size(self, steps: int) -> float | Tensor:
         """``lr`` as the engines take it: one row a step becomes one matrix a step."""
@@ -423,11 +430,6 @@ def _step_sizes(lr: float | Tensor, layout: Layout) -> list[float | Tensor]:
     if len(step) == 1:
         return [step.squeeze(0)] * len(layout.names)
     return list(layout.views(step).values())
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
 
 
 def _refuse(names: list[str], what: str, option: str) -> None:

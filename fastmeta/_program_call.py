@@ -1,0 +1,192 @@
+"""One call of a task program on a batch of tasks, and how autograd sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from fastmeta.functional import differentiable_once
+from fastmeta.lowering import Program
+
+Tensors = tuple[Tensor, ...]
+
+
+class Call(NamedTuple):
+    """A program, the functions that run it (``fastmeta.ops.task_program``), and the options.
+
+    Parameters come as one arena, ``[P]`` or ``[T, P]``, or, where they are the module's ``own``, as
+    all of them; autograd then sees one function instead of a concatenation and its parts.
+    """
+
+    ops: SimpleNamespace | ModuleType
+    program: Program
+    own: bool
+    tasks: int
+    steps: int
+    first_order: bool
+    keep: bool
+    task_chunk: int | None
+    step_weights: Sequence[float]
+
+    def arena(self, theta: Tensors) -> Tensor:
+        return _flatten_dense_tensors(theta) if self.own else theta[0]
+
+    def parts(self, arena: Tensor) -> Tensors:
+        """The inverse of ``arena``, for gradients."""
+        adapted = self.program.adapted
+        return _unflatten_dense_tensors(arena, adapted) if self.own else (arena,)
+
+    def frozen(self, like: Tensor) -> Tensor:
+        """The parameters that are not adapted ``[F]``."""
+        frozen = self.program.frozen
+        return _flatten_dense_tensors(frozen) if frozen else like.new_empty(0)
+
+    def adapt(self, theta: Tensor, frozen: Tensor, lr: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """theta_K ``[T, P]``."""
+        results = []
+        for rows in self._chunks():
+            inputs = self.program.code, _of_tasks(theta, rows), frozen, _of_tasks(lr, rows)
+            results.append(self.ops.adapt(*inputs, x[rows], y[rows], self.steps))
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def adapt_backward(
+        self, saved: Sequence[Tensor], v: Tensor, lr_grad: bool, x_grad: bool
+    ) -> Iterator[Tensor]:
+        """The gradients to theta, lr and x from ``v`` ``[T, P]``, that to theta_K."""
+        theta, frozen, lr, x, y = saved
+        results = []
+        for rows in self._chunks():
+            inputs = self.program.code, _of_tasks(theta, rows), frozen, _of_tasks(lr, rows)
+            step = x[rows], y[rows], self.steps, v[rows], self.first_order, self.keep
+            results.append(self.ops.adapt_backward(*inputs, *step, lr_grad, x_grad))
+        return map(_joined, zip(*results, strict=True), (theta, lr, x))
+
+    def meta_gradient(
+        self, theta: Tensor, lr: Tensor, data: Tensors, wanted: tuple[bool, ...]
+    ) -> Sequence[Tensor]:
+        """Meta-loss, outputs, and the gradients to theta, lr, support_x and query_x.
+
+        Args:
+            theta, lr: as the ops take them.
+            data: support_x, support_y, query_x, query_y.
+            wanted: whether any gradient is, and those to lr, support_x, query_x.
+        """
+        code, frozen = self.program.code, self.frozen(theta)
+        options = self.step_weights, self.steps, self.first_order, self.keep, *wanted
+        if self.task_chunk is None or self.task_chunk >= self.tasks:
+            return self.ops.meta_gradient(code, theta, frozen, lr, *data, *options)
+        results = []
+        for rows in self._chunks():
+            inputs = code, _of_tasks(theta, rows), frozen, _of_tasks(lr, rows)
+            part = [tensor[rows] for tensor in data]
+            loss, outputs, *grads = self.ops.meta_gradient(*inputs, *part, *options)
+            share = len(outputs) / self.tasks
+            results.append((share * loss, outputs, *(share * grad for grad in grads)))
+        losses, outputs, *grads = zip(*results, strict=True)
+        joined = map(_joined, grads, (theta, lr, data[0], data[2]))
+        return sum(losses), torch.cat(outputs), *joined
+
+    def hvp(self, theta: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:
+        """``H v`` ``[T, P]``."""
+        frozen = self.frozen(theta)
+        results = []
+        for rows in self._chunks():
+            inputs = self.program.code, _of_tasks(theta, rows), frozen, x[rows], y[rows]
+            results.append(self.ops.hvp(*inputs, vector[rows], False)[0])
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
+        """The module's outputs ``[T, B, ...]``."""
+        return self.shaped(self.ops.forward(self.program.code, theta, self.frozen(theta), x))
+
+    def shaped(self, outputs: Tensor) -> Tensor:
+        """Outputs ``[T, B, n]`` in the module's shape."""
+        shape = self.program.output_shape
+        return outputs if len(shape) == 1 else outputs.view(*outputs.shape[:2], *shape)
+
+    def _chunks(self) -> Iterator[slice]:
+        size = self.task_chunk or self.tasks
+        return (slice(start, start + size) for start in range(0, self.tasks, size))
+
+
+class Adapt(torch.autograd.Function):
+    """theta_K; the way back runs the steps again."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, lr: Tensor, x: Tensor, y: Tensor, *theta: Tensor) -> Tensor:
+        arena = call.arena(theta)
+        frozen = call.frozen(arena)
+        ctx.call = call
+        ctx.save_for_backward(arena, frozen, lr, x, y)
+        return call.adapt(arena, frozen, lr, x, y)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        call, (_, lr_needed, x_needed, _, *theta_needed) = ctx.call, ctx.needs_input_grad
+        x_needed = x_needed and not call.first_order
+        with torch.no_grad():
+            to_theta, to_lr, to_x = call.adapt_backward(ctx.saved_tensors, v, lr_needed, x_needed)
+        to_theta = call.parts(to_theta) if theta_needed[0] else (None,)
+        grads = [to_lr if lr_needed else None, to_x if x_needed else None, *to_theta]
+        to_lr, to_x, *to_theta = differentiable_once(grads)
+        return None, to_lr, to_x, None, *to_theta
+
+
+class MetaLoss(torch.autograd.Function):
+    """The meta-loss and the outputs; the gradient is taken in the same call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Call,
+        lr: Tensor,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        *theta: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        _, lr_needed, support_needed, _, query_needed, _, theta_needed, *_ = ctx.needs_input_grad
+        support_needed = support_needed and not call.first_order
+        needed = lr_needed, support_needed, query_needed
+        wanted = theta_needed or any(needed), *needed
+        data = support_x, support_y, query_x, query_y
+        loss, outputs, *grads = call.meta_gradient(call.arena(theta), lr, data, wanted)
+        outputs = call.shaped(outputs)
+        ctx.call, ctx.needed = call, (theta_needed, *needed)
+        ctx.save_for_backward(*grads)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(outputs)
+        return loss, outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * len(ctx.needs_input_grad)
+        scale = grad_loss.detach()  # a graph, where one is asked for, ends here
+        scaled = zip(ctx.saved_tensors, ctx.needed, strict=True)
+        theta, *others = [scale * grad if need else None for grad, need in scaled]
+        to_theta = (None,) if theta is None else ctx.call.parts(theta)
+        to_lr, to_support, to_query, *to_theta = differentiable_once([*others, *to_theta])
+        return None, to_lr, to_support, None, to_query, None, *to_theta
+
+
+def _of_tasks(tensor: Tensor, rows: slice) -> Tensor:
+    """A chunk of theta ``[P]`` or ``[T, P]``, or of step sizes; what tasks share stays whole."""
+    if tensor.ndim == 3:
+        return tensor if tensor.shape[1] == 1 else tensor[:, rows]
+    return tensor if tensor.ndim == 1 else tensor[rows]
+
+
+def _joined(grads: tuple[Tensor, ...], like: Tensor) -> Tensor:
+    """The chunks' gradients to ``like``, which they share or have a part of each."""
+    if len(grads) == 1 or grads[0].numel() == 0:
+        return grads[0]
+    sizes = zip(grads[0].shape, like.shape, strict=True)
+    parted = [dim for dim, (part, whole) in enumerate(sizes) if part != whole]
+    return torch.cat(grads, parted[0]) if parted else torch.stack(grads).sum(0)

@@ -1,0 +1,62 @@
+"""Which engine runs, and why, in words."""
+
+from __future__ import annotations
+
+from fastmeta._hvp import Tensors
+from fastmeta.arena import Layout
+from fastmeta.functional import FunctionalEngine
+from fastmeta.ops import backend_of
+from fastmeta.program import Program, ProgramEngine
+
+
+def explain(engine: FunctionalEngine, data: Tensors | None = None) -> str:
+    """What an engine does with a batch (None: with any that fits), in a few sentences."""
+    if not isinstance(engine, ProgramEngine):
+        return f"{_functional(engine)} engine='functional' asks for it."
+    program = engine.program(data)
+    if isinstance(program, Program):
+        return _program(engine, program)
+    if engine.required:
+        return f"engine='program', but there is no task program: {program}. Calls raise ValueError."
+    return f"{_functional(engine)} No task program: {program}."
+
+
+def _program(engine: ProgramEngine, program: Program) -> str:
+    *layers, loss = program.layers
+    size = engine.task_chunk
+    tasks = "all tasks together" if size is None else f"{size} tasks at a time"
+    return (
+        f"Task program, one call for all steps: {', '.join(layers)}; {loss} "
+        f"({_counted(program.layout)}); {tasks}. "
+        f"{_steps(engine, 'exact')} {_where(program.layout, 'task_program')}"
+    )
+
+
+def _functional(engine: FunctionalEngine) -> str:
+    layout = Layout.of(engine.module)
+    together = {None: "all tasks vmapped together", 1: "tasks one at a time, without vmap"}
+    tasks = together.get(engine.task_chunk, f"tasks vmapped {engine.task_chunk} at a time")
+    return (
+        f"Functional engine, which takes any nn.Module (here {type(engine.module).__name__}, "
+        f"{_counted(layout)}); {tasks}. "
+        f"{_steps(engine, engine.hvp_mode)} {_where(layout, 'inner_update')}"
+    )
+
+
+def _steps(engine: FunctionalEngine, products: str) -> str:
+    if engine.first_order:
+        mode = "first order, no Hessian-vector products"
+    else:
+        mode = f"second order by the adjoint, one {products} Hessian-vector product a step"
+    return f"Inner steps: {engine.steps}, {mode}."
+
+
+def _where(layout: Layout, op: str) -> str:
+    backend, dtype = backend_of(op, layout.device, layout.dtype), str(layout.dtype)
+    what = "Everything" if op == "task_program" else "Inner updates"
+    name = dtype.removeprefix("torch.")
+    return f"{what} by the {backend} backend on {layout.device.type} in {name}."
+
+
+def _counted(layout: Layout) -> str:
+    return f"{layout.numel} adapted parameters in {len(layout.names)} tensors"

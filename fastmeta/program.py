@@ -1,0 +1,328 @@
+"""The program engine: the meta-gradient of a recognised network as one call into compiled code.
+
+It computes what the functional engine computes, by the same adjoint recursion (its module says
+which), where the module and the loss lower to a task program (``fastmeta.lowering``): the passes,
+the products and the updates of all tasks and steps run inside one op. Anything else it leaves to
+the functional engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta._adjoint import QUERY, SUPPORT
+from fastmeta._code import LossKind
+from fastmeta._hvp import Tensors
+from fastmeta._program_call import Adapt, Call, MetaLoss
+from fastmeta._stateless import Loss
+from fastmeta._trace import Refusal
+from fastmeta.arena import Layout
+from fastmeta.functional import (
+    FunctionalEngine,
+    check_arena,
+    check_choice,
+    check_data,
+    read_step_weights,
+)
+from fastmeta.lowering import Lowering, Program
+from fastmeta.ops import task_program
+
+MEMORY = ("auto", "recompute", "keep")
+
+_PLANS_KEPT = 64
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class Plan(NamedTuple):
+    """A program for one batch of tasks.
+
+    ``keeps``: the activations of all steps take no more room than the parameters of all steps.
+    """
+
+    program: Program
+    tasks: int
+    keeps: bool
+
+
+class Programs:
+    """The plans of one learner, kept while its module and loss stay as they are.
+
+    Copies and pickles are empty: a copy's module is another one.
+    """
+
+    def __init__(self) -> None:
+        self._lowering: Lowering | None = None
+        self._plans: dict[tuple, Plan | str] = {}
+
+    def __reduce__(self) -> tuple[type[Programs], tuple[()]]:
+        return Programs, ()
+
+    def lowering(self, module: nn.Module, loss: Loss) -> Lowering:
+        if self._lowering is None or not self._lowering.current(module, loss):
+            self._lowering = Lowering(module, loss)
+            self._plans.clear()
+        return self._lowering
+
+    def plan(self, module: nn.Module, loss: Loss, data: Tensors) -> Plan:
+        """The plan for inputs and targets, which alternate in ``data``.
+
+        Raises:
+            Refusal: the program would not do what the module and the loss do with them.
+            TypeError, ValueError: naming what does not fit.
+        """
+        lowering = self.lowering(module, loss)
+        key: list[Any] = []
+        for name, tensor in data.items():
+            _check_plain(name, tensor)
+            key += (name, tensor.shape, tensor.dtype, tensor.device)
+        signature = tuple(key)
+        plan = self._plans.get(signature)
+        if plan is None:
+            if len(self._plans) >= _PLANS_KEPT:
+                self._plans.clear()
+            plan = self._plans[signature] = _planned(lowering, Layout.of(module), data)
+        if isinstance(plan, str):
+            raise Refusal(plan)
+        return plan
+
+
+def _planned(lowering: Lowering, layout: Layout, data: Tensors) -> Plan | str:
+    tasks = check_data(layout, data)
+    names = list(data)
+    first = data[names[0]]
+    program = lowering.program(tuple(first.shape[2:]))
+    if isinstance(program, str):
+        return program
+    for x_name, y_name in zip(names[::2], names[1::2], strict=True):
+        x, y = data[x_name], data[y_name]
+        if x.dtype != layout.dtype or x.shape[2:] != first.shape[2:]:
+            return f"{x_name} is {x.dtype} {list(x.shape)}, unlike the parameters or {names[0]}"
+        reason = _does_not_compare(program, y_name, y)
+        if reason:
+            return reason
+    kept = 2 * first.shape[1] * program.activations  # values and their gradients
+    return Plan(program, tasks, keeps=kept <= layout.numel)
+
+
+def _does_not_compare(program: Program, name: str, y: Tensor) -> str:
+    """Why the program's loss does not take the targets y as the loss itself does; or nothing."""
+    if program.loss.kind == LossKind.CROSS_ENTROPY:
+        expected, fits = "int64 labels [T, examples]", y.dtype == torch.int64 and y.ndim == 2
+    else:
+        shape, dtype = program.output_shape, program.layout.dtype
+        expected = f"{dtype} targets [T, examples, {', '.join(map(str, shape))}]"
+        fits = y.dtype == dtype and y.shape[2:] == shape
+    return "" if fits else f"{name} is {y.dtype} {list(y.shape)}; the program takes {expected}"
+
+
+@dataclass(frozen=True)
+class ProgramEngine(FunctionalEngine):
+    """Adaptation, meta-gradient and Hessian-vector product as one compiled call each.
+
+    The surface and the results are those of ``FunctionalEngine``, which does the work wherever the
+    module, the loss, the batch or the backend have no compiled program.
+
+    Args:
+        module, loss, steps, first_order, hvp_mode, task_chunk: as for ``FunctionalEngine``. The
+            program's products are exact: ``hvp_mode="finite_difference"`` is left to it.
+        memory: ``"keep"`` the activations of all steps for the way back, ``"recompute"`` them step
+            by step, or ``"auto"``: keep them where they take no more room than the K parameter
+            vectors.
+        required: raise where there is no program, with the reason.
+        programs: what was lowered before; an engine that is made anew at every call shares it.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or out of range.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Linear(1, 1)
+        >>> engine = ProgramEngine(net, torch.nn.functional.mse_loss, steps=2, required=True)
+        >>> x, y = torch.randn(4, 10, 1), torch.randn(4, 10, 1)
+        >>> loss, outputs = engine.meta_loss(None, 0.1, x, y, x, y)
+        >>> loss.backward()
+        >>> outputs.shape, net.weight.grad.shape
+        (torch.Size([4, 10, 1]), torch.Size([1, 1]))
+    """
+
+    memory: str = "auto"
+    required: bool = False
+    programs: Programs = field(default_factory=Programs, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("memory", self.memory, MEMORY)
+
+    def program(self, data: Tensors | None = None) -> Program | str:
+        """The program for a batch (None: for any that fits), or why there is none.
+
+        Args:
+            data: inputs and targets by name, in the order in which the methods take them.
+
+        Raises:
+            TypeError, ValueError: naming what does not fit.
+        """
+        try:
+            if data is not None:
+                return self._prepared(None, data, []).program
+            program = self.programs.lowering(self.module, self.loss).program()
+            if isinstance(program, Program):
+                self._check_circumstances(program.layout)
+                self._implementation(program.layout)
+            return program
+        except Refusal as refusal:
+            return str(refusal)
+
+    def adapt(
+        self, theta: Tensor | None, lr: float | Tensor, support_x: Tensor, support_y: Tensor
+    ) -> Tensor:
+        """The parameters of every task after K steps, as ``FunctionalEngine.adapt`` says.
+
+        Raises:
+            ValueError: besides, where a program is ``required`` and there is none.
+        """
+        data = support_x, support_y
+        call = self._call(theta, dict(zip(SUPPORT, data, strict=True)))
+        if call is None or self.steps == 0:
+            return super().adapt(theta, lr, *data)
+        step = call.program.layout.step_size_array(lr, call.tasks, self.steps)
+        start = call.program.adapted if theta is None else (theta,)
+        if torch.is_grad_enabled():
+            return Adapt.apply(call, step, *data, *start)
+        arena = call.arena(start)
+        return call.adapt(arena, call.frozen(arena), step, *data)
+
+    def meta_loss(
+        self,
+        theta: Tensor | None,
+        lr: float | Tensor,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        step_weights: Sequence[float] | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The mean query loss after adaptation, as ``FunctionalEngine.meta_loss`` says.
+
+        Raises:
+            ValueError: besides, where a program is ``required`` and there is none.
+        """
+        data = support_x, support_y, query_x, query_y
+        weights = read_step_weights(step_weights, self.steps)
+        call = self._call(theta, dict(zip(SUPPORT + QUERY, data, strict=True)), weights)
+        if call is None:
+            return super().meta_loss(theta, lr, *data, step_weights)
+        step = call.program.layout.step_size_array(lr, call.tasks, self.steps)
+        start = call.program.adapted if theta is None else (theta,)
+        if torch.is_grad_enabled():
+            return MetaLoss.apply(call, step, *data, *start)
+        loss, outputs, *_ = call.meta_gradient(call.arena(start), step, data, (False,) * 4)
+        return loss, call.shaped(outputs)
+
+    def hvp(self, params: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:
+        """The Hessian of each task's loss times a vector, as ``FunctionalEngine.hvp`` says.
+
+        Where gradients are enabled and an argument requires one, the functional engine makes the
+        product, which then has a graph.
+
+        Raises:
+            ValueError: besides, where a program is ``required`` and there is none.
+        """
+        needs_graph = _require_gradients((params, vector, x, y))
+        why = "the product is to be differentiated; torch.no_grad() says that it is not"
+        call = self._call(None, {"x": x, "y": y}, refused=why if needs_graph else "")
+        if call is None:
+            return super().hvp(params, x, y, vector)
+        layout = call.program.layout
+        for name, arena in (("params", params), ("vector", vector)):
+            check_arena(name, layout, arena, call.tasks)
+        return call.hvp(params, x, y, vector.expand(call.tasks, layout.numel))
+
+    def outputs(self, params: Tensor, x: Tensor) -> Tensor | None:
+        """The module's outputs ``[T, B, ...]`` on x ``[T, B, ...]``, with parameters ``[T, P]``.
+
+        None where there is no program, or gradients are enabled and an argument requires one.
+        """
+        if _require_gradients((params, x)):
+            return None
+        try:
+            _check_plain("x", x)
+            program = self.programs.lowering(self.module, self.loss).program(tuple(x.shape[2:]))
+            if isinstance(program, str) or not _kind(x) == _kind(params) == _kind(program.layout):
+                return None
+            self._check_circumstances(program.layout)
+            call = self._call_of(Plan(program, len(x), keeps=False), own=False, weights=[])
+        except Refusal:
+            return None
+        return call.outputs(params, x)
+
+    def _call(
+        self,
+        theta: Tensor | None,
+        data: Tensors,
+        weights: Sequence[float] = (),
+        refused: str = "",
+    ) -> Call | None:
+        """The call that does the work, None where the functional engine is to do it."""
+        try:
+            if refused:
+                raise Refusal(refused)
+            return self._prepared(theta, data, weights)
+        except Refusal as refusal:
+            if self.required:
+                raise ValueError(f"there is no task program: {refusal}") from None
+            return None
+
+    def _prepared(self, theta: Tensor | None, data: Tensors, weights: Sequence[float]) -> Call:
+        plan = self.programs.plan(self.module, self.loss, data)
+        self._check_circumstances(plan.program.layout)
+        if _require_gradients(list(data.values())[1::2]):
+            raise Refusal("targets require gradients")
+        if theta is not None:
+            check_arena("theta", plan.program.layout, theta, plan.tasks)
+        return self._call_of(plan, theta is None, weights)
+
+    def _call_of(self, plan: Plan, own: bool, weights: Sequence[float]) -> Call:
+        ops = self._implementation(plan.program.layout)
+        keep = plan.keeps if self.memory == "auto" else self.memory == "keep"
+        inner = self.steps, self.first_order, keep, self.task_chunk, weights
+        return Call(ops, plan.program, own, plan.tasks, *inner)
+
+    def _check_circumstances(self, layout: Layout) -> None:
+        if self.hvp_mode == "finite_difference":
+            raise Refusal("hvp_mode is 'finite_difference', and the program's products are exact")
+        if torch.is_autocast_enabled(layout.device.type):
+            raise Refusal("autocast is on, and the program computes in the parameters' dtype")
+        if torch.compiler.is_compiling():
+            raise Refusal("torch.compile traces the functional engine instead")
+
+    def _implementation(self, layout: Layout) -> SimpleNamespace | ModuleType:
+        """The compiled ops; in plain PyTorch only where a program is required."""
+        ops = task_program.implementation(layout)
+        if ops is not task_program.COMPILED and not self.required:
+            raise Refusal(
+                f"it is not compiled for {layout.dtype} on {layout.device.type}, or the torch "
+                "backend was asked for"
+            )
+        return ops
+
+
+def _check_plain(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+        raise Refusal(f"{name} is a {type(tensor).__name__} that is no plain dense tensor")
+
+
+def _require_gradients(tensors: Iterable[Any]) -> bool:
+    return torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors)
+
+
+def _kind(like: Tensor | Layout) -> tuple[torch.dtype, torch.device]:
+    return like.dtype, like.device
