@@ -18,9 +18,9 @@ from fastmeta._trace import Refusal, Trace, caller
 
 
 class Value(NamedTuple):
-    """A value of the program: its index, and the shape that the module sees of one example."""
+    """A value of the program: which it is, and the shape that the module sees of one example."""
 
-    index: int
+    at: int
     shape: tuple[int, ...]
 
 
@@ -52,7 +52,7 @@ class Builder:
         self._check_overwritten()
         if 0 in self._sizes:
             raise Refusal("a tensor of model has no elements")
-        if self.output.index not in self._adapts:
+        if self.output.at not in self._adapts:
             raise Refusal("the outputs of model depend on no trainable parameter")
 
     def code(self, loss: LossCode | None) -> Code:
@@ -61,7 +61,7 @@ class Builder:
             instructions=tuple(self._instructions),
             parameters=self.trace.layout.numel,
             frozen=sum(p.numel() for p in self.trace.frozen),
-            output=self.output.index,
+            output=self.output.at,
             loss=loss,
         )
 
@@ -69,12 +69,12 @@ class Builder:
         self, opcode: Opcode, x: Value, shape: tuple[int, ...], name: str, **fields: Any
     ) -> Value:
         y = Value(len(self._sizes), shape)
-        instruction = Instruction(opcode, x.index, y.index, **fields)
+        instruction = Instruction(opcode, x.at, y.at, **fields)
         if max(instruction.weight, instruction.bias) >= 0 or self._adapts & {
-            x.index,
+            x.at,
             instruction.x2,
         }:
-            self._adapts.add(y.index)
+            self._adapts.add(y.at)
         self._sizes.append(math.prod(shape))
         self._instructions.append(instruction)
         self.layers.append(name)
@@ -82,7 +82,7 @@ class Builder:
 
     def overwrite(self, x: Value) -> None:
         """The instruction that comes next works in place on ``x``."""
-        self._overwritten.append((x.index, len(self._instructions)))
+        self._overwritten.append((x.at, len(self._instructions)))
 
     def reference(self, tensor: Any, shape: tuple[int, ...]) -> int:
         """A weight or bias as an instruction names it; None is none."""
@@ -135,7 +135,7 @@ class Builder:
     def _check_overwritten(self) -> None:
         for value, writer in self._overwritten:
             readers = [i for i, ins in enumerate(self._instructions) if value in (ins.x, ins.x2)]
-            if value in (0, self.output.index) or readers != [writer]:
+            if value in (0, self.output.at) or readers != [writer]:
                 raise Refusal(
                     f"{self.layers[writer]} works in place on a tensor that is used elsewhere"
                 )
@@ -213,7 +213,7 @@ def _add(b: Builder, input: Any, other: Any, *, alpha: float = 1, inplace: bool 
         raise Refusal(f"it adds {alpha} times {list(x2.shape)} to {list(x.shape)}")
     if inplace:
         b.overwrite(x)
-    return b.emit(Opcode.ADD, x, x.shape, "add", x2=x2.index)
+    return b.emit(Opcode.ADD, x, x.shape, "add", x2=x2.at)
 
 
 def _layer_norm(
@@ -258,7 +258,7 @@ def _flatten(b: Builder, input: Any, start_dim: int = 0, end_dim: int = -1) -> V
     if not 0 < start <= end < ndim:
         raise Refusal(f"it flattens dimensions {start_dim} to {end_dim} of {ndim}")
     middle = math.prod(x.shape[start - 1 : end])
-    return Value(x.index, (*x.shape[: start - 1], middle, *x.shape[end:]))
+    return Value(x.at, (*x.shape[: start - 1], middle, *x.shape[end:]))
 
 
 def _reshape(b: Builder, input: Any, *shape: Any) -> Value:
@@ -272,7 +272,7 @@ def _reshape(b: Builder, input: Any, *shape: Any) -> Value:
         rest[rest.index(-1)] = size // known
     if min(rest, default=1) < 0 or math.prod(rest) != size:
         raise Refusal("its first dimension is not the examples of the batch")
-    return Value(x.index, tuple(rest))
+    return Value(x.at, tuple(rest))
 
 
 def _reshape_to(b: Builder, input: Any, shape: Any) -> Value:

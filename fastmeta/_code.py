@@ -17,6 +17,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class Instruction:
     x2: int = _NONE
     weight: int = _NONE
     bias: int = _NONE
-    args: tuple[int | float, ...] = ()
+    args: tuple[Any, ...] = ()
 
     def words(self) -> list[int]:
         args = _words(_ARGUMENTS[self.opcode], self.args, _WORDS - 6)
@@ -152,6 +153,6 @@ def _words(layout: str, numbers: tuple[int | float, ...], count: int) -> list[in
     return list(struct.unpack(f"<{count}q", packed))
 
 
-def _numbers(layout: str, words: list[int]) -> tuple[int | float, ...]:
+def _numbers(layout: str, words: list[int]) -> tuple[Any, ...]:
     packed = struct.pack(f"<{len(words)}q", *words)
     return struct.unpack_from(layout, packed)

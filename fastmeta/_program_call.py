@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -152,14 +153,13 @@ class MetaLoss(torch.autograd.Function):
         *theta: Tensor,
     ) -> tuple[Tensor, Tensor]:
         _, lr_needed, support_needed, _, query_needed, _, theta_needed, *_ = ctx.needs_input_grad
-        support_needed = support_needed and not call.first_order
-        needed = lr_needed, support_needed, query_needed
-        wanted = theta_needed or any(needed), *needed
+        needed = theta_needed, lr_needed, support_needed and not call.first_order, query_needed
         data = support_x, support_y, query_x, query_y
+        wanted = any(needed), *needed[1:]
         loss, outputs, *grads = call.meta_gradient(call.arena(theta), lr, data, wanted)
         outputs = call.shaped(outputs)
-        ctx.call, ctx.needed = call, (theta_needed, *needed)
-        ctx.save_for_backward(*grads)
+        ctx.call, ctx.needed = call, needed
+        ctx.save_for_backward(*itertools.compress(grads, needed))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs)
         return loss, outputs
@@ -169,8 +169,8 @@ class MetaLoss(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
         scale = grad_loss.detach()  # a graph, where one is asked for, ends here
-        scaled = zip(ctx.saved_tensors, ctx.needed, strict=True)
-        theta, *others = [scale * grad if need else None for grad, need in scaled]
+        saved = iter(ctx.saved_tensors)
+        theta, *others = [scale * next(saved) if need else None for need in ctx.needed]
         to_theta = (None,) if theta is None else ctx.call.parts(theta)
         to_lr, to_support, to_query, *to_theta = differentiable_once([*others, *to_theta])
         return None, to_lr, to_support, None, to_query, None, *to_theta

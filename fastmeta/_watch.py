@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import itemgetter
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch.nn.modules import module as every_module
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _STANDARD = frozenset(nn.Module().__dict__)
 _WATCHED = ("training", "_modules", "_buffers", *_HOOKS)
+_OPAQUE = (Tensor, nn.Module, type, FunctionType, ModuleType)
+_DEPTH = 4  # of containers and objects inside each other
 _SCALARS = (bool, int, float, complex, str, type(None))
 
 
@@ -38,9 +42,9 @@ class Watch:
     """The state of a module now: its submodules, flags, options, hooks and parameters.
 
     ``holds()`` says whether all of it is unchanged; it runs at every call of a task program, so it
-    leaves the comparing to C (tuples and dicts). Attributes of the module's own classes count by
-    value where they are numbers, strings or containers of them, otherwise by identity. Values of
-    parameters do not count.
+    leaves the comparing to C (tuples and dicts). Attributes of the user's own modules count by
+    value where they are numbers, strings, or containers and objects of such, otherwise by identity.
+    Values of parameters do not count; globals, class attributes and closures are not seen.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout())
@@ -108,20 +112,26 @@ def _state(namespace: dict[str, Any], names: list[str]) -> list[Any]:
     return [_comparable(namespace[name]) for name in names]
 
 
-def _comparable(value: Any) -> Any:
-    """A copy that can be compared: tensors and other objects by identity."""
+def _comparable(value: Any, depth: int = _DEPTH) -> Any:
+    """A copy that can be compared: containers and plain objects by what is in them."""
     if type(value) in _SCALARS:
         return value
+    if depth == 0 or isinstance(value, _OPAQUE):
+        return _Identity(value)
     if type(value) in (list, tuple):
-        return [_comparable(item) for item in value]
+        return [_comparable(item, depth - 1) for item in value]
     if type(value) is dict:
-        return [(_comparable(key), _comparable(item)) for key, item in value.items()]
-    return _Identity(value)
+        pairs = value.items()
+        return [(key, _comparable(item, depth - 1)) for key, item in pairs]
+    inside = getattr(value, "__dict__", None)
+    if inside is None:
+        return _Identity(value)
+    return [_Identity(value), _comparable(dict(inside), depth - 1)]
 
 
 def _copied(value: Any) -> Any:
     return value.copy() if isinstance(value, dict) else value
 
 
-def _kinds(tensors: list[Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.device, bool]]:
+def _kinds(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.device, bool]]:
     return [(p.shape, p.dtype, p.device, p.requires_grad) for p in tensors]

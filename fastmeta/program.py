@@ -79,7 +79,8 @@ class Programs:
         lowering = self.lowering(module, loss)
         key: list[Any] = []
         for name, tensor in data.items():
-            _check_plain(name, tensor)
+            if type(tensor) is not Tensor or tensor.layout is not torch.strided:
+                _check_plain(name, tensor)
             key += (name, tensor.shape, tensor.dtype, tensor.device)
         signature = tuple(key)
         plan = self._plans.get(signature)

@@ -6,6 +6,7 @@ import copy
 import functools
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -355,13 +356,14 @@ class Flagged(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
         self.skip, self.order, self.function = False, [0, 1], torch.relu
+        self.options = SimpleNamespace(nested={"norm": True})
         self.norm = nn.LayerNorm(3)
 
     def forward(self, x: Tensor) -> Tensor:
         for i in self.order:
             y = self.function(self.layers[i](x))
             x = x + y if self.skip else y
-        return self.norm(x)
+        return self.norm(x) if self.options.nested["norm"] else x
 
 
 def swap_layers(m: Flagged) -> None:
@@ -371,6 +373,7 @@ def swap_layers(m: Flagged) -> None:
 CHANGES = {
     "training": lambda m: m.eval(),
     "flag": lambda m: setattr(m, "skip", True),
+    "object": lambda m: m.options.nested.update(norm=False),
     "list": lambda m: m.order.append(0),
     "function": lambda m: setattr(m, "function", torch.tanh),
     "new_attribute": lambda m: setattr(m, "depth", 3),

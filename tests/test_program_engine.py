@@ -143,8 +143,10 @@ def test_adapted_parameters_and_their_gradient(name, first_order, device):
 
 @pytest.mark.parametrize("rows", [(), (3,)])
 @pytest.mark.parametrize("steps", [0, 2])
-def test_from_other_parameters(rows, steps, device):
-    functional, program = engines(build("residual", device), F.mse_loss, steps)
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_from_other_parameters(rows, steps, chunk, device):
+    net = build("residual", device)
+    functional, program = engines(net, F.mse_loss, steps, task_chunk=chunk)
     tasks = tasks_for("residual", "mse", device)
     start = functional.parameters().detach()
     results = []

@@ -2,13 +2,14 @@
 
 Raw ops: tensors are [T, B, ...], parameters theta [P] or [T, P], frozen parameters [F], step sizes
 [K or 1, T or 1, P or 1]; ``fastmeta._code`` says what the code is. ``fastmeta.program`` joins them
-to autograd. They work on fake tensors, so under torch.compile; under vmap PyTorch loops.
+to autograd. They work on fake tensors, so under torch.compile, and under vmap, in a loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +20,12 @@ from fastmeta.ops._raw import contiguous_like, register
 NAMES = ("forward", "gradient", "hvp", "adapt", "adapt_backward", "meta_gradient")
 
 
-def implementation(x: Tensor) -> SimpleNamespace | ModuleType:
-    """The functions of ``NAMES`` for tensors like ``x``: compiled, or in plain PyTorch.
+def implementation(like: Any) -> SimpleNamespace | ModuleType:
+    """The functions of ``NAMES`` for the dtype and device of a tensor or layout: compiled, or in plain PyTorch.
 
     Warns once where compiled ones were to be expected.
     """
-    return COMPILED if _native.is_native(_native.PROGRAM, x) else _program_reference
+    return COMPILED if _native.is_native(_native.PROGRAM, like) else _program_reference
 
 
 def _outputs(x: Tensor) -> Tensor:
@@ -114,9 +115,27 @@ def _meta_gradient(
     return theta.new_empty(()), _outputs(query_x), *grads
 
 
+def _looped(op: Callable[..., Any]) -> Callable[..., Any]:
+    """A vmap rule that calls the op once for each sample: a mean over tasks cannot be parted."""
+
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+        dims = [dim if isinstance(dim, int) else None for dim in in_dims]
+        results = [
+            op(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(map(torch.stack, zip(*results, strict=True)))
+        return stacked, (0,) * len(stacked)
+
+    return rule
+
+
 _FAKES = (_forward, _gradient, _hvp, _adapt, _adapt_backward, _meta_gradient)
 COMPILED = SimpleNamespace()
-for _name, _fake in zip(NAMES, _FAKES, strict=True):
-    register(f"task_program_{_name}", _fake)
-    if _native._C is not None:
-        setattr(COMPILED, _name, getattr(torch.ops.fastmeta, f"task_program_{_name}").default)
+if _native._C is not None:
+    for _name, _fake in zip(NAMES, _FAKES, strict=True):
+        _op = getattr(torch.ops.fastmeta, f"task_program_{_name}").default
+        register(f"task_program_{_name}", _fake, _looped(_op))
+        setattr(COMPILED, _name, _op)
