@@ -21,9 +21,9 @@ NAMES = ("forward", "gradient", "hvp", "adapt", "adapt_backward", "meta_gradient
 
 
 def implementation(like: Any) -> SimpleNamespace | ModuleType:
-    """The functions of ``NAMES`` for the dtype and device of a tensor or layout: compiled, or in plain PyTorch.
+    """The functions of ``NAMES``, compiled or in plain PyTorch, for a dtype and device.
 
-    Warns once where compiled ones were to be expected.
+    ``like`` is a tensor or layout that has them. Warns once where compiled ones were expected.
     """
     return COMPILED if _native.is_native(_native.PROGRAM, like) else _program_reference
 
