@@ -315,6 +315,11 @@ def test_without_compiled_ops(device):
     assert relative_error(compiled, plain) < EXACT
 
 
+def test_the_backend_of_the_program(device):
+    assert fm.backend_of("task_program", device, torch.float64) == "native"
+    assert fm.backend_of("task_program", device, torch.float16) == "torch"
+
+
 def test_an_option_that_is_not_there():
     with pytest.raises(ValueError, match=r"memory: expected one of .*, got 'all'"):
         ProgramEngine(nn.Linear(3, 3), F.mse_loss, memory="all")
