@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test cuda-test lint cuda-check bench gpu clean
+.PHONY: demo test cuda-test lint cuda-check bench bench-env gpu clean
 
 demo: $(VENV)/.built
 	$(RUN) -m fastmeta demo --out demo
@@ -29,6 +29,9 @@ cuda-check: $(VENV)/.installed
 bench: $(VENV)/.built
 	$(RUN) -m benchmarks
 
+# The environment of the peers that `python -m benchmarks run` compares with.
+bench-env: $(VENV)/.built .venv-bench/.installed
+
 # With the machine's own python and its CUDA torch, not with $(VENV).
 gpu:
 	$(PYTHON) -m benchmarks.gpu
@@ -37,6 +40,15 @@ $(VENV)/.installed: requirements-dev.txt
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "fastmeta: $(PYTHON) lacks venv; on Debian: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# One by one, torch first: a peer that cannot be installed is missing in the tables, the others are not.
+.venv-bench/.installed: requirements-bench.txt benchmarks/peers/fetch.py
+	$(PYTHON) -m venv .venv-bench
+	grep -v '^#' requirements-bench.txt | while read -r peer; do \
+		.venv-bench/bin/pip install --quiet --disable-pip-version-check --constraint requirements-bench.txt "$$peer" \
+			|| echo "fastmeta: $$peer was not installed"; done
+	.venv-bench/bin/python -m benchmarks.peers.fetch || echo "fastmeta: learn2learn was not installed"
 	@touch $@
 
 # ninja comes from the environment, so its folder leads PATH.

@@ -1,8 +1,21 @@
-"""`python -m benchmarks`: everything this folder measures, one after the other."""
+"""`python -m benchmarks`: everything this folder measures on a CPU, one after the other.
 
-from benchmarks import meta_memory, prototype_loss
+    python -m benchmarks run [--workload NAME ...] [--peer NAME ...] [--rounds N]
+                             [--device cpu|cuda] [--threads N] [--out DIR]
+    python -m benchmarks report [--device cpu|cuda] [--out DIR] [--keep]
+
+`run` measures fastmeta against its peers alone, `report` draws and prints what it left.
+"""
+
+import sys
+
+from benchmarks import cli, meta_memory, prototype_loss
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(cli.main())
     prototype_loss.main()
     print()
     meta_memory.main()
+    print()
+    sys.exit(cli.main(["run"]))

@@ -1,0 +1,113 @@
+"""The networks of the workloads as sizes alone: parameters in order, operations layer by layer."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Drawn uniformly from `centre` - `bound` to `centre` + `bound`."""
+
+    shape: tuple[int, ...]
+    bound: float
+    centre: float = 0.0
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def weight_and_bias(*shape: int) -> list[Parameter]:
+    """As PyTorch initialises them: uniform to 1 / sqrt(inputs of an output)."""
+    bound = math.prod(shape[1:]) ** -0.5
+    return [Parameter(shape, bound), Parameter(shape[:1], bound)]
+
+
+@dataclass(frozen=True)
+class MLP:
+    """Linear layers with ReLU between them."""
+
+    sizes: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"MLP {'-'.join(map(str, self.sizes))}"
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.sizes[:1]
+
+    @property
+    def outputs(self) -> int:
+        return self.sizes[-1]
+
+    def parameters(self) -> list[Parameter]:
+        """Weight [O, I] and bias [O] of each layer."""
+        pairs = itertools.pairwise(self.sizes)
+        return [p for inputs, outputs in pairs for p in weight_and_bias(outputs, inputs)]
+
+    def layer_flops(self) -> list[int]:
+        """Operations of each layer's forward pass on one example."""
+        return [2 * inputs * outputs for inputs, outputs in itertools.pairwise(self.sizes)]
+
+
+@dataclass(frozen=True)
+class Conv4:
+    """Four times 3x3 convolution, batch norm on batch statistics, ReLU, 2x2 max pool; linear."""
+
+    hidden: int
+    ways: int
+    channels: int = 1
+    image_size: int = 28
+
+    def __str__(self) -> str:
+        return f"Conv4-{self.hidden} {self.channels}x{self.image_size}x{self.image_size}"
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.channels, self.image_size, self.image_size
+
+    @property
+    def outputs(self) -> int:
+        return self.ways
+
+    @property
+    def features(self) -> int:
+        """Inputs of the linear layer."""
+        return self.hidden * (self.image_size >> 4) ** 2
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """Input channels and image size of each block."""
+        return [(self.hidden if b else self.channels, self.image_size >> b) for b in range(4)]
+
+    def parameters(self) -> list[Parameter]:
+        """Of each block convolution's and batch norm's weight and bias; then the linear layer's."""
+        h = self.hidden
+        norm = [Parameter((h,), 0.0, 1.0), Parameter((h,), 0.0)]
+        blocks = [p for c, _ in self.blocks() for p in (*weight_and_bias(h, c, 3, 3), *norm)]
+        return [*blocks, *weight_and_bias(self.ways, self.features)]
+
+    def layer_flops(self) -> list[int]:
+        """Operations of each convolution's, and the linear layer's, forward pass on one example."""
+        convolutions = [2 * 9 * c * self.hidden * size**2 for c, size in self.blocks()]
+        return [*convolutions, 2 * self.features * self.ways]
+
+
+Network = MLP | Conv4
+
+
+def parameter_count(network: Network) -> int:
+    return sum(parameter.size for parameter in network.parameters())
+
+
+def draw_parameters(network: Network, generator: np.random.Generator) -> np.ndarray:
+    """All parameters in their order as one float32 vector [P]."""
+    pieces = [
+        generator.uniform(p.centre - p.bound, p.centre + p.bound, p.size)
+        for p in network.parameters()
+    ]
+    return np.concatenate(pieces).astype(np.float32)

@@ -1,0 +1,1 @@
+"""fastmeta against its peers: the same meta-step of each, in processes that take turns."""

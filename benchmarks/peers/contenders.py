@@ -1,0 +1,100 @@
+"""Who takes part: one table of names, labels, and what builds the step of each."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, replace
+
+from benchmarks.peers.step import Build, Problem, Step
+
+OURS = "fastmeta"
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str  # on the command line
+    label: str  # in tables
+    kind: str  # of the workloads that it can do, "meta" or "hvp"
+    build: str  # "module:function" of a `Problem`, imported in the contender's own process
+    dtype: str = "float32"
+    in_graph: bool = False  # as the replay of a CUDA graph
+
+    def load(self) -> Build:
+        module, function = self.build.split(":")
+        return getattr(importlib.import_module(module), function)
+
+
+def _row(name: str, label: str, kind: str, place: str) -> Contender:
+    return Contender(name, label, kind, f"benchmarks.peers.{place}")
+
+
+_META = (
+    _row(OURS, "fastmeta", "meta", "fastmeta_steps:chosen"),
+    _row("fastmeta-functional", "fastmeta, functional engine", "meta", "fastmeta_steps:functional"),
+    _row("learn2learn", "learn2learn", "meta", "library_steps:learn2learn"),
+    _row("higher", "higher", "meta", "library_steps:higher"),
+    _row("torchopt", "TorchOpt", "meta", "library_steps:torchopt"),
+    _row("torch-func", "torch.func vmap(grad)", "meta", "torch_steps:unrolled"),
+    _row("torch-compile", "torch.func, compiled", "meta", "torch_steps:unrolled_compiled"),
+    _row("adjoint", "adjoint in torch.func", "meta", "torch_steps:adjoint"),
+    _row("adjoint-compile", "adjoint, compiled", "meta", "torch_steps:adjoint_compiled"),
+    _row("jax", "JAX jit(vmap(grad))", "meta", "jax_steps:unrolled"),
+)
+_HVP = (
+    _row(OURS, "fastmeta", "hvp", "fastmeta_steps:hvp_chosen"),
+    _row("fastmeta-functional", "fastmeta, fm.hvp", "hvp", "fastmeta_steps:hvp_functional"),
+    _row("autograd", "torch.autograd, task by task", "hvp", "torch_steps:twice"),
+    _row("torch-func", "torch.func, reverse", "hvp", "torch_steps:reverse"),
+    _row("torch-compile", "torch.func, reverse, compiled", "hvp", "torch_steps:reverse_compiled"),
+    _row("torch-forward", "torch.func, forward", "hvp", "torch_steps:forward"),
+    _row(
+        "forward-compile",
+        "torch.func, forward, compiled",
+        "hvp",
+        "torch_steps:forward_compiled",
+    ),
+    _row("jax-reverse", "JAX jit, reverse", "hvp", "jax_steps:hvp_reverse"),
+    _row("jax", "JAX jit, forward", "hvp", "jax_steps:hvp_forward"),
+)
+CONTENDERS = _META + _HVP
+# What results are compared with: the plainest way, in float64.
+REFERENCES = {
+    kind: replace(_row("reference", "float64", kind, f"torch_steps:{build}"), dtype="float64")
+    for kind, build in (("meta", "unrolled"), ("hvp", "twice"))
+}
+MATRIX = _row("matrix", "matrix product", "", "matrix:product")
+
+
+def contenders_for(kind: str, device: str, peers: list[str] | None = None) -> list[Contender]:
+    """fastmeta and the peers of these names (None: all), on CUDA each also as a CUDA graph."""
+    found = []
+    for contender in CONTENDERS:
+        if contender.kind != kind or not (
+            peers is None or contender.name == OURS or contender.name in peers
+        ):
+            continue
+        found.append(contender)
+        if device == "cuda" and "jax" not in contender.name:
+            found.append(in_graph(contender))
+    return found
+
+
+def in_graph(contender: Contender) -> Contender:
+    name, label = f"{contender.name}-graph", f"{contender.label}, CUDA graph"
+    return replace(contender, name=name, label=label, in_graph=True)
+
+
+def prepared(contender: Contender, problem: Problem) -> Step:
+    """The contender's step for a problem, captured in a CUDA graph if it is to be."""
+    step = contender.load()(problem)
+    if not contender.in_graph:
+        return step
+    from benchmarks.timers import CudaTimer
+
+    captured = CudaTimer().captured(lambda _: step.run(), 1)
+
+    def replay() -> object:
+        captured(0)
+        return captured.output
+
+    return replace(step, run=replay)

@@ -1,0 +1,177 @@
+"""Measures a workload: every contender in a process of its own, all taking turns.
+
+1. Each is prepared, and its result compared with a reference in float64; one that differs, cannot
+   be built or is not installed is left out of the turns and says why.
+2. A turn is so many steps that it takes about `TURN` seconds. Rounds go A B C A B C; before each
+   turn there is a pause, in which the threads of the one before fall asleep.
+3. The ratio of two is the median over rounds. A contender whose turns would take longer than
+   `LONGEST` in all stops after fewer rounds, and is compared with the same rounds of the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks.agreement import TOLERANCE, relative_error
+from benchmarks.peers.contenders import MATRIX, OURS, REFERENCES, Contender
+from benchmarks.peers.process import Unable
+from benchmarks.timers import Spread
+from benchmarks.workloads import Arrays, Workload
+from fastmeta._timing import ratio
+
+TURN = 0.2  # seconds of a turn
+LONGEST = 60.0  # seconds of all turns of one contender
+FEWEST = 3  # rounds of the slowest
+SETTLE = 0.05  # seconds before a turn
+
+Row = dict[str, Any]
+
+
+class Worker(Protocol):
+    """A contender on its workload; every method raises `Unable`."""
+
+    def prepare(self) -> Mapping[str, Any]: ...
+    def check(self) -> Arrays: ...
+    def time(self, calls: int) -> float: ...
+    def close(self) -> None: ...
+
+
+Start = Callable[[Contender], Worker]
+
+
+class Turns:
+    """A contender that takes part: its worker, how it takes turns, and what they took."""
+
+    def __init__(self, worker: Worker, rounds: int) -> None:
+        self.worker = worker
+        self.calls, seconds = calls_per_turn(worker)
+        affordable = int(LONGEST / (self.calls * seconds))
+        self.rounds = min(rounds, max(FEWEST, affordable))
+        self.seconds: list[float] = []  # of a step, round by round
+
+    def take(self) -> None:
+        time.sleep(SETTLE)
+        self.seconds.append(self.worker.time(self.calls) / self.calls)
+
+
+def calls_per_turn(worker: Worker) -> tuple[int, float]:
+    """How many steps take about `TURN`, and the seconds of one."""
+    calls, taken = 1, worker.time(1)
+    while taken < TURN / 4:
+        calls *= 4
+        taken = worker.time(calls)
+    seconds = taken / calls
+    return max(1, round(TURN / seconds)), seconds
+
+
+def disagreement(found: Arrays, expected: Arrays) -> float:
+    """The largest relative error among loss and gradient, or of the product; NaN if any is."""
+    if any(found[name].shape != value.shape for name, value in expected.items()):
+        return math.inf
+    errors = [
+        relative_error(torch.from_numpy(found[name]), torch.from_numpy(value))
+        for name, value in expected.items()
+    ]
+    return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
+
+
+def compared(contender: Contender, worker: Worker, expected: Arrays) -> Row:
+    """Prepares a contender and compares its result; status "agrees" or "differs"."""
+    row: Row = {"label": contender.label, "status": "agrees", **worker.prepare()}
+    row["error"] = disagreement(worker.check(), expected)
+    allowed = TOLERANCE[getattr(torch, contender.dtype)]
+    if not row["error"] <= allowed:
+        reason = f"differs from float64 by {row['error']:.1e}, allowed is {allowed:.0e}"
+        row |= {"status": "differs", "reason": reason}
+    return row
+
+
+class Race:
+    """The contenders of one workload: `rows` of all, and `taking` turns those that can."""
+
+    def __init__(self, start: Start, expected: Arrays, rounds: int) -> None:
+        self.start, self.expected, self.rounds = start, expected, rounds
+        self.rows: dict[str, Row] = {}
+        self.taking: dict[str, Turns] = {}
+
+    def enter(self, contender: Contender, stack: contextlib.ExitStack) -> Row:
+        """Its worker lives as long as `stack`, if it is to take turns."""
+        row: Row = {"label": contender.label}
+        worker = stack.enter_context(contextlib.closing(self.start(contender)))
+        try:
+            expected = self.expected if contender is not MATRIX else {}
+            row |= compared(contender, worker, expected)
+            if row["status"] == "agrees":
+                self.taking[contender.name] = Turns(worker, self.rounds)
+        except Unable as error:
+            row |= {"status": error.status, "reason": str(error)}
+        if contender.name not in self.taking:
+            worker.close()
+        self.rows[contender.name] = row
+        return row
+
+    def run(self) -> None:
+        """A B C A B C; one that fails takes no more turns and keeps no times."""
+        for number in range(self.rounds):
+            for name, turns in list(self.taking.items()):
+                if number >= turns.rounds:
+                    continue
+                try:
+                    turns.take()
+                except Unable as error:
+                    self.rows[name] |= {"status": error.status, "reason": str(error)}
+                    del self.taking[name]
+
+    def finish(self, flops: int) -> None:
+        """Puts times, ratios to fastmeta and operations per second into the rows."""
+        for name, turns in self.taking.items():
+            row = self.rows[name]
+            spread = Spread.of(turns.seconds)
+            row |= {"status": "measured", "calls": turns.calls, "seconds": spread.as_dict()}
+            row["flops_per_second"] = (row["flops"] or flops) / spread.median
+            if OURS in self.taking and name != MATRIX.name:
+                row["ratio"] = ratio_of(turns, self.taking[OURS])
+        peak = self.rows[MATRIX.name].get("flops_per_second")
+        for name in self.taking if peak else ():
+            self.rows[name]["of_peak"] = self.rows[name]["flops_per_second"] / peak
+
+
+def ratio_of(turns: Turns, ours: Turns) -> float:
+    """Over the rounds that both took part in: the median of how much longer it takes than ours."""
+    common = min(len(turns.seconds), len(ours.seconds))
+    return ratio(turns.seconds[:common], ours.seconds[:common])
+
+
+def reference(workload: Workload, start: Start) -> Arrays:
+    """Raises `Unable` where there is nothing to compare with."""
+    with contextlib.closing(start(REFERENCES[workload.kind])) as worker:
+        worker.prepare()
+        return worker.check()
+
+
+def measure(
+    workload: Workload,
+    contenders: Sequence[Contender],
+    start: Start,
+    rounds: int,
+    say: Callable[[str], None] = print,
+) -> Row:
+    """What a workload costs each contender, the machine's matrix peak among them."""
+    found: Row = {"what": str(workload), "kind": workload.kind, "flops": workload.flops}
+    try:
+        race = Race(start, reference(workload, start), rounds)
+    except Unable as error:
+        return found | {"reason": f"no reference: {error}", "contenders": {}}
+    with contextlib.ExitStack() as stack:
+        for contender in (MATRIX, *contenders):
+            row = race.enter(contender, stack)
+            say(f"  {contender.label}: {row.get('reason', 'ready')}")
+        race.run()
+    race.finish(workload.flops)
+    return found | {"contenders": race.rows}

@@ -1,0 +1,90 @@
+"""learn2learn, higher and TorchOpt, used as their own examples use them: task by task.
+
+Each task's loss is differentiated as soon as it is known, so that its graph can go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peers.modules import TorchProblem, read_meta
+from benchmarks.peers.step import Problem, Step
+
+TaskLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _loop(setting: TorchProblem, net: nn.Module, task_loss: TaskLoss, **facts: str) -> Step:
+    """Mean over tasks of `task_loss`, its gradient gathered in the parameters' `.grad`."""
+    names = ("support_x", "support_y", "query_x", "query_y")
+    tasks = list(zip(*(setting.data[name] for name in names), strict=True))
+    params = list(net.parameters())
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        for p in params:
+            p.grad = None
+        total = torch.zeros((), device=setting.device, dtype=setting.dtype)
+        for task in tasks:
+            loss = task_loss(*task) / len(tasks)
+            loss.backward()
+            total += loss.detach()
+        return total, [p.grad for p in params]
+
+    return setting.step(run, read_meta, **facts)
+
+
+def learn2learn(problem: Problem) -> Step:
+    """The MAML class of learn2learn; of the package only its module, see `fetch`."""
+    from learn2learn._version import __version__
+    from learn2learn.algorithms.maml import MAML
+
+    setting = TorchProblem(problem)
+    net, steps = setting.loaded(), problem.workload.steps
+    maml = MAML(net, lr=problem.workload.lr)
+
+    def task_loss(sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
+        learner = maml.clone()
+        for _ in range(steps):
+            learner.adapt(setting.loss(learner(sx), sy))
+        return setting.loss(learner(qx), qy)
+
+    return _loop(setting, net, task_loss, learn2learn=__version__)
+
+
+def higher(problem: Problem) -> Step:
+    import higher
+
+    setting = TorchProblem(problem)
+    net, steps = setting.loaded(), problem.workload.steps
+    inner = torch.optim.SGD(net.parameters(), lr=problem.workload.lr)
+
+    def task_loss(sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
+        with higher.innerloop_ctx(net, inner, copy_initial_weights=False) as (fast, optimizer):
+            for _ in range(steps):
+                optimizer.step(setting.loss(fast(sx), sy))
+            return setting.loss(fast(qx), qy)
+
+    return _loop(setting, net, task_loss, higher=version("higher"))
+
+
+def torchopt(problem: Problem) -> Step:
+    import torchopt
+
+    setting = TorchProblem(problem)
+    net, steps = setting.loaded(), problem.workload.steps
+    inner = torchopt.MetaSGD(net, lr=problem.workload.lr)
+    initial = torchopt.extract_state_dict(net, by="reference")
+    inner_initial = torchopt.extract_state_dict(inner, by="reference")
+
+    def task_loss(sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
+        for _ in range(steps):
+            inner.step(setting.loss(net(sx), sy))
+        loss = setting.loss(net(qx), qy)
+        torchopt.recover_state_dict(net, initial)
+        torchopt.recover_state_dict(inner, inner_initial)
+        return loss
+
+    return _loop(setting, net, task_loss, torchopt=version("torchopt"))
