@@ -9,7 +9,7 @@
 
 import sys
 
-from benchmarks import cli, meta_memory, prototype_loss
+from benchmarks import cli, meta_memory, program_memory, prototype_loss
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
@@ -17,5 +17,7 @@ if __name__ == "__main__":
     prototype_loss.main()
     print()
     meta_memory.main()
+    print()
+    program_memory.main()
     print()
     sys.exit(cli.main(["run"]))

@@ -12,7 +12,6 @@ Report = Mapping[str, Any]
 Row = Mapping[str, Any]
 Cells = tuple[str, ...]
 
-UNIT = {"failed": "failed", "missing": "not installed", "differs": "differs"}
 HEADS = ("", "median", "quartiles", f"/ {OURS}", "GFLOP/s", "of peak")
 
 
@@ -56,7 +55,7 @@ def of_workload(name: str, result: Row) -> str:
         return f"{title}\n  {result['reason']}"
     rows = result["contenders"].values()
     lines = [(r["label"], *measured(r)) for r in rows if r["status"] == "measured"]
-    left_out = [f"{r['label']}: {UNIT[r['status']]} ({r['reason']})" for r in rows if "reason" in r]
+    left_out = [f"{r['label']}: {r['status']} ({r['reason']})" for r in rows if "reason" in r]
     return "\n".join([title, *aligned([HEADS, *lines]), *left_out])
 
 
@@ -89,7 +88,7 @@ def _cell(name: str, result: Row) -> str:
     if row is None:
         return ""
     if row["status"] != "measured":
-        return UNIT[row["status"]]
+        return row["status"]
     relative = f" ({digits(row['ratio'])})" if "ratio" in row and name != OURS else ""
     return duration(row["seconds"]["median"]) + relative
 
