@@ -2,10 +2,10 @@
 
     python -m benchmarks.program_memory [--workload NAME ...]
 
-Counted is what torch's allocator hands out, in Python and within native ops alike, so the workspace
-of a native step is in it: the most bytes alive at once besides what was there before, at K = 2 and
-K = 10 inner steps. The adjoint takes O(T (K P + activations of one step)): from K to K' steps it may
-grow by T (K' - K) P numbers and no more. CPU only.
+Counted is what torch's allocator hands out, in Python and within native ops alike, workspaces
+included: the most bytes alive at once besides what was there before, at K = 2 and at K = 10 inner
+steps. The adjoint takes O(T (K P + activations of one step)): from K to K' steps it may grow by
+T (K' - K) P numbers and no more. CPU only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every contender of every workload under pytest-benchmark, in this process and environment.
 
-pytest benchmarks --benchmark-enable -k "peers and sin1" --benchmark-group-by=param:workload
+pytest benchmarks --benchmark-enable -k "peers and sin1"
 
 What is not installed is skipped and says so. `python -m benchmarks run` finds it in the peers' own
 environment, gives each a process and lets them take turns; its ratios are the ones to quote.

@@ -99,6 +99,33 @@ def adjoint_compiled(problem: Problem) -> Step:
     return _meta_step(setting, _compiled(_adjoint(setting)))
 
 
+def by_task(problem: Problem) -> Step:
+    """One unrolled graph a task, without torch.func: what the others are compared with."""
+    setting = TorchProblem(problem)
+    params = setting.split(setting.theta.requires_grad_())
+    tasks = list(zip(*(setting.data[name] for name in TASKS), strict=True))
+
+    def task_loss(sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
+        fast = params
+        for _ in range(problem.workload.steps):
+            loss = setting.loss_of(fast, sx, sy)
+            gradients = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+            pairs = zip(fast.items(), gradients, strict=True)
+            fast = {name: p - problem.workload.lr * g for (name, p), g in pairs}
+        return setting.loss_of(fast, qx, qy) / len(tasks)
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        setting.theta.grad = None
+        losses = []
+        for task in tasks:
+            loss = task_loss(*task)
+            loss.backward(retain_graph=True)  # theta's own pieces are every task's
+            losses.append(loss.detach())
+        return torch.stack(losses).sum(), [setting.theta.grad]
+
+    return setting.step(run, read_meta)
+
+
 # Hessian-vector products
 
 
