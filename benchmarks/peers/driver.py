@@ -29,6 +29,8 @@ TURN = 0.2  # seconds of a turn
 LONGEST = 60.0  # seconds of all turns of one contender
 FEWEST = 3  # rounds of the slowest
 SETTLE = 0.05  # seconds before a turn
+LONG = 1.0  # seconds of a step above which one is a turn
+TRIES = 3  # timings that the number of steps in a turn is chosen by
 
 Row = dict[str, Any]
 
@@ -63,9 +65,11 @@ class Turns:
 def calls_per_turn(worker: Worker) -> tuple[int, float]:
     """How many steps take about `TURN`, and the seconds of one."""
     calls, taken = 1, worker.time(1)
-    while taken < TURN / 4:
+    if taken > LONG:
+        return calls, taken
+    # The best of several, lest one that was disturbed makes all turns too short.
+    while (taken := min(worker.time(calls) for _ in range(TRIES))) < TURN / 4:
         calls *= 4
-        taken = worker.time(calls)
     seconds = taken / calls
     return max(1, round(TURN / seconds)), seconds
 

@@ -56,7 +56,9 @@ def of_workload(name: str, result: Row) -> str:
     rows = result["contenders"].values()
     lines = [(r["label"], *measured(r)) for r in rows if r["status"] == "measured"]
     left_out = [f"{r['label']}: {r['status']} ({r['reason']})" for r in rows if "reason" in r]
-    return "\n".join([title, *aligned([HEADS, *lines]), *left_out])
+    engine = result["contenders"].get(OURS, {}).get("facts", {}).get("engine")
+    told = [f"{OURS}: {engine}"] if engine else []
+    return "\n".join([title, *aligned([HEADS, *lines]), *told, *left_out])
 
 
 def of_facts(report: Report) -> str:
