@@ -5,7 +5,8 @@
 Counted is what torch's allocator hands out, in Python and within native ops alike, workspaces
 included: the most bytes alive at once besides what was there before, at K = 2 and at K = 10 inner
 steps. The adjoint takes O(T (K P + activations of one step)): from K to K' steps it may grow by
-T (K' - K) P numbers and no more. CPU only.
+T (K' - K) P numbers and no more; less where only the tasks in work at a time have a workspace. CPU
+only.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import argparse
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
@@ -39,11 +42,16 @@ def allocated_peak(run: Callable[[], object]) -> int:
         >>> allocated_peak(lambda: torch.ones(1000) + torch.ones(1000))
         12000
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    events = record.profiler.kineto_results.events()
+    with ThreadPoolExecutor(1) as thread:  # a new one has not kept a workspace from earlier calls
+        events = thread.submit(_recorded, run).result()
     memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
     return max(itertools.accumulate((e.nbytes() for e in memory), initial=0))
+
+
+def _recorded(run: Callable[[], object]) -> list[Any]:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    return record.profiler.kineto_results.events()
 
 
 def peaks(workload: Workload) -> dict[str, list[int]]:
@@ -53,7 +61,7 @@ def peaks(workload: Workload) -> dict[str, list[int]]:
         problem = Problem(replace(workload, steps=steps), draw(workload))
         for name, build in WAYS.items():
             step = build(problem)
-            step.run()  # what a first call keeps is not its workspace
+            step.run()  # gradients that a first call creates are no workspace
             found[name].append(allocated_peak(step.run))
     return found
 

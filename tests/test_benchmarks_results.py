@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -187,3 +188,14 @@ def test_what_a_native_op_allocates_within_itself_is_counted():
     assert allocated_peak(lambda: None) == 0
     x = torch.rand(100, 100).t()
     assert allocated_peak(lambda: torch.linalg.inv(x)) > 2 * 4 * 10**4  # result, and a copy within
+
+
+def test_a_workspace_that_a_thread_keeps_from_call_to_call_is_counted():
+    kept = threading.local()
+
+    def run() -> None:
+        if not hasattr(kept, "memory"):
+            kept.memory = torch.empty(1000)
+
+    run()
+    assert allocated_peak(run) == 4000
