@@ -64,6 +64,12 @@ TORCH_LIBRARY(fastmeta, m) {
       " int steps, bool first_order, bool keep, bool gradient, bool lr_grad, bool support_grad,"
       " bool query_grad) -> (Tensor loss, Tensor outputs, Tensor grad_theta, Tensor grad_lr,"
       " Tensor grad_support_x, Tensor grad_query_x)");
+  // the same from a module's own parameters, for autograd: once differentiable in parameters, lr,
+  // support_x and query_x
+  m.def(
+      "task_program_meta_loss(Tensor code, Tensor[] parameters, Tensor frozen, Tensor lr,"
+      " Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, float[] step_weights,"
+      " int steps, bool first_order, bool keep) -> (Tensor loss, Tensor outputs)");
 }
 
 namespace {

@@ -92,6 +92,20 @@ class Call(NamedTuple):
         joined = map(_joined, grads, (theta, lr, data[0], data[2]))
         return sum(losses), torch.cat(outputs), *joined
 
+    def meta_loss(self, theta: Tensors, lr: Tensor, data: Tensors) -> tuple[Tensor, Tensor]:
+        """Meta-loss and outputs, differentiable once in theta, lr, support_x and query_x.
+
+        The compiled function for the module's own parameters saves what autograd takes in Python:
+        for a small network longer than the work.
+        """
+        is_whole = self.task_chunk is None or self.task_chunk >= self.tasks
+        if not (self.own and is_whole and hasattr(self.ops, "meta_loss")):
+            return MetaLoss.apply(self, lr, *data, *theta)
+        options = self.step_weights, self.steps, self.first_order, self.keep
+        frozen = self.frozen(theta[0])
+        loss, outputs = self.ops.meta_loss(self.program.code, theta, frozen, lr, *data, *options)
+        return loss, self.shaped(outputs)
+
     def hvp(self, theta: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:
         """``H v`` ``[T, P]``."""
         frozen = self.frozen(theta)

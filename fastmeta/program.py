@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastmeta._adjoint import QUERY, SUPPORT
 from fastmeta._code import LossKind
 from fastmeta._hvp import Tensors
-from fastmeta._program_call import Adapt, Call, MetaLoss
+from fastmeta._program_call import Adapt, Call
 from fastmeta._stateless import Loss
 from fastmeta._trace import Refusal
 from fastmeta.arena import Layout
@@ -222,7 +222,7 @@ class ProgramEngine(FunctionalEngine):
         step = call.program.layout.step_size_array(lr, call.tasks, self.steps)
         start = call.program.adapted if theta is None else (theta,)
         if torch.is_grad_enabled():
-            return MetaLoss.apply(call, step, *data, *start)
+            return call.meta_loss(start, step, data)
         loss, outputs, *_ = call.meta_gradient(call.arena(start), step, data, (False,) * 4)
         return loss, call.shaped(outputs)
 

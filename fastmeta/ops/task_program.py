@@ -139,3 +139,5 @@ if _native._C is not None:
         _op = getattr(torch.ops.fastmeta, f"task_program_{_name}").default
         register(f"task_program_{_name}", _fake, _looped(_op))
         setattr(COMPILED, _name, _op)
+    # Composite: it calls meta_gradient, which has the fake and the rule.
+    COMPILED.meta_loss = torch.ops.fastmeta.task_program_meta_loss.default

@@ -1,0 +1,162 @@
+// The meta-loss of a module's own parameters, known to autograd: its gradient is taken in the same
+// call and kept, `backward` hands it out. In C++, because for a small network autograd in Python
+// takes longer than the work.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
+#include <c10/util/accumulate.h>
+#include <c10/util/strides.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <cstring>
+#include <tuple>
+#include <vector>
+
+namespace fastmeta {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct MetaLossOptions {
+  Tensor code, frozen;
+  std::vector<double> step_weights;
+  int64_t steps;
+  bool first_order, keep;
+};
+
+// All parameters in one arena [P].
+Tensor joined(at::TensorList parameters) {
+  int64_t count = 0;
+  bool can_copy = true;
+  for (const auto& p : parameters) {
+    count += p.numel();
+    can_copy = can_copy && p.device().is_cpu() && p.is_contiguous();
+  }
+  if (!can_copy) {
+    std::vector<Tensor> flat;
+    for (const auto& p : parameters) flat.push_back(p.reshape({-1}));
+    return at::cat(flat);
+  }
+  auto arena = at::empty({count}, parameters[0].options());
+  auto* target = static_cast<char*>(arena.mutable_data_ptr());
+  for (const auto& p : parameters) {
+    std::memcpy(target, p.const_data_ptr(), p.nbytes());
+    target += p.nbytes();
+  }
+  return arena;
+}
+
+auto meta_gradient_op() {
+  using Op = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+      const Tensor&, const Tensor&, at::ArrayRef<double>, int64_t, bool, bool, bool, bool, bool,
+      bool);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastmeta::task_program_meta_gradient", "")
+                             .typed<Op>();
+  return op;
+}
+
+// Its inputs, whose derivative raises.
+struct Once : torch::autograd::Function<Once> {
+  static variable_list forward(AutogradContext*, at::TensorList grads) {
+    variable_list out;
+    for (const auto& grad : grads) out.push_back(grad.clone());
+    return out;
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(
+        false,
+        "the meta-gradient comes from the adjoint recursion, which keeps no graph: it "
+        "cannot be differentiated again. MAML.clone() and adapt() unroll a graph that can.");
+  }
+};
+
+// The gradients; where a graph of them is asked for, one that raises when it is used.
+variable_list differentiable_once(variable_list grads) {
+  if (!at::GradMode::is_enabled()) return grads;
+  variable_list present;
+  for (const auto& grad : grads) {
+    if (grad.defined()) present.push_back(grad.detach().requires_grad_());
+  }
+  if (present.empty()) return grads;
+  const auto marked = Once::apply(at::TensorList(present));
+  size_t next = 0;
+  for (auto& grad : grads) {
+    if (grad.defined()) grad = marked[next++];
+  }
+  return grads;
+}
+
+struct MetaLoss : torch::autograd::Function<MetaLoss> {
+  enum Input : size_t { kLr, kSupportX, kSupportY, kQueryX, kQueryY, kParameters };
+
+  static variable_list forward(AutogradContext* ctx, at::TensorList inputs,
+                               const MetaLossOptions& o) {
+    const auto parameters = inputs.slice(kParameters);
+    const bool lr = inputs[kLr].requires_grad(), query = inputs[kQueryX].requires_grad();
+    const bool support = inputs[kSupportX].requires_grad() && !o.first_order;
+    bool theta = false;
+    for (const auto& p : parameters) theta = theta || p.requires_grad();
+    auto [loss, outputs, to_theta, to_lr, to_support, to_query] = meta_gradient_op().call(
+        o.code, joined(parameters), o.frozen, inputs[kLr], inputs[kSupportX], inputs[kSupportY],
+        inputs[kQueryX], inputs[kQueryY], o.step_weights, o.steps, o.first_order, o.keep,
+        theta || lr || query || support, lr, support, query);
+    ctx->save_for_backward({theta ? to_theta : Tensor(), lr ? to_lr : Tensor(),
+                            support ? to_support : Tensor(), query ? to_query : Tensor()});
+    std::vector<std::vector<int64_t>> shapes;
+    for (const auto& p : parameters) shapes.push_back(p.sizes().vec());
+    ctx->saved_data["shapes"] = std::move(shapes);
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({outputs});
+    return {loss, outputs};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const auto shapes = ctx->saved_data["shapes"].to<std::vector<std::vector<int64_t>>>();
+    variable_list grads(kParameters + shapes.size() + 1);  // and the options
+    if (!grad_outputs[0].defined()) return grads;
+    const Tensor scale = grad_outputs[0].detach();  // a graph, where one is asked for, ends here
+    const auto saved = ctx->get_saved_variables();
+    const Input places[] = {kParameters, kLr, kSupportX, kQueryX};
+    for (size_t i = 0; i < saved.size(); ++i) {
+      if (saved[i].defined()) grads[places[i]] = saved[i].detach().mul(scale);
+    }
+    if (const Tensor arena = grads[kParameters]; arena.defined()) {
+      int64_t offset = 0;
+      for (size_t i = 0; i < shapes.size(); ++i) {
+        const int64_t count = c10::multiply_integers(shapes[i]);
+        grads[kParameters + i] =
+            arena.as_strided(shapes[i], c10::contiguous_strides(shapes[i]), offset);
+        offset += count;
+      }
+    }
+    return differentiable_once(std::move(grads));
+  }
+};
+
+std::tuple<Tensor, Tensor> meta_loss(const Tensor& code, at::TensorList parameters,
+                                     const Tensor& frozen, const Tensor& lr,
+                                     const Tensor& support_x, const Tensor& support_y,
+                                     const Tensor& query_x, const Tensor& query_y,
+                                     at::ArrayRef<double> step_weights, int64_t steps,
+                                     bool first_order, bool keep) {
+  TORCH_CHECK(!parameters.empty(), "parameters must hold a tensor");
+  variable_list inputs{lr, support_x, support_y, query_x, query_y};
+  inputs.insert(inputs.end(), parameters.begin(), parameters.end());
+  const MetaLossOptions options{code, frozen, step_weights.vec(), steps, first_order, keep};
+  const auto results = MetaLoss::apply(at::TensorList(inputs), options);
+  return {results[0], results[1]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastmeta, CompositeImplicitAutograd, m) {
+  m.impl("task_program_meta_loss", &meta_loss);
+}
+
+}  // namespace fastmeta
