@@ -16,11 +16,12 @@ P a task for each weight that is not 0.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,22 @@ from fastmeta._stateless import Loss, TaskModule
 from fastmeta.arena import Layout
 
 __all__ = ["FunctionalEngine", "hvp"]
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def never_traced(method: Method) -> Method:
+    """The method, which torch.compile calls as it is.
+
+    Tracing it would lose, without a word, derivatives of the autograd functions inside.
+    """
+    as_it_is = torch.compiler.disable(method)
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (as_it_is if torch.compiler.is_compiling() else method)(*args, **kwargs)
+
+    return cast("Method", call)
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,7 @@ class FunctionalEngine:
         """The module's own trainable parameters as an arena ``[P]``, a differentiable copy."""
         return Layout.of(self.module).flatten(dict(self.module.named_parameters()))
 
+    @never_traced
     def adapt(
         self, theta: Tensor | None, lr: float | Tensor, support_x: Tensor, support_y: Tensor
     ) -> Tensor:
@@ -120,6 +138,7 @@ class FunctionalEngine:
         chunks = [_Adapt.apply(loop, torch.is_grad_enabled(), *part) for part in parts]
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
+    @never_traced
     def meta_loss(
         self,
         theta: Tensor | None,
@@ -159,6 +178,7 @@ class FunctionalEngine:
         options = loop, torch.is_grad_enabled(), self._chunks(tasks), by_step
         return _MetaLoss.apply(*options, theta, step, *data.values())
 
+    @never_traced
     def hvp(self, params: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:
         """The Hessian of each task's loss on ``(x, y)`` times a vector (Pearlmutter 1994).
 

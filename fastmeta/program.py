@@ -28,6 +28,7 @@ from fastmeta.functional import (
     check_arena,
     check_choice,
     check_data,
+    never_traced,
     read_step_weights,
 )
 from fastmeta.lowering import Lowering, Program
@@ -180,6 +181,7 @@ class ProgramEngine(FunctionalEngine):
         except Refusal as refusal:
             return str(refusal)
 
+    @never_traced
     def adapt(
         self, theta: Tensor | None, lr: float | Tensor, support_x: Tensor, support_y: Tensor
     ) -> Tensor:
@@ -199,6 +201,7 @@ class ProgramEngine(FunctionalEngine):
         arena = call.arena(start)
         return call.adapt(arena, call.frozen(arena), step, *data)
 
+    @never_traced
     def meta_loss(
         self,
         theta: Tensor | None,
@@ -226,6 +229,7 @@ class ProgramEngine(FunctionalEngine):
         loss, outputs, *_ = call.meta_gradient(call.arena(start), step, data, (False,) * 4)
         return loss, call.shaped(outputs)
 
+    @never_traced
     def hvp(self, params: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:
         """The Hessian of each task's loss times a vector, as ``FunctionalEngine.hvp`` says.
 
@@ -245,6 +249,7 @@ class ProgramEngine(FunctionalEngine):
             check_arena(name, layout, arena, call.tasks)
         return call.hvp(params, x, y, vector.expand(call.tasks, layout.numel))
 
+    @never_traced
     def outputs(self, params: Tensor, x: Tensor) -> Tensor | None:
         """The module's outputs ``[T, B, ...]`` on x ``[T, B, ...]``, with parameters ``[T, P]``.
 
@@ -300,8 +305,6 @@ class ProgramEngine(FunctionalEngine):
             raise Refusal("hvp_mode is 'finite_difference', and the program's products are exact")
         if torch.is_autocast_enabled(layout.device.type):
             raise Refusal("autocast is on, and the program computes in the parameters' dtype")
-        if torch.compiler.is_compiling():
-            raise Refusal("torch.compile traces the functional engine instead")
 
     def _implementation(self, layout: Layout) -> SimpleNamespace | ModuleType:
         """The compiled ops; in plain PyTorch only where a program is required."""
