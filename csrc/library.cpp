@@ -70,6 +70,12 @@ TORCH_LIBRARY(fastmeta, m) {
       "task_program_meta_loss(Tensor code, Tensor[] parameters, Tensor frozen, Tensor lr,"
       " Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, float[] step_weights,"
       " int steps, bool first_order, bool keep) -> (Tensor loss, Tensor outputs)");
+  // the same with its gradients to the parameters [P] and to lr, without autograd
+  m.def(
+      "task_program_loss_and_gradient(Tensor code, Tensor[] parameters, Tensor frozen, Tensor lr,"
+      " Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, float[] step_weights,"
+      " int steps, bool first_order, bool keep, bool lr_grad)"
+      " -> (Tensor loss, Tensor outputs, Tensor grad_parameters, Tensor grad_lr)");
 }
 
 namespace {

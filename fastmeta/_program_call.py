@@ -79,7 +79,7 @@ class Call(NamedTuple):
         """
         code, frozen = self.program.code, self.frozen(theta)
         options = self.step_weights, self.steps, self.first_order, self.keep, *wanted
-        if self.task_chunk is None or self.task_chunk >= self.tasks:
+        if self._is_whole():
             return self.ops.meta_gradient(code, theta, frozen, lr, *data, *options)
         results = []
         for rows in self._chunks():
@@ -98,13 +98,28 @@ class Call(NamedTuple):
         The compiled function for the module's own parameters saves what autograd takes in Python:
         for a small network longer than the work.
         """
-        is_whole = self.task_chunk is None or self.task_chunk >= self.tasks
-        if not (self.own and is_whole and hasattr(self.ops, "meta_loss")):
+        if not (self.own and self._is_whole() and hasattr(self.ops, "meta_loss")):
             return MetaLoss.apply(self, lr, *data, *theta)
         options = self.step_weights, self.steps, self.first_order, self.keep
         frozen = self.frozen(theta[0])
         loss, outputs = self.ops.meta_loss(self.program.code, theta, frozen, lr, *data, *options)
         return loss, self.shaped(outputs)
+
+    def loss_and_gradient(
+        self, lr: Tensor, data: Tensors, lr_grad: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Meta-loss, outputs, and the gradients to the module's own parameters ``[P]`` and lr."""
+        theta = self.program.adapted
+        if self._is_whole() and hasattr(self.ops, "loss_and_gradient"):
+            options = self.step_weights, self.steps, self.first_order, self.keep, lr_grad
+            inputs = self.program.code, theta, self.frozen(theta[0]), lr
+            loss, outputs, to_theta, to_lr = self.ops.loss_and_gradient(*inputs, *data, *options)
+        else:
+            wanted = True, lr_grad, False, False
+            loss, outputs, to_theta, to_lr, *_ = self.meta_gradient(
+                self.arena(theta).detach(), lr, data, wanted
+            )
+        return loss, self.shaped(outputs), to_theta, to_lr if lr_grad else None
 
     def hvp(self, theta: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:
         """``H v`` ``[T, P]``."""
@@ -123,6 +138,9 @@ class Call(NamedTuple):
         """Outputs ``[T, B, n]`` in the module's shape."""
         shape = self.program.output_shape
         return outputs if len(shape) == 1 else outputs.view(*outputs.shape[:2], *shape)
+
+    def _is_whole(self) -> bool:
+        return self.task_chunk is None or self.task_chunk >= self.tasks
 
     def _chunks(self) -> Iterator[slice]:
         size = self.task_chunk or self.tasks

@@ -179,6 +179,39 @@ class FunctionalEngine:
         return _MetaLoss.apply(*options, theta, step, *data.values())
 
     @never_traced
+    def meta_gradient(
+        self,
+        lr: float | Tensor,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        step_weights: Sequence[float] | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The meta-loss from the module's own parameters, with its gradient.
+
+        Args:
+            lr, support_x, support_y, query_x, query_y, step_weights: as for ``meta_loss``.
+
+        Returns:
+            loss (scalar), outputs ``[T, Q, ...]``, the gradient to the parameters ``[P]``, and that
+            to ``lr``, if it is a tensor that requires one, in its shape. None has a graph.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as for ``meta_loss``.
+        """
+        theta = self.parameters().detach().requires_grad_()
+        sources = [theta]
+        if is_learned(lr):
+            lr = lr.detach().requires_grad_()
+            sources.append(lr)
+        data = map(_detached, (support_x, support_y, query_x, query_y))
+        with torch.enable_grad():
+            loss, outputs = self.meta_loss(theta, lr, *data, step_weights)
+        to_theta, *to_lr = torch.autograd.grad(loss, sources)
+        return loss.detach(), outputs, to_theta, to_lr[0] if to_lr else None
+
+    @never_traced
     def hvp(self, params: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:
         """The Hessian of each task's loss on ``(x, y)`` times a vector (Pearlmutter 1994).
 
@@ -358,6 +391,10 @@ def _wanted(ctx: Any, enabled: bool, names: tuple[str, ...]) -> set[str]:
 
 def _take_all(sources: Tensors, rows: slice) -> list[Tensor]:
     return [take_tasks(name, value, rows) for name, value in sources.items()]
+
+
+def is_learned(lr: float | Tensor) -> bool:
+    return isinstance(lr, Tensor) and lr.requires_grad
 
 
 def _check_integer(name: str, value: int, lowest: int) -> None:

@@ -28,6 +28,7 @@ from fastmeta.functional import (
     check_arena,
     check_choice,
     check_data,
+    is_learned,
     never_traced,
     read_step_weights,
 )
@@ -43,7 +44,7 @@ _PLAIN = (Tensor, nn.Parameter)
 class Plan(NamedTuple):
     """A program for one batch of tasks.
 
-    ``keeps``: the activations of all steps take no more room than the parameters of all steps.
+    ``keeps``: the activations of all steps take at most twice the room of their parameters.
     """
 
     program: Program
@@ -60,6 +61,14 @@ class Programs:
     def __init__(self) -> None:
         self._lowering: Lowering | None = None
         self._plans: dict[tuple, Plan | str] = {}
+        self._options: tuple[Any, ...] = ()
+        self._engine: ProgramEngine | None = None
+
+    def engine(self, *options: Any) -> ProgramEngine:
+        """``ProgramEngine(*options)``; the last one where the options are the same."""
+        if self._engine is None or options != self._options:
+            self._engine, self._options = ProgramEngine(*options, self), options
+        return self._engine
 
     def __reduce__(self) -> tuple[type[Programs], tuple[()]]:
         return Programs, ()
@@ -109,7 +118,7 @@ def _planned(lowering: Lowering, layout: Layout, data: Tensors) -> Plan | str:
         if reason:
             return reason
     kept = 2 * first.shape[1] * program.activations  # values and their gradients
-    return Plan(program, tasks, keeps=kept <= layout.numel)
+    return Plan(program, tasks, keeps=kept <= 2 * layout.numel)
 
 
 def _does_not_compare(program: Program, name: str, y: Tensor) -> str:
@@ -134,8 +143,8 @@ class ProgramEngine(FunctionalEngine):
         module, loss, steps, first_order, hvp_mode, task_chunk: as for ``FunctionalEngine``. The
             program's products are exact: ``hvp_mode="finite_difference"`` is left to it.
         memory: ``"keep"`` the activations of all steps for the way back, ``"recompute"`` them step
-            by step, or ``"auto"``: keep them where they take no more room than the K parameter
-            vectors.
+            by step, or ``"auto"``: keep them where they take at most twice the room of the K
+            parameter vectors.
         required: raise where there is no program, with the reason.
         programs: what was lowered before; an engine that is made anew at every call shares it.
 
@@ -228,6 +237,32 @@ class ProgramEngine(FunctionalEngine):
             return call.meta_loss(start, step, data)
         loss, outputs, *_ = call.meta_gradient(call.arena(start), step, data, (False,) * 4)
         return loss, call.shaped(outputs)
+
+    @never_traced
+    def meta_gradient(
+        self,
+        lr: float | Tensor,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        step_weights: Sequence[float] | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The meta-loss with its gradient, as ``FunctionalEngine.meta_gradient`` says.
+
+        Raises:
+            ValueError: besides, where a program is ``required`` and there is none.
+        """
+        data = support_x, support_y, query_x, query_y
+        weights = read_step_weights(step_weights, self.steps)
+        call = self._call(None, dict(zip(SUPPORT + QUERY, data, strict=True)), weights)
+        if call is None:
+            return super().meta_gradient(lr, *data, step_weights)
+        step = call.program.layout.step_size_array(lr, call.tasks, self.steps)
+        if not is_learned(lr):
+            return call.loss_and_gradient(step, data)
+        loss, outputs, to_theta, to_step = call.loss_and_gradient(step.detach(), data, True)
+        return loss, outputs, to_theta, torch.autograd.grad(step, lr, to_step)[0]
 
     @never_traced
     def hvp(self, params: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:

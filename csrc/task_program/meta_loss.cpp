@@ -31,10 +31,11 @@ struct MetaLossOptions {
 // All parameters in one arena [P].
 Tensor joined(at::TensorList parameters) {
   int64_t count = 0;
-  bool can_copy = true;
+  bool can_copy = true;  // and no tensor without memory, as while torch.compile traces
   for (const auto& p : parameters) {
     count += p.numel();
-    can_copy = can_copy && p.device().is_cpu() && p.is_contiguous();
+    can_copy = can_copy && p.device().is_cpu() && p.is_contiguous() &&
+               !p.unsafeGetTensorImpl()->is_python_dispatch();
   }
   if (!can_copy) {
     std::vector<Tensor> flat;
@@ -153,9 +154,22 @@ std::tuple<Tensor, Tensor> meta_loss(const Tensor& code, at::TensorList paramete
   return {results[0], results[1]};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient(
+    const Tensor& code, at::TensorList parameters, const Tensor& frozen, const Tensor& lr,
+    const Tensor& support_x, const Tensor& support_y, const Tensor& query_x, const Tensor& query_y,
+    at::ArrayRef<double> step_weights, int64_t steps, bool first_order, bool keep, bool lr_grad) {
+  TORCH_CHECK(!parameters.empty(), "parameters must hold a tensor");
+  const at::AutoDispatchBelowAutograd below;
+  auto [loss, outputs, to_theta, to_lr, to_support, to_query] = meta_gradient_op().call(
+      code, joined(parameters), frozen, lr, support_x, support_y, query_x, query_y, step_weights,
+      steps, first_order, keep, true, lr_grad, false, false);
+  return {loss, outputs, to_theta, to_lr};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastmeta, CompositeImplicitAutograd, m) {
+  m.impl("task_program_loss_and_gradient", &loss_and_gradient);
   m.impl("task_program_meta_loss", &meta_loss);
 }
 

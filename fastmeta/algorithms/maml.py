@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,30 @@ class AdaptedTasks:
     def task(self, index: int) -> dict[str, Tensor]:
         """The parameters of one task by name, in the module's shapes, for ``functional_call``."""
         return self.layout.views(self.params[index])
+
+
+class MetaGradient(NamedTuple):
+    """A meta-loss and its gradient, without a graph.
+
+    Attributes:
+        loss: scalar.
+        outputs: on the queries after the last step ``[T, Q, N]``.
+        grads: gradient to the module's trainable parameters ``[P]``, in the order of ``Layout``.
+        lr_grad: gradient to a learned ``lr``, in its shape; otherwise None.
+    """
+
+    loss: Tensor
+    outputs: Tensor
+    grads: Tensor
+    lr_grad: Tensor | None
+
+    def assign_to(self, learner: MAML) -> None:
+        """Set ``.grad`` of the learner's parameters, for its optimizer; what was there goes."""
+        named = dict(learner.module.named_parameters())
+        for name, grad in Layout.of(learner.module).views(self.grads).items():
+            named[name].grad = grad
+        if self.lr_grad is not None:
+            learner.lr.grad = self.lr_grad
 
 
 class MAML(nn.Module):
@@ -221,6 +245,40 @@ class MAML(nn.Module):
         params = engine.adapt(None, lr, support_x, support_y)
         return AdaptedTasks(params, Layout.of(self.module), self.module, engine)
 
+    def meta_gradient(
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        step_weights: Sequence[float] | Tensor | None = None,
+    ) -> MetaGradient:
+        """The meta-loss and its gradient as values: ``meta_loss`` and ``backward`` in one call.
+
+        Autograd takes no part, which saves a small network a third of the time; the gradients of
+        inputs are left out.
+
+        Args:
+            support_x, support_y, query_x, query_y, step_weights: as for ``meta_loss``.
+
+        Raises:
+            TypeError, ValueError: as for ``meta_loss``.
+
+        Example:
+            >>> import torch
+            >>> maml = MAML(torch.nn.Linear(3, 2), lr=0.1)
+            >>> x, y = torch.randn(4, 5, 3), torch.randint(0, 2, (4, 5))
+            >>> result = maml.meta_gradient(x, y, x, y)
+            >>> result.grads.shape
+            torch.Size([8])
+            >>> result.assign_to(maml)  # as loss.backward() does on gradients of None
+            >>> maml.module.weight.grad.shape
+            torch.Size([2, 3])
+        """
+        engine, lr = self._engine(self.steps), self._step_size(self.steps)
+        data = support_x, support_y, query_x, query_y
+        return MetaGradient(*engine.meta_gradient(lr, *data, step_weights))
+
     def hvp(self, params: Tensor, batch: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
         """The Hessian of each task's loss times a vector (Pearlmutter 1994).
 
@@ -344,13 +402,11 @@ class MAML(nn.Module):
         replace_parameters(self.module, dict(zip(old, new, strict=True)))
 
     def _engine(self, steps: int) -> FunctionalEngine:
-        """What computes: ``adapt``, ``meta_loss`` and ``hvp``."""
-        options = steps, self.first_order, self.hvp_mode, self.task_chunk
+        """What computes: ``adapt``, ``meta_loss``, ``meta_gradient`` and ``hvp``."""
+        options = self.module, self.loss, steps, self.first_order, self.hvp_mode, self.task_chunk
         if self.engine == "functional":
-            return FunctionalEngine(self.module, self.loss, *options)
-        required = self.engine == "program"
-        more = self.memory, required, self._programs
-        return ProgramEngine(self.module, self.loss, *options, *more)
+            return FunctionalEngine(*options)
+        return self._programs.engine(*options, self.memory, self.engine == "program")
 
     def _step_size(self, steps: int) -> float | Tensor:
         """``lr`` as the engines take it: one row a step becomes one matrix a step."""
