@@ -79,9 +79,11 @@ class CpuLanes {
     for (; row < p.m; ++row) tile<1, columns>(p, row, column, finish);
   }
 
-  // finish() follows while the tile is in the L1 cache.
+  // finish() follows while the tile is in the L1 cache. Not inlined: the caller's variables would
+  // take the registers of the strides.
   template <int rows, int columns, typename Finish>
-  static void tile(const Product<storage_t>& p, int64_t row, int64_t column, const Finish& finish) {
+  [[gnu::noinline]] static void tile(const Product<storage_t>& p, int64_t row, int64_t column,
+                                     const Finish& finish) {
     storage_t sum[rows][columns];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {

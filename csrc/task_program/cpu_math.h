@@ -3,6 +3,8 @@
 
 #include <ATen/cpu/vec/vec.h>
 
+#include <type_traits>
+
 #include "task_program/math.h"
 
 namespace fastmeta {
@@ -22,7 +24,16 @@ struct Math<at::vec::Vectorized<value_t>> {
   static Vec larger(const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }
 
   static Vec if_less(const Vec& a, const Vec& b, const Vec& x, const Vec& y) {
+#if defined(CPU_CAPABILITY_AVX512)
+    // Vectorized makes a vector of the mask, and a mask of the vector.
+    if constexpr (std::is_same_v<value_t, float>) {
+      return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+    } else {
+      return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_LT_OQ), y, x);
+    }
+#else
     return Vec::blendv(y, x, a < b);
+#endif
   }
   static Vec if_equal(const Vec& a, const Vec& b, const Vec& x, const Vec& y) {
     return Vec::blendv(y, x, a == b);

@@ -22,6 +22,17 @@ struct Activation {
   FASTMETA_HOST_DEVICE number_t slope(const number_t& z) const;
   template <typename number_t>
   FASTMETA_HOST_DEVICE number_t curvature(const number_t& z) const;
+
+  // f'(z) x; where f' is 0, also for an x that is not finite.
+  template <typename number_t>
+  FASTMETA_HOST_DEVICE number_t times_slope(const number_t& z, const number_t& x) const {
+    if (kind != ActivationKind::kRelu) return slope(z) * x;
+    return Math<number_t>::if_less(number_t(0), z, x, number_t(0));
+  }
+  // Whether f'' is anything but 0.
+  FASTMETA_HOST_DEVICE constexpr bool bends() const {
+    return kind != ActivationKind::kRelu && kind != ActivationKind::kLeakyRelu;
+  }
 };
 
 // The same with a kind that the compiler knows: the choice is made once, not for each element.
@@ -29,19 +40,20 @@ template <ActivationKind known>
 struct KnownActivation {
   double a, b;
 
-  FASTMETA_HOST_DEVICE Activation any() const { return {known, a, b}; }
+  FASTMETA_HOST_DEVICE constexpr Activation any() const { return {known, a, b}; }
   template <typename number_t>
   FASTMETA_HOST_DEVICE number_t value(const number_t& z) const {
     return any().value(z);
   }
   template <typename number_t>
-  FASTMETA_HOST_DEVICE number_t slope(const number_t& z) const {
-    return any().slope(z);
+  FASTMETA_HOST_DEVICE number_t times_slope(const number_t& z, const number_t& x) const {
+    return any().times_slope(z, x);
   }
   template <typename number_t>
   FASTMETA_HOST_DEVICE number_t curvature(const number_t& z) const {
     return any().curvature(z);
   }
+  FASTMETA_HOST_DEVICE constexpr bool bends() const { return any().bends(); }
 };
 
 inline constexpr double kRootHalf = 0.70710678118654752440;       // sqrt(1 / 2)
@@ -194,7 +206,7 @@ struct ActivationSlope {
 
   template <typename Cell>
   FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
-    const auto value = f.slope(at.load(z)) * at.load(source);
+    const typename Cell::number_t value = f.times_slope(at.load(z), at.load(source));
     at.store(target, adds ? at.load(target) + value : value);
   }
 };
@@ -207,9 +219,9 @@ struct ActivationTangentBackward {
 
   template <typename Cell>
   FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
-    const auto z_here = at.load(z);
-    auto value = f.slope(z_here) * at.load(dy_dot);
-    if (z_dot) value = value + f.curvature(z_here) * at.load(z_dot) * at.load(dy);
+    const typename Cell::number_t z_here = at.load(z);
+    auto value = f.times_slope(z_here, at.load(dy_dot));
+    if (f.bends() && z_dot) value = value + f.curvature(z_here) * at.load(z_dot) * at.load(dy);
     at.store(dz_dot, adds ? at.load(dz_dot) + value : value);
   }
 };
