@@ -54,7 +54,8 @@ class CpuWorker {
       task_.start = loaded(job_.theta, job_.theta_stride, job_.program.parameters, start_room_);
     }
     if (job_.lr_task_stride != 0) load_step_sizes();
-    if (job_.given != nullptr) copy_given();
+    if constexpr (!in_lanes) work_in_results();
+    if (job_.given != nullptr) load_given();
     run_job(executor_, job_, task_);
     store_results();
   }
@@ -184,12 +185,25 @@ class CpuWorker {
     }
   }
 
+  // What is handed out as it is made needs no copy.
+  void work_in_results() {
+    const int64_t row = first_ * job_.program.parameters;
+    const auto place = [&](void* result, Array<storage_t>& array) {
+      if (result != nullptr) array = {static_cast<value_t*>(result) + row, 0};
+    };
+    if (!job_.grad_theta_shared) place(job_.grad_theta, task_.v);
+    place(job_.grads, task_.grads);
+  }
+
   // The vector of a Hessian-vector product, or the gradient after the last step.
-  void copy_given() {
+  void load_given() {
     const int64_t count = job_.program.parameters;
-    const auto& target = job_.kind == JobKind::kHvp ? task_.direction : task_.v;
-    const auto source = loaded(job_.given, count, count, target);
-    if constexpr (!in_lanes) std::copy_n(source.data, count, target.data);
+    if (job_.kind == JobKind::kHvp) {
+      task_.direction = loaded(job_.given, count, count, task_.direction);
+    } else {
+      const auto source = loaded(job_.given, count, count, task_.v);
+      if constexpr (!in_lanes) std::copy_n(source.data, count, task_.v.data);
+    }
   }
 
   // Rows of `count` numbers to the tasks' places in a result [T, count], where it is wanted.
@@ -198,7 +212,7 @@ class CpuWorker {
     auto* target = static_cast<value_t*>(result) + first_ * count;
     if constexpr (in_lanes) {
       transpose(count, tasks_, numbers(source), kLanes, target, count);
-    } else {
+    } else if (source.data != target) {
       std::copy_n(source.data, count, target);
     }
   }

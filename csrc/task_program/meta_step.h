@@ -143,8 +143,7 @@ class MetaStep {
   // v = H direction, the gradient in grads(0), and of the inputs; for theta_0.
   FASTMETA_HOST_DEVICE void hessian_vector_product() const {
     support_gradient(0, NoUpdate{});
-    exec_.map(program_.parameters, Fill<storage_t>{0, task_.v});
-    add_hessian_product(0, false);
+    hessian_product(0, false, false);
   }
 
   // v_k from v_{k+1}, without the queries' own part.
@@ -156,7 +155,7 @@ class MetaStep {
     exec_.map(program_.parameters,
               Descend<storage_t>{task_.step_sizes.of(k), task_.step_sizes.per_parameter, Arena{},
                                  task_.v, task_.direction});
-    add_hessian_product(k, k + 1 < options_.steps);
+    hessian_product(k, true, k + 1 < options_.steps);
   }
 
  private:
@@ -193,14 +192,15 @@ class MetaStep {
     passes.backward(grads(k), false, update);
   }
 
-  // v += H_k direction; grad_support = (or +=) the derivative of <g_k, direction>.
-  FASTMETA_HOST_DEVICE void add_hessian_product(int k, bool adds) const {
+  // v = (or +=) H_k direction; grad_support = (or +=) the derivative of <g_k, direction>.
+  FASTMETA_HOST_DEVICE void hessian_product(int k, bool adds, bool adds_to_support) const {
     const auto net = support_network(k);
     const Passes<Executor> passes(exec_, net);
     passes.tangent_forward();
-    passes.tangent_backward(task_.v);
+    passes.tangent_backward(task_.v, adds);
     if (task_.grad_support) {
-      exec_.map(net.size(0), Copy<storage_t>{net.delta_dot(0), task_.grad_support, adds});
+      exec_.map(net.size(0),
+                Copy<storage_t>{net.delta_dot(0), task_.grad_support, adds_to_support});
     }
   }
 

@@ -129,7 +129,7 @@ class Call {
     return tensor;
   }
   at::Tensor grad_theta() {
-    job.grad_theta_shared = theta_.dim() == 1;
+    job.grad_theta_shared = theta_.dim() == 1 && job.tasks != 1;
     return summed(job.grad_theta_shared, theta_.sizes(), job.grad_theta);
   }
   at::Tensor grad_lr(bool wanted, const at::Tensor& lr) {

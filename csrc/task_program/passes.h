@@ -70,9 +70,7 @@ class Passes {
   // each element of grads that is complete `update.from(its parameter)` is done.
   template <typename Update = NoUpdate>
   FASTMETA_HOST_DEVICE void backward(Arena grads, bool adds, const Update& update = {}) const {
-    if (!adds && !net_.program.covers_theta) {
-      exec_.map(net_.program.parameters, Fill<storage_t>{0, grads});
-    }
+    clear_uncovered(grads, adds);
     for (int k = net_.program.instruction_count - 1; k >= 0; --k) {
       const Instruction& i = net_.program.instructions[k];
       if (!net_.delta(i.y)) continue;
@@ -133,9 +131,10 @@ class Passes {
     }
   }
 
-  // target [P] += H theta_dot, and the tangent of the input's gradient; after forward(), loss() and
-  // backward() at the same theta, and tangent_forward().
-  FASTMETA_HOST_DEVICE void tangent_backward(Arena target) const {
+  // target [P] = (or +=) H theta_dot, and the tangent of the input's gradient; after forward(),
+  // loss() and backward() at the same theta, and tangent_forward().
+  FASTMETA_HOST_DEVICE void tangent_backward(Arena target, bool adds) const {
+    clear_uncovered(target, adds);
     tangent_of_loss();
     for (int k = net_.program.instruction_count - 1; k >= 0; --k) {
       const Instruction& i = net_.program.instructions[k];
@@ -145,10 +144,11 @@ class Passes {
           if (i.with_previous && net_.delta_dot(net_.program.instructions[k - 1].x)) {
             const Instruction& previous = net_.program.instructions[--k];
             with_activation<Executor>(previous, [&](const auto& f) {
-              linear(i).tangent_backward(exec_, target, activation_tangent_backward(f, previous));
+              linear(i).tangent_backward(exec_, target, adds,
+                                         activation_tangent_backward(f, previous));
             });
           } else {
-            linear(i).tangent_backward(exec_, target, NoFinish{});
+            linear(i).tangent_backward(exec_, target, adds, NoFinish{});
           }
           break;
         case Opcode::kActivation:
@@ -162,13 +162,19 @@ class Passes {
           hand_on(i, net_.delta_dot(i.y), net_.delta_dot(i.x), net_.delta_dot(i.x2));
           break;
         case Opcode::kLayerNorm:
-          LayerNorm<storage_t>{net_, i}.tangent_backward(exec_, target);
+          LayerNorm<storage_t>{net_, i}.tangent_backward(exec_, target, adds);
           break;
       }
     }
   }
 
  private:
+  // Zeros where no layer will write a gradient.
+  FASTMETA_HOST_DEVICE void clear_uncovered(Arena target, bool adds) const {
+    if (adds || net_.program.covers_theta) return;
+    exec_.map(net_.program.parameters, Fill<storage_t>{0, target});
+  }
+
   FASTMETA_HOST_DEVICE Linear<storage_t> linear(const Instruction& i) const { return {net_, i}; }
 
   template <typename Act>

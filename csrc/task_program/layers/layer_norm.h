@@ -254,9 +254,10 @@ struct LayerNorm {
   }
 
   template <typename Executor>
-  FASTMETA_HOST_DEVICE void tangent_backward(Executor& exec, Array<storage_t> target) const {
+  FASTMETA_HOST_DEVICE void tangent_backward(Executor& exec, Array<storage_t> target,
+                                             bool adds) const {
     const auto l = arrays(true);
-    parameter_gradients<true>(exec, l, target, true, NoUpdate{});
+    parameter_gradients<true>(exec, l, target, adds, NoUpdate{});
     if (l.dx_dot) exec.rows(l.rows, LayerNormTangentBackward<storage_t>{l});
   }
 

@@ -63,20 +63,20 @@ struct Linear {
     }
   }
 
-  // target [P] += H v of this layer's parameters.
+  // target [P] = (or +=) H v of this layer's parameters.
   template <typename Executor, typename Finish>
-  FASTMETA_HOST_DEVICE void tangent_backward(Executor& exec, Array<storage_t> target,
+  FASTMETA_HOST_DEVICE void tangent_backward(Executor& exec, Array<storage_t> target, bool adds,
                                              const Finish& finish) const {
     if (is_adapted(i.weight)) {
       auto p = product(Form::kTN, i.outputs, i.inputs, rows(), target.from(i.weight));
-      p.accumulates = true;
+      p.accumulates = adds || i.adds_to_weight;
       p.add(net.delta_dot(i.y), net.value(i.x));
       add_where_there(p, net.delta(i.y), net.value_dot(i.x));
       exec.product(p, NoFinish{});
     }
     if (is_adapted(i.bias)) {
       exec.map(i.outputs, ColumnSums<storage_t>{rows(), i.outputs, net.delta_dot(i.y),
-                                                target.from(i.bias), true});
+                                                target.from(i.bias), adds || i.adds_to_bias});
     }
     if (const auto dx_dot = net.delta_dot(i.x)) {
       auto p = product(Form::kNN, rows(), i.inputs, i.outputs, dx_dot);
