@@ -205,7 +205,8 @@ class FunctionalEngine:
         if is_learned(lr):
             lr = lr.detach().requires_grad_()
             sources.append(lr)
-        data = map(_detached, (support_x, support_y, query_x, query_y))
+        data = support_x, support_y, query_x, query_y
+        data = (t.detach() if isinstance(t, Tensor) else t for t in data)
         with torch.enable_grad():
             loss, outputs = self.meta_loss(theta, lr, *data, step_weights)
         to_theta, *to_lr = torch.autograd.grad(loss, sources)

@@ -258,11 +258,15 @@ class ProgramEngine(FunctionalEngine):
         call = self._call(None, dict(zip(SUPPORT + QUERY, data, strict=True)), weights)
         if call is None:
             return super().meta_gradient(lr, *data, step_weights)
-        step = call.program.layout.step_size_array(lr, call.tasks, self.steps)
+        sizes = call.tasks, self.steps
         if not is_learned(lr):
+            step = call.program.layout.step_size_array(lr, *sizes)
             return call.loss_and_gradient(step, data)
+        with torch.enable_grad():
+            leaf = lr.detach().requires_grad_()
+            step = call.program.layout.step_size_array(leaf, *sizes)
         loss, outputs, to_theta, to_step = call.loss_and_gradient(step.detach(), data, True)
-        return loss, outputs, to_theta, torch.autograd.grad(step, lr, to_step)[0]
+        return loss, outputs, to_theta, torch.autograd.grad(step, leaf, to_step)[0]
 
     @never_traced
     def hvp(self, params: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ def test_the_readme_shows_the_committed_results(device):
     "arguments, message",
     [
         (["run", "--workload", "sin2"], "unknown workload 'sin2'; there are sin1_t1, sin1, sin5"),
-        (["run", "--peer", "jacks"], "unknown peer 'jacks'; there are fastmeta-functional, lea"),
+        (["run", "--peer", "jacks"], "unknown peer 'jacks'; there are fastmeta-autograd, fastm"),
         (["run", "--rounds", "1"], "expected a whole number of at least 2, got '1'"),
         (["run", "--threads", "many"], "expected a whole number of at least 1, got 'many'"),
     ],

@@ -30,6 +30,7 @@ def _row(name: str, label: str, kind: str, place: str) -> Contender:
 
 _META = (
     _row(OURS, "fastmeta", "meta", "fastmeta_steps:chosen"),
+    _row("fastmeta-autograd", "fastmeta, loss.backward()", "meta", "fastmeta_steps:autograd"),
     _row("fastmeta-functional", "fastmeta, functional engine", "meta", "fastmeta_steps:functional"),
     _row("learn2learn", "learn2learn", "meta", "library_steps:learn2learn"),
     _row("higher", "higher", "meta", "library_steps:higher"),

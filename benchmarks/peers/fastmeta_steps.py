@@ -1,11 +1,11 @@
-"""fastmeta itself: MAML with the engine it picks and with the functional engine, and `hvp`."""
+"""fastmeta itself: MAML by the engine it picks, through autograd, by the functional engine; hvp."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 import fastmeta as fm
-from benchmarks.peers.modules import TorchProblem, read_meta, read_product
+from benchmarks.peers.modules import TASKS, TorchProblem, read_meta, read_product
 from benchmarks.peers.step import Problem, Step
 
 
@@ -15,12 +15,29 @@ def _facts(explanation: str) -> dict[str, str]:
     return {"fastmeta": f"{fm.__version__}, {native}", "engine": explanation}
 
 
-def _meta(problem: Problem, **options: str) -> Step:
-    setting, workload = TorchProblem(problem), problem.workload
-    net = setting.loaded()
-    maml = fm.MAML(net, workload.lr, workload.steps, loss=setting.loss, **options)
-    tasks = [setting.data[name] for name in ("support_x", "support_y", "query_x", "query_y")]
-    params = list(net.parameters())
+def _learner(setting: TorchProblem, **options: str) -> tuple[fm.MAML, list[Tensor]]:
+    workload = setting.workload
+    maml = fm.MAML(setting.loaded(), workload.lr, workload.steps, loss=setting.loss, **options)
+    return maml, [setting.data[name] for name in TASKS]
+
+
+def chosen(problem: Problem) -> Step:
+    """Loss and gradient as values, as torch.func and JAX give them, by the engine MAML picks."""
+    setting = TorchProblem(problem)
+    maml, tasks = _learner(setting)
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        result = maml.meta_gradient(*tasks)
+        return result.loss, [result.grads]
+
+    return setting.step(run, read_meta, **_facts(maml.explain()))
+
+
+def _by_autograd(problem: Problem, **options: str) -> Step:
+    """`meta_loss` and `backward`, which leaves the gradients in `.grad`."""
+    setting = TorchProblem(problem)
+    maml, tasks = _learner(setting, **options)
+    params = list(maml.module.parameters())
 
     def run() -> tuple[Tensor, list[Tensor]]:
         for p in params:
@@ -32,13 +49,12 @@ def _meta(problem: Problem, **options: str) -> Step:
     return setting.step(run, read_meta, **_facts(maml.explain()))
 
 
-def chosen(problem: Problem) -> Step:
-    """The engine that MAML picks."""
-    return _meta(problem)
+def autograd(problem: Problem) -> Step:
+    return _by_autograd(problem)
 
 
 def functional(problem: Problem) -> Step:
-    return _meta(problem, engine="functional")
+    return _by_autograd(problem, engine="functional")
 
 
 def hvp_chosen(problem: Problem) -> Step:

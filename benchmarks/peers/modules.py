@@ -18,6 +18,7 @@ from benchmarks.peers.step import Missing, Problem, Step, nothing
 from benchmarks.workloads import Arrays
 
 Params = dict[str, Tensor]
+TASKS = ("support_x", "support_y", "query_x", "query_y")
 LOSSES = {"mse": F.mse_loss, "cross_entropy": F.cross_entropy}
 
 

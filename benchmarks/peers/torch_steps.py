@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp
 
-from benchmarks.peers.modules import Params, TorchProblem, over_tasks, read_meta, read_product
+from benchmarks.peers.modules import (
+    TASKS,
+    Params,
+    TorchProblem,
+    over_tasks,
+    read_meta,
+    read_product,
+)
 from benchmarks.peers.step import Problem, Step
 from benchmarks.workloads import Arrays
 
-TASKS = ("support_x", "support_y", "query_x", "query_y")
 Meta = Any  # (theta by name, *tasks) -> (gradients by name, meta-loss)
 
 

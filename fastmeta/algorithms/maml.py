@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -134,7 +135,7 @@ class MAML(nn.Module):
             which takes any module; or ``"auto"``, the program where it can be.
         memory: whether the task program keeps the activations of all K inner steps for the way
             back, ``"keep"``, or makes them again, ``"recompute"``; ``"auto"`` keeps them where they
-            take no more room than the K parameter vectors. The functional engine always makes them
+            take at most twice the room of the K parameter vectors. The functional engine always makes them
             again.
         allow_unused: ``adapt`` only: leave parameters alone that the loss does not depend on, where
             it would otherwise raise. None: as ``allow_nograd``.
@@ -275,9 +276,15 @@ class MAML(nn.Module):
             >>> maml.module.weight.grad.shape
             torch.Size([2, 3])
         """
-        engine, lr = self._engine(self.steps), self._step_size(self.steps)
+        engine = self._engine(self.steps)
+        # Or a row a step would no longer require a gradient.
+        with torch.enable_grad() if isinstance(self.lr, Tensor) else nullcontext():
+            lr = self._step_size(self.steps)
         data = support_x, support_y, query_x, query_y
-        return MetaGradient(*engine.meta_gradient(lr, *data, step_weights))
+        loss, outputs, grads, lr_grad = engine.meta_gradient(lr, *data, step_weights)
+        if lr_grad is not None and lr is not self.lr:
+            lr_grad = torch.autograd.grad(lr, self.lr, lr_grad)[0]
+        return MetaGradient(loss, outputs, grads, lr_grad)
 
     def hvp(self, params: Tensor, batch: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
         """The Hessian of each task's loss times a vector (Pearlmutter 1994).
