@@ -40,20 +40,27 @@ inline at::Tensor scratch(int64_t bytes, const at::Tensor& like) {
   return at::empty({bytes}, like.options().dtype(at::kByte));
 }
 
-// Raises ValueError for the first entry of labels [T, E], contiguous, outside 0 <= label < classes.
-// It waits for the answer, which a stream being captured cannot: there the kernels do with such a
-// label what their header says.
-inline void check_cuda_label_range(const at::Tensor& labels, int64_t classes, const char* name) {
+// Whether an entry of labels [T, E], contiguous, is outside 0 <= label < classes. It waits for the
+// answer, which a stream being captured cannot: there the kernels do with such a label what their
+// header says.
+inline bool has_cuda_label_out_of_range(const at::Tensor& labels, int64_t classes,
+                                        const char* name) {
   const auto capture = c10::cuda::currentStreamCaptureStatusMayInitCtx();
-  if (labels.numel() == 0 || capture != c10::cuda::CaptureStatus::None) return;
+  if (labels.numel() == 0 || capture != c10::cuda::CaptureStatus::None) return false;
   const auto bad = at::empty({kLabelRangeParts}, labels.options().dtype(at::kInt));
   check_launch(launch_label_range(labels.const_data_ptr<int64_t>(), labels.numel(), classes,
                                   bad.mutable_data_ptr<int>(), current_stream()),
                name);
   const auto answer = bad.cpu();
   const int* part = answer.const_data_ptr<int>();
-  const bool any = std::any_of(part, part + answer.numel(), [](int found) { return found != 0; });
-  if (any) check_label_range(labels.cpu(), classes, name);
+  return std::any_of(part, part + answer.numel(), [](int found) { return found != 0; });
+}
+
+// Raises ValueError for the first such entry.
+inline void check_cuda_label_range(const at::Tensor& labels, int64_t classes, const char* name) {
+  if (has_cuda_label_out_of_range(labels, classes, name)) {
+    check_label_range(labels.cpu(), classes, name);
+  }
 }
 
 }  // namespace fastmeta

@@ -1,17 +1,23 @@
+// What the current device has.
 #pragma once
 
 #include <cuda_runtime.h>
 
 namespace fastmeta {
 
-// Of the current device: how many tiles are enough to keep it busy. 1 where there is none; what is
-// launched then says so.
-inline int multiprocessors() {
-  int device = 0, count = 1;
-  if (cudaGetDevice(&device) == cudaSuccess) {
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  }
-  return count;
+// `otherwise` where there is no device; what is launched then says so.
+inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
+  int device = 0, value = otherwise;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+// How many tiles are enough to keep it busy.
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount, 1); }
+
+// Bytes that a block can have.
+inline int largest_shared_memory() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, 48 * 1024);
 }
 
 }  // namespace fastmeta

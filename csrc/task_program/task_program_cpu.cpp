@@ -6,6 +6,7 @@
 #include "common/ceil_div.h"
 #include "common/denormals.h"
 #include "task_program/cpu_worker.h"
+#include "task_program/labels.h"
 #include "task_program/ops.h"
 
 namespace fastmeta {
@@ -82,14 +83,7 @@ void run_as(const Job& job) {
 struct OnCpu {
   static void check_labels(const at::Tensor& labels, int64_t classes, int64_t ignored,
                            const char* name) {
-    const int64_t tasks =
-        labels.stride(0) == 0 ? std::min<int64_t>(1, labels.size(0)) : labels.size(0);
-    const int64_t* label = labels.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < tasks * labels.size(1); ++i) {
-      TORCH_CHECK_VALUE(label[i] == ignored || (label[i] >= 0 && label[i] < classes), name,
-                        ": expected labels in 0..", classes - 1, ", as the module gives ", classes,
-                        " outputs, got ", label[i]);
-    }
+    check_class_labels(labels, classes, ignored, name);
   }
 
   static void run(const Job& job, const at::Tensor&) {

@@ -27,6 +27,7 @@ KERNEL_TESTS = [
     "tests/test_boundaries.py",
     "tests/test_large_tiles.py",
     f"{HERE}/test_runtime.py",
+    f"{HERE}/test_task_program.py",
 ]
 
 
@@ -72,7 +73,11 @@ RUNS = [
         Run(
             order,
             order,
-            [*KERNEL_TESTS, "-k", "float64_reference or boundaries or large_tiles or runtime"],
+            [
+                *KERNEL_TESTS,
+                "-k",
+                "float64_reference or boundaries or large_tiles or runtime or task_program",
+            ],
         )
         for order in ("reversed", "shuffled")
     ),

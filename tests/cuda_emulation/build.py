@@ -34,6 +34,7 @@ EMULATED = [
 KERNEL = [
     *(*EMULATED, "-include", "cuda_runtime.h"),
     "-DFASTMETA_CHUNK=8192",  # so small that gradients are made in several
+    "-DFASTMETA_TASK_BYTES=16384",  # and that tens of small tasks are done in several turns
     # Statics of templates stay a library's own: several libraries have a block_sum.
     "-fno-gnu-unique",
     *("-fsanitize=thread,undefined", "-fno-sanitize-recover=all"),
@@ -80,7 +81,9 @@ def build(folder: Path = BUILD, csrc: Path = ROOT / "csrc") -> None:
     """
     runtime = objects(sorted(HERE.glob("*.cpp")), RUNTIME)
     kernels = objects(sorted(csrc.glob("*/*.cu")), KERNEL)
-    bindings = objects([csrc / "library.cpp", *sorted(csrc.glob("*/*_cuda.cpp"))], EMULATED)
+    cpu = set(csrc.glob("*/*_cpu.cpp"))
+    rest = sorted(path for path in csrc.glob("*/*.cpp") if path not in cpu)
+    bindings = objects([csrc / "library.cpp", *rest], EMULATED)
     own_kernels = objects(sorted(HERE.glob("*.cu")), KERNEL)
     emulator = library("libemulator.so", [edge.output for edge in runtime], [])
     libraries = {"_C.so": [*kernels, *bindings], "kernels.so": own_kernels}

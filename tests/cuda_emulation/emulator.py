@@ -131,6 +131,11 @@ def multiprocessors(count: int) -> AbstractContextManager[None]:
     return _during("emulator_set_multiprocessors", (count,), (2,))
 
 
+def shared_memory(bytes: int) -> AbstractContextManager[None]:
+    """How much of it a block can have; 227 KiB otherwise."""
+    return _during("emulator_set_shared_memory", (bytes,), (227 * 1024,))
+
+
 def current_stream(device: int, stream: int) -> AbstractContextManager[None]:
     """The current stream of a device."""
     return _during("emulator_set_stream", (device, stream), (device, 0))

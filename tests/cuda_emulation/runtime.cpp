@@ -33,6 +33,7 @@ struct Runtime {
   std::array<int, kDevices> current_streams{};
   bool is_capturing = false;
   int multiprocessors = 2;  // few, so that small tensors are enough for them
+  int shared_memory = SharedMemory::kMaxDynamic;  // bytes that a block can have
   cudaError_t error = cudaSuccess;
   int64_t launches_until_failure = -1;  // -1: none fails
   std::map<const void*, int> consents;  // bytes of dynamic shared memory
@@ -105,8 +106,7 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
-  constexpr int kMost = static_cast<int>(emulator::SharedMemory::kMaxDynamic);
-  if (value < 0 || value > kMost) return cudaErrorInvalidValue;
+  if (value < 0 || value > runtime.shared_memory) return cudaErrorInvalidValue;
   runtime.consents[kernel] = value;
   return cudaSuccess;
 }
@@ -122,8 +122,9 @@ cudaError_t cudaSetDevice(int device) {
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = runtime.multiprocessors;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? runtime.multiprocessors
+                                                       : runtime.shared_memory;
   return cudaSuccess;
 }
 
@@ -157,6 +158,8 @@ void emulator_set_stream(int device, int stream) { runtime.current_streams[devic
 void emulator_set_capturing(bool is_capturing) { runtime.is_capturing = is_capturing; }
 
 void emulator_set_multiprocessors(int count) { runtime.multiprocessors = count; }
+
+void emulator_set_shared_memory(int bytes) { runtime.shared_memory = bytes; }
 
 // The launch after `launches` more fails; -1: none does.
 void emulator_fail_after(int64_t launches) { runtime.launches_until_failure = launches; }

@@ -15,10 +15,14 @@ from tests.cuda_emulation.mutants import Mutant, all_mutants
 # Every barrier matters in one of these: the one before the first tile where rows have no features,
 # so no tile; those around differences where products lose digits; those of small tiles where rows
 # are longer than a tile is deep.
-TESTS = ["tests/test_ops.py", "tests/test_large_tiles.py", "tests/cuda_emulation/test_runtime.py"]
+HERE = "tests/cuda_emulation"
+TESTS = [
+    *("tests/test_ops.py", "tests/test_large_tiles.py"),
+    *(f"{HERE}/test_runtime.py", f"{HERE}/test_task_program.py"),
+]
 SELECTED = (
     "(float64_reference and torch.float32) or keep_their_digits or small_tiles_walk "
-    "or no_launch_has_no_blocks"
+    "or no_launch_has_no_blocks or every_barrier"
 )
 MISSED = re.compile("with no barrier between|which no thread has written")
 

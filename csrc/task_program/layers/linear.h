@@ -50,7 +50,7 @@ struct Linear {
       exec.product(p, update.from(i.weight));
     }
     if (is_adapted(i.bias)) {
-      const auto finish_bias = update.from(i.bias);
+      auto finish_bias = update.from(i.bias);
       exec.map(i.outputs, ColumnSums<storage_t, decltype(finish_bias)>{
                               rows(), i.outputs, net.delta(i.y), grads.from(i.bias),
                               adds || i.adds_to_bias, finish_bias});

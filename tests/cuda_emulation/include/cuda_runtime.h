@@ -20,6 +20,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 // A slot of its own for each array, so that what lies behind its end is nobody's.
 #define __shared__ static __attribute__((aligned(::emulator::SharedMemory::kSlot)))

@@ -1,0 +1,39 @@
+// Cells and teams of kernels that do one step of all tasks: arrays are in global memory.
+#pragma once
+
+#include "common/reduce.cuh"
+#include "task_program/executor.h"
+#include "task_program/warp_team.cuh"
+
+namespace fastmeta {
+
+template <typename value_t>
+struct GlobalCell {
+  using number_t = value_t;
+  int64_t task, index;
+
+  __device__ value_t load(const Array<value_t>& a, int64_t offset = 0) const {
+    return a.data[task * a.task_stride + offset + index];
+  }
+  __device__ void store(const Array<value_t>& a, value_t value, int64_t offset = 0) const {
+    a.data[task * a.task_stride + offset + index] = value;
+  }
+  __device__ value_t load_one(const Array<value_t>& a, int64_t i) const {
+    return a.data[task * a.task_stride + i];
+  }
+};
+
+template <typename value_t>
+struct GlobalTeam : WarpTeam<value_t> {
+  int64_t task;
+
+  __device__ GlobalTeam(int lane, int64_t t) : WarpTeam<value_t>{lane}, task(t) {}
+  __device__ value_t load(const Array<value_t>& a, int64_t i) const {
+    return a.data[task * a.task_stride + i];
+  }
+  __device__ void store(const Array<value_t>& a, int64_t i, value_t value) const {
+    a.data[task * a.task_stride + i] = value;
+  }
+};
+
+}  // namespace fastmeta

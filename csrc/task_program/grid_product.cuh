@@ -1,0 +1,237 @@
+// Sums of matrix products of all tasks, C [m, n] (+)= bias + sum over pairs of op(A) op(B).
+//
+// A block owns a tile of a task's C, and of what the sum runs over (k, once for each pair) the whole
+// or a split; a thread 4 x 4 or 8 x 8 sums in registers. Slices of kDepth pass through two halves of
+// shared memory: while one is summed, the next is on its way in registers. A tile takes
+// kDepth (kRows + kColumns) reads for kDepth kRows kColumns multiplications. Splits, where tiles are
+// too few for the device, are parts that the next launch adds up in their order.
+#pragma once
+
+#include <type_traits>
+
+#include "common/ceil_div.h"
+#include "common/copy.cuh"
+#include "common/launch.cuh"
+#include "task_program/grid_cells.cuh"
+
+namespace fastmeta {
+
+// blocks: how many are to share a multiprocessor.
+template <int rows, int columns, int depth, int m, int n, int blocks>
+struct ProductTile {
+  static constexpr int kRows = rows, kColumns = columns, kDepth = depth, kM = m, kN = n;
+  static constexpr int kLaneColumns = columns / n, kThreads = rows / m * kLaneColumns;
+  static constexpr int kBlocks = blocks;
+  static constexpr int kPad = 4;
+  static constexpr int kWidth = rows + columns + 2 * kPad;  // of a slice's row: A's, then B's
+};
+using SkinnyProduct = ProductTile<16, 64, 32, 4, 4, 4>;
+using SmallProduct = ProductTile<32, 64, 16, 4, 4, 2>;
+using LargeProduct = ProductTile<64, 128, 8, 8, 8, 1>;
+inline constexpr int64_t kMostPartsOfMultiprocessor = 4 * 16 * 64;  // numbers: blocks x tile
+
+template <typename value_t>
+struct GridProduct {
+  Product<value_t> p;
+  int64_t row_tiles, column_tiles;
+  int64_t splits, split_slices;  // of a split
+  Array<value_t> parts;          // [splits, m, n], where there are several
+
+  FASTMETA_HOST_DEVICE int64_t slices_of_pair(int depth) const { return ceil_div(p.k, depth); }
+};
+
+// A thread's share of one operand's slices on their way from global to shared memory. Neighbouring
+// threads read neighbouring numbers: along k, or across it ("outer").
+template <typename value_t, int kOuters, int kDepth, int kThreads>
+class OperandSlices {
+  static constexpr int kCount = kOuters * kDepth / kThreads;
+  static_assert(kThreads % kOuters == 0 && kThreads % kDepth == 0 && kCount > 0);
+
+ public:
+  __device__ OperandSlices(bool along_k, int64_t first, int64_t outers, int64_t k)
+      : k_left_(k), k_stride_(along_k ? 1 : outers) {
+    const int thread = threadIdx.x;
+    outer_ = along_k ? thread / kDepth : thread % kOuters;
+    depth_ = along_k ? thread % kDepth : thread / kOuters;
+    outer_step_ = along_k ? kThreads / kDepth : 0;
+    depth_step_ = along_k ? 0 : kThreads / kOuters;
+    const int64_t outer_stride = along_k ? k : 1;
+    start_ = (first + outer_) * outer_stride + depth_ * k_stride_;
+    step_ = outer_step_ * outer_stride + depth_step_ * k_stride_;
+    outers_left_ = outers - first;
+  }
+
+  // Starts the loads of the slice from k on; zero past the ends.
+  __device__ void fetch(const value_t* data, int64_t k) {
+    const value_t* source = data + start_ + k * k_stride_;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i, source += step_) {
+      const bool is_there =
+          outer_ + i * outer_step_ < outers_left_ && k + depth_ + i * depth_step_ < k_left_;
+      raw_[i] = is_there ? *source : value_t(0);
+    }
+  }
+
+  __device__ void store(value_t* slice, int width) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      slice[(depth_ + i * depth_step_) * width + outer_ + i * outer_step_] = raw_[i];
+    }
+  }
+
+ private:
+  int64_t k_left_, k_stride_, outers_left_, start_, step_;
+  int outer_, depth_, outer_step_, depth_step_;
+  value_t raw_[kCount];
+};
+
+// A thread's sums, 4 neighbouring rows and columns at a time.
+template <typename value_t, typename Tile>
+struct ThreadSums {
+  static constexpr int kGroup = 4;
+  static constexpr int kRowGroups = Tile::kM / kGroup, kColumnGroups = Tile::kN / kGroup;
+  using Numbers = Pack<value_t, kGroup>;
+  value_t sum[Tile::kM][Tile::kN] = {};
+
+  static __device__ int row(int i) {
+    return threadIdx.x / Tile::kLaneColumns * kGroup + i / kGroup * (Tile::kRows / kRowGroups) +
+           i % kGroup;
+  }
+  static __device__ int column(int j) {
+    return threadIdx.x % Tile::kLaneColumns * kGroup +
+           j / kGroup * (Tile::kColumns / kColumnGroups) + j % kGroup;
+  }
+
+  __device__ void add(const value_t* slice) {
+#pragma unroll
+    for (int k = 0; k < Tile::kDepth; ++k) {
+      const auto* a = as_packs<kGroup>(slice + k * Tile::kWidth);
+      const auto* b = as_packs<kGroup>(slice + k * Tile::kWidth + Tile::kRows + Tile::kPad);
+      Numbers left[kRowGroups], right[kColumnGroups];
+#pragma unroll
+      for (int g = 0; g < kRowGroups; ++g) left[g] = a[row(g * kGroup) / kGroup];
+#pragma unroll
+      for (int g = 0; g < kColumnGroups; ++g) right[g] = b[column(g * kGroup) / kGroup];
+#pragma unroll
+      for (int i = 0; i < Tile::kM; ++i) {
+#pragma unroll
+        for (int j = 0; j < Tile::kN; ++j) {
+          sum[i][j] += left[i / kGroup][i % kGroup] * right[j / kGroup][j % kGroup];
+        }
+      }
+    }
+  }
+};
+
+template <typename value_t, typename Tile, typename Finish>
+__global__ void __launch_bounds__(Tile::kThreads, 2)
+    product_kernel(GridProduct<value_t> g, Finish finish) {
+  __shared__ __align__(kAccessBytes) value_t slices[2][Tile::kDepth * Tile::kWidth];
+  const auto& p = g.p;
+  int64_t block = blockIdx.x;
+  const int64_t first_column = block % g.column_tiles * Tile::kColumns;
+  block /= g.column_tiles;
+  const int64_t first_row = block % g.row_tiles * Tile::kRows;
+  block /= g.row_tiles;
+  const int64_t split = block % g.splits, task = block / g.splits;
+
+  OperandSlices<value_t, Tile::kRows, Tile::kDepth, Tile::kThreads> a(p.form != Form::kTN,
+                                                                      first_row, p.m, p.k);
+  OperandSlices<value_t, Tile::kColumns, Tile::kDepth, Tile::kThreads> b(p.form == Form::kNT,
+                                                                         first_column, p.n, p.k);
+  ThreadSums<value_t, Tile> sums;
+  const int64_t of_pair = g.slices_of_pair(Tile::kDepth);
+  const auto fetch = [&](int64_t slice) {
+    const int pair = slice < of_pair ? 0 : 1;
+    const int64_t k = (slice - pair * of_pair) * Tile::kDepth;
+    a.fetch((pair == 0 ? p.a[0].data + task * p.a[0].task_stride
+                       : p.a[1].data + task * p.a[1].task_stride),
+            k);
+    b.fetch((pair == 0 ? p.b[0].data + task * p.b[0].task_stride
+                       : p.b[1].data + task * p.b[1].task_stride),
+            k);
+  };
+  const auto store = [&](int half) {
+    a.store(slices[half], Tile::kWidth);
+    b.store(slices[half] + Tile::kRows + Tile::kPad, Tile::kWidth);
+  };
+  int64_t slice = split * g.split_slices;
+  const int64_t all = of_pair * p.pairs;
+  const int64_t end = slice + g.split_slices < all ? slice + g.split_slices : all;
+  if (slice < end) {
+    fetch(slice);
+    store(0);
+  }
+  for (int half = 0; slice < end; ++slice, half ^= 1) {
+    __syncthreads();
+    if (slice + 1 < end) fetch(slice + 1);
+    sums.add(slices[half]);
+    if (slice + 1 < end) store(half ^ 1);
+  }
+
+  using Sums = ThreadSums<value_t, Tile>;
+  using Numbers = typename Sums::Numbers;
+  const bool is_part = g.splits > 1;
+  value_t* c = is_part ? g.parts.data + task * g.parts.task_stride + split * p.m * p.n
+                       : p.c.data + task * p.c.task_stride;
+  const bool is_wide =
+      p.n % Sums::kGroup == 0 && reinterpret_cast<uintptr_t>(c) % kAccessBytes == 0;
+  const value_t* bias = is_part || !p.bias ? nullptr : p.bias.data + task * p.bias.task_stride;
+#pragma unroll
+  for (int i = 0; i < Tile::kM; ++i) {
+    const int64_t row = first_row + Sums::row(i);
+    if (row >= p.m) continue;
+#pragma unroll
+    for (int first = 0; first < Tile::kN; first += Sums::kGroup) {
+      const int64_t column = first_column + Sums::column(first);
+      Numbers numbers;
+#pragma unroll
+      for (int j = 0; j < Sums::kGroup; ++j) {
+        numbers[j] = sums.sum[i][first + j];
+        if (bias != nullptr && column + j < p.n) numbers[j] += bias[column + j];
+      }
+      value_t* target = c + row * p.n + column;
+      if (is_wide && column < p.n) {
+        auto& place = *as_packs<Sums::kGroup>(target);
+        if (p.accumulates && !is_part) {
+          const Numbers before = place;
+#pragma unroll
+          for (int j = 0; j < Sums::kGroup; ++j) numbers[j] += before[j];
+        }
+        place = numbers;
+        continue;
+      }
+#pragma unroll
+      for (int j = 0; j < Sums::kGroup; ++j) {
+        if (column + j >= p.n) continue;
+        target[j] = p.accumulates && !is_part ? target[j] + numbers[j] : numbers[j];
+      }
+    }
+  }
+  if constexpr (!std::is_same_v<Finish, NoFinish>) {
+    if (is_part) return;
+#pragma unroll 1
+    for (int i = 0; i < Tile::kM * Tile::kN; ++i) {
+      const int64_t row = first_row + Sums::row(i / Tile::kN);
+      const int64_t column = first_column + Sums::column(i % Tile::kN);
+      if (row < p.m && column < p.n) finish(GlobalCell<value_t>{task, row * p.n + column});
+    }
+  }
+}
+
+// C and what follows it, from parts of its sums.
+template <typename value_t, typename Finish>
+struct SumOfParts {
+  GridProduct<value_t> g;
+  Finish finish;
+
+  __device__ void operator()(const GlobalCell<value_t>& at) const {
+    const auto& p = g.p;
+    value_t sum = p.bias ? at.load_one(p.bias, at.index % p.n) : value_t(0);
+    for (int64_t s = 0; s < g.splits; ++s) sum += at.load(g.parts, s * p.m * p.n);
+    at.store(p.c, p.accumulates ? at.load(p.c) + sum : sum);
+    finish(at);
+  }
+};
+
+}  // namespace fastmeta

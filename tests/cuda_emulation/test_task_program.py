@@ -1,0 +1,162 @@
+"""The task program on both of its ways: a block takes a whole task, or every step is a launch."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastmeta.ops.task_program import COMPILED, NAMES
+from tests.cuda_emulation import emulator
+from tests.programs import Raw
+from tests.test_program import STEP_SIZES, Setting, check
+
+# Bytes of shared memory: enough for any small task, or for none.
+WAYS = {"block": 227 * 1024, "grid": 1024}
+LAYERS = ["relu", "gelu_tanh", "softplus", "layer_norm", "deep", "residual", "tied"]
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    with emulator.shared_memory(WAYS[request.param]):
+        yield request.param
+
+
+def setting(name: str, loss: str = "cross_entropy", **options) -> Setting:
+    return Setting(name, loss, "cpu", **{"tasks": 2, "support": 3, "queries": 2, **options})
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_every_barrier_of_an_op(op, way):
+    setting("deep", support=9).check(op)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_kind_of_layer(name, way):
+    setting(name, dtype=torch.float32, steps=1).check("meta_gradient")
+
+
+@pytest.mark.parametrize("loss", ["ignore_index", "label_smoothing", "mse", "bce", "huber", "l1"])
+def test_every_loss(loss, way):
+    for op in ("gradient", "hvp"):
+        setting("tanh", loss).check(op)
+
+
+@pytest.mark.parametrize("form", STEP_SIZES)
+def test_every_form_of_the_step_size(form, way):
+    s = setting("silu", "mse", per_task=form == "per_step")
+    s.lr = 0.1 + 0.05 * s.random(*STEP_SIZES[form](s.steps, s.tasks, s.parameters))
+    for first_order in (False, True):
+        s.check("meta_gradient", first_order=first_order, keep=True, weights=(0.5, 0.5))
+
+
+def arguments(
+    sizes: tuple[int, ...], tasks: int, examples: int, dtype: torch.dtype, steps: int = 1
+) -> tuple:
+    """Of meta_gradient, for a plain network on random labels."""
+    torch.manual_seed(0)
+    layers = [
+        m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ELU())
+    ]
+    raw = Raw.of(nn.Sequential(*layers[:-1]).to(dtype=dtype), F.cross_entropy, sizes[:1])
+    x = torch.randn(tasks, examples, sizes[0], dtype=dtype)
+    y = torch.randint(sizes[-1], (tasks, examples))
+    lr = torch.full((1, 1, 1), 0.1, dtype=dtype)
+    return *raw, lr, x, y, x, y, [], steps, False, True, True, True, True, True
+
+
+# multiprocessors: with many, tiles are too few for them, and sums are split
+TILES = {
+    "few_rows": ((40, 9, 3), 5, 2),
+    "few_rows_in_splits": ((300, 9, 3), 5, 99),
+    "some_rows": ((20, 70, 3), 20, 99),
+    "some_rows_in_splits": ((150, 30, 3), 20, 99),
+    "many_rows": ((20, 70, 3), 40, 2),
+    "unaligned": ((13, 67, 3), 35, 2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", TILES)
+def test_tiles_of_large_products(name, dtype):
+    sizes, examples, multiprocessors = TILES[name]
+    with ExitStack() as stack:
+        stack.enter_context(emulator.shared_memory(WAYS["grid"]))
+        stack.enter_context(emulator.multiprocessors(multiprocessors))
+        check("meta_gradient", *arguments(sizes, 1, examples, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("sizes", [(8, 40, 3), (7, 41, 3), (12, 4, 4)], ids=str)
+def test_tiles_of_a_block(sizes, dtype):
+    check("meta_gradient", *arguments(sizes, 1, 12, dtype))
+
+
+def test_a_small_meta_step_is_one_kernel_and_one_sum():
+    args = arguments((3, 8, 2), 4, 5, torch.float32)[:-4]
+    with emulator.capturing(), emulator.launches() as launches:
+        COMPILED.meta_gradient(*args, True, False, False, False)
+    assert [launch.blocks for launch in launches] == [4, -(-50 // 32)]
+
+
+@pytest.mark.parametrize("steps", [1, 4, 9, 40])
+def test_lists_of_steps_of_any_length(steps):
+    args = arguments((2, 2, 2), 1, 1, torch.float64, steps)
+    with emulator.capturing(), emulator.launches() as launches:
+        check("meta_gradient", *args)
+    assert (len(launches) == 3) == (steps < 40)  # theta and the step size have a sum each
+
+
+def test_steps_that_do_not_fit_are_made_again():
+    args = arguments((3, 8, 2), 1, 9, torch.float64, 3)
+    with emulator.capturing(), emulator.launches() as launches:
+        kept = COMPILED.meta_gradient(*args)
+    too_little = launches[0].shared_bytes - 1
+    with emulator.capturing(), emulator.shared_memory(too_little), emulator.launches() as again:
+        made_again = COMPILED.meta_gradient(*args)
+    assert len(launches) == len(again) == 3
+    for a, b in zip(kept, made_again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+def test_tasks_are_done_in_chunks_where_they_take_much_memory():
+    with emulator.shared_memory(WAYS["grid"]):
+        with emulator.launches() as one:
+            check("gradient", *setting("relu", tasks=1).arguments("gradient"))
+        with emulator.launches() as many:
+            check("gradient", *setting("relu", tasks=70).arguments("gradient"))
+    assert len(many) > 2 * len(one)
+
+
+def test_work_goes_to_the_current_stream_of_the_tensors_device(way):
+    args = setting("relu").arguments("meta_gradient")
+    with emulator.devices(current=0, of_tensors=1), emulator.current_stream(device=1, stream=1):
+        with emulator.launches() as launches:
+            COMPILED.meta_gradient(*args)
+        assert emulator.current_device() == 0
+    assert {(launch.device, launch.stream) for launch in launches} == {(1, 1)}
+
+
+def test_every_launch_is_checked(way):
+    args = setting("relu", steps=1).arguments("meta_gradient")
+    with emulator.launches() as launches:
+        expected = COMPILED.meta_gradient(*args)
+    for after in range(0, len(launches), 1 if way == "block" else 5):
+        message = r"^(task_program|(support|query)_y): too many resources requested"
+        with emulator.failing_launch(after), pytest.raises(RuntimeError, match=message):
+            COMPILED.meta_gradient(*args)
+    for a, e in zip(COMPILED.meta_gradient(*args), expected, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_while_capturing_a_wrong_label_changes_no_other_task(way):
+    s = setting("relu", tasks=3)
+    expected = COMPILED.gradient(*s.arguments("gradient"))
+    s.data.support_y[1, 0] = 7
+    with emulator.capturing():
+        actual = COMPILED.gradient(*s.arguments("gradient"))
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a[::2], e[::2])
