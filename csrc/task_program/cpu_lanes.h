@@ -100,6 +100,7 @@ class CpuLanes {
     for (int pair = 0; pair < p.pairs; ++pair) {
       const storage_t* a = p.a[pair].data + row * a_row;
       const storage_t* b = p.b[pair].data + column * b_column;
+#pragma GCC unroll 4
       for (int64_t k = 0; k < p.k; ++k, a += a_step, b += b_step) {
         storage_t left[rows];
 #pragma GCC unroll 8
