@@ -32,7 +32,8 @@ import torch
 import fastmeta as fm
 from benchmarks.agreement import TOLERANCE, relative_error
 from benchmarks.gpu.runner import write_json
-from benchmarks.gpu_workloads import OURS, Contender, Inputs, Measure, Sizes, all_measures
+from benchmarks.gpu_measure import OURS, Contender, Inputs, Measure, Sizes
+from benchmarks.gpu_workloads import all_measures
 from benchmarks.meta_memory import peak
 from benchmarks.timers import Call, CudaTimer, Seconds, Spread, Timer
 from fastmeta._timing import ratio
@@ -237,7 +238,7 @@ def main() -> int:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu_ops: torch finds no CUDA device")
-    for op in fm._native.OPS:
+    for op in fm._native.NAMES:
         if fm.backend_of(op, "cuda") != "native":
             sys.exit(f"benchmarks.gpu_ops: fastmeta was built without {op} for CUDA")
     content = run(

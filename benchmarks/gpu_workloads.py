@@ -1,75 +1,22 @@
-"""What `benchmarks.gpu_ops` measures: for each op its inputs, its contenders and its cost.
-
-A contender takes inputs and returns a tuple of tensors, which are compared with those of the plain
-PyTorch ops in float64 before anything is timed.
-"""
+"""What `benchmarks.gpu_ops` measures: for each op its inputs, its contenders and its cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 
 import fastmeta as fm
+from benchmarks.gpu_measure import OURS, Contender, Inputs, Measure, Sizes, in_torch
+from benchmarks.gpu_programs import programs
 from benchmarks.prototype_loss import composed
 from fastmeta.ops.inner_update import inner_update_backward
-
-Inputs = tuple[torch.Tensor, ...]
-Contender = Callable[..., Inputs]  # of the inputs
-OURS = "fastmeta"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """T, Q, N, D and the like, how often all is repeated, and in which dtypes."""
-
-    small: tuple[int, int, int] = (300, 60, 64)  # Q, N, D of proto_small
-    small_tasks: tuple[int, ...] = (1, 32)
-    big: tuple[int, int, int] = (1_000_000, 10_000, 512)  # Q, N, D of proto_big
-    big_checked: int = 4096  # queries of proto_big compared with float64
-    big_chunk: int = 65_536  # queries at a time of the composition, whose Q x N does not fit
-    updates: tuple[tuple[int, int], ...] = ((32, 112_261), (1, 100_000_000))
-    support: tuple[int, int, int, int] = (256, 100, 20, 1600)  # T, S, N, D of prototypes
-    pairs: tuple[int, int, int, int] = (8, 4096, 4096, 512)  # T, Q, N, D of pairwise_distance
-    copy_bytes: int = 1 << 30
-    matrix: int = 8192
-    rounds: int = 30
-    long_rounds: int = 5
-    graph: int = 20  # calls in a graph, and calls between two events
-
-
-@dataclass(frozen=True)
-class Measure:
-    op: str
-    workload: str
-    what: str  # forward, backward or forward + backward
-    dtype: torch.dtype
-    contenders: Mapping[str, Contender]
-    draw: Callable[[torch.Generator], Inputs]
-    rounds: int
-    calls: int  # between two readings of the clock
-    in_graph: bool = False  # all calls in one graph
-    checked: Callable[[Inputs], Inputs] = lambda inputs: inputs  # the part that is compared
-    moved: int = 0  # bytes that a call must read and write
-    flops: int = 0  # that a call must do
-    memory: bool = False  # measure the peak
 
 
 def unit_rows(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> torch.Tensor:
     """Rows of norm about 1, as embeddings of a network in training have."""
     x = torch.randn(shape, generator=generator, device=generator.device)
     return x.mul_(shape[-1] ** -0.5).to(dtype)
-
-
-def in_torch(contender: Contender) -> Contender:
-    """The same with fastmeta's plain-PyTorch backend."""
-
-    def run(*inputs: torch.Tensor) -> Inputs:
-        with fm.use_backend("torch"):
-            return contender(*inputs)
-
-    return run
 
 
 def differentiated(value: Callable[..., torch.Tensor], *places: int) -> Contender:
@@ -248,6 +195,7 @@ def distances(sizes: Sizes) -> Iterator[Measure]:
 def all_measures(sizes: Sizes) -> Iterator[Measure]:
     """What has a target first."""
     yield from small_losses(sizes)
+    yield from programs(sizes.programs, sizes.rounds, sizes.graph)
     yield from updates(sizes)
     yield from big_losses(sizes)
     yield from means(sizes)

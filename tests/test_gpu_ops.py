@@ -14,8 +14,11 @@ import fastmeta as fm
 from benchmarks import gpu_ops
 from benchmarks.agreement import relative_error
 from benchmarks.gpu import every_kernel, outcomes, results
-from benchmarks.gpu_workloads import OURS, Measure, Sizes, all_measures
+from benchmarks.gpu_measure import OURS, Measure, Sizes
+from benchmarks.gpu_workloads import all_measures
+from benchmarks.networks import MLP
 from benchmarks.timers import CudaTimer, HostTimer, Spread
+from benchmarks.workloads import Workload
 
 TINY = Sizes(
     small=(6, 3, 4),
@@ -26,6 +29,10 @@ TINY = Sizes(
     updates=((2, 7), (1, 50)),
     support=(2, 6, 3, 4),
     pairs=(2, 5, 4, 3),
+    programs=(
+        Workload("sin1", MLP((1, 3, 1)), "mse", 2, 4, 3, 1, 0.1),
+        Workload("hvp_mlp_t1", MLP((4, 3, 2)), "cross_entropy", 1, 4, kind="hvp"),
+    ),
     copy_bytes=1024,
     matrix=16,
     rounds=2,
@@ -54,7 +61,7 @@ def test_everything_is_measured_and_agrees(capsys):
         assert all(s["median"] > 0 for s in row["seconds"].values())
         assert row["op"] != "inner_update" or row["of_copy"] > 0
         assert row["workload"] != "proto_big" or (row["of_floor"] > 0 and row["peak_bytes"] > 0)
-    assert {row["op"] for row in rows} == set(fm._native.OPS)
+    assert {row["op"] for row in rows} == set(fm._native.NAMES)
     assert json.loads(json.dumps(content)) == content
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 1 + len(rows) and "% of floor" in printed[-1]

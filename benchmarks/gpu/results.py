@@ -69,11 +69,20 @@ def _update(parameters: int) -> Shown:
     return Shown(label, name, "forward", "float32", "eager", _of_copy, "at least 85 %")
 
 
+def _program(workload: str, what: str, aim: str = "") -> Shown:
+    label = f"task program, {workload}, {what}, a call in a CUDA graph"
+    return Shown(label, workload, what, "float32", "graph of 20", _microseconds, aim)
+
+
 SHOWN = (
     _small(1, "forward", "at most 15 us"),
     _small(1, "forward + backward"),
     _small(32, "forward", "at most 15 us"),
     _small(32, "forward + backward"),
+    _program("sin1", "meta-step", "at most 25 us"),
+    _program("sin5", "meta-step", "at most 25 us"),
+    _program("omni_mlp", "meta-step"),
+    _program("hvp_mlp_t1", "Hessian-vector product"),
     _big("float32"),
     _big("bfloat16"),
     _update(100_000_000),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from itertools import pairwise
 
 import pytest
 import torch
@@ -58,9 +59,7 @@ def arguments(
 ) -> tuple:
     """Of meta_gradient, for a plain network on random labels."""
     torch.manual_seed(0)
-    layers = [
-        m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ELU())
-    ]
+    layers = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ELU())]
     raw = Raw.of(nn.Sequential(*layers[:-1]).to(dtype=dtype), F.cross_entropy, sizes[:1])
     x = torch.randn(tasks, examples, sizes[0], dtype=dtype)
     y = torch.randint(sizes[-1], (tasks, examples))
