@@ -238,7 +238,8 @@ def test_every_op_of_the_kernel_check_runs_and_is_right():
     assert every_kernel.run("cpu", said.append) == 0
     assert len(said) == 1 and said[0].endswith("calls on cpu, 0 wrong results")
     ops = {op for op, _ in every_kernel.calls(torch.float32)}
-    assert ops == {f"{op}{suffix}" for op in fm._native.OPS for suffix in ("", "_backward")}
+    pairs = {f"{op}{suffix}" for op in fm._native.OPS for suffix in ("", "_backward")}
+    assert ops == {*pairs, "task_program_meta_gradient"}
 
 
 @needs_native
@@ -259,6 +260,7 @@ def test_the_kernel_check_names_a_wrong_result(monkeypatch):
 def test_the_kernels_of_the_sources_are_found():
     found = every_kernel.kernels_of_sources()
     assert {"update_kernel", "loss_kernel", "distance_kernel", "label_range_kernel"} <= found
+    assert {"block_kernel", "product_kernel", "sum_over_tasks_kernel"} <= found
     assert all(name.endswith("_kernel") for name in found)
 
 

@@ -16,11 +16,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import fastmeta as fm
 from benchmarks.agreement import TOLERANCE, relative_error
 from benchmarks.gpu.machine import ROOT
 from benchmarks.gpu.outcomes import NOT_AVAILABLE
+from fastmeta._native import PROGRAM_DTYPES
+from fastmeta.lowering import Lowering
 from fastmeta.ops._raw import accumulation_dtype
 
 METRICS = ("euclidean", "cosine")  # differences with a root, and products with norms
@@ -28,6 +31,8 @@ METRICS = ("euclidean", "cosine")  # differences with a root, and products with 
 PAIRS = ((2, 7, 65, 17), (1, 20, 3, 32), (256, 3, 65, 5), (1, 1100, 65, 8))
 UPDATES = ((3, 1023), (2, 64))  # T, P: single values, and whole accesses
 SUPPORTS = ((2, 40, 5, 33), (2, 40, 5, 64))  # T, S, N, D, likewise
+# Widths of networks: of one that a block has in its shared memory, and of one too large for that.
+NETWORKS = ((3, 8, 2), (40, 300, 300, 3))
 
 Call = tuple[str, tuple[Any, ...]]  # an op of torch.ops.fastmeta and its arguments
 
@@ -58,11 +63,27 @@ def calls(dtype: torch.dtype) -> Iterator[Call]:
             yield "prototype_loss", (x, target, y, metric, 0.5)
             weight = rows(t, q, dtype=wide)
             yield "prototype_loss_backward", (weight, x, target, y, metric, 0.5)
+    for sizes in NETWORKS if dtype in PROGRAM_DTYPES else ():
+        program = Lowering(fm.models.MLP(list(sizes)), F.mse_loss).program(sizes[:1])
+        theta = rows(program.layout.numel) * sizes[-2] ** -0.5
+        lr, examples = (
+            torch.full((1, 1, 1), 0.1, dtype=dtype),
+            (rows(2, 5, sizes[0]), rows(2, 5, sizes[-1])),
+        )
+        options = ([], 1, *(False, True, True, True, True, True))
+        yield (
+            "task_program_meta_gradient",
+            (
+                *(program.code, theta, theta.new_empty(0), lr, *examples, *examples),
+                *options,
+            ),
+        )
 
 
 def results(op: str, arguments: tuple[Any, ...], device: str) -> list[torch.Tensor]:
-    moved = (a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments)
-    out = getattr(torch.ops.fastmeta, op)(*moved)
+    stays = 1 if op.startswith("task_program") else 0  # a program's code
+    moved = (a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments[stays:])
+    out = getattr(torch.ops.fastmeta, op)(*arguments[:stays], *moved)
     return [x.cpu() for x in ([out] if isinstance(out, torch.Tensor) else out)]
 
 
@@ -84,7 +105,7 @@ def run(device: str, report: Callable[[str], None] = print) -> int:
 
 
 def kernels_of_sources() -> set[str]:
-    text = "".join(path.read_text() for path in sorted((ROOT / "csrc").rglob("*.cu")))
+    text = "".join(path.read_text() for path in sorted((ROOT / "csrc").rglob("*.cu*")))
     return set(re.findall(r"__global__[^{;]*?(\w+_kernel)\(", text))
 
 

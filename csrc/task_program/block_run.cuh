@@ -181,25 +181,23 @@ class BlockRun {
   int64_t shared_bytes_ = 0, workspace_bytes_ = 0;
 };
 
-// Lengths of lists of steps: what fits into the 4 KiB of arguments that all drivers take, and into the
-// 32764 bytes since CUDA 12.1; and one between, as arguments cost time.
-inline constexpr int kShortList = 3400, kMiddleList = 12000, kLongList = 32000;
+// Lengths of lists of steps: what fits into the 4 KiB of arguments that all drivers take, and into
+// the 32764 bytes since CUDA 12.1.
+inline constexpr int kShortList = 3400, kLongList = 20000;
 
 // body(run) with a run that fits, if there is one; whether there is.
-template <typename value_t, int bytes, int... longer, typename Body>
+template <typename value_t, typename Body>
 bool with_block_run(const Job& job, void* workspace, const Body& body) {
   static_assert(sizeof(BlockJob<value_t, kShortList>) <= 4096 &&
                 sizeof(BlockJob<value_t, kLongList>) <= 32764);
-  BlockRun<value_t, bytes> run(job, workspace);
-  if (run.fits()) {
-    body(run);
+  BlockRun<value_t, kShortList> short_run(job, workspace);
+  if (short_run.fits()) {
+    body(short_run);
     return true;
   }
-  if constexpr (sizeof...(longer) > 0) {
-    return with_block_run<value_t, longer...>(job, workspace, body);
-  } else {
-    return false;
-  }
+  BlockRun<value_t, kLongList> long_run(job, workspace);
+  if (long_run.fits()) body(long_run);
+  return long_run.fits();
 }
 
 }  // namespace fastmeta

@@ -15,11 +15,8 @@ from tests.cuda_emulation.mutants import Mutant, all_mutants
 # Every barrier matters in one of these: the one before the first tile where rows have no features,
 # so no tile; those around differences where products lose digits; those of small tiles where rows
 # are longer than a tile is deep.
-HERE = "tests/cuda_emulation"
-TESTS = [
-    *("tests/test_ops.py", "tests/test_large_tiles.py"),
-    *(f"{HERE}/test_runtime.py", f"{HERE}/test_task_program.py"),
-]
+TESTS = ["tests/test_ops.py", "tests/test_large_tiles.py", "tests/cuda_emulation/test_runtime.py"]
+PROGRAM_TESTS = ["tests/cuda_emulation/test_task_program.py"]
 SELECTED = (
     "(float64_reference and torch.float32) or keep_their_digits or small_tiles_walk "
     "or no_launch_has_no_blocks or every_barrier"
@@ -37,7 +34,8 @@ def test_a_missing_barrier_is_found(mutant: Mutant):
     environment = {**os.environ, MUTANT: str(mutant.library)}
     environment["LD_PRELOAD"] += f":{mutant.library}"
     command = [sys.executable, "-m", "pytest", "-x", "-p", "tests.cuda_emulation.plugin"]
-    command += [*TESTS, "-k", SELECTED]
+    tests = PROGRAM_TESTS if mutant.source.parent.name == "task_program" else TESTS
+    command += [*tests, "-k", SELECTED]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 1, process.stdout + process.stderr
     assert MISSED.search(process.stdout), process.stdout
