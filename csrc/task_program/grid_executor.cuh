@@ -80,8 +80,9 @@ class GridExecutor {
       return;
     }
     if constexpr (std::is_same_v<value_t, float>) {  // for double the registers do not suffice
-      if (in_tiles<LargeProduct>(p).row_tiles * in_tiles<LargeProduct>(p).column_tiles * tasks_ >=
-          multiprocessors_) {
+      const auto large = in_tiles<LargeProduct>(p);
+      const bool fills = p.m > LargeProduct::kRows / 2 && p.n > LargeProduct::kColumns / 2;
+      if (fills && large.row_tiles * large.column_tiles * tasks_ >= multiprocessors_) {
         product_in<LargeProduct>(p, finish);
         return;
       }

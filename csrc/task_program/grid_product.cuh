@@ -28,6 +28,7 @@ struct ProductTile {
 using SkinnyProduct = ProductTile<16, 64, 32, 4, 4, 4>;
 using SmallProduct = ProductTile<32, 64, 16, 4, 4, 2>;
 using LargeProduct = ProductTile<64, 128, 8, 8, 8, 1>;
+inline constexpr int kProductGroup = 4;  // neighbouring columns that a thread sums
 inline constexpr int64_t kMostPartsOfMultiprocessor = 4 * 16 * 64;  // numbers: blocks x tile
 
 template <typename value_t>
@@ -36,8 +37,6 @@ struct GridProduct {
   int64_t row_tiles, column_tiles;
   int64_t splits, split_slices;  // of a split
   Array<value_t> parts;          // [splits, m, n], where there are several
-
-  FASTMETA_HOST_DEVICE int64_t slices_of_pair(int depth) const { return ceil_div(p.k, depth); }
 };
 
 // A thread's share of one operand's slices on their way from global to shared memory. Neighbouring
@@ -88,7 +87,7 @@ class OperandSlices {
 // A thread's sums, 4 neighbouring rows and columns at a time.
 template <typename value_t, typename Tile>
 struct ThreadSums {
-  static constexpr int kGroup = 4;
+  static constexpr int kGroup = kProductGroup;
   static constexpr int kRowGroups = Tile::kM / kGroup, kColumnGroups = Tile::kN / kGroup;
   using Numbers = Pack<value_t, kGroup>;
   value_t sum[Tile::kM][Tile::kN] = {};
@@ -100,6 +99,14 @@ struct ThreadSums {
   static __device__ int column(int j) {
     return threadIdx.x % Tile::kLaneColumns * kGroup +
            j / kGroup * (Tile::kColumns / kColumnGroups) + j % kGroup;
+  }
+
+  // Sums j and those after it of row i.
+  __device__ Numbers group(int i, int j) const {
+    Numbers numbers;
+#pragma unroll
+    for (int c = 0; c < kGroup; ++c) numbers[c] = sum[i][j + c];
+    return numbers;
   }
 
   __device__ void add(const value_t* slice) {
@@ -123,40 +130,47 @@ struct ThreadSums {
   }
 };
 
-template <typename value_t, typename Tile, typename Finish>
-__global__ void __launch_bounds__(Tile::kThreads, 2)
-    product_kernel(GridProduct<value_t> g, Finish finish) {
+// Which tile of which task's C a block owns, and which part of the sum.
+template <typename Tile>
+struct ProductPlace {
+  int64_t task, split, row, column;
+
+  template <typename value_t>
+  __device__ explicit ProductPlace(const GridProduct<value_t>& g) {
+    int64_t block = blockIdx.x;
+    column = block % g.column_tiles * Tile::kColumns;
+    block /= g.column_tiles;
+    row = block % g.row_tiles * Tile::kRows;
+    block /= g.row_tiles;
+    split = block % g.splits;
+    task = block / g.splits;
+  }
+};
+
+// The sums of the block's tile, from the slices of its split.
+template <typename Tile, typename value_t>
+__device__ ThreadSums<value_t, Tile> tile_sums(const GridProduct<value_t>& g,
+                                               const ProductPlace<Tile>& place) {
   __shared__ __align__(kAccessBytes) value_t slices[2][Tile::kDepth * Tile::kWidth];
   const auto& p = g.p;
-  int64_t block = blockIdx.x;
-  const int64_t first_column = block % g.column_tiles * Tile::kColumns;
-  block /= g.column_tiles;
-  const int64_t first_row = block % g.row_tiles * Tile::kRows;
-  block /= g.row_tiles;
-  const int64_t split = block % g.splits, task = block / g.splits;
-
   OperandSlices<value_t, Tile::kRows, Tile::kDepth, Tile::kThreads> a(p.form != Form::kTN,
-                                                                      first_row, p.m, p.k);
+                                                                      place.row, p.m, p.k);
   OperandSlices<value_t, Tile::kColumns, Tile::kDepth, Tile::kThreads> b(p.form == Form::kNT,
-                                                                         first_column, p.n, p.k);
-  ThreadSums<value_t, Tile> sums;
-  const int64_t of_pair = g.slices_of_pair(Tile::kDepth);
+                                                                         place.column, p.n, p.k);
+  const int64_t of_pair = ceil_div(p.k, Tile::kDepth), all = of_pair * p.pairs;
   const auto fetch = [&](int64_t slice) {
-    const int pair = slice < of_pair ? 0 : 1;
-    const int64_t k = (slice - pair * of_pair) * Tile::kDepth;
-    a.fetch((pair == 0 ? p.a[0].data + task * p.a[0].task_stride
-                       : p.a[1].data + task * p.a[1].task_stride),
-            k);
-    b.fetch((pair == 0 ? p.b[0].data + task * p.b[0].task_stride
-                       : p.b[1].data + task * p.b[1].task_stride),
-            k);
+    const bool is_first = slice < of_pair;
+    const int64_t k = (is_first ? slice : slice - of_pair) * Tile::kDepth;
+    const Array<value_t> left = is_first ? p.a[0] : p.a[1], right = is_first ? p.b[0] : p.b[1];
+    a.fetch(left.data + place.task * left.task_stride, k);
+    b.fetch(right.data + place.task * right.task_stride, k);
   };
   const auto store = [&](int half) {
     a.store(slices[half], Tile::kWidth);
     b.store(slices[half] + Tile::kRows + Tile::kPad, Tile::kWidth);
   };
-  int64_t slice = split * g.split_slices;
-  const int64_t all = of_pair * p.pairs;
+  ThreadSums<value_t, Tile> sums;
+  int64_t slice = place.split * g.split_slices;
   const int64_t end = slice + g.split_slices < all ? slice + g.split_slices : all;
   if (slice < end) {
     fetch(slice);
@@ -168,53 +182,78 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     sums.add(slices[half]);
     if (slice + 1 < end) store(half ^ 1);
   }
+  return sums;
+}
 
+// Where sums go: rows of n numbers.
+template <typename value_t>
+struct ProductTarget {
+  value_t* c;
+  const value_t* bias;  // or null
+  int64_t m, n;
+  bool accumulates, wide;
+
+  __device__ ProductTarget(const GridProduct<value_t>& g, int64_t task, int64_t split)
+      : m(g.p.m), n(g.p.n) {
+    const auto& p = g.p;
+    const bool is_part = g.splits > 1;
+    c = is_part ? g.parts.data + task * g.parts.task_stride + split * m * n
+                : p.c.data + task * p.c.task_stride;
+    bias = is_part || !p.bias ? nullptr : p.bias.data + task * p.bias.task_stride;
+    accumulates = p.accumulates && !is_part;
+    wide = n % kProductGroup == 0 && reinterpret_cast<uintptr_t>(c) % kAccessBytes == 0;
+  }
+
+  // `numbers`, those from a place on that are within the row.
+  template <int count>
+  __device__ void store(int64_t row, int64_t column, Pack<value_t, count> numbers) const {
+    value_t* target = c + row * n + column;
+    if (bias != nullptr) {
+#pragma unroll
+      for (int j = 0; j < count; ++j) numbers[j] += column + j < n ? bias[column + j] : value_t(0);
+    }
+    if (wide && column < n) {
+      auto* place = as_packs<count>(target);
+      if (accumulates) {
+        const auto before = *place;
+#pragma unroll
+        for (int j = 0; j < count; ++j) numbers[j] += before[j];
+      }
+      *place = numbers;
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < count; ++j) {
+      if (column + j < n) target[j] = accumulates ? target[j] + numbers[j] : numbers[j];
+    }
+  }
+};
+
+template <typename value_t, typename Tile, typename Finish>
+__global__ void __launch_bounds__(Tile::kThreads, 2)
+    product_kernel(GridProduct<value_t> g, Finish finish) {
   using Sums = ThreadSums<value_t, Tile>;
-  using Numbers = typename Sums::Numbers;
-  const bool is_part = g.splits > 1;
-  value_t* c = is_part ? g.parts.data + task * g.parts.task_stride + split * p.m * p.n
-                       : p.c.data + task * p.c.task_stride;
-  const bool is_wide =
-      p.n % Sums::kGroup == 0 && reinterpret_cast<uintptr_t>(c) % kAccessBytes == 0;
-  const value_t* bias = is_part || !p.bias ? nullptr : p.bias.data + task * p.bias.task_stride;
+  const ProductPlace<Tile> place(g);
+  const ProductTarget<value_t> target(g, place.task, place.split);
+  const Sums sums = tile_sums<Tile>(g, place);
 #pragma unroll
   for (int i = 0; i < Tile::kM; ++i) {
-    const int64_t row = first_row + Sums::row(i);
-    if (row >= p.m) continue;
+    const int64_t row = place.row + Sums::row(i);
+    if (row >= target.m) continue;
 #pragma unroll
-    for (int first = 0; first < Tile::kN; first += Sums::kGroup) {
-      const int64_t column = first_column + Sums::column(first);
-      Numbers numbers;
-#pragma unroll
-      for (int j = 0; j < Sums::kGroup; ++j) {
-        numbers[j] = sums.sum[i][first + j];
-        if (bias != nullptr && column + j < p.n) numbers[j] += bias[column + j];
-      }
-      value_t* target = c + row * p.n + column;
-      if (is_wide && column < p.n) {
-        auto& place = *as_packs<Sums::kGroup>(target);
-        if (p.accumulates && !is_part) {
-          const Numbers before = place;
-#pragma unroll
-          for (int j = 0; j < Sums::kGroup; ++j) numbers[j] += before[j];
-        }
-        place = numbers;
-        continue;
-      }
-#pragma unroll
-      for (int j = 0; j < Sums::kGroup; ++j) {
-        if (column + j >= p.n) continue;
-        target[j] = p.accumulates && !is_part ? target[j] + numbers[j] : numbers[j];
-      }
+    for (int j = 0; j < Tile::kN; j += Sums::kGroup) {
+      target.store(row, place.column + Sums::column(j), sums.group(i, j));
     }
   }
   if constexpr (!std::is_same_v<Finish, NoFinish>) {
-    if (is_part) return;
+    if (g.splits > 1) return;  // where the parts are added up
 #pragma unroll 1
     for (int i = 0; i < Tile::kM * Tile::kN; ++i) {
-      const int64_t row = first_row + Sums::row(i / Tile::kN);
-      const int64_t column = first_column + Sums::column(i % Tile::kN);
-      if (row < p.m && column < p.n) finish(GlobalCell<value_t>{task, row * p.n + column});
+      const int64_t row = place.row + Sums::row(i / Tile::kN);
+      const int64_t column = place.column + Sums::column(i % Tile::kN);
+      if (row < target.m && column < target.n) {
+        finish(GlobalCell<value_t>{place.task, row * target.n + column});
+      }
     }
   }
 }

@@ -73,8 +73,8 @@ TILES = {
     "few_rows_in_splits": ((300, 9, 3), 5, 99),
     "some_rows": ((20, 70, 3), 20, 99),
     "some_rows_in_splits": ((150, 30, 3), 20, 99),
-    "many_rows": ((20, 70, 3), 40, 2),
-    "unaligned": ((13, 67, 3), 35, 2),
+    "many_rows": ((20, 70, 3), 40, 1),
+    "unaligned": ((13, 67, 3), 35, 1),
 }
 
 
