@@ -75,8 +75,8 @@ class GridExecutor {
 
   template <typename Finish>
   void product(const Product<value_t>& p, const Finish& finish) {
-    if (p.m <= SkinnyProduct::kRows) {
-      product_in<SkinnyProduct>(p, finish);
+    if (p.m <= SkinnyProduct<value_t>::kRows) {
+      product_in<SkinnyProduct<value_t>>(p, finish);
       return;
     }
     if constexpr (std::is_same_v<value_t, float>) {  // for double the registers do not suffice

@@ -25,7 +25,8 @@ struct ProductTile {
   static constexpr int kPad = 4;
   static constexpr int kWidth = rows + columns + 2 * kPad;  // of a slice's row: A's, then B's
 };
-using SkinnyProduct = ProductTile<16, 64, 32, 4, 4, 4>;
+template <typename value_t>  // of double, slices so deep would not fit into the registers
+using SkinnyProduct = ProductTile<16, 64, sizeof(value_t) == 4 ? 32 : 16, 4, 4, 4>;
 using SmallProduct = ProductTile<32, 64, 16, 4, 4, 2>;
 using LargeProduct = ProductTile<64, 128, 8, 8, 8, 1>;
 inline constexpr int kProductGroup = 4;  // neighbouring columns that a thread sums

@@ -1,16 +1,28 @@
-// CUDA implementation of the task program: tensors to the launcher.
+// CUDA implementation of the task program: a block takes a task where it fits into its shared memory,
+// else every step is a launch for all tasks. A label without a class, which nobody refuses while a
+// graph is captured, is that of no output; it changes no other task.
 #include <ATen/ops/eq.h>
 #include <ATen/ops/masked_fill.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
 #include "common/cuda_check.h"
+#include "task_program/block_run.h"
+#include "task_program/grid_run.h"
 #include "task_program/labels.h"
 #include "task_program/ops.h"
-#include "task_program/task_program.h"
 
 namespace fastmeta {
 namespace {
+
+template <typename value_t>
+void run_as(const Job& job, const at::Tensor& theta) {
+  const int64_t block_bytes = block_workspace<value_t>(job);
+  const bool in_blocks = block_bytes >= 0;
+  const auto workspace = scratch(in_blocks ? block_bytes : grid_workspace<value_t>(job), theta);
+  const auto launch = in_blocks ? launch_blocks<value_t> : launch_grid<value_t>;
+  check_launch(launch(job, workspace.mutable_data_ptr(), current_stream()), "task_program");
+}
 
 struct OnCuda {
   static void check_labels(const at::Tensor& labels, int64_t classes, int64_t ignored,
@@ -24,9 +36,11 @@ struct OnCuda {
 
   static void run(const Job& job, const at::Tensor& theta) {
     const c10::cuda::CUDAGuard guard(theta.device());
-    const auto workspace = scratch(task_program_workspace(job), theta);
-    check_launch(launch_task_program(job, workspace.mutable_data_ptr(), current_stream()),
-                 "task_program");
+    if (job.dtype == Dtype::kFloat) {
+      run_as<float>(job, theta);
+    } else {
+      run_as<double>(job, theta);
+    }
   }
 };
 
