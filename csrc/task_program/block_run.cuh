@@ -1,7 +1,7 @@
 // A whole job in one kernel: what it has in shared memory, and the list of its steps.
 //
 // A meta-step of a 1-40-40-1 MLP on 10 + 10 examples is 54 steps with 24 waits in 68 KB of shared
-// memory for one inner step, 198 with 84 in 148 KB for five; it takes 0.2 and 0.9 million
+// memory for one inner step, 198 with 84 in 148 KB for five; it takes 0.2 and 0.8 million
 // multiplications a task, 7 KB in and out, one launch, and one for the sum over tasks.
 #pragma once
 

@@ -7,8 +7,8 @@
 //   product(p, finish)        a sum of matrix products; then finish(cell) for each element of C
 //
 // Each returns, or on a device is ordered, after the one before it. An executor is a CPU thread
-// that takes a task, or as many tasks as a vector has lanes; on a GPU a block that takes a task, or
-// the host that launches a kernel for all tasks.
+// that takes a task, or as many tasks as a vector has lanes; for a GPU the host, which launches a
+// kernel for all tasks, or writes down the steps that a block is to take with each.
 //
 // A cell has load(array, offset = 0), store(array, value, offset = 0) of its own elements, and
 // load_one(array, i) of the same element for all. A team has lane, size, sum(x), larger(x), and

@@ -32,7 +32,7 @@ struct Runtime {
   std::array<std::array<EmulatedStream, kStreams>, kDevices> streams{{{{{0}, {0}}}, {{{1}, {1}}}}};
   std::array<int, kDevices> current_streams{};
   bool is_capturing = false;
-  int multiprocessors = 2;  // few, so that small tensors are enough for them
+  int multiprocessors = 2;                        // few, so that small tensors are enough for them
   int shared_memory = SharedMemory::kMaxDynamic;  // bytes that a block can have
   cudaError_t error = cudaSuccess;
   int64_t launches_until_failure = -1;  // -1: none fails
@@ -123,8 +123,8 @@ cudaError_t cudaSetDevice(int device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? runtime.multiprocessors
-                                                       : runtime.shared_memory;
+  *value =
+      attribute == cudaDevAttrMultiProcessorCount ? runtime.multiprocessors : runtime.shared_memory;
   return cudaSuccess;
 }
 
