@@ -5,6 +5,8 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include "task_program/prepared.h"
+
 TORCH_LIBRARY(fastmeta, m) {
   // params, grads [T, P]; lr [T or 1, P or 1], float32 for bfloat16 and float16 -> [T, P]
   m.def("inner_update(Tensor params, Tensor grads, Tensor lr) -> Tensor");
@@ -98,4 +100,5 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Loads the fastmeta ops into torch.ops.fastmeta.";
   m.def("build_info", &build_info, "How this extension was compiled.");
+  fastmeta::bind_prepared_step(m);
 }

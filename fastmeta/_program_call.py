@@ -98,7 +98,7 @@ class Call(NamedTuple):
         The compiled function for the module's own parameters saves what autograd takes in Python:
         for a small network longer than the work.
         """
-        if not (self.own and self._is_whole() and hasattr(self.ops, "meta_loss")):
+        if not (self.own and self.is_one_compiled):
             return MetaLoss.apply(self, lr, *data, *theta)
         options = self.step_weights, self.steps, self.first_order, self.keep
         frozen = self.frozen(theta[0])
@@ -110,7 +110,7 @@ class Call(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Meta-loss, outputs, and the gradients to the module's own parameters ``[P]`` and lr."""
         theta = self.program.adapted
-        if self._is_whole() and hasattr(self.ops, "loss_and_gradient"):
+        if self.is_one_compiled:
             options = self.step_weights, self.steps, self.first_order, self.keep, lr_grad
             inputs = self.program.code, theta, self.frozen(theta[0]), lr
             loss, outputs, to_theta, to_lr = self.ops.loss_and_gradient(*inputs, *data, *options)
@@ -138,6 +138,11 @@ class Call(NamedTuple):
         """Outputs ``[T, B, n]`` in the module's shape."""
         shape = self.program.output_shape
         return outputs if len(shape) == 1 else outputs.view(*outputs.shape[:2], *shape)
+
+    @property
+    def is_one_compiled(self) -> bool:
+        """Whether the meta-gradient is one call of a compiled op."""
+        return self._is_whole() and hasattr(self.ops, "loss_and_gradient")
 
     def _is_whole(self) -> bool:
         return self.task_chunk is None or self.task_chunk >= self.tasks

@@ -13,7 +13,14 @@ from torch.nn.modules import module as every_module
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _STANDARD = frozenset(nn.Module().__dict__)
-_WATCHED = ("training", "_modules", "_buffers", *_HOOKS)
+_TABLES = ("_parameters", "_buffers", "_modules")  # by name, in order, and by identity
+_WATCHED = ("training", *_HOOKS)
+_GLOBAL_HOOKS = (
+    every_module._global_forward_hooks,
+    every_module._global_forward_pre_hooks,
+    every_module._global_backward_hooks,
+    every_module._global_backward_pre_hooks,
+)
 _OPAQUE = (Tensor, nn.Module, type, FunctionType, ModuleType)
 _DEPTH = 4  # of containers and objects inside each other
 _SCALARS = (bool, int, float, complex, str, type(None))
@@ -26,12 +33,7 @@ def hooked(module: nn.Module) -> bool:
 
 def globally_hooked() -> bool:
     """Whether a hook runs at the calls of every module."""
-    return bool(
-        every_module._global_forward_hooks
-        or every_module._global_forward_pre_hooks
-        or every_module._global_backward_hooks
-        or every_module._global_backward_pre_hooks
-    )
+    return any(_GLOBAL_HOOKS)
 
 
 def is_torchs_own(module: nn.Module) -> bool:
@@ -58,9 +60,11 @@ class Watch:
 
     def __init__(self, module: nn.Module) -> None:
         self._hooked = globally_hooked()
+        self._modules = list(module.modules())
         self._simple, self._nested = [], []
-        self._tables = [m._parameters for m in module.modules()]
-        for m in module.modules():
+        self._deep = False
+        self._contents = _contents(self._modules)
+        for m in self._modules:
             namespace = m.__dict__
             own = [name for name in namespace if name not in _STANDARD]
             simple = [name for name in own if _is_option(m, namespace[name])]
@@ -70,10 +74,19 @@ class Watch:
             nested = [name for name in own if name not in simple]
             if nested:
                 self._nested.append((namespace, nested, _state(namespace, nested)))
-        parameters = [p for table in self._tables for p in table.values()]
-        self._identities = [id(p) for p in parameters]
-        self._tensors = [p for p in parameters if p is not None]  # kept, so that no id is reused
-        self._kinds = _kinds(self._tensors)
+                self._deep = self._deep or any(_has_contents(namespace[name]) for name in nested)
+        # Kept, so that no id is reused.
+        self._parameters, self._buffers = list(module.parameters()), list(module.buffers())
+        self._kinds = _kinds(self._parameters)
+
+    def tables(self) -> list[dict[str, Any]] | None:
+        """The dictionaries that make up the state: while their objects are the same, so is it.
+
+        But for the parameters' kinds. None where objects inside have a state of their own.
+        """
+        if self._deep:
+            return None
+        return [*_GLOBAL_HOOKS, *(table for m in self._modules for table in module_tables(m))]
 
     def holds(self) -> bool:
         try:
@@ -85,10 +98,16 @@ class Watch:
                     return False
         except KeyError:  # an attribute is gone
             return False
-        now = [id(p) for table in self._tables for p in table.values()]
-        if now != self._identities or _kinds(self._tensors) != self._kinds:
+        if _contents(self._modules) != self._contents:
+            return False
+        if _kinds(self._parameters) != self._kinds:
             return False
         return globally_hooked() == self._hooked
+
+
+def module_tables(module: nn.Module) -> list[dict[str, Any]]:
+    """The dictionaries of one module."""
+    return [module.__dict__, *(module.__dict__[name] for name in (*_TABLES, *_HOOKS))]
 
 
 class _Identity:
@@ -106,6 +125,16 @@ class _Identity:
 def _is_option(module: nn.Module, value: Any) -> bool:
     """Whether ``==`` compares the attribute safely: what torch's own layers keep."""
     return is_torchs_own(module) and type(value) in (*_SCALARS, tuple)
+
+
+def _has_contents(value: Any) -> bool:
+    """Whether what the value is can change while it stays the same object."""
+    return not (type(value) in _SCALARS or isinstance(value, _OPAQUE))
+
+
+def _contents(modules: list[nn.Module]) -> list[tuple[str, int]]:
+    tables = (m.__dict__[table] for m in modules for table in _TABLES)
+    return [(name, id(value)) for table in tables for name, value in table.items()]
 
 
 def _state(namespace: dict[str, Any], names: list[str]) -> list[Any]:

@@ -18,7 +18,7 @@ from fastmeta._build import LAYERS, Builder, examples_that_fit
 from fastmeta._code import LossCode, LossKind
 from fastmeta._stateless import Loss
 from fastmeta._trace import Refusal, Trace
-from fastmeta._watch import Watch, hooked
+from fastmeta._watch import Watch, hooked, is_torchs_own, module_tables
 from fastmeta.arena import Layout
 
 
@@ -115,6 +115,17 @@ class Lowering:
         if not (self._watch.holds() or self._changing):
             return False
         return type(loss) is FunctionType or lower_loss(loss)[0] == self._spec
+
+    def tables(self) -> list[dict[str, Any]] | None:
+        """Dictionaries: while they have the same objects, and parameters their kinds, it holds.
+
+        None where that does not say enough.
+        """
+        tables = self._watch.tables()
+        if tables is None or isinstance(self._loss, FunctionType):
+            return tables
+        known = isinstance(self._loss, nn.Module) and is_torchs_own(self._loss)
+        return [*tables, *module_tables(self._loss)] if known else None
 
     def program(self, shape: tuple[int, ...] | None = None) -> Program | str:
         """The program for examples of a shape (None: of one that fits), or why there is none."""

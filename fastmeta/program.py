@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastmeta._adjoint import QUERY, SUPPORT
 from fastmeta._code import LossKind
 from fastmeta._hvp import Tensors
+from fastmeta._prepared import Ready
 from fastmeta._program_call import Adapt, Call
 from fastmeta._stateless import Loss
 from fastmeta._trace import Refusal
@@ -63,12 +64,32 @@ class Programs:
         self._plans: dict[tuple, Plan | str] = {}
         self._options: tuple[Any, ...] = ()
         self._engine: ProgramEngine | None = None
+        self._ready: Ready | None = None
+        self.latest: tuple[Call, Tensor, tuple[Tensor, ...]] | None = None
 
     def engine(self, *options: Any) -> ProgramEngine:
         """``ProgramEngine(*options)``; the last one where the options are the same."""
         if self._engine is None or options != self._options:
             self._engine, self._options = ProgramEngine(*options, self), options
         return self._engine
+
+    def again(
+        self, learner: nn.Module, data: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The learner's meta-gradient, where but for values nothing has changed since the last."""
+        return None if self._ready is None else self._ready(learner, data)
+
+    def make_ready(self, learner: nn.Module) -> None:
+        """Prepare to take the learner's latest meta-gradient again.
+
+        Nothing happens where it was not one compiled call, with a number as step size.
+        """
+        latest, self.latest, self._ready = self.latest, None, None
+        if latest is None or self._lowering is None:
+            return
+        tables = self._lowering.tables()
+        if tables is not None:
+            self._ready = Ready(learner, *latest, tables)
 
     def __reduce__(self) -> tuple[type[Programs], tuple[()]]:
         return Programs, ()
@@ -261,7 +282,10 @@ class ProgramEngine(FunctionalEngine):
         sizes = call.tasks, self.steps
         if not is_learned(lr):
             step = call.program.layout.step_size_array(lr, *sizes)
-            return call.loss_and_gradient(step, data)
+            result = call.loss_and_gradient(step, data)
+            if call.is_one_compiled and not weights and not isinstance(lr, Tensor):
+                self.programs.latest = call, step, data
+            return result
         with torch.enable_grad():
             leaf = lr.detach().requires_grad_()
             step = call.program.layout.step_size_array(leaf, *sizes)

@@ -1,18 +1,16 @@
 // The meta-loss of a module's own parameters, known to autograd: its gradient is taken in the same
 // call and kept, `backward` hands it out. In C++, because for a small network autograd in Python
 // takes longer than the work.
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
 #include <c10/util/accumulate.h>
 #include <c10/util/strides.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <cstring>
 #include <tuple>
 #include <vector>
+
+#include "task_program/own_parameters.h"
 
 namespace fastmeta {
 namespace {
@@ -27,40 +25,6 @@ struct MetaLossOptions {
   int64_t steps;
   bool first_order, keep;
 };
-
-// All parameters in one arena [P].
-Tensor joined(at::TensorList parameters) {
-  int64_t count = 0;
-  bool can_copy = true;  // and no tensor without memory, as while torch.compile traces
-  for (const auto& p : parameters) {
-    count += p.numel();
-    can_copy = can_copy && p.device().is_cpu() && p.is_contiguous() &&
-               !p.unsafeGetTensorImpl()->is_python_dispatch();
-  }
-  if (!can_copy) {
-    std::vector<Tensor> flat;
-    for (const auto& p : parameters) flat.push_back(p.reshape({-1}));
-    return at::cat(flat);
-  }
-  auto arena = at::empty({count}, parameters[0].options());
-  auto* target = static_cast<char*>(arena.mutable_data_ptr());
-  for (const auto& p : parameters) {
-    std::memcpy(target, p.const_data_ptr(), p.nbytes());
-    target += p.nbytes();
-  }
-  return arena;
-}
-
-auto meta_gradient_op() {
-  using Op = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
-      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-      const Tensor&, const Tensor&, at::ArrayRef<double>, int64_t, bool, bool, bool, bool, bool,
-      bool);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fastmeta::task_program_meta_gradient", "")
-                             .typed<Op>();
-  return op;
-}
 
 // Its inputs, whose derivative raises.
 struct Once : torch::autograd::Function<Once> {

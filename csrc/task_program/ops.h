@@ -4,10 +4,16 @@
 //   check_labels(labels [T, B], classes, ignored, name)   ValueError for a label without a class
 #pragma once
 
+#include <ATen/Dispatch.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zero.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <cstring>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -114,18 +120,24 @@ class Call {
   }
 
   at::Tensor result(at::IntArrayRef shape, void*& pointer) const {
-    auto tensor = at::empty(shape, theta_.options());
+    auto tensor = empty(shape);
     pointer = tensor.mutable_data_ptr();
     return tensor;
   }
   at::Tensor result_if(bool wanted, at::IntArrayRef shape, void*& pointer) const {
-    return wanted ? result(shape, pointer) : at::empty({0}, theta_.options());
+    return wanted ? result(shape, pointer) : unwanted();
   }
+  at::Tensor unwanted() const { return empty({0}); }
   // Of something that tasks may share: then zeros, to be added to.
   at::Tensor summed(bool shared, at::IntArrayRef shape, void*& pointer) const {
     if (!shared) return result(shape, pointer);
-    auto tensor = at::zeros(shape, theta_.options());
+    auto tensor = empty(shape);
     pointer = tensor.mutable_data_ptr();
+    if (theta_.is_cpu()) {
+      std::memset(pointer, 0, tensor.nbytes());
+    } else {
+      tensor.zero_();
+    }
     return tensor;
   }
   at::Tensor grad_theta() {
@@ -134,7 +146,7 @@ class Call {
   }
   at::Tensor grad_lr(bool wanted, const at::Tensor& lr) {
     job.options.lr_grad = wanted && job.options.steps > 0;
-    if (!wanted) return at::empty({0}, theta_.options());
+    if (!wanted) return unwanted();
     if (job.options.steps == 0) return at::zeros(lr.sizes(), theta_.options());
     return summed(job.lr_task_stride == 0, lr.sizes(), job.grad_lr);
   }
@@ -146,6 +158,18 @@ class Call {
     return result_if(wanted, x.sizes(), job.grad_support);
   }
 
+  // Of one number a task; on the CPU in double precision.
+  at::Tensor sum(const at::Tensor& x) const {
+    if (!x.is_cpu()) return x.sum();
+    auto total = empty({});
+    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "sum", [&] {
+      const auto* value = x.const_data_ptr<scalar_t>();
+      *total.mutable_data_ptr<scalar_t>() =
+          static_cast<scalar_t>(std::accumulate(value, value + x.numel(), 0.0));
+    });
+    return total;
+  }
+
   template <typename Device>
   void run() {
     if (job.tasks > 0) Device::run(job, theta_);
@@ -154,6 +178,11 @@ class Call {
   Job job;
 
  private:
+  // Like theta; on the CPU without the dispatcher, which takes a small job's time.
+  at::Tensor empty(at::IntArrayRef shape) const {
+    if (!theta_.is_cpu()) return at::empty(shape, theta_.options());
+    return at::Tensor(at::detail::empty_cpu(shape, theta_.scalar_type()));
+  }
   void set_tasks(int64_t tasks, const std::string& name) {
     TORCH_CHECK(kept_.empty() || tasks == job.tasks, name, "_x must have ", job.tasks,
                 " tasks, got ", tasks);
@@ -273,12 +302,12 @@ struct TaskProgramOps {
     Tensor grad_theta, grad_lr, grad_support, grad_query;
     if (gradient) call.way_back(first_order, keep);
     job.keeps_states = (gradient && !first_order) || !step_weights.empty();
-    grad_theta = gradient ? call.grad_theta() : at::empty({0}, theta.options());
+    grad_theta = gradient ? call.grad_theta() : call.unwanted();
     grad_lr = call.grad_lr(gradient && lr_grad, lr);
     grad_support = call.grad_support(gradient && support_grad, support_x);
     grad_query = call.result_if(gradient && query_grad, query_x.sizes(), job.grad_query);
     call.run<Device>();
-    return {loss.sum(), outputs, grad_theta, grad_lr, grad_support, grad_query};
+    return {call.sum(loss), outputs, grad_theta, grad_lr, grad_support, grad_query};
   }
 };
 

@@ -276,12 +276,16 @@ class MAML(nn.Module):
             >>> maml.module.weight.grad.shape
             torch.Size([2, 3])
         """
+        data = support_x, support_y, query_x, query_y
+        again = self._programs.again(self, data) if step_weights is None else None
+        if again is not None:
+            return MetaGradient(*again, None)
         engine = self._engine(self.steps)
         # Or a row a step would no longer require a gradient.
         with torch.enable_grad() if isinstance(self.lr, Tensor) else nullcontext():
             lr = self._step_size(self.steps)
-        data = support_x, support_y, query_x, query_y
         loss, outputs, grads, lr_grad = engine.meta_gradient(lr, *data, step_weights)
+        self._programs.make_ready(self)
         if lr_grad is not None and lr is not self.lr:
             lr_grad = torch.autograd.grad(lr, self.lr, lr_grad)[0]
         return MetaGradient(loss, outputs, grads, lr_grad)
