@@ -53,6 +53,19 @@ class Plan(NamedTuple):
     keeps: bool
 
 
+class Latest(NamedTuple):
+    """A meta-gradient as it was asked for: lr a number, and the step sizes made from it."""
+
+    lr: float
+    call: Call
+    step: Tensor
+    data: tuple[Tensor, ...]
+
+    def signature(self) -> tuple[Any, ...]:
+        """Equal for meta-gradients that are likely to differ in values alone."""
+        return self.lr, id(self.call.program), *(tensor.shape for tensor in self.data)
+
+
 class Programs:
     """The plans of one learner, kept while its module and loss stay as they are.
 
@@ -65,7 +78,8 @@ class Programs:
         self._options: tuple[Any, ...] = ()
         self._engine: ProgramEngine | None = None
         self._ready: Ready | None = None
-        self.latest: tuple[Call, Tensor, tuple[Tensor, ...]] | None = None
+        self._signature: tuple[Any, ...] = ()
+        self.latest: Latest | None = None
 
     def engine(self, *options: Any) -> ProgramEngine:
         """``ProgramEngine(*options)``; the last one where the options are the same."""
@@ -77,19 +91,23 @@ class Programs:
         self, learner: nn.Module, data: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """The learner's meta-gradient, where but for values nothing has changed since the last."""
-        return None if self._ready is None else self._ready(learner, data)
+        found = None if self._ready is None else self._ready(learner, data)
+        if found is not None:
+            self._signature = ()
+        return found
 
     def make_ready(self, learner: nn.Module) -> None:
-        """Prepare to take the learner's latest meta-gradient again.
+        """Prepare to take the learner's latest meta-gradient again, where it came twice in a row.
 
         Nothing happens where it was not one compiled call, with a number as step size.
         """
-        latest, self.latest, self._ready = self.latest, None, None
+        latest, self.latest = self.latest, None
         if latest is None or self._lowering is None:
             return
-        tables = self._lowering.tables()
+        before, self._signature = self._signature, latest.signature()
+        tables = self._lowering.tables() if before == self._signature else None
         if tables is not None:
-            self._ready = Ready(learner, *latest, tables)
+            self._ready = Ready(learner, latest.call, latest.step, latest.data, tables)
 
     def __reduce__(self) -> tuple[type[Programs], tuple[()]]:
         return Programs, ()
@@ -284,7 +302,7 @@ class ProgramEngine(FunctionalEngine):
             step = call.program.layout.step_size_array(lr, *sizes)
             result = call.loss_and_gradient(step, data)
             if call.is_one_compiled and not weights and not isinstance(lr, Tensor):
-                self.programs.latest = call, step, data
+                self.programs.latest = Latest(lr, call, step, data)
             return result
         with torch.enable_grad():
             leaf = lr.detach().requires_grad_()
