@@ -1,6 +1,6 @@
 """The learners: thin front ends over the engines, one algorithm a file."""
 
-from fastmeta.algorithms.maml import MAML, AdaptedTasks
+from fastmeta.algorithms.maml import MAML, AdaptedTasks, MetaGradient
 from fastmeta.algorithms.protonet import ProtoNet
 
-__all__ = ["MAML", "AdaptedTasks", "ProtoNet"]
+__all__ = ["MAML", "AdaptedTasks", "MetaGradient", "ProtoNet"]
