@@ -1,6 +1,7 @@
 // The executor that is one CPU thread with as many tasks as a vector has lanes: arrays hold vectors,
 // lane l the number of task l. Small layers fill whole vectors that way, and a product needs no
-// transposed operand: on 10 examples of a 40 x 40 layer it is twice as fast as a task at a time.
+// transposed operand: a meta-step of 16 tasks of a 1-40-40-1 network took one thread 72 us, where
+// two threads with a task at a time took 117.
 #pragma once
 
 #include <type_traits>
