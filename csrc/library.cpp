@@ -45,10 +45,10 @@ TORCH_LIBRARY(fastmeta, m) {
   m.def(
       "task_program_gradient(Tensor code, Tensor theta, Tensor frozen, Tensor x, Tensor y,"
       " bool input_grad) -> (Tensor loss, Tensor outputs, Tensor grad_theta, Tensor grad_x)");
-  // vector [T, P] -> H vector [T, P], the gradient [T, P], and the derivative of <gradient, vector>
+  // vector [T, P] -> H vector [T, P], and the derivative of <gradient, vector> to x
   m.def(
       "task_program_hvp(Tensor code, Tensor theta, Tensor frozen, Tensor x, Tensor y,"
-      " Tensor vector, bool input_grad) -> (Tensor product, Tensor grad_theta, Tensor grad_x)");
+      " Tensor vector, bool input_grad) -> (Tensor product, Tensor grad_x)");
   // -> theta after `steps` steps of gradient descent [T, P]
   m.def(
       "task_program_adapt(Tensor code, Tensor theta, Tensor frozen, Tensor lr, Tensor x, Tensor y,"

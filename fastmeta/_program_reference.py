@@ -41,17 +41,15 @@ def hvp(
     y: Tensor,
     vector: Tensor,
     input_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``H v`` and the gradient, ``[T, P]``, and the derivative of ``<gradient, v>`` to x."""
+) -> tuple[Tensor, Tensor]:
+    """``H v``, ``[T, P]``, and the derivative of ``<gradient, v>`` to x."""
     slope = grad(_task_loss(Code.decode(code), frozen), has_aux=True)
 
-    def along(theta: Tensor, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        g, _ = slope(theta, x, y)
-        return g @ v, g
+    def along(theta: Tensor, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        return slope(theta, x, y)[0] @ v
 
-    second = vmap(grad(along, argnums=(0, 1), has_aux=True))
-    (product, mixed), g = second(_each(theta, x), x, y, vector)
-    return product, g, mixed if input_grad else x.new_empty(0)
+    product, mixed = vmap(grad(along, argnums=(0, 1)))(_each(theta, x), x, y, vector)
+    return product, mixed if input_grad else x.new_empty(0)
 
 
 def adapt(

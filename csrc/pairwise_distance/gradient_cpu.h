@@ -177,8 +177,9 @@ class PairwiseGradient {
   void multiply_by_y(const value_t* weights, int64_t rows, value_t* grad) {
     for (int64_t j = 0; j < shape_.classes; j += kDepth) {
       for (int64_t d = 0; d < shape_.features; d += kPanel) {
-        gemm(rows, std::min(kPanel, shape_.features - d), std::min(kDepth, shape_.classes - j),
-             weights + j, shape_.classes, y_panel(d, j), kPanel, grad + d, shape_.features, j > 0);
+        gemm<value_t>(rows, std::min(kPanel, shape_.features - d),
+                      std::min(kDepth, shape_.classes - j), {weights + j, shape_.classes},
+                      {y_panel(d, j), kPanel}, grad + d, shape_.features, j > 0);
       }
     }
   }
@@ -187,10 +188,11 @@ class PairwiseGradient {
   void columns_of_y(int64_t rows, int64_t first, int64_t columns) {
     for (int64_t d = 0; d < shape_.features; d += kPanel) {
       for (int64_t begin = 0; begin < rows; begin += kRows) {
-        gemm(std::min(kPanel, shape_.features - d), columns, std::min(kRows, rows - begin),
-             &xt_[begin * shape_.features + d * kRows], kRows,
-             &weights_[begin * shape_.classes + first], shape_.classes,
-             &grad_yt_[d * shape_.classes + first], shape_.classes, true);
+        gemm<value_t>(std::min(kPanel, shape_.features - d), columns,
+                      std::min(kRows, rows - begin),
+                      {&xt_[begin * shape_.features + d * kRows], kRows},
+                      {&weights_[begin * shape_.classes + first], shape_.classes},
+                      &grad_yt_[d * shape_.classes + first], shape_.classes, true);
       }
     }
     for (int64_t i = 0; i < rows; ++i) {

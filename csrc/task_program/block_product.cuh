@@ -93,6 +93,7 @@ struct BlockTiles {
 template <typename value_t, Form form, int kSide, bool wide>
 __device__ void block_tiles(const BlockProduct& p, const BlockTiles& t) {
   auto* numbers = dynamic_shared<value_t>();
+  const value_t factor = p.step_size < 0 ? value_t(1) : -numbers[p.step_size];
   for (int first = 0; first < t.tiles * t.lanes; first += blockDim.x) {
     const int tile = t.tile(first), row = t.row(tile), column = t.column(tile);
     value_t sum[kSide][kSide] = {};
@@ -122,12 +123,12 @@ __device__ void block_tiles(const BlockProduct& p, const BlockTiles& t) {
       if (!t.owns(tile, i, r, c)) continue;
       value_t& target = numbers[p.c + r * p.n + c];
       value_t before = 0;
-      if (p.accumulates) {
+      if (p.adds) {
         before = target;
       } else if (p.bias >= 0) {
         before = numbers[p.bias + c];
       }
-      target = before + sum[i / kSide][i % kSide];
+      target = before + factor * sum[i / kSide][i % kSide];
     }
   }
 }

@@ -153,7 +153,6 @@ class BlockRun {
     add_out(task_.loss, 1, job_.loss);
     add_out(last < 0 ? task_.start : task_.states.from(last * task_.state_stride), parameters,
             job_.adapted);
-    add_out(task_.grads, parameters, job_.grads);
     add_out(task_.grad_support, job_.support.count * input, job_.grad_support);
     add_out(task_.grad_query, job_.query.count * input, job_.grad_query);
     add_out(task_.v, parameters, sums_theta() ? v_ : job_.grad_theta);

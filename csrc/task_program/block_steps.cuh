@@ -10,11 +10,12 @@
 
 namespace fastmeta {
 
-// Offsets into the shared memory; accumulates: C += instead of C = bias +.
+// Offsets into the shared memory, -1: none. C = bias + sum, C += sum or C -= step size times sum.
 struct BlockProduct {
   Form form;
   int m, n, k, c, bias;
-  bool accumulates;
+  bool adds;
+  int step_size;
   int pairs, a[2], b[2];
 };
 
@@ -134,7 +135,8 @@ class BlockRecorder {
                             number(p.k),
                             p.c.offset,
                             p.bias.offset,
-                            p.accumulates,
+                            p.into.adds,
+                            p.into.step_size.offset,
                             p.pairs,
                             {p.a[0].offset, p.a[1].offset},
                             {p.b[0].offset, p.b[1].offset}};

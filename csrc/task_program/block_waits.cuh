@@ -67,7 +67,8 @@ template <typename value_t>
 Touched touched_by(const Product<InShared<value_t>>& p) {
   const int64_t a = p.m * p.k, b = p.k * p.n;
   return {
-      {Range(p.a[0], a), Range(p.a[1], a), Range(p.b[0], b), Range(p.b[1], b), Range(p.bias, p.n)},
+      {Range(p.a[0], a), Range(p.a[1], a), Range(p.b[0], b), Range(p.b[1], b), Range(p.bias, p.n),
+       Range(p.into.step_size, 1)},
       {Range(p.c, p.m * p.n)}};
 }
 
@@ -79,7 +80,8 @@ Touched touched_by(const Descend<S>& f, int64_t n) {
 
 template <typename S, typename Finish>
 Touched touched_by(const ColumnSums<S, Finish>& f, int64_t n) {
-  Touched touched{{Range(f.source, f.rows * f.columns)}, {Range(f.target, n)}};
+  Touched touched{{Range(f.source, f.rows * f.columns), Range(f.into.step_size, 1)},
+                  {Range(f.target, n)}};
   if constexpr (!std::is_same_v<Finish, NoFinish>) {
     const Touched after = touched_by(f.finish, n);
     touched.reads.add(after.reads);

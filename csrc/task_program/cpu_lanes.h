@@ -86,13 +86,14 @@ class CpuLanes {
   [[gnu::noinline]] static void tile(const Product<storage_t>& p, int64_t row, int64_t column,
                                      const Finish& finish) {
     storage_t sum[rows][columns];
+    const bool adds = p.into.adds && !p.into.step_size;
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
       for (int j = 0; j < columns; ++j) {
-        sum[i][j] = p.accumulates ? p.c.data[(row + i) * p.n + column + j]
-                    : p.bias      ? p.bias.data[column + j]
-                                  : storage_t(value_t(0));
+        sum[i][j] = adds     ? p.c.data[(row + i) * p.n + column + j]
+                    : p.bias ? p.bias.data[column + j]
+                             : storage_t(value_t(0));
       }
     }
     // A of row i at k: a[i a_row + k a_step]; B of column j: b[j b_column + k b_step].
@@ -114,10 +115,15 @@ class CpuLanes {
         }
       }
     }
+    const bool descends = static_cast<bool>(p.into.step_size);
+    const storage_t down = descends ? p.into.step_size.data[0].neg() : storage_t(value_t(0));
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
+      storage_t* c = p.c.data + (row + i) * p.n + column;
 #pragma GCC unroll 8
-      for (int j = 0; j < columns; ++j) p.c.data[(row + i) * p.n + column + j] = sum[i][j];
+      for (int j = 0; j < columns; ++j) {
+        c[j] = descends ? at::vec::fmadd(down, sum[i][j], c[j]) : sum[i][j];
+      }
     }
     if constexpr (!std::is_same_v<Finish, NoFinish>) {
       for (int i = 0; i < rows; ++i) {

@@ -1,5 +1,5 @@
 // The executor that is one CPU thread with one task: vectors run along the elements of an array,
-// matrix products are brgemm's. Where tasks are fewer than threads, large steps share the threads.
+// matrix products are the BLAS's. Where tasks are fewer than threads, large steps share the threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -10,10 +10,8 @@
 
 #include "common/gemm.h"
 #include "common/parallel.h"
-#include "common/transpose.h"
 #include "task_program/cpu_math.h"
 #include "task_program/executor.h"
-#include "task_program/program.h"
 
 namespace fastmeta {
 
@@ -55,30 +53,20 @@ class CpuThread {
   using storage_t = value_t;
   static constexpr bool kCompilesEachActivation = true;
 
-  // scratch: product_scratch() elements.
-  CpuThread(value_t* scratch, bool shares_threads)
-      : scratch_(scratch), shares_threads_(shares_threads) {}
-
-  // What products of a program need for transposed operands.
-  static int64_t product_scratch(const Program& program, int64_t examples) {
-    int64_t largest = 0;
-    for (int k = 0; k < program.instruction_count; ++k) {
-      const Instruction& i = program.instructions[k];
-      if (i.op != Opcode::kLinear) continue;
-      const int64_t rows = examples * program.values[i.y].elements / i.outputs;
-      largest = std::max(largest, rows * (i.inputs + i.outputs));
-      largest = std::max(largest, i.inputs * i.outputs);
-    }
-    return largest;
-  }
+  explicit CpuThread(bool shares_threads) : shares_threads_(shares_threads) {}
 
   template <typename F>
   void map(int64_t n, const F& f) {
-    in_parts(n, kGrain, [&](int64_t begin, int64_t end) {
+    const auto part = [&](int64_t begin, int64_t end) {
       int64_t i = begin;
       for (; i + kWidth <= end; i += kWidth) f(VectorCell<value_t, true>{i, kWidth});
       if (i < end) f(VectorCell<value_t, false>{i, static_cast<int>(end - i)});
-    });
+    };
+    if (shares_threads_) {
+      at::parallel_for(0, n, kGrain, part);
+    } else {
+      part(0, n);
+    }
   }
 
   template <typename F>
@@ -100,20 +88,13 @@ class CpuThread {
 
   template <typename Finish>
   void product(const Product<value_t>& p, const Finish& finish) {
-    if (p.pairs == 0) {
-      map(p.m * p.n, FillZero{p.c});
-    } else if (p.form == Form::kNT) {
-      product_nt(p);
-    } else {
-      for (int pair = 0; pair < p.pairs; ++pair) {
-        const bool accumulates = p.accumulates || pair > 0;
-        const value_t* a = p.a[pair].data;
-        if (p.form == Form::kTN) {
-          transpose(p.k, p.m, a, p.m, scratch_, p.k);
-          a = scratch_;
-        }
-        multiply(p.m, p.n, p.k, a, p.b[pair].data, p.c.data, accumulates);
-      }
+    if (p.pairs == 0) map(p.m * p.n, FillZero{p.c});
+    const value_t alpha = p.into.step_size ? -p.into.step_size.data[0] : value_t(1);
+    for (int pair = 0; pair < p.pairs; ++pair) {
+      const bool left_turned = p.form == Form::kTN, right_turned = p.form == Form::kNT;
+      gemm<value_t>(p.m, p.n, p.k, {p.a[pair].data, left_turned ? p.m : p.k, left_turned},
+                    {p.b[pair].data, right_turned ? p.k : p.n, right_turned}, p.c.data, p.n,
+                    p.into.adds || pair > 0, alpha);
     }
     if (p.bias) add_bias(p);
     if constexpr (!std::is_same_v<Finish, NoFinish>) map(p.m * p.n, finish);
@@ -122,7 +103,6 @@ class CpuThread {
  private:
   using Vec = at::vec::Vectorized<value_t>;
   static constexpr int kWidth = Vec::size();
-  static constexpr int64_t kProductGrain = 1 << 20;  // multiplications worth another thread
 
   struct FillZero {
     Array<value_t> c;
@@ -132,68 +112,6 @@ class CpuThread {
     }
   };
 
-  template <typename Body>
-  void in_parts(int64_t n, int64_t grain, const Body& body) const {
-    if (shares_threads_) {
-      at::parallel_for(0, n, grain, body);
-    } else {
-      body(0, n);
-    }
-  }
-
-  // C = sum of A B'. brgemm wants B [k, n]: either B is turned, or A and C are, whichever is less.
-  void product_nt(const Product<value_t>& p) {
-    const bool turns_c = p.m * (p.k + p.n) < p.n * p.k;
-    value_t* turned = scratch_;
-    value_t* c_turned = scratch_ + p.m * p.k;  // [n, m]
-    for (int pair = 0; pair < p.pairs; ++pair) {
-      const value_t *a = p.a[pair].data, *b = p.b[pair].data;
-      if (turns_c) {
-        transpose(p.m, p.k, a, p.k, turned, p.m);
-        multiply(p.n, p.m, p.k, b, turned, c_turned, pair > 0);
-      } else {
-        transpose(p.n, p.k, b, p.k, turned, p.n);
-        multiply(p.m, p.n, p.k, a, turned, p.c.data, pair > 0);
-      }
-    }
-    if (turns_c) transpose(p.n, p.m, c_turned, p.m, p.c.data, p.n);
-  }
-
-  // C [m, n] (+)= A [m, k] B [k, n].
-  void multiply(int64_t m, int64_t n, int64_t k, const value_t* a, const value_t* b, value_t* c,
-                bool accumulates) const {
-    if (m >= n) {
-      in_parts(m, grain_of(n * k), [&](int64_t begin, int64_t end) {
-        blocked_gemm(end - begin, n, k, a + begin * k, k, b, n, c + begin * n, accumulates);
-      });
-    } else {
-      in_parts(n, grain_of(m * k), [&](int64_t begin, int64_t end) {
-        blocked_gemm(m, end - begin, k, a, k, b + begin, n, c + begin, accumulates);
-      });
-    }
-  }
-
-  // gemm() in blocks of B that stay in the cache where B is large: 190 instead of 152 GFLOP/s for
-  // 128 x 512 by 512 x 784. Rows of B and C are ldb apart.
-  static void blocked_gemm(int64_t m, int64_t n, int64_t k, const value_t* a, int64_t lda,
-                           const value_t* b, int64_t ldb, value_t* c, bool accumulates) {
-    constexpr int64_t kColumns = 128, kDepth = 256;
-    if (n <= 2 * kColumns || k <= kDepth) {
-      gemm(m, n, k, a, lda, b, ldb, c, ldb, accumulates);
-      return;
-    }
-    for (int64_t j = 0; j < n; j += kColumns) {
-      for (int64_t i = 0; i < k; i += kDepth) {
-        gemm(m, std::min(kColumns, n - j), std::min(kDepth, k - i), a + i, lda, b + i * ldb + j,
-             ldb, c + j, ldb, accumulates || i > 0);
-      }
-    }
-  }
-
-  static int64_t grain_of(int64_t multiplications) {
-    return std::max<int64_t>(kWidth, kProductGrain / std::max<int64_t>(1, multiplications));
-  }
-
   void add_bias(const Product<value_t>& p) {
     for (int64_t row = 0; row < p.m; ++row) {
       value_t* c = p.c.data + row * p.n;
@@ -201,7 +119,6 @@ class CpuThread {
     }
   }
 
-  value_t* scratch_;
   bool shares_threads_;
 };
 

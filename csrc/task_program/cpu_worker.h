@@ -31,12 +31,12 @@ class CpuWorker {
   static constexpr int64_t kLanes = Kind::kLanes;
 
   // memory: bytes(job), aligned to 64; without it nothing can be run.
-  CpuWorker(const Job& job, void* memory, bool shares_threads) : job_(job) {
+  CpuWorker(const Job& job, void* memory, bool shares_threads)
+      : job_(job), executor_(make_executor(shares_threads)) {
     Carver<storage_t> carver(static_cast<storage_t*>(memory), 0);
     carve(carver);
     bytes_ = carver.used() * static_cast<int64_t>(sizeof(storage_t));
     if (memory == nullptr) return;
-    if constexpr (!in_lanes) executor_ = Executor(scratch_.data, shares_threads);
     if (sum_theta_) std::fill_n(numbers(sum_theta_), job.program.parameters, value_t(0));
     if (sum_lr_) std::fill_n(numbers(sum_lr_), job.lr_elements(), value_t(0));
     load_shared();
@@ -83,9 +83,6 @@ class CpuWorker {
       start_room_ = carver.take(program.parameters);
       frozen_room_ = carver.take(program.frozen);
       lr_room_ = carver.take(job_.lr_elements());
-    } else {
-      const int64_t examples = std::max(job_.support.count, job_.query.count);
-      scratch_ = carver.take(Executor::product_scratch(program, examples));
     }
   }
 
@@ -188,11 +185,8 @@ class CpuWorker {
   // What is handed out as it is made needs no copy.
   void work_in_results() {
     const int64_t row = first_ * job_.program.parameters;
-    const auto place = [&](void* result, Array<storage_t>& array) {
-      if (result != nullptr) array = {static_cast<value_t*>(result) + row, 0};
-    };
-    if (!job_.grad_theta_shared) place(job_.grad_theta, task_.v);
-    place(job_.grads, task_.grads);
+    if (job_.grad_theta_shared || job_.grad_theta == nullptr) return;
+    task_.v = {static_cast<value_t*>(job_.grad_theta) + row, 0};
   }
 
   // The vector of a Hessian-vector product, or the gradient after the last step.
@@ -248,7 +242,6 @@ class CpuWorker {
       store(last < 0 ? task_.start : task_.states.from(last * task_.state_stride),
             program.parameters, job_.adapted);
     }
-    store(task_.grads, program.parameters, job_.grads);
     store(task_.grad_support, job_.support.count * input, job_.grad_support);
     store(task_.grad_query, job_.query.count * input, job_.grad_query);
     if (sum_theta_) {
@@ -273,17 +266,17 @@ class CpuWorker {
   }
 
   const Job& job_;
-  Executor executor_ = make_executor();
+  Executor executor_;
   TaskArrays<storage_t> task_;
   Array<storage_t> sum_theta_, sum_lr_, support_room_, query_room_, start_room_, frozen_room_,
-      lr_room_, scratch_;
+      lr_room_;
   int64_t bytes_ = 0, first_ = 0, tasks_ = 0;
 
-  static Executor make_executor() {
+  static Executor make_executor(bool shares_threads) {
     if constexpr (in_lanes) {
       return Executor{};
     } else {
-      return Executor(nullptr, false);
+      return Executor(shares_threads);
     }
   }
 };

@@ -38,20 +38,31 @@ struct Sum {
   }
 };
 
+template <typename storage_t, typename Cell>
+FASTMETA_HOST_DEVICE void store_sum(const Cell& at, const Array<storage_t>& target,
+                                    const Accumulation<storage_t>& into,
+                                    typename Cell::number_t sum) {
+  if (into.step_size) {
+    sum = at.load(target) - at.load_one(into.step_size, 0) * sum;
+  } else if (into.adds) {
+    sum = at.load(target) + sum;
+  }
+  at.store(target, sum);
+}
+
 // target[j] (+)= sum over rows of source[row, j], then finish; a cell is a column.
 template <typename storage_t, typename Finish = NoFinish>
 struct ColumnSums {
   int64_t rows, columns;
   Array<storage_t> source, target;
-  bool adds;
+  Accumulation<storage_t> into;
   Finish finish = {};
 
   template <typename Cell>
   FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
-    using number_t = typename Cell::number_t;
-    auto sum = adds ? at.load(target) : number_t(0);
+    typename Cell::number_t sum(0);
     for (int64_t r = 0; r < rows; ++r) sum = sum + at.load(source, r * columns);
-    at.store(target, sum);
+    store_sum(at, target, into, sum);
     finish(at);
   }
 };

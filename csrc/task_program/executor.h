@@ -39,13 +39,23 @@ enum class Form {
   kTN,  // A [k, m], B [k, n]
 };
 
-// C [m, n] (+)= bias [n] + the sum over pairs of op(A) op(B).
+// What becomes of a sum: it takes the place of what is there, is added to it, or, where there is a
+// step size, step_size[0] times the sum is subtracted from it.
+template <typename storage_t>
+struct Accumulation {
+  bool adds = false;
+  Array<storage_t> step_size = {};
+
+  FASTMETA_HOST_DEVICE Accumulation or_adds(bool also) const { return {adds || also, step_size}; }
+};
+
+// C [m, n] (+)= bias [n] + the sum over pairs of op(A) op(B). No bias where there is a step size.
 template <typename storage_t>
 struct Product {
   Form form;
   int64_t m, n, k;
   Array<storage_t> c;
-  bool accumulates = false;
+  Accumulation<storage_t> into = {};
   Array<storage_t> bias = {};
   int pairs = 0;
   Array<storage_t> a[2] = {}, b[2] = {};

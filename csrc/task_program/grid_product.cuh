@@ -192,7 +192,8 @@ struct ProductTarget {
   value_t* c;
   const value_t* bias;  // or null
   int64_t m, n;
-  bool accumulates, wide;
+  bool adds, wide;
+  value_t factor = 1;  // of sums
 
   __device__ ProductTarget(const GridProduct<value_t>& g, int64_t task, int64_t split)
       : m(g.p.m), n(g.p.n) {
@@ -201,7 +202,8 @@ struct ProductTarget {
     c = is_part ? g.parts.data + task * g.parts.task_stride + split * m * n
                 : p.c.data + task * p.c.task_stride;
     bias = is_part || !p.bias ? nullptr : p.bias.data + task * p.bias.task_stride;
-    accumulates = p.accumulates && !is_part;
+    adds = p.into.adds && !is_part;
+    if (adds && p.into.step_size) factor = -p.into.step_size.data[task * p.into.step_size.task_stride];
     wide = n % kProductGroup == 0 && reinterpret_cast<uintptr_t>(c) % kAccessBytes == 0;
   }
 
@@ -215,17 +217,17 @@ struct ProductTarget {
     }
     if (wide && column < n) {
       auto* place = as_packs<count>(target);
-      if (accumulates) {
+      if (adds) {
         const auto before = *place;
 #pragma unroll
-        for (int j = 0; j < count; ++j) numbers[j] += before[j];
+        for (int j = 0; j < count; ++j) numbers[j] = before[j] + factor * numbers[j];
       }
       *place = numbers;
       return;
     }
 #pragma unroll
     for (int j = 0; j < count; ++j) {
-      if (column + j < n) target[j] = accumulates ? target[j] + numbers[j] : numbers[j];
+      if (column + j < n) target[j] = adds ? target[j] + factor * numbers[j] : numbers[j];
     }
   }
 };
@@ -269,7 +271,7 @@ struct SumOfParts {
     const auto& p = g.p;
     value_t sum = p.bias ? at.load_one(p.bias, at.index % p.n) : value_t(0);
     for (int64_t s = 0; s < g.splits; ++s) sum += at.load(g.parts, s * p.m * p.n);
-    at.store(p.c, p.accumulates ? at.load(p.c) + sum : sum);
+    store_sum(at, p.c, p.into, sum);
     finish(at);
   }
 };

@@ -134,7 +134,6 @@ class GridRun {
       if (result != nullptr) array = rows_of(result, first, count);
     };
     place(job_.loss, 1, task.loss);
-    place(job_.grads, parameters, task.grads);
     place(job_.grad_support, job_.support.count * input, task.grad_support);
     place(job_.grad_query, job_.query.count * input, task.grad_query);
     if (!job_.grad_theta_shared) place(job_.grad_theta, parameters, task.v);

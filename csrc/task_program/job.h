@@ -13,7 +13,7 @@ namespace fastmeta {
 enum class JobKind {
   kForward,        // outputs of the queries at theta
   kGradient,       // and their loss, and its gradient
-  kHvp,            // H vector of the support's loss, and its gradient
+  kHvp,            // H vector of the support's loss
   kAdapt,          // theta_K
   kAdaptBackward,  // gradient before the K steps from `upstream`, the one after them
   kMeta,           // the query loss after K steps, and its gradient
@@ -51,7 +51,6 @@ struct Job {
   void* outputs = nullptr;     // [T, Q, outputs]
   void* loss = nullptr;        // [T]; a task's part of the mean
   void* adapted = nullptr;     // [T, P]
-  void* grads = nullptr;       // [T, P], of the support at theta
   void* grad_theta = nullptr;  // [P] or [T, P]
   bool grad_theta_shared = false;
   void* grad_lr = nullptr;       // as lr
@@ -68,10 +67,11 @@ struct Job {
     needs.support = support.count;
     needs.queries = query.count;
     needs.gradient = gradient;
-    needs.keeps_outputs = !step_weights.empty();
+    needs.keeps_outputs = !step_weights.empty() || needs.tangents();
     needs.keeps_states = keeps_states;
     needs.support_grad = grad_support != nullptr;
     needs.query_grad = grad_query != nullptr;
+    needs.lr_per_parameter = lr_per_parameter;
     needs.lr_elements = lr_elements();
     needs.lr_step_stride = lr_dense_stride();
     return needs;

@@ -6,7 +6,9 @@
 //   v_k  = v_{k+1} - H_k (lr_k v_{k+1}) + w_k grad L_q(theta_k)        first order: without H_k
 //   d lr_k += -g_k v_{k+1}           d x_s += -d<grad L_s(theta_k), lr_k v_{k+1}>/d x_s
 //
-// The Hessian-vector product is taken in the direction -lr_k v_{k+1} and added to v as it is made.
+// The Hessian-vector product is taken in the direction v_{k+1} and -lr_k times it added to v as it is
+// made, a layer's part when no other layer is to read it. Where step sizes differ between
+// parameters, or layers share one, the direction -lr_k v_{k+1} is an array of its own.
 #pragma once
 
 #include "task_program/passes.h"
@@ -78,7 +80,8 @@ struct TaskArrays {
   Array<storage_t> start, frozen;  // theta_0 [P] and [F]
   Array<storage_t> states;         // theta_1 .. theta_K
   Array<storage_t> grads;          // g_0 .. g_{K-1}
-  Array<storage_t> direction, v;   // [P]
+  Array<storage_t> v;              // [P]
+  Array<storage_t> direction;      // [P], where it is not v
   Array<storage_t> loss;           // [1]
   Array<storage_t> outputs;        // after the last step, where later passes overwrite the values
   Array<storage_t> grad_lr;        // as the step sizes of a task
@@ -105,14 +108,14 @@ class MetaStep {
   }
 
   FASTMETA_HOST_DEVICE void adapt() const {
-    const bool updates_at_once = program_.covers_theta && program_.writes_once && keeps_states();
+    const bool updates_at_once = program_.covers_theta && program_.writes_once;
     for (int k = 0; k < options_.steps; ++k) {
       const Descend<storage_t> descend{task_.step_sizes.of(k), task_.step_sizes.per_parameter,
                                        theta(k), grads(k), theta(k + 1)};
       if (updates_at_once) {
-        support_gradient(k, DescendFrom<storage_t>{descend});
+        support_gradient(k, grads(k), DescendFrom<storage_t>{descend});
       } else {
-        support_gradient(k, NoUpdate{});
+        support_gradient(k, grads(k), NoUpdate{});
         exec_.map(program_.parameters, descend);
       }
     }
@@ -140,36 +143,39 @@ class MetaStep {
     Passes<Executor>(exec_, net).forward();
   }
 
-  // v = H direction, the gradient in grads(0), and of the inputs; for theta_0.
+  // v = H direction, and of the inputs; for theta_0.
   FASTMETA_HOST_DEVICE void hessian_vector_product() const {
-    support_gradient(0, NoUpdate{});
-    hessian_product(0, false, false);
+    support_gradient(0, Arena{}, NoUpdate{});
+    hessian_product(0, task_.direction, {});
+    if (!task_.grad_support) return;
+    const auto net = support_network(0, task_.direction);
+    exec_.map(net.size(0), Copy<storage_t>{net.delta_dot(0), task_.grad_support});
   }
 
   // v_k from v_{k+1}, without the queries' own part.
   FASTMETA_HOST_DEVICE void step_back(int k) const {
     const bool is_there = options_.first_order || options_.keeps_steps || k + 1 == options_.steps;
-    if (!is_there) support_gradient(k, NoUpdate{});
+    if (!is_there) support_gradient(k, options_.lr_grad ? grads(k) : Arena{}, NoUpdate{});
     if (options_.lr_grad) step_size_gradient(k);
     if (options_.first_order) return;
-    exec_.map(program_.parameters,
-              Descend<storage_t>{task_.step_sizes.of(k), task_.step_sizes.per_parameter, Arena{},
-                                 task_.v, task_.direction});
-    hessian_product(k, true, k + 1 < options_.steps);
+    const Arena step_size = task_.step_sizes.of(k);
+    if (task_.direction) {
+      exec_.map(program_.parameters, Descend<storage_t>{step_size, task_.step_sizes.per_parameter,
+                                                        Arena{}, task_.v, task_.direction});
+      hessian_product(k, task_.direction, {true});
+    } else {
+      hessian_product(k, task_.v, {true, step_size});
+    }
+    if (task_.grad_support) support_input_gradient(k);
   }
 
  private:
-  // Where theta_{k+1} takes the place of theta_k, a layer's weights are still to be read when its
-  // gradient is there.
-  FASTMETA_HOST_DEVICE bool keeps_states() const {
-    return task_.state_stride > 0 || options_.steps == 1;
-  }
   FASTMETA_HOST_DEVICE Arena grads(int k) const { return task_.grads.from(k * task_.grads_stride); }
 
-  FASTMETA_HOST_DEVICE Network<storage_t> support_network(int k) const {
+  FASTMETA_HOST_DEVICE Network<storage_t> support_network(int k, Arena direction = {}) const {
     Network<storage_t> net{program_,
                            {theta(k), task_.frozen},
-                           {task_.direction, {}},
+                           {direction, {}},
                            task_.support,
                            task_.support_arrays};
     const int64_t offset = k * task_.step_stride;
@@ -182,25 +188,35 @@ class MetaStep {
     return {program_, {theta(k), task_.frozen}, {}, task_.query, task_.query_arrays};
   }
 
-  // g_k, and with it values and gradients of step k.
+  // Values of step k and their gradients, and g_k where wanted.
   template <typename Update>
-  FASTMETA_HOST_DEVICE void support_gradient(int k, const Update& update) const {
+  FASTMETA_HOST_DEVICE void support_gradient(int k, Arena gradient, const Update& update) const {
     const auto net = support_network(k);
     const Passes<Executor> passes(exec_, net);
     passes.forward();
     passes.loss({}, 1, true);
-    passes.backward(grads(k), false, update);
+    passes.backward(gradient, false, update);
   }
 
-  // v = (or +=) H_k direction; grad_support = (or +=) the derivative of <g_k, direction>.
-  FASTMETA_HOST_DEVICE void hessian_product(int k, bool adds, bool adds_to_support) const {
-    const auto net = support_network(k);
+  // v takes H_k direction in; with it comes the tangent of the inputs' gradient.
+  FASTMETA_HOST_DEVICE void hessian_product(int k, Arena direction,
+                                            const Accumulation<storage_t>& into) const {
+    const auto net = support_network(k, direction);
     const Passes<Executor> passes(exec_, net);
     passes.tangent_forward();
-    passes.tangent_backward(task_.v, adds);
-    if (task_.grad_support) {
-      exec_.map(net.size(0),
-                Copy<storage_t>{net.delta_dot(0), task_.grad_support, adds_to_support});
+    passes.tangent_backward(task_.v, into);
+  }
+
+  // grad_support (+)= the derivative of <g_k, -lr_k v_{k+1}>.
+  FASTMETA_HOST_DEVICE void support_input_gradient(int k) const {
+    const auto net = support_network(k);
+    const bool adds = k + 1 < options_.steps;
+    if (task_.direction) {
+      exec_.map(net.size(0), Copy<storage_t>{net.delta_dot(0), task_.grad_support, adds});
+    } else {
+      exec_.map(net.size(0), Descend<storage_t>{task_.step_sizes.of(k), false,
+                                                adds ? task_.grad_support : Arena{},
+                                                net.delta_dot(0), task_.grad_support});
     }
   }
 

@@ -235,21 +235,18 @@ struct TaskProgramOps {
     return {loss, outputs, grad_theta, grad_x};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> hvp(const Tensor& code, const Tensor& theta,
-                                                const Tensor& frozen, const Tensor& x,
-                                                const Tensor& y, const Tensor& vector,
-                                                bool input_grad) {
+  static std::tuple<Tensor, Tensor> hvp(const Tensor& code, const Tensor& theta,
+                                        const Tensor& frozen, const Tensor& x, const Tensor& y,
+                                        const Tensor& vector, bool input_grad) {
     Call call(JobKind::kHvp, code, theta, frozen);
     Job& job = call.job;
     job.support = call.examples<Device>(x, y, "support");
     job.gradient = true;
     job.given = call.given(vector, "vector");
-    const int64_t shape[] = {job.tasks, job.program.parameters};
-    auto product = call.result(shape, job.grad_theta);
-    auto grads = call.result(shape, job.grads);
+    auto product = call.result({job.tasks, job.program.parameters}, job.grad_theta);
     auto grad_x = call.result_if(input_grad, x.sizes(), job.grad_support);
     call.run<Device>();
-    return {product, grads, grad_x};
+    return {product, grad_x};
   }
 
   static Tensor adapt(const Tensor& code, const Tensor& theta, const Tensor& frozen,

@@ -11,6 +11,12 @@ namespace {
 
 double number(int64_t word) { return std::bit_cast<double>(word); }
 
+bool keeps_sign(const Instruction& i) {
+  return i.op == Opcode::kActivation &&
+         (i.activation == ActivationKind::kRelu ||
+          (i.activation == ActivationKind::kLeakyRelu && i.a >= 0));
+}
+
 int64_t weight_size(const Instruction& i) {
   return i.op == Opcode::kLinear ? i.inputs * i.outputs : i.inputs;
 }
@@ -136,11 +142,23 @@ void ParsedProgram::drop_unused() {
   std::erase_if(instructions_, [&](const Instruction& i) { return !used[i.y]; });
 }
 
+// A value takes memory of its own, but for the outputs of ReLU and LeakyReLU: their sign is that of
+// the input, so that they take its place where nothing else reads it.
 void ParsedProgram::lay_out_values() {
+  std::vector<int> readers(values_.size(), 0);
+  readers[0] = readers[program_.output] = 1;
+  for (const auto& i : instructions_) {
+    ++readers[i.x];
+    if (i.x2 >= 0) ++readers[i.x2];
+  }
   for (const auto& i : instructions_) {
     Value& y = values_[i.y];
-    y.offset = program_.example_elements;
-    program_.example_elements += y.elements + y.extra;
+    if (keeps_sign(i) && readers[i.x] == 1) {
+      y.offset = values_[i.x].offset;
+    } else {
+      y.offset = program_.example_elements;
+      program_.example_elements += y.elements + y.extra;
+    }
   }
 }
 

@@ -66,11 +66,11 @@ class Passes {
                  WeightedElement<storage_t>{l.row_loss, net_.examples.norm, weight}, target);
   }
 
-  // From the gradient at the outputs: grads [P] = (or +=) the gradient, and that of the input. With
-  // each element of grads that is complete `update.from(its parameter)` is done.
+  // From the gradient at the outputs: grads [P] = (or +=) the gradient, where wanted, and that of the
+  // input. With each element of grads that is complete `update.from(its parameter)` is done.
   template <typename Update = NoUpdate>
   FASTMETA_HOST_DEVICE void backward(Arena grads, bool adds, const Update& update = {}) const {
-    clear_uncovered(grads, adds);
+    if (grads && !adds) clear_uncovered(grads);
     for (int k = net_.program.instruction_count - 1; k >= 0; --k) {
       const Instruction& i = net_.program.instructions[k];
       if (!net_.delta(i.y)) continue;
@@ -131,10 +131,12 @@ class Passes {
     }
   }
 
-  // target [P] = (or +=) H theta_dot, and the tangent of the input's gradient; after forward(),
-  // loss() and backward() at the same theta, and tangent_forward().
-  FASTMETA_HOST_DEVICE void tangent_backward(Arena target, bool adds) const {
-    clear_uncovered(target, adds);
+  // target [P] takes H theta_dot in, and the tangent of the input's gradient is made; after
+  // forward(), loss() and backward() at the same theta, and tangent_forward(). Where no two layers
+  // have a parameter in common, target may be theta_dot itself.
+  FASTMETA_HOST_DEVICE void tangent_backward(Arena target,
+                                             const Accumulation<storage_t>& into) const {
+    if (!into.adds && !into.step_size) clear_uncovered(target);
     tangent_of_loss();
     for (int k = net_.program.instruction_count - 1; k >= 0; --k) {
       const Instruction& i = net_.program.instructions[k];
@@ -144,11 +146,11 @@ class Passes {
           if (i.with_previous && net_.delta_dot(net_.program.instructions[k - 1].x)) {
             const Instruction& previous = net_.program.instructions[--k];
             with_activation<Executor>(previous, [&](const auto& f) {
-              linear(i).tangent_backward(exec_, target, adds,
+              linear(i).tangent_backward(exec_, target, into,
                                          activation_tangent_backward(f, previous));
             });
           } else {
-            linear(i).tangent_backward(exec_, target, adds, NoFinish{});
+            linear(i).tangent_backward(exec_, target, into, NoFinish{});
           }
           break;
         case Opcode::kActivation:
@@ -162,7 +164,7 @@ class Passes {
           hand_on(i, net_.delta_dot(i.y), net_.delta_dot(i.x), net_.delta_dot(i.x2));
           break;
         case Opcode::kLayerNorm:
-          LayerNorm<storage_t>{net_, i}.tangent_backward(exec_, target, adds);
+          LayerNorm<storage_t>{net_, i}.tangent_backward(exec_, target, into);
           break;
       }
     }
@@ -170,8 +172,8 @@ class Passes {
 
  private:
   // Zeros where no layer will write a gradient.
-  FASTMETA_HOST_DEVICE void clear_uncovered(Arena target, bool adds) const {
-    if (adds || net_.program.covers_theta) return;
+  FASTMETA_HOST_DEVICE void clear_uncovered(Arena target) const {
+    if (net_.program.covers_theta) return;
     exec_.map(net_.program.parameters, Fill<storage_t>{0, target});
   }
 

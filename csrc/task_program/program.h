@@ -49,7 +49,7 @@ inline constexpr int64_t kNoParameter = -1;
 struct Value {
   int64_t elements;  // of one example
   int64_t extra;     // statistics that its layer keeps beside them
-  int64_t offset;    // elements and extra of the values before it; the input takes none
+  int64_t offset;    // of its elements, then extra, in those of an example; the input takes none
   bool adapts;       // depends on theta: has a tangent
 };
 

@@ -32,13 +32,18 @@ struct TaskNeeds {
   MetaOptions options;
   int64_t support, queries;             // examples; 0 queries: no query pass
   bool gradient;                        // a way back: v
-  bool keeps_outputs;                   // of the last step: other query passes follow
+  bool keeps_outputs;                   // of the last step: its values are overwritten
   bool keeps_states;                    // theta_1 .. theta_K are read again
   bool support_grad, query_grad;        // of the examples
+  bool lr_per_parameter;
   int64_t lr_elements, lr_step_stride;  // step sizes of a task, densely; 0: steps share them
 
   FASTMETA_HOST_DEVICE bool tangents() const {
     return gradient && support > 0 && !options.first_order;
+  }
+  // Of Hessian-vector products, an array of its own: given, or v times step sizes.
+  FASTMETA_HOST_DEVICE bool separate_direction(const Program& program) const {
+    return options.steps == 0 || lr_per_parameter || !program.writes_once;
   }
   // g_k is made where theta_{k+1} comes to be: nobody asks for g_k itself, and where it is made again
   // on the way back, theta_{k+1} is not needed any more.
@@ -50,18 +55,36 @@ struct TaskNeeds {
   }
 };
 
+// Values and gradients of a pass over the examples, `steps` times.
 template <typename storage_t>
 FASTMETA_HOST_DEVICE void take_values(Carver<storage_t>& carver, const Program& program,
-                                      int64_t examples, int64_t steps, int64_t input_elements,
-                                      bool input_delta, Activations<storage_t>& arrays,
-                                      int64_t& step_stride) {
+                                      int64_t examples, int64_t steps,
+                                      Activations<storage_t>& arrays, int64_t& step_stride) {
   const int64_t one = examples * program.example_elements;
-  const auto block = carver.take(2 * one * steps);
-  arrays.value = block;
-  arrays.delta = block.from(one);
+  arrays.value = carver.take(2 * one * steps);
+  arrays.delta = arrays.value.from(one);
   step_stride = steps > 1 ? 2 * one : 0;
   arrays.row_loss = carver.take(examples);
-  if (input_delta) arrays.input_delta = carver.take(examples * input_elements);
+}
+
+// Of the query passes and of Hessian-vector products, which are never at work together: the values
+// of the one and the tangents of the other are in the same memory.
+template <typename storage_t>
+FASTMETA_HOST_DEVICE void take_query_and_tangents(Carver<storage_t>& carver, const Program& program,
+                                                  const TaskNeeds& needs,
+                                                  TaskArrays<storage_t>& task) {
+  const int64_t of_query = needs.queries * program.example_elements;
+  const int64_t of_tangents = needs.tangents() ? needs.support * program.example_elements : 0;
+  const auto block = carver.take(2 * (of_query > of_tangents ? of_query : of_tangents));
+  if (needs.queries > 0) {
+    task.query_arrays.value = block;
+    task.query_arrays.delta = block.from(of_query);
+    task.query_arrays.row_loss = carver.take(needs.queries);
+  }
+  if (needs.tangents()) {
+    task.support_arrays.value_dot = block;
+    task.support_arrays.delta_dot = block.from(of_tangents);
+  }
 }
 
 // Everything but what comes from outside: start, frozen, step sizes, examples.
@@ -77,37 +100,35 @@ FASTMETA_HOST_DEVICE TaskArrays<storage_t> take_task_arrays(Carver<storage_t>& c
     task.states = carver.take(parameters * (needs.keeps_states ? steps : 1));
     task.state_stride = needs.keeps_states ? parameters : 0;
   }
+  if (steps > 0 && needs.shares_grads()) {
+    task.grads = task.states;
+    task.grads_stride = task.state_stride;
+  } else if (steps > 0) {
+    task.grads = carver.take(parameters * (needs.keeps_grads() ? steps : 1));
+    task.grads_stride = needs.keeps_grads() ? parameters : 0;
+  }
   if (needs.support > 0) {
-    if (needs.shares_grads()) {
-      task.grads = task.states;
-      task.grads_stride = task.state_stride;
-    } else {
-      task.grads = carver.take(parameters * (needs.keeps_grads() ? steps : 1));
-      task.grads_stride = needs.keeps_grads() ? parameters : 0;
-    }
-    const int64_t kept = needs.gradient && needs.options.keeps_steps && !needs.options.first_order
-                             ? (steps > 0 ? steps : 1)
-                             : 1;
-    take_values(carver, program, needs.support, kept, input, false, task.support_arrays,
+    const bool keeps = needs.tangents() && needs.options.keeps_steps && steps > 0;
+    take_values(carver, program, needs.support, keeps ? steps : 1, task.support_arrays,
                 task.step_stride);
   }
   if (needs.gradient) task.v = carver.take(parameters);
+  take_query_and_tangents(carver, program, needs, task);
   if (needs.tangents()) {
-    task.direction = carver.take(parameters);
-    const int64_t one = needs.support * program.example_elements;
-    task.support_arrays.value_dot = carver.take(one);
-    task.support_arrays.delta_dot = carver.take(one);
+    if (needs.separate_direction(program)) task.direction = carver.take(parameters);
     if (needs.support_grad) {
       task.support_arrays.input_delta_dot = carver.take(needs.support * input);
       task.grad_support = carver.take(needs.support * input);
     }
   }
   if (needs.queries > 0) {
-    int64_t unused = 0;
-    take_values(carver, program, needs.queries, 1, input, needs.query_grad, task.query_arrays,
-                unused);
-    if (needs.keeps_outputs) task.outputs = carver.take(needs.queries * program.output_elements());
-    if (needs.query_grad) task.grad_query = carver.take(needs.queries * input);
+    if (needs.keeps_outputs) {
+      task.outputs = carver.take(needs.queries * program.output_elements());
+    }
+    if (needs.query_grad) {
+      task.query_arrays.input_delta = carver.take(needs.queries * input);
+      task.grad_query = carver.take(needs.queries * input);
+    }
   }
   if (needs.gradient && needs.options.lr_grad) {
     task.grad_lr = carver.take(needs.lr_elements);

@@ -61,7 +61,7 @@ def _hvp(
     vector: Tensor,
     input_grad: bool,
 ) -> tuple[Tensor, ...]:
-    return _rows(theta, x), _rows(theta, x), _if_wanted(x, input_grad)
+    return _rows(theta, x), _if_wanted(x, input_grad)
 
 
 def _adapt(

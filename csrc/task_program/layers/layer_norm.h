@@ -177,13 +177,13 @@ template <typename storage_t, bool tangent, typename Finish>
 struct LayerNormWeightGradient {
   LayerNormArrays<storage_t> l;
   Array<storage_t> target;
-  bool adds;
+  Accumulation<storage_t> into;
   Finish finish;
 
   template <typename Cell>
   FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
     using number_t = typename Cell::number_t;
-    number_t sum = adds ? at.load(target) : number_t(0);
+    number_t sum(0);
     for (int64_t row = 0; row < l.rows; ++row) {
       const int64_t begin = row * l.size;
       const number_t inverse = at.load_one(l.extra, 2 * row + 1);
@@ -198,7 +198,7 @@ struct LayerNormWeightGradient {
         sum = sum + at.load(l.dy, begin) * xh_dot;
       }
     }
-    at.store(target, sum);
+    store_sum(at, target, into, sum);
     finish(at);
   }
 };
@@ -249,32 +249,33 @@ struct LayerNorm {
   FASTMETA_HOST_DEVICE void backward(Executor& exec, Array<storage_t> grads, bool adds,
                                      const Update& update) const {
     const auto l = arrays(false);
-    parameter_gradients<false>(exec, l, grads, adds, update);
     if (l.dx) exec.rows(l.rows, LayerNormBackward<storage_t>{l});
+    if (grads) parameter_gradients<false>(exec, l, grads, {adds}, update);
   }
 
   template <typename Executor>
   FASTMETA_HOST_DEVICE void tangent_backward(Executor& exec, Array<storage_t> target,
-                                             bool adds) const {
+                                             const Accumulation<storage_t>& into) const {
     const auto l = arrays(true);
-    parameter_gradients<true>(exec, l, target, adds, NoUpdate{});
     if (l.dx_dot) exec.rows(l.rows, LayerNormTangentBackward<storage_t>{l});
+    parameter_gradients<true>(exec, l, target, into, NoUpdate{});
   }
 
  private:
   template <bool tangent, typename Executor, typename Update>
   FASTMETA_HOST_DEVICE void parameter_gradients(Executor& exec, const LayerNormArrays<storage_t>& l,
-                                                Array<storage_t> target, bool adds,
+                                                Array<storage_t> target,
+                                                const Accumulation<storage_t>& into,
                                                 const Update& update) const {
     using Finish = decltype(update.from(0));
     if (is_adapted(i.weight)) {
       exec.map(l.size,
                LayerNormWeightGradient<storage_t, tangent, Finish>{
-                   l, target.from(i.weight), adds || i.adds_to_weight, update.from(i.weight)});
+                   l, target.from(i.weight), into.or_adds(i.adds_to_weight), update.from(i.weight)});
     }
     if (is_adapted(i.bias)) {
       exec.map(l.size, ColumnSums<storage_t, Finish>{l.rows, l.size, tangent ? l.dy_dot : l.dy,
-                                                     target.from(i.bias), adds || i.adds_to_bias,
+                                                     target.from(i.bias), into.or_adds(i.adds_to_bias),
                                                      update.from(i.bias)});
     }
   }

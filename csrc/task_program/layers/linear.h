@@ -39,13 +39,21 @@ struct Linear {
     exec.product(p, finish);
   }
 
-  // grads [P] (+)=; adds to what is there where told to, or where another layer has the parameter.
+  // grads [P] (+)=, where wanted; adds where told to, or where another layer has the parameter. An
+  // update may change the weights, so that their gradient comes last.
   template <typename Executor, typename Finish, typename Update>
   FASTMETA_HOST_DEVICE void backward(Executor& exec, Array<storage_t> grads, bool adds,
                                      const Finish& finish, const Update& update) const {
+    if (const auto dx = net.delta(i.x)) {
+      auto p = product(Form::kNN, rows(), i.inputs, i.outputs, dx);
+      p.into.adds = i.adds_to_x;
+      p.add(net.delta(i.y), net.parameters.at(i.weight));
+      exec.product(p, finish);
+    }
+    if (!grads) return;
     if (is_adapted(i.weight)) {
       auto p = product(Form::kTN, i.outputs, i.inputs, rows(), grads.from(i.weight));
-      p.accumulates = adds || i.adds_to_weight;
+      p.into.adds = adds || i.adds_to_weight;
       p.add(net.delta(i.y), net.value(i.x));
       exec.product(p, update.from(i.weight));
     }
@@ -53,37 +61,33 @@ struct Linear {
       auto finish_bias = update.from(i.bias);
       exec.map(i.outputs, ColumnSums<storage_t, decltype(finish_bias)>{
                               rows(), i.outputs, net.delta(i.y), grads.from(i.bias),
-                              adds || i.adds_to_bias, finish_bias});
-    }
-    if (const auto dx = net.delta(i.x)) {
-      auto p = product(Form::kNN, rows(), i.inputs, i.outputs, dx);
-      p.accumulates = i.adds_to_x;
-      p.add(net.delta(i.y), net.parameters.at(i.weight));
-      exec.product(p, finish);
+                              {adds || i.adds_to_bias}, finish_bias});
     }
   }
 
-  // target [P] = (or +=) H v of this layer's parameters.
+  // target [P] = H theta_dot of this layer's parameters; it may be theta_dot itself, and is changed last.
   template <typename Executor, typename Finish>
-  FASTMETA_HOST_DEVICE void tangent_backward(Executor& exec, Array<storage_t> target, bool adds,
+  FASTMETA_HOST_DEVICE void tangent_backward(Executor& exec, Array<storage_t> target,
+                                             const Accumulation<storage_t>& into,
                                              const Finish& finish) const {
+    if (const auto dx_dot = net.delta_dot(i.x)) {
+      auto p = product(Form::kNN, rows(), i.inputs, i.outputs, dx_dot);
+      p.into.adds = i.adds_to_x;
+      p.add(net.delta_dot(i.y), net.parameters.at(i.weight));
+      add_where_there(p, net.delta(i.y), net.tangent_of(i.weight));
+      exec.product(p, finish);
+    }
     if (is_adapted(i.weight)) {
       auto p = product(Form::kTN, i.outputs, i.inputs, rows(), target.from(i.weight));
-      p.accumulates = adds || i.adds_to_weight;
+      p.into = into.or_adds(i.adds_to_weight);
       p.add(net.delta_dot(i.y), net.value(i.x));
       add_where_there(p, net.delta(i.y), net.value_dot(i.x));
       exec.product(p, NoFinish{});
     }
     if (is_adapted(i.bias)) {
-      exec.map(i.outputs, ColumnSums<storage_t>{rows(), i.outputs, net.delta_dot(i.y),
-                                                target.from(i.bias), adds || i.adds_to_bias});
-    }
-    if (const auto dx_dot = net.delta_dot(i.x)) {
-      auto p = product(Form::kNN, rows(), i.inputs, i.outputs, dx_dot);
-      p.accumulates = i.adds_to_x;
-      p.add(net.delta_dot(i.y), net.parameters.at(i.weight));
-      add_where_there(p, net.delta(i.y), net.tangent_of(i.weight));
-      exec.product(p, finish);
+      exec.map(i.outputs,
+               ColumnSums<storage_t>{rows(), i.outputs, net.delta_dot(i.y), target.from(i.bias),
+                                     into.or_adds(i.adds_to_bias)});
     }
   }
 
