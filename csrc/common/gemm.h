@@ -14,12 +14,11 @@
 #include <cstdint>
 #include <type_traits>
 
-#define FASTMETA_BLAS_GEMM(name, value_t)                                                 \
-  extern "C" [[gnu::weak]] void name(const char* trans_a, const char* trans_b, const int* m, \
-                                     const int* n, const int* k, const value_t* alpha,    \
-                                     const value_t* a, const int* lda, const value_t* b,  \
-                                     const int* ldb, const value_t* beta, value_t* c,     \
-                                     const int* ldc)
+#define FASTMETA_BLAS_GEMM(name, value_t)                                                       \
+  extern "C" [[gnu::weak]] void name(                                                           \
+      const char* trans_a, const char* trans_b, const int* m, const int* n, const int* k,       \
+      const value_t* alpha, const value_t* a, const int* lda, const value_t* b, const int* ldb, \
+      const value_t* beta, value_t* c, const int* ldc)
 FASTMETA_BLAS_GEMM(sgemm_, float);
 FASTMETA_BLAS_GEMM(dgemm_, double);
 #undef FASTMETA_BLAS_GEMM
@@ -57,7 +56,8 @@ void gemm(int64_t m, int64_t n, int64_t k, const Operand<value_t>& a, const Oper
   }
   const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<value_t>::value);
   const auto matrix = [&](const Operand<value_t>& x, int64_t rows, int64_t columns) {
-    const auto strides = x.transposed ? std::array{int64_t(1), x.stride} : std::array{x.stride, int64_t(1)};
+    const auto strides =
+        x.transposed ? std::array{int64_t(1), x.stride} : std::array{x.stride, int64_t(1)};
     return at::from_blob(const_cast<value_t*>(x.data), {rows, columns}, strides, options);
   };
   auto out = matrix({c, c_stride}, m, n);

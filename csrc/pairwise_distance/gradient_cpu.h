@@ -188,8 +188,7 @@ class PairwiseGradient {
   void columns_of_y(int64_t rows, int64_t first, int64_t columns) {
     for (int64_t d = 0; d < shape_.features; d += kPanel) {
       for (int64_t begin = 0; begin < rows; begin += kRows) {
-        gemm<value_t>(std::min(kPanel, shape_.features - d), columns,
-                      std::min(kRows, rows - begin),
+        gemm<value_t>(std::min(kPanel, shape_.features - d), columns, std::min(kRows, rows - begin),
                       {&xt_[begin * shape_.features + d * kRows], kRows},
                       {&weights_[begin * shape_.classes + first], shape_.classes},
                       &grad_yt_[d * shape_.classes + first], shape_.classes, true);

@@ -66,10 +66,9 @@ struct Touched {
 template <typename value_t>
 Touched touched_by(const Product<InShared<value_t>>& p) {
   const int64_t a = p.m * p.k, b = p.k * p.n;
-  return {
-      {Range(p.a[0], a), Range(p.a[1], a), Range(p.b[0], b), Range(p.b[1], b), Range(p.bias, p.n),
-       Range(p.into.step_size, 1)},
-      {Range(p.c, p.m * p.n)}};
+  return {{Range(p.a[0], a), Range(p.a[1], a), Range(p.b[0], b), Range(p.b[1], b),
+           Range(p.bias, p.n), Range(p.into.step_size, 1)},
+          {Range(p.c, p.m * p.n)}};
 }
 
 template <typename S>

@@ -203,7 +203,8 @@ struct ProductTarget {
                 : p.c.data + task * p.c.task_stride;
     bias = is_part || !p.bias ? nullptr : p.bias.data + task * p.bias.task_stride;
     adds = p.into.adds && !is_part;
-    if (adds && p.into.step_size) factor = -p.into.step_size.data[task * p.into.step_size.task_stride];
+    if (adds && p.into.step_size)
+      factor = -p.into.step_size.data[task * p.into.step_size.task_stride];
     wide = n % kProductGroup == 0 && reinterpret_cast<uintptr_t>(c) % kAccessBytes == 0;
   }
 

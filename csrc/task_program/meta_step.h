@@ -173,11 +173,8 @@ class MetaStep {
   FASTMETA_HOST_DEVICE Arena grads(int k) const { return task_.grads.from(k * task_.grads_stride); }
 
   FASTMETA_HOST_DEVICE Network<storage_t> support_network(int k, Arena direction = {}) const {
-    Network<storage_t> net{program_,
-                           {theta(k), task_.frozen},
-                           {direction, {}},
-                           task_.support,
-                           task_.support_arrays};
+    Network<storage_t> net{
+        program_, {theta(k), task_.frozen}, {direction, {}}, task_.support, task_.support_arrays};
     const int64_t offset = k * task_.step_stride;
     net.arrays.value = net.arrays.value.from(offset);
     net.arrays.delta = net.arrays.delta.from(offset);

@@ -12,9 +12,8 @@ namespace {
 double number(int64_t word) { return std::bit_cast<double>(word); }
 
 bool keeps_sign(const Instruction& i) {
-  return i.op == Opcode::kActivation &&
-         (i.activation == ActivationKind::kRelu ||
-          (i.activation == ActivationKind::kLeakyRelu && i.a >= 0));
+  return i.op == Opcode::kActivation && (i.activation == ActivationKind::kRelu ||
+                                         (i.activation == ActivationKind::kLeakyRelu && i.a >= 0));
 }
 
 int64_t weight_size(const Instruction& i) {

@@ -30,11 +30,11 @@ class Carver {
 // What a job does with a task.
 struct TaskNeeds {
   MetaOptions options;
-  int64_t support, queries;             // examples; 0 queries: no query pass
-  bool gradient;                        // a way back: v
-  bool keeps_outputs;                   // of the last step: its values are overwritten
-  bool keeps_states;                    // theta_1 .. theta_K are read again
-  bool support_grad, query_grad;        // of the examples
+  int64_t support, queries;       // examples; 0 queries: no query pass
+  bool gradient;                  // a way back: v
+  bool keeps_outputs;             // of the last step: its values are overwritten
+  bool keeps_states;              // theta_1 .. theta_K are read again
+  bool support_grad, query_grad;  // of the examples
   bool lr_per_parameter;
   int64_t lr_elements, lr_step_stride;  // step sizes of a task, densely; 0: steps share them
 

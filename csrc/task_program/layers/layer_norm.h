@@ -269,14 +269,14 @@ struct LayerNorm {
                                                 const Update& update) const {
     using Finish = decltype(update.from(0));
     if (is_adapted(i.weight)) {
-      exec.map(l.size,
-               LayerNormWeightGradient<storage_t, tangent, Finish>{
-                   l, target.from(i.weight), into.or_adds(i.adds_to_weight), update.from(i.weight)});
+      exec.map(l.size, LayerNormWeightGradient<storage_t, tangent, Finish>{
+                           l, target.from(i.weight), into.or_adds(i.adds_to_weight),
+                           update.from(i.weight)});
     }
     if (is_adapted(i.bias)) {
-      exec.map(l.size, ColumnSums<storage_t, Finish>{l.rows, l.size, tangent ? l.dy_dot : l.dy,
-                                                     target.from(i.bias), into.or_adds(i.adds_to_bias),
-                                                     update.from(i.bias)});
+      exec.map(l.size, ColumnSums<storage_t, Finish>{
+                           l.rows, l.size, tangent ? l.dy_dot : l.dy, target.from(i.bias),
+                           into.or_adds(i.adds_to_bias), update.from(i.bias)});
     }
   }
 };

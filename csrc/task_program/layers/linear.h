@@ -59,9 +59,12 @@ struct Linear {
     }
     if (is_adapted(i.bias)) {
       auto finish_bias = update.from(i.bias);
-      exec.map(i.outputs, ColumnSums<storage_t, decltype(finish_bias)>{
-                              rows(), i.outputs, net.delta(i.y), grads.from(i.bias),
-                              {adds || i.adds_to_bias}, finish_bias});
+      exec.map(i.outputs, ColumnSums<storage_t, decltype(finish_bias)>{rows(),
+                                                                       i.outputs,
+                                                                       net.delta(i.y),
+                                                                       grads.from(i.bias),
+                                                                       {adds || i.adds_to_bias},
+                                                                       finish_bias});
     }
   }
 
@@ -85,9 +88,8 @@ struct Linear {
       exec.product(p, NoFinish{});
     }
     if (is_adapted(i.bias)) {
-      exec.map(i.outputs,
-               ColumnSums<storage_t>{rows(), i.outputs, net.delta_dot(i.y), target.from(i.bias),
-                                     into.or_adds(i.adds_to_bias)});
+      exec.map(i.outputs, ColumnSums<storage_t>{rows(), i.outputs, net.delta_dot(i.y),
+                                                target.from(i.bias), into.or_adds(i.adds_to_bias)});
     }
   }
 
