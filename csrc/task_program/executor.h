@@ -6,18 +6,32 @@
 //   reduce(n, f, target)      target[0] += sum over elements of f(cell)
 //   product(p, finish)        a sum of matrix products; then finish(cell) for each element of C
 //
+// and, but for executors of networks so small that they have no images (kHasImages is false),
+//
+//   convolution(c, finish)    a sum of convolutions, or of their gradients; then finish(cell)
+//   table(rows, columns, f)   f(cell) for each element of a table; a cell lies within one row
+//   column_sums(blocks, rows, columns, f, target)
+//                             target[block, 0 or 1, column] = sum over the block's rows of the two
+//                             numbers of f(cell)
+//   column_moments(blocks, rows, columns, x, target)
+//                             target[block, 0 or 1, column] = mean of x over the block's rows, and
+//                             the sum of squares of its distances from the mean
+//
 // Each returns, or on a device is ordered, after the one before it. An executor is a CPU thread
 // that takes a task, or as many tasks as a vector has lanes; for a GPU the host, which launches a
 // kernel for all tasks, or writes down the steps that a block is to take with each.
 //
 // A cell has load(array, offset = 0), store(array, value, offset = 0) of its own elements, and
-// load_one(array, i) of the same element for all. A team has lane, size, sum(x), larger(x), and
+// load_one(array, i) of the same element for all. A table's cell has row, and load(array, begin),
+// store(array, begin, value) of its columns in the row that begins at `begin`. Blocks of column_sums
+// and column_moments follow one another, 4 columns numbers apart in the target. A team has lane, size, sum(x), larger(x), and
 // load(array, i), store(array, i, value).
 #pragma once
 
 #include <cstdint>
 
 #include "common/host_device.h"
+#include "convolution/convolution.h"
 
 namespace fastmeta {
 
@@ -65,6 +79,44 @@ struct Product {
     b[pairs] = right;
     ++pairs;
   }
+};
+
+// C (+)= bias [O] + the sum over pairs of a map of convolutions, of `examples` images. A pair is
+// (x, w), (dz, w) or (dz, x); C is z, dx or dw.
+template <typename storage_t>
+struct Convolution {
+  ConvShape shape;
+  MapTo to;
+  int64_t examples;
+  Array<storage_t> c;
+  Accumulation<storage_t> into = {};
+  Array<storage_t> bias = {};
+  int pairs = 0;
+  Array<storage_t> a[2] = {}, b[2] = {};
+
+  FASTMETA_HOST_DEVICE void add(Array<storage_t> left, Array<storage_t> right) {
+    a[pairs] = left;
+    b[pairs] = right;
+    ++pairs;
+  }
+  // Elements of C.
+  FASTMETA_HOST_DEVICE int64_t size() const {
+    switch (to) {
+      case MapTo::kOutput:
+        return examples * shape.out_positions() * shape.outputs;
+      case MapTo::kInput:
+        return examples * shape.in_positions() * shape.channels;
+      case MapTo::kWeight:
+        return shape.weight_size();
+    }
+    return 0;
+  }
+};
+
+// What column_sums() sums.
+template <typename number_t>
+struct Two {
+  number_t first, second;
 };
 
 struct NoFinish {

@@ -11,13 +11,54 @@ namespace {
 
 double number(int64_t word) { return std::bit_cast<double>(word); }
 
+bool is_halving(const Instruction& i) {
+  const PoolShape& p = i.pool;
+  return i.op == Opcode::kPool && p.kind == PoolKind::kMax && p.kernel_h == 2 && p.kernel_w == 2 &&
+         p.stride_h == 2 && p.stride_w == 2 && p.padding_h == 0 && p.padding_w == 0;
+}
+
 bool keeps_sign(const Instruction& i) {
   return i.op == Opcode::kActivation && (i.activation == ActivationKind::kRelu ||
                                          (i.activation == ActivationKind::kLeakyRelu && i.a >= 0));
 }
 
 int64_t weight_size(const Instruction& i) {
+  if (i.op == Opcode::kConvolution) return i.conv.weight_size();
   return i.op == Opcode::kLinear ? i.inputs * i.outputs : i.inputs;
+}
+
+bool has_parameters(const Instruction& i) {
+  return i.op == Opcode::kLinear || i.op == Opcode::kLayerNorm || i.op == Opcode::kConvolution ||
+         i.op == Opcode::kNorm;
+}
+
+constexpr int64_t kMost = 1 << 20;
+
+// Sizes, strides, dilations at least 1 and paddings at least 0, none so large that products overflow.
+bool are_sizes(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> paddings) {
+  const auto between = [](const std::initializer_list<int64_t>& all, int64_t least) {
+    return std::all_of(all.begin(), all.end(), [=](int64_t n) { return n >= least && n < kMost; });
+  };
+  return between(sizes, 1) && between(paddings, 0);
+}
+
+bool fits_convolution(const ConvShape& c, int64_t x, int64_t y) {
+  return are_sizes({c.channels, c.outputs, c.height, c.width, c.kernel_h, c.kernel_w, c.stride_h,
+                    c.stride_w, c.dilation_h, c.dilation_w},
+                   {c.padding_h, c.padding_w}) &&
+         (c.groups == 1 || (c.groups == c.channels && c.outputs % c.groups == 0)) &&
+         c.height + 2 * c.padding_h > c.dilation_h * (c.kernel_h - 1) &&
+         c.width + 2 * c.padding_w > c.dilation_w * (c.kernel_w - 1) &&
+         x == c.in_positions() * c.channels && y == c.out_positions() * c.outputs;
+}
+
+bool fits_pool(const PoolShape& p, int64_t x, int64_t y) {
+  return (p.kind == PoolKind::kMax || p.kind == PoolKind::kAverage) &&
+         are_sizes({p.channels, p.height, p.width, p.kernel_h, p.kernel_w, p.stride_h, p.stride_w},
+                   {p.padding_h, p.padding_w}) &&
+         2 * p.padding_h <= p.kernel_h && 2 * p.padding_w <= p.kernel_w &&
+         p.height + 2 * p.padding_h >= p.kernel_h && p.width + 2 * p.padding_w >= p.kernel_w &&
+         x == p.in_positions() * p.channels && y == p.out_positions() * p.channels;
 }
 
 }  // namespace
@@ -30,7 +71,6 @@ ParsedProgram::ParsedProgram(const at::Tensor& code) {
   TORCH_CHECK(code.numel() >= kHeaderWords && words[0] == kCodeFormat,
               "code must begin with format ", kCodeFormat);
   const int64_t values = words[1], instructions = words[2];
-  constexpr int64_t kMost = 1 << 20;
   TORCH_CHECK(values >= 1 && values < kMost && instructions >= 0 && instructions < kMost &&
                   code.numel() == kHeaderWords + values + instructions * kInstructionWords,
               "code has not the length that its header says");
@@ -54,6 +94,8 @@ ParsedProgram::ParsedProgram(const at::Tensor& code) {
   TORCH_CHECK(words[5] >= 0 && words[5] < values && made_[words[5]],
               "no instruction makes the output");
   drop_unused();
+  count_readers();
+  fuse_norms();
   lay_out_values();
   plan_gradients();
   pair_activations();
@@ -69,7 +111,7 @@ void ParsedProgram::read_instruction(const int64_t* words) {
                 "an instruction reads value ", v, ", which nothing before it makes");
     return static_cast<int>(v);
   };
-  TORCH_CHECK(words[0] >= 0 && words[0] <= static_cast<int64_t>(Opcode::kLayerNorm),
+  TORCH_CHECK(words[0] >= 0 && words[0] <= static_cast<int64_t>(Opcode::kTranspose),
               "unknown instruction ", words[0]);
   Instruction i{};
   i.op = static_cast<Opcode>(words[0]);
@@ -105,11 +147,39 @@ void ParsedProgram::read_instruction(const int64_t* words) {
       fits = fits && i.inputs >= 1 && x % i.inputs == 0;
       i.a = number(arguments[1]);
       break;
+    case Opcode::kConvolution:
+      i.conv = {arguments[0], arguments[1], arguments[2],  arguments[3],  arguments[4],
+                arguments[5], arguments[6], arguments[7],  arguments[8],  arguments[9],
+                arguments[10], arguments[11], arguments[12]};
+      i.inputs = i.conv.channels;
+      i.outputs = i.conv.outputs;
+      fits = fits_convolution(i.conv, x, y) && words[4] != kNoParameter;
+      break;
+    case Opcode::kNorm:
+      i.inputs = i.outputs = arguments[0];
+      i.groups = arguments[1];
+      i.a = number(arguments[2]);
+      fits = fits && i.inputs >= 1 && x % i.inputs == 0 && i.groups >= 0 &&
+             (i.groups == 0 || i.inputs % i.groups == 0);
+      break;
+    case Opcode::kPool:
+      i.pool = {static_cast<PoolKind>(arguments[0]), arguments[1], arguments[2], arguments[3],
+                arguments[4], arguments[5], arguments[6], arguments[7], arguments[8],
+                arguments[9], arguments[10] != 0};
+      fits = fits_pool(i.pool, x, y);
+      break;
+    case Opcode::kTranspose:
+      i.rows = arguments[0];
+      i.outputs = arguments[1];
+      fits = fits && i.rows >= 1 && i.outputs >= 1 && x == i.rows * i.outputs;
+      break;
   }
   TORCH_CHECK(fits, "instruction ", instructions_.size(), " does not fit values of ", x, " and ", y,
               " elements");
   if (i.op == Opcode::kLayerNorm) values_[i.y].extra = 2 * (y / i.inputs);
-  if (i.op == Opcode::kLinear || i.op == Opcode::kLayerNorm) {
+  if (i.op == Opcode::kNorm) values_[i.y].extra = 4 * i.inputs;
+  if (i.op == Opcode::kPool && i.pool.kind == PoolKind::kMax) values_[i.y].extra = y;
+  if (has_parameters(i)) {
     i.weight = words[4];
     i.bias = words[5];
     check_parameter(i.weight, weight_size(i));
@@ -141,18 +211,45 @@ void ParsedProgram::drop_unused() {
   std::erase_if(instructions_, [&](const Instruction& i) { return !used[i.y]; });
 }
 
+// How many read each value; whoever called reads the output, and the input is not ours.
+void ParsedProgram::count_readers() {
+  readers_.assign(values_.size(), 0);
+  readers_[0] = readers_[program_.output] = 1;
+  for (const auto& i : instructions_) {
+    ++readers_[i.x];
+    if (i.x2 >= 0) ++readers_[i.x2];
+  }
+}
+
+// A norm, the ReLU that alone reads it, and the max pool of 2 x 2 that alone reads that, are one.
+void ParsedProgram::fuse_norms() {
+  std::vector<Instruction> fused;
+  for (const auto& i : instructions_) {
+    auto* last = fused.empty() ? nullptr : &fused.back();
+    const bool follows =
+        last != nullptr && last->op == Opcode::kNorm && last->y == i.x && readers_[i.x] == 1;
+    const bool is_relu = i.op == Opcode::kActivation && i.activation == ActivationKind::kRelu;
+    if (follows && is_relu && !last->relu) {
+      last->relu = true;
+    } else if (follows && last->relu && !last->max_pool && is_halving(i)) {
+      last->max_pool = true;
+      last->pool = i.pool;
+    } else {
+      fused.push_back(i);
+      continue;
+    }
+    values_[i.y].extra = values_[last->y].extra + (last->max_pool ? values_[i.y].elements : 0);
+    last->y = i.y;
+  }
+  instructions_ = std::move(fused);
+}
+
 // A value takes memory of its own, but for the outputs of ReLU and LeakyReLU: their sign is that of
 // the input, so that they take its place where nothing else reads it.
 void ParsedProgram::lay_out_values() {
-  std::vector<int> readers(values_.size(), 0);
-  readers[0] = readers[program_.output] = 1;
-  for (const auto& i : instructions_) {
-    ++readers[i.x];
-    if (i.x2 >= 0) ++readers[i.x2];
-  }
   for (const auto& i : instructions_) {
     Value& y = values_[i.y];
-    if (keeps_sign(i) && readers[i.x] == 1) {
+    if (keeps_sign(i) && readers_[i.x] == 1) {
       y.offset = values_[i.x].offset;
     } else {
       y.offset = program_.example_elements;

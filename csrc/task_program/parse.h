@@ -23,6 +23,8 @@ class ParsedProgram {
   void read_instruction(const int64_t* words);
   void check_parameter(int64_t parameter, int64_t size) const;
   void drop_unused();
+  void count_readers();
+  void fuse_norms();
   void lay_out_values();
   void plan_gradients();
   void pair_activations();
@@ -30,6 +32,7 @@ class ParsedProgram {
   std::vector<Value> values_;
   std::vector<Instruction> instructions_;
   std::vector<bool> made_;
+  std::vector<int> readers_;
   Program program_{};
 };
 

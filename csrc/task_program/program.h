@@ -2,26 +2,39 @@
 // parameters that tasks share and do not adapt, frozen [F].
 //
 // Python hands it over as a code tensor, int64 words:
-//   header, 16 words    format 1; values V; instructions N; P; F; output value; loss kind (-1:
+//   header, 16 words    format 2; values V; instructions N; P; F; output value; loss kind (-1:
 //                       none), its a and b; 1: mean, 0: sum; scale; the rest 0
 //   values, V words     elements of one example; value 0 is the input
-//   instructions, N x 16 words
-//                       opcode, x, x2, y, weight, bias, arguments [10]
+//   instructions, N x 24 words
+//                       opcode, x, x2, y, weight, bias, arguments [18]
 // x, x2 and y are values, -1 none, each made by one instruction; a parameter is an offset in theta,
 // -1 none, or -2 - its offset in frozen. Numbers that are no integers are the bits of a double.
-// Arguments: linear I, O; activation kind, a, b; layer norm D, eps.
+// Arguments: linear I, O; activation kind, a, b; layer norm D, eps; convolution C, O, H, W, kernel h,
+// w, stride h, w, padding h, w, dilation h, w, groups; norm C, groups (0: batch norm), eps; pool
+// kind, C, H, W, kernel h, w, stride h, w, padding h, w, 1: an average counts the padding; transpose
+// rows, columns. Images are channels-last in convolution, norm and pool: [H, W, C].
 #pragma once
 
 #include <cstdint>
 
 #include "common/host_device.h"
+#include "convolution/convolution.h"
 
 namespace fastmeta {
 
-inline constexpr int kHeaderWords = 16, kInstructionWords = 16;
-inline constexpr int64_t kCodeFormat = 1;
+inline constexpr int kHeaderWords = 16, kInstructionWords = 24;
+inline constexpr int64_t kCodeFormat = 2;
 
-enum class Opcode : int64_t { kLinear, kActivation, kAdd, kLayerNorm };
+enum class Opcode : int64_t {
+  kLinear,
+  kActivation,
+  kAdd,
+  kLayerNorm,
+  kConvolution,
+  kNorm,  // of channels, over the batch or within an example
+  kPool,
+  kTranspose,  // of each example
+};
 
 enum class ActivationKind : int64_t {
   kRelu,
@@ -44,7 +57,26 @@ enum class LossKind : int64_t {
   kL1,
 };
 
+enum class PoolKind : int64_t { kMax, kAverage };
+
 inline constexpr int64_t kNoParameter = -1;
+
+// Windows over images [H, W, C].
+struct PoolShape {
+  PoolKind kind;
+  int64_t channels, height, width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;
+  bool counts_padding;
+
+  FASTMETA_HOST_DEVICE int64_t out_height() const {
+    return (height + 2 * padding_h - kernel_h) / stride_h + 1;
+  }
+  FASTMETA_HOST_DEVICE int64_t out_width() const {
+    return (width + 2 * padding_w - kernel_w) / stride_w + 1;
+  }
+  FASTMETA_HOST_DEVICE int64_t in_positions() const { return height * width; }
+  FASTMETA_HOST_DEVICE int64_t out_positions() const { return out_height() * out_width(); }
+};
 
 struct Value {
   int64_t elements;  // of one example
@@ -57,7 +89,12 @@ struct Instruction {
   Opcode op;
   int x, x2, y;
   int64_t weight, bias;
-  int64_t inputs, outputs;  // linear: I, O; layer norm: D in both
+  int64_t inputs, outputs;  // linear: I, O; layer norm: D in both; convolution and norm: C, O
+  ConvShape conv;
+  PoolShape pool;       // of a pool, or of the one that follows a norm in one step
+  int64_t groups;       // of a norm; 0: batch norm
+  bool relu, max_pool;  // of a norm: what follows it in one step
+  int64_t rows;         // of a transpose, whose columns are its outputs
   ActivationKind activation;
   double a, b;  // of the activation; layer norm: a = eps
   // Going backwards, whether an instruction done before has written this gradient already.
