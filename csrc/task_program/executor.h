@@ -9,23 +9,24 @@
 // and, but for executors of networks so small that they have no images (kHasImages is false),
 //
 //   convolution(c, finish)    a sum of convolutions, or of their gradients; then finish(cell)
-//   table(rows, columns, f)   f(cell) for each element of a table; a cell lies within one row
-//   column_sums(blocks, rows, columns, f, target)
-//                             target[block, 0 or 1, column] = sum over the block's rows of the two
-//                             numbers of f(cell)
-//   column_moments(blocks, rows, columns, x, target)
-//                             target[block, 0 or 1, column] = mean of x over the block's rows, and
-//                             the sum of squares of its distances from the mean
+//   table(images, f)          f(cell) for each element of images; a cell lies within one position
+//   column_sums(images, whole_batch, f, target)
+//                             sums over positions of the two numbers of f(cell), for each channel:
+//                             target[image or 0, 0 or 1, channel]
+//   column_moments(images, whole_batch, x, target)
+//                             of x, its mean over positions and the sum of the squares of its
+//                             distances from it: target[image or 0, 0 or 1, channel]
 //
 // Each returns, or on a device is ordered, after the one before it. An executor is a CPU thread
 // that takes a task, or as many tasks as a vector has lanes; for a GPU the host, which launches a
 // kernel for all tasks, or writes down the steps that a block is to take with each.
 //
 // A cell has load(array, offset = 0), store(array, value, offset = 0) of its own elements, and
-// load_one(array, i) of the same element for all. A table's cell has row, and load(array, begin),
-// store(array, begin, value) of its columns in the row that begins at `begin`. Blocks of column_sums
-// and column_moments follow one another, 4 columns numbers apart in the target. A team has lane, size, sum(x), larger(x), and
-// load(array, i), store(array, i, value).
+// load_one(array, i) of the same element for all. A cell of images has image, h and w of its
+// position, and load(array, begin), store(array, begin, value) of its channels in the position whose
+// channels begin at `begin`. What column_sums and column_moments make of an image lies 4 x channels
+// numbers behind that of the one before; of the whole batch there is one. A team has lane, size,
+// sum(x), larger(x), and load(array, i), store(array, i, value).
 #pragma once
 
 #include <cstdint>
@@ -110,6 +111,16 @@ struct Convolution {
         return shape.weight_size();
     }
     return 0;
+  }
+};
+
+// Images, channels-last: [count, height, width, channels].
+struct Images {
+  int64_t count, height, width, channels;
+
+  FASTMETA_HOST_DEVICE int64_t positions() const { return count * height * width; }
+  FASTMETA_HOST_DEVICE int64_t place(int64_t image, int64_t h, int64_t w) const {
+    return ((image * height + h) * width + w) * channels;
   }
 };
 
