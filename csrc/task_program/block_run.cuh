@@ -21,7 +21,8 @@ class BlockRun {
  public:
   // Without a workspace it can only say whether it fits, and how large that must be.
   BlockRun(const Job& job, void* workspace) : job_(job) {
-    fits_ = plan(job) || (job.options.keeps_steps && plan(made_again(job)));
+    fits_ = !job.program.has_images &&
+            (plan(job) || (job.options.keeps_steps && plan(made_again(job))));
     Workspace space(workspace);
     if (sums_theta()) v_ = space.take<value_t>(job.tasks * job.program.parameters);
     if (sums_lr()) grad_lr_ = space.take<value_t>(job.tasks * job.lr_elements());

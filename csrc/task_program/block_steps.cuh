@@ -95,7 +95,7 @@ class BlockRecorder {
  public:
   using storage_t = InShared<value_t>;
   using Numbers = Array<storage_t>;
-  static constexpr bool kCompilesEachActivation = false;
+  static constexpr bool kCompilesEachActivation = false, kHasImages = false;
 
   explicit BlockRecorder(StepList<bytes>& list) : list_(list) {}
 

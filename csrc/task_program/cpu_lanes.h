@@ -42,7 +42,7 @@ template <typename value_t>
 class CpuLanes {
  public:
   using storage_t = at::vec::Vectorized<value_t>;
-  static constexpr bool kCompilesEachActivation = true;
+  static constexpr bool kCompilesEachActivation = true, kHasImages = false;
 
   template <typename F>
   void map(int64_t n, const F& f) {

@@ -10,8 +10,11 @@
 
 #include "common/gemm.h"
 #include "common/parallel.h"
+#include "convolution/cpu_convolution.h"
+#include "task_program/cpu_images.h"
 #include "task_program/cpu_math.h"
 #include "task_program/executor.h"
+#include "task_program/program.h"
 
 namespace fastmeta {
 
@@ -51,9 +54,21 @@ template <typename value_t>
 class CpuThread {
  public:
   using storage_t = value_t;
-  static constexpr bool kCompilesEachActivation = true;
+  static constexpr bool kCompilesEachActivation = true, kHasImages = true;
 
-  explicit CpuThread(bool shares_threads) : shares_threads_(shares_threads) {}
+  // scratch: convolution_scratch() elements.
+  CpuThread(value_t* scratch, bool shares_threads)
+      : scratch_(scratch), shares_threads_(shares_threads) {}
+
+  static int64_t convolution_scratch(const Program& program, bool shares_threads) {
+    int64_t most = 0;
+    for (int k = 0; k < program.instruction_count; ++k) {
+      const Instruction& i = program.instructions[k];
+      if (i.op != Opcode::kConvolution) continue;
+      most = std::max(most, CpuConvolution<value_t>::scratch(i.conv));
+    }
+    return most * (shares_threads ? at::get_num_threads() : 1);
+  }
 
   template <typename F>
   void map(int64_t n, const F& f) {
@@ -96,8 +111,43 @@ class CpuThread {
                     {p.b[pair].data, right_turned ? p.k : p.n, right_turned}, p.c.data, p.n,
                     p.into.adds || pair > 0, alpha);
     }
-    if (p.bias) add_bias(p);
+    if (p.bias) add_bias(p.m, p.n, p.c.data, p.bias.data);
     if constexpr (!std::is_same_v<Finish, NoFinish>) map(p.m * p.n, finish);
+  }
+
+  template <typename Finish>
+  void convolution(const Convolution<value_t>& c, const Finish& finish) {
+    if (c.pairs == 0) map(c.size(), FillZero{c.c});
+    const CpuConvolution<value_t> sum(c.shape, c.examples, shares_threads_);
+    for (int pair = 0; pair < c.pairs; ++pair) {
+      const value_t *a = c.a[pair].data, *b = c.b[pair].data;
+      const bool adds = c.into.adds || pair > 0;
+      if (c.to == MapTo::kOutput) {
+        sum.output(a, b, c.c.data, nullptr, adds, scratch_);
+      } else if (c.to == MapTo::kInput) {
+        sum.input(a, b, c.c.data, adds, scratch_);
+      } else {
+        const value_t scale = c.into.step_size ? -c.into.step_size.data[0] : value_t(1);
+        sum.weight(a, b, c.c.data, adds, scale, scratch_);
+      }
+    }
+    const int64_t outputs = c.shape.outputs;
+    if (c.bias) add_bias(c.size() / outputs, outputs, c.c.data, c.bias.data);
+    if constexpr (!std::is_same_v<Finish, NoFinish>) map(c.size(), finish);
+  }
+
+  template <typename F>
+  void table(const Images& images, const F& f) {
+    CpuImages<value_t>(images, shares_threads_).table(f);
+  }
+  template <typename F>
+  void column_sums(const Images& images, bool whole_batch, const F& f,
+                   const Array<value_t>& target) {
+    CpuImages<value_t>(images, shares_threads_).column_sums(whole_batch, f, target.data);
+  }
+  void column_moments(const Images& images, bool whole_batch, const Array<value_t>& x,
+                      const Array<value_t>& target) {
+    CpuImages<value_t>(images, shares_threads_).column_moments(whole_batch, x.data, target.data);
   }
 
  private:
@@ -112,13 +162,13 @@ class CpuThread {
     }
   };
 
-  void add_bias(const Product<value_t>& p) {
-    for (int64_t row = 0; row < p.m; ++row) {
-      value_t* c = p.c.data + row * p.n;
-      at::vec::map2<value_t>([](Vec a, Vec b) { return a + b; }, c, c, p.bias.data, p.n);
+  static void add_bias(int64_t rows, int64_t columns, value_t* c, const value_t* bias) {
+    for (int64_t row = 0; row < rows; ++row, c += columns) {
+      at::vec::map2<value_t>([](Vec a, Vec b) { return a + b; }, c, c, bias, columns);
     }
   }
 
+  value_t* scratch_;
   bool shares_threads_;
 };
 

@@ -31,10 +31,9 @@ class CpuWorker {
   static constexpr int64_t kLanes = Kind::kLanes;
 
   // memory: bytes(job), aligned to 64; without it nothing can be run.
-  CpuWorker(const Job& job, void* memory, bool shares_threads)
-      : job_(job), executor_(make_executor(shares_threads)) {
+  CpuWorker(const Job& job, void* memory, bool shares_threads) : job_(job) {
     Carver<storage_t> carver(static_cast<storage_t*>(memory), 0);
-    carve(carver);
+    carve(carver, shares_threads);
     bytes_ = carver.used() * static_cast<int64_t>(sizeof(storage_t));
     if (memory == nullptr) return;
     if (sum_theta_) std::fill_n(numbers(sum_theta_), job.program.parameters, value_t(0));
@@ -42,7 +41,9 @@ class CpuWorker {
     load_shared();
   }
 
-  static int64_t bytes(const Job& job) { return CpuWorker(job, nullptr, false).bytes_; }
+  static int64_t bytes(const Job& job, bool shares_threads) {
+    return CpuWorker(job, nullptr, shares_threads).bytes_;
+  }
 
   // tasks: at most kLanes of them, from `first` on.
   void run(int64_t first, int64_t tasks) {
@@ -70,7 +71,7 @@ class CpuWorker {
   static value_t* numbers(const Array<storage_t>& a) { return reinterpret_cast<value_t*>(a.data); }
   static int64_t in_storage(int64_t count) { return (count + kLanes - 1) / kLanes; }
 
-  void carve(Carver<storage_t>& carver) {
+  void carve(Carver<storage_t>& carver, bool shares_threads) {
     const Program& program = job_.program;
     task_ = take_task_arrays(carver, program, job_.needs());
     if (job_.grad_theta_shared && job_.grad_theta != nullptr) {
@@ -83,6 +84,9 @@ class CpuWorker {
       start_room_ = carver.take(program.parameters);
       frozen_room_ = carver.take(program.frozen);
       lr_room_ = carver.take(job_.lr_elements());
+    } else {
+      const auto scratch = carver.take(Executor::convolution_scratch(program, shares_threads));
+      executor_ = Executor(scratch.data, shares_threads);
     }
   }
 
@@ -266,17 +270,17 @@ class CpuWorker {
   }
 
   const Job& job_;
-  Executor executor_;
+  Executor executor_ = make_executor();
   TaskArrays<storage_t> task_;
   Array<storage_t> sum_theta_, sum_lr_, support_room_, query_room_, start_room_, frozen_room_,
       lr_room_;
   int64_t bytes_ = 0, first_ = 0, tasks_ = 0;
 
-  static Executor make_executor(bool shares_threads) {
+  static Executor make_executor() {
     if constexpr (in_lanes) {
       return Executor{};
     } else {
-      return Executor(shares_threads);
+      return Executor(nullptr, false);
     }
   }
 };

@@ -27,6 +27,8 @@ int64_t weight_size(const Instruction& i) {
   return i.op == Opcode::kLinear ? i.inputs * i.outputs : i.inputs;
 }
 
+bool is_of_images(const Instruction& i) { return i.op >= Opcode::kConvolution; }
+
 bool has_parameters(const Instruction& i) {
   return i.op == Opcode::kLinear || i.op == Opcode::kLayerNorm || i.op == Opcode::kConvolution ||
          i.op == Opcode::kNorm;
@@ -99,6 +101,7 @@ ParsedProgram::ParsedProgram(const at::Tensor& code) {
   lay_out_values();
   plan_gradients();
   pair_activations();
+  program_.has_images = std::any_of(instructions_.begin(), instructions_.end(), is_of_images);
   program_.instructions = instructions_.data();
   program_.instruction_count = static_cast<int>(instructions_.size());
   program_.values = values_.data();
@@ -148,8 +151,8 @@ void ParsedProgram::read_instruction(const int64_t* words) {
       i.a = number(arguments[1]);
       break;
     case Opcode::kConvolution:
-      i.conv = {arguments[0], arguments[1], arguments[2],  arguments[3],  arguments[4],
-                arguments[5], arguments[6], arguments[7],  arguments[8],  arguments[9],
+      i.conv = {arguments[0],  arguments[1],  arguments[2], arguments[3], arguments[4],
+                arguments[5],  arguments[6],  arguments[7], arguments[8], arguments[9],
                 arguments[10], arguments[11], arguments[12]};
       i.inputs = i.conv.channels;
       i.outputs = i.conv.outputs;
@@ -163,9 +166,17 @@ void ParsedProgram::read_instruction(const int64_t* words) {
              (i.groups == 0 || i.inputs % i.groups == 0);
       break;
     case Opcode::kPool:
-      i.pool = {static_cast<PoolKind>(arguments[0]), arguments[1], arguments[2], arguments[3],
-                arguments[4], arguments[5], arguments[6], arguments[7], arguments[8],
-                arguments[9], arguments[10] != 0};
+      i.pool = {static_cast<PoolKind>(arguments[0]),
+                arguments[1],
+                arguments[2],
+                arguments[3],
+                arguments[4],
+                arguments[5],
+                arguments[6],
+                arguments[7],
+                arguments[8],
+                arguments[9],
+                arguments[10] != 0};
       fits = fits_pool(i.pool, x, y);
       break;
     case Opcode::kTranspose:
@@ -288,7 +299,7 @@ void ParsedProgram::plan_gradients() {
 void ParsedProgram::pair_activations() {
   for (size_t k = 0; k < instructions_.size(); ++k) {
     Instruction& i = instructions_[k];
-    if (i.op != Opcode::kLinear) continue;
+    if (i.op != Opcode::kLinear && i.op != Opcode::kConvolution) continue;
     const auto* next = k + 1 < instructions_.size() ? &instructions_[k + 1] : nullptr;
     const auto* previous = k > 0 ? &instructions_[k - 1] : nullptr;
     i.with_next = next && next->op == Opcode::kActivation && next->x == i.y;

@@ -4,8 +4,11 @@
 #include <type_traits>
 
 #include "task_program/layers/activation.h"
+#include "task_program/layers/bilinear.h"
 #include "task_program/layers/layer_norm.h"
-#include "task_program/layers/linear.h"
+#include "task_program/layers/norm.h"
+#include "task_program/layers/pool.h"
+#include "task_program/layers/transpose.h"
 #include "task_program/losses.h"
 #include "task_program/network.h"
 
@@ -22,28 +25,23 @@ class Passes {
 
   FASTMETA_HOST_DEVICE void forward() const {
     for (int k = 0; k < net_.program.instruction_count; ++k) {
-      const Instruction& i = net_.program.instructions[k];
-      switch (i.op) {
-        case Opcode::kLinear:
-          if (i.with_next) {
-            const Instruction& next = net_.program.instructions[++k];
-            with_activation<Executor>(
-                next, [&](const auto& f) { linear(i).forward(exec_, activated(f, next)); });
-          } else {
-            linear(i).forward(exec_, NoFinish{});
-          }
-          break;
-        case Opcode::kActivation:
-          with_activation<Executor>(
-              i, [&](const auto& f) { exec_.map(net_.size(i.y), activated(f, i)); });
-          break;
-        case Opcode::kAdd:
-          exec_.map(net_.size(i.y),
-                    Sum<storage_t>{net_.value(i.x), net_.value(i.x2), net_.value(i.y)});
-          break;
-        case Opcode::kLayerNorm:
-          LayerNorm<storage_t>{net_, i}.forward(exec_);
-          break;
+      const Instruction& i = instruction(k);
+      if (is_bilinear(i)) {
+        const Instruction* next = i.with_next ? &instruction(++k) : nullptr;
+        with_bilinear(i, [&](const auto& layer) {
+          with_finish(
+              next, [&](const auto& f) { return activated(f, *next); },
+              [&](const auto& finish) { layer.forward(exec_, finish); });
+        });
+      } else if (i.op == Opcode::kActivation) {
+        with_activation<Executor>(
+            i, [&](const auto& f) { exec_.map(net_.size(i.y), activated(f, i)); });
+      } else if (i.op == Opcode::kAdd) {
+        exec_.map(net_.size(i.y),
+                  Sum<storage_t>{net_.value(i.x), net_.value(i.x2), net_.value(i.y)});
+      } else {
+        with_norm(i, [&](const auto& layer) { layer.forward(exec_); });
+        with_move(i, [&](const auto& layer) { layer.forward(exec_); });
       }
     }
   }
@@ -72,31 +70,26 @@ class Passes {
   FASTMETA_HOST_DEVICE void backward(Arena grads, bool adds, const Update& update = {}) const {
     if (grads && !adds) clear_uncovered(grads);
     for (int k = net_.program.instruction_count - 1; k >= 0; --k) {
-      const Instruction& i = net_.program.instructions[k];
+      const Instruction& i = instruction(k);
       if (!net_.delta(i.y)) continue;
-      switch (i.op) {
-        case Opcode::kLinear:
-          if (i.with_previous && net_.delta(net_.program.instructions[k - 1].x)) {
-            const Instruction& previous = net_.program.instructions[--k];
-            with_activation<Executor>(previous, [&](const auto& f) {
-              linear(i).backward(exec_, grads, adds, activation_backward(f, previous), update);
-            });
-          } else {
-            linear(i).backward(exec_, grads, adds, NoFinish{}, update);
-          }
-          break;
-        case Opcode::kActivation:
-          if (net_.delta(i.x)) {
-            with_activation<Executor>(
-                i, [&](const auto& f) { exec_.map(net_.size(i.y), activation_backward(f, i)); });
-          }
-          break;
-        case Opcode::kAdd:
-          hand_on(i, net_.delta(i.y), net_.delta(i.x), net_.delta(i.x2));
-          break;
-        case Opcode::kLayerNorm:
-          LayerNorm<storage_t>{net_, i}.backward(exec_, grads, adds, update);
-          break;
+      if (is_bilinear(i)) {
+        const bool paired = i.with_previous && net_.delta(instruction(k - 1).x);
+        const Instruction* previous = paired ? &instruction(--k) : nullptr;
+        with_bilinear(i, [&](const auto& layer) {
+          with_finish(
+              previous, [&](const auto& f) { return activation_backward(f, *previous); },
+              [&](const auto& finish) { layer.backward(exec_, grads, adds, finish, update); });
+        });
+      } else if (i.op == Opcode::kActivation) {
+        if (!net_.delta(i.x)) continue;
+        with_activation<Executor>(
+            i, [&](const auto& f) { exec_.map(net_.size(i.y), activation_backward(f, i)); });
+      } else if (i.op == Opcode::kAdd) {
+        hand_on(i, net_.delta(i.y), net_.delta(i.x), net_.delta(i.x2));
+      } else {
+        with_norm(i, [&](const auto& layer) { layer.backward(exec_, grads, adds, update); });
+        with_move(
+            i, [&](const auto& layer) { layer.backward(exec_, net_.delta(i.y), net_.delta(i.x)); });
       }
     }
   }
@@ -104,29 +97,23 @@ class Passes {
   // Tangents of all values in the direction of the network's theta_dot; after forward().
   FASTMETA_HOST_DEVICE void tangent_forward() const {
     for (int k = 0; k < net_.program.instruction_count; ++k) {
-      const Instruction& i = net_.program.instructions[k];
+      const Instruction& i = instruction(k);
       if (!net_.value_dot(i.y)) continue;
-      switch (i.op) {
-        case Opcode::kLinear:
-          if (i.with_next) {
-            const Instruction& next = net_.program.instructions[++k];
-            with_activation<Executor>(next, [&](const auto& f) {
-              linear(i).tangent_forward(exec_, activation_tangent(f, next));
-            });
-          } else {
-            linear(i).tangent_forward(exec_, NoFinish{});
-          }
-          break;
-        case Opcode::kActivation:
-          with_activation<Executor>(
-              i, [&](const auto& f) { exec_.map(net_.size(i.y), activation_tangent(f, i)); });
-          break;
-        case Opcode::kAdd:
-          tangent_add(i);
-          break;
-        case Opcode::kLayerNorm:
-          LayerNorm<storage_t>{net_, i}.tangent_forward(exec_);
-          break;
+      if (is_bilinear(i)) {
+        const Instruction* next = i.with_next ? &instruction(++k) : nullptr;
+        with_bilinear(i, [&](const auto& layer) {
+          with_finish(
+              next, [&](const auto& f) { return activation_tangent(f, *next); },
+              [&](const auto& finish) { layer.tangent_forward(exec_, finish); });
+        });
+      } else if (i.op == Opcode::kActivation) {
+        with_activation<Executor>(
+            i, [&](const auto& f) { exec_.map(net_.size(i.y), activation_tangent(f, i)); });
+      } else if (i.op == Opcode::kAdd) {
+        tangent_add(i);
+      } else {
+        with_norm(i, [&](const auto& layer) { layer.tangent_forward(exec_); });
+        with_move(i, [&](const auto& layer) { layer.tangent_forward(exec_); });
       }
     }
   }
@@ -139,33 +126,28 @@ class Passes {
     if (!into.adds && !into.step_size) clear_uncovered(target);
     tangent_of_loss();
     for (int k = net_.program.instruction_count - 1; k >= 0; --k) {
-      const Instruction& i = net_.program.instructions[k];
+      const Instruction& i = instruction(k);
       if (!net_.delta_dot(i.y)) continue;
-      switch (i.op) {
-        case Opcode::kLinear:
-          if (i.with_previous && net_.delta_dot(net_.program.instructions[k - 1].x)) {
-            const Instruction& previous = net_.program.instructions[--k];
-            with_activation<Executor>(previous, [&](const auto& f) {
-              linear(i).tangent_backward(exec_, target, into,
-                                         activation_tangent_backward(f, previous));
-            });
-          } else {
-            linear(i).tangent_backward(exec_, target, into, NoFinish{});
-          }
-          break;
-        case Opcode::kActivation:
-          if (net_.delta_dot(i.x)) {
-            with_activation<Executor>(i, [&](const auto& f) {
-              exec_.map(net_.size(i.y), activation_tangent_backward(f, i));
-            });
-          }
-          break;
-        case Opcode::kAdd:
-          hand_on(i, net_.delta_dot(i.y), net_.delta_dot(i.x), net_.delta_dot(i.x2));
-          break;
-        case Opcode::kLayerNorm:
-          LayerNorm<storage_t>{net_, i}.tangent_backward(exec_, target, into);
-          break;
+      if (is_bilinear(i)) {
+        const bool paired = i.with_previous && net_.delta_dot(instruction(k - 1).x);
+        const Instruction* previous = paired ? &instruction(--k) : nullptr;
+        with_bilinear(i, [&](const auto& layer) {
+          with_finish(
+              previous, [&](const auto& f) { return activation_tangent_backward(f, *previous); },
+              [&](const auto& finish) { layer.tangent_backward(exec_, target, into, finish); });
+        });
+      } else if (i.op == Opcode::kActivation) {
+        if (!net_.delta_dot(i.x)) continue;
+        with_activation<Executor>(i, [&](const auto& f) {
+          exec_.map(net_.size(i.y), activation_tangent_backward(f, i));
+        });
+      } else if (i.op == Opcode::kAdd) {
+        hand_on(i, net_.delta_dot(i.y), net_.delta_dot(i.x), net_.delta_dot(i.x2));
+      } else {
+        with_norm(i, [&](const auto& layer) { layer.tangent_backward(exec_, target, into); });
+        with_move(i, [&](const auto& layer) {
+          layer.backward(exec_, net_.delta_dot(i.y), net_.delta_dot(i.x));
+        });
       }
     }
   }
@@ -177,7 +159,44 @@ class Passes {
     exec_.map(net_.program.parameters, Fill<storage_t>{0, target});
   }
 
-  FASTMETA_HOST_DEVICE Linear<storage_t> linear(const Instruction& i) const { return {net_, i}; }
+  FASTMETA_HOST_DEVICE const Instruction& instruction(int k) const {
+    return net_.program.instructions[k];
+  }
+
+  static FASTMETA_HOST_DEVICE bool is_bilinear(const Instruction& i) {
+    return i.op == Opcode::kLinear || i.op == Opcode::kConvolution;
+  }
+  // fn(layer) with the layer of a bilinear instruction.
+  template <typename Fn>
+  FASTMETA_HOST_DEVICE void with_bilinear(const Instruction& i, const Fn& fn) const {
+    if (i.op == Opcode::kLinear) fn(BilinearLayer<storage_t, LinearMaps>{net_, i});
+    if constexpr (Executor::kHasImages) {
+      if (i.op == Opcode::kConvolution) fn(BilinearLayer<storage_t, ConvolutionMaps>{net_, i});
+    }
+  }
+  // run(finish) with the activation that is done with a layer, made(f) where there is one.
+  template <typename Made, typename Run>
+  FASTMETA_HOST_DEVICE void with_finish(const Instruction* activation, const Made& made,
+                                        const Run& run) const {
+    if (activation == nullptr) return run(NoFinish{});
+    with_activation<Executor>(*activation, [&](const auto& f) { run(made(f)); });
+  }
+  // fn(layer), where the instruction normalises.
+  template <typename Fn>
+  FASTMETA_HOST_DEVICE void with_norm(const Instruction& i, const Fn& fn) const {
+    if (i.op == Opcode::kLayerNorm) fn(LayerNorm<storage_t>{net_, i});
+    if constexpr (Executor::kHasImages) {
+      if (i.op == Opcode::kNorm) fn(NormLayer<storage_t>{net_, i});
+    }
+  }
+  // fn(layer), where it has no parameters and passes on gradients as it passes on their tangents.
+  template <typename Fn>
+  FASTMETA_HOST_DEVICE void with_move(const Instruction& i, const Fn& fn) const {
+    if constexpr (Executor::kHasImages) {
+      if (i.op == Opcode::kPool) fn(PoolLayer<storage_t>{net_, i});
+      if (i.op == Opcode::kTranspose) fn(TransposeLayer<storage_t>{net_, i});
+    }
+  }
 
   template <typename Act>
   FASTMETA_HOST_DEVICE ActivationForward<Act, storage_t> activated(const Act& f,

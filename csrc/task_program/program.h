@@ -119,6 +119,7 @@ struct Program {
   int64_t example_elements;    // offset behind the last value: of an example, without the input
   bool covers_theta;           // the backward pass writes every element of the gradient,
   bool writes_once;            // and none twice
+  bool has_images;             // convolutions, norms, pools: not for executors of small networks
   LossSpec loss;
 
   FASTMETA_HOST_DEVICE int64_t output_elements() const { return values[output].elements; }

@@ -22,7 +22,8 @@ bool pays_in_lanes(const Job& job) {
   constexpr int64_t kLanes = CpuKind<value_t, true>::kLanes;
   const int64_t threads = at::get_num_threads();
   const int64_t groups = ceil_div(job.tasks, kLanes);
-  return job.program.parameters + job.program.frozen <= kMostParametersInLanes &&
+  return !job.program.has_images &&
+         job.program.parameters + job.program.frozen <= kMostParametersInLanes &&
          ceil_div(groups, threads) * kGroupCost < ceil_div(job.tasks, threads);
 }
 
@@ -49,7 +50,7 @@ void run(const Job& job) {
   const int64_t groups = ceil_div(job.tasks, Worker::kLanes);
   const int64_t threads = at::get_num_threads();
   const int64_t workers = groups < threads ? 1 : threads;
-  const int64_t bytes = ceil_div(Worker::bytes(job), 64) * 64;
+  const int64_t bytes = ceil_div(Worker::bytes(job, workers == 1), 64) * 64;
   const auto memory = workspace(bytes * workers);
   auto* base = static_cast<char*>(memory.mutable_data_ptr());
   std::vector<const value_t*> sums_theta(workers), sums_lr(workers);

@@ -101,9 +101,12 @@ struct BilinearLayer {
     }
     if (is_adapted(i.bias)) {
       auto finish_bias = update.from(i.bias);
-      exec.map(i.outputs, ColumnSums<storage_t, decltype(finish_bias)>{
-                              rows(), i.outputs, net.delta(i.y), grads.from(i.bias),
-                              {adds || i.adds_to_bias}, finish_bias});
+      exec.map(i.outputs, ColumnSums<storage_t, decltype(finish_bias)>{rows(),
+                                                                       i.outputs,
+                                                                       net.delta(i.y),
+                                                                       grads.from(i.bias),
+                                                                       {adds || i.adds_to_bias},
+                                                                       finish_bias});
     }
   }
 
@@ -128,9 +131,8 @@ struct BilinearLayer {
       Maps::run(exec, dw_dot, NoFinish{});
     }
     if (is_adapted(i.bias)) {
-      exec.map(i.outputs,
-               ColumnSums<storage_t>{rows(), i.outputs, net.delta_dot(i.y), target.from(i.bias),
-                                     into.or_adds(i.adds_to_bias)});
+      exec.map(i.outputs, ColumnSums<storage_t>{rows(), i.outputs, net.delta_dot(i.y),
+                                                target.from(i.bias), into.or_adds(i.adds_to_bias)});
     }
   }
 

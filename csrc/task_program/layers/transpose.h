@@ -1,0 +1,54 @@
+// Each example [rows, columns] to [columns, rows]: channels from the first to the last dimension, or
+// back. Every pass is one.
+#pragma once
+
+#include "task_program/network.h"
+
+namespace fastmeta {
+
+// target [columns, rows] (+)= source [rows, columns] of an example.
+template <typename storage_t>
+struct TransposeExample {
+  int64_t rows, columns;
+  Array<storage_t> source, target;
+  bool adds;
+
+  template <typename Team>
+  FASTMETA_HOST_DEVICE void operator()(const Team& team, int64_t example) const {
+    const int64_t begin = example * rows * columns;
+    for (int64_t j = team.lane; j < rows * columns; j += team.size) {
+      const auto value = team.load(source, begin + j % rows * columns + j / rows);
+      team.store(target, begin + j, adds ? team.load(target, begin + j) + value : value);
+    }
+  }
+};
+
+template <typename storage_t>
+struct TransposeLayer {
+  const Network<storage_t>& net;
+  const Instruction& i;
+
+  template <typename Executor>
+  FASTMETA_HOST_DEVICE void forward(Executor& exec) const {
+    run(exec, net.value(i.x), net.value(i.y));
+  }
+  template <typename Executor>
+  FASTMETA_HOST_DEVICE void tangent_forward(Executor& exec) const {
+    run(exec, net.value_dot(i.x), net.value_dot(i.y));
+  }
+  template <typename Executor>
+  FASTMETA_HOST_DEVICE void backward(Executor& exec, Array<storage_t> dy,
+                                     Array<storage_t> dx) const {
+    if (!dx) return;
+    exec.rows(net.examples.count,
+              TransposeExample<storage_t>{i.outputs, i.rows, dy, dx, i.adds_to_x});
+  }
+
+ private:
+  template <typename Executor>
+  FASTMETA_HOST_DEVICE void run(Executor& exec, Array<storage_t> x, Array<storage_t> y) const {
+    exec.rows(net.examples.count, TransposeExample<storage_t>{i.rows, i.outputs, x, y, false});
+  }
+};
+
+}  // namespace fastmeta
