@@ -35,6 +35,20 @@ TORCH_LIBRARY(fastmeta, m) {
       "prototype_loss_backward(Tensor weight, Tensor query, Tensor labels, Tensor prototypes,"
       " str metric, float scale) -> (Tensor loss, Tensor grad_query, Tensor grad_prototypes)");
 
+  // The three maps of convolution, see convolution/convolution.h: x [T, B, C, H, W],
+  // weight [T, O, C / groups, kh, kw], bias [T, O] -> [T, B, O, H', W']; the gradient of that to x,
+  // of height and width `size`, and to the weight. Images are best channels-last in memory, and
+  // results are.
+  m.def(
+      "task_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding,"
+      " int[2] dilation, int groups) -> Tensor");
+  m.def(
+      "task_conv2d_input(Tensor grad, Tensor weight, int[2] size, int[2] stride, int[2] padding,"
+      " int[2] dilation, int groups) -> Tensor");
+  m.def(
+      "task_conv2d_weight(Tensor grad, Tensor x, int[2] kernel, int[2] stride, int[2] padding,"
+      " int[2] dilation, int groups) -> Tensor");
+
   // A network and its loss as a list of instructions: code, see task_program/program.h.
   // theta [P] or [T, P]; frozen [F]; lr [K or 1, T or 1, P or 1]; x [T, B, ...]; y [T, B] int64
   // labels, or [T, B, ...]; n elements in an example's output. A gradient has the shape of what it
