@@ -14,6 +14,10 @@ namespace fastmeta {
 template <typename value_t>
 class CpuConvolution {
  public:
+  struct Nothing {
+    void operator()(const Interval&) const {}
+  };
+
   // examples: at least 1. shares_threads: each call is spread over the threads.
   CpuConvolution(const ConvShape& shape, int64_t examples, bool shares_threads)
       : shape_(shape),
@@ -27,19 +31,21 @@ class CpuConvolution {
            with_kernel(shape, [](const auto& kernel) { return kernel.scratch(); });
   }
 
-  // z [B, H', W', O] = conv(x, w) + bias, or += that. bias [O] or null.
+  // z [B, H', W', O] = conv(x, w) + bias, or += that. bias [O] or null. With the rows of z that are
+  // ready and still in the cache `after(rows)` is done, on one thread in their order.
+  template <typename After = Nothing>
   void output(const value_t* x, const value_t* w, value_t* z, const value_t* bias, bool adds,
-              value_t* scratch) const {
+              value_t* scratch, const After& after = {}) const {
     const value_t* packed = pack(w, scratch);
     with_kernel(shape_, [&](const auto& kernel) {
       for_each_part(blocks(kernel.block()), scratch, [&](const Interval& part, value_t* own) {
         for (int64_t b = part.begin; b < part.end; ++b) {
           const Interval rows = piece(b, kernel.block());
           kernel.output(rows, x, packed, z, adds, own);
-          if (bias == nullptr) continue;
-          for (int64_t row = rows.begin; row < rows.end; ++row) {
+          for (int64_t row = rows.begin; bias != nullptr && row < rows.end; ++row) {
             add_to(bias, shape_.outputs, z + row * shape_.outputs);
           }
+          after(rows);
         }
       });
     });

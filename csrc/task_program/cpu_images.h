@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "common/ceil_div.h"
 #include "task_program/executor.h"
 
 namespace fastmeta {
@@ -19,14 +20,20 @@ struct ImageCell {
   int count;
 
   number_t load(const Array<value_t>& a, int64_t begin) const {
-    const value_t* source = a.data + begin + channel;
-    return whole ? number_t::loadu(source) : number_t::loadu(source, count);
+    return load(a.data + begin + channel);
   }
   void store(const Array<value_t>& a, int64_t begin, const number_t& value) const {
+    store(a.data + begin + channel, value);
+  }
+
+  number_t load(const value_t* source) const {
+    return whole ? number_t::loadu(source) : number_t::loadu(source, count);
+  }
+  void store(value_t* target, const number_t& value) const {
     if constexpr (whole) {
-      value.store(a.data + begin + channel);
+      value.store(target);
     } else {
-      value.store(a.data + begin + channel, count);
+      value.store(target, count);
     }
   }
 };
@@ -39,106 +46,117 @@ class CpuImages {
 
   template <typename F>
   void table(const F& f) const {
-    const int64_t row_numbers = images_.width * images_.channels;
-    in_parts(images_.count * images_.height, kGrain / row_numbers, [&](int64_t row) {
-      for (int64_t w = 0; w < images_.width; ++w) {
-        for_channels([&](auto whole, int64_t channel, int count) {
-          f(cell<decltype(whole)::value>(row, w, channel, count));
-        });
+    const int64_t grain = kGrain / (images_.width * images_.channels);
+    in_parts(images_.count * images_.height, grain, [&](int64_t line) {
+      ImageCell<value_t, true> at{line / images_.height, line % images_.height, 0, 0, kWidth};
+      for (; at.w < images_.width; ++at.w) {
+        for_channels(0, images_.channels, at, [&](const auto& cell) { f(cell); });
       }
     });
   }
 
-  // A row's sums are added up before they join the others.
+  // A line's sums are added up before they join the others.
   template <typename F>
   void column_sums(bool whole_batch, const F& f, value_t* target) const {
     const int64_t sets = whole_batch ? 1 : images_.count;
-    const int64_t rows = images_.count * images_.height / sets;
-    for_sets(sets, [&](int64_t set, auto whole, int64_t channel, int count) {
-      Vec first(value_t(0)), second(value_t(0));
-      for (int64_t row = set * rows; row < (set + 1) * rows; ++row) {
-        Vec row_first(value_t(0)), row_second(value_t(0));
-        for (int64_t w = 0; w < images_.width; ++w) {
-          const auto two = f(cell<decltype(whole)::value>(row, w, channel, count));
-          row_first = row_first + two.first;
-          row_second = row_second + two.second;
-        }
-        first = first + row_first;
-        second = second + row_second;
+    const int64_t lines = images_.count * images_.height / sets, channels = images_.channels;
+    for_sets(sets, [&](int64_t set, int64_t begin, int64_t end) {
+      value_t* sums = target + set * 4 * channels;
+      for (int64_t line = set * lines; line < (set + 1) * lines; ++line) {
+        const bool is_first = line == set * lines;
+        const ImageCell<value_t, true> at{line / images_.height, line % images_.height, 0, 0,
+                                          kWidth};
+        for_channels(begin, end, at, [&](auto cell) {
+          value_t *first = sums + cell.channel, *second = first + channels;
+          Two<Vec> sum{Vec(value_t(0)), Vec(value_t(0))};
+          for (; cell.w < images_.width; ++cell.w) {
+            const auto two = f(cell);
+            sum = {sum.first + two.first, sum.second + two.second};
+          }
+          cell.store(first, is_first ? sum.first : cell.load(first) + sum.first);
+          cell.store(second, is_first ? sum.second : cell.load(second) + sum.second);
+        });
       }
-      value_t* place = target + set * 4 * images_.channels + channel;
-      first.store(place, count);
-      second.store(place + images_.channels, count);
     });
   }
 
   // In runs that stay in the L1 cache, so that the squares are of distances from a run's own mean;
   // runs join as Chan 1979 has it.
   void column_moments(bool whole_batch, const value_t* x, value_t* target) const {
-    constexpr int64_t kRun = 64;
     const int64_t sets = whole_batch ? 1 : images_.count;
     const int64_t positions = images_.positions() / sets, channels = images_.channels;
-    for_sets(sets, [&](int64_t set, auto whole, int64_t channel, int count) {
-      Vec mean(value_t(0)), squares(value_t(0));
-      for (int64_t begin = 0; begin < positions; begin += kRun) {
-        const int64_t n = std::min(kRun, positions - begin);
-        const value_t* run = x + (set * positions + begin) * channels + channel;
-        const auto load = [&](int64_t i) {
-          return decltype(whole)::value ? Vec::loadu(run + i * channels)
-                                        : Vec::loadu(run + i * channels, count);
-        };
-        Vec run_mean(value_t(0)), run_squares(value_t(0));
-        for (int64_t i = 0; i < n; ++i) run_mean = run_mean + load(i);
-        run_mean = run_mean * Vec(value_t(1) / static_cast<value_t>(n));
-        for (int64_t i = 0; i < n; ++i) {
-          const Vec distance = load(i) - run_mean;
-          run_squares = at::vec::fmadd(distance, distance, run_squares);
-        }
-        const auto share = static_cast<value_t>(n) / static_cast<value_t>(begin + n);
-        const Vec step = run_mean - mean;
-        mean = at::vec::fmadd(step, Vec(share), mean);
-        squares = squares + run_squares + step * step * Vec(share * static_cast<value_t>(begin));
-      }
-      value_t* place = target + set * 4 * channels + channel;
-      mean.store(place, count);
-      squares.store(place + channels, count);
+    for_sets(sets, [&](int64_t set, int64_t begin, int64_t end) {
+      value_t* moments = target + set * 4 * channels;
+      join_runs(x + set * positions * channels, 0, positions, begin, end, moments);
     });
+  }
+
+  // Joins positions [first, last) of x to the moments of those before them.
+  void join_moments(const value_t* x, int64_t first, int64_t last, value_t* moments) const {
+    join_runs(x, first, last, 0, images_.channels, moments);
   }
 
  private:
   using Vec = at::vec::Vectorized<value_t>;
   static constexpr int kWidth = Vec::size();
-  static constexpr int64_t kGrain = 32768;
+  static constexpr int64_t kGrain = 32768, kRun = 64;
 
-  template <bool whole>
-  ImageCell<value_t, whole> cell(int64_t row, int64_t w, int64_t channel, int count) const {
-    return {row / images_.height, row % images_.height, w, channel, count};
+  void join_runs(const value_t* x, int64_t first, int64_t last, int64_t begin, int64_t end,
+                 value_t* moments) const {
+    for (; first < last; first += kRun) {
+      const int64_t n = std::min(kRun, last - first);
+      const value_t* run = x + first * images_.channels;
+      for_channels(begin, end, ImageCell<value_t, true>{0, 0, 0, 0, kWidth},
+                   [&](const auto& cell) { join_run(cell, run, n, first, moments); });
+    }
   }
 
-  // body(whole, first channel, how many)
+  // Moments of `before` positions and of the n of a run.
+  template <typename Cell>
+  void join_run(const Cell& cell, const value_t* run, int64_t n, int64_t before,
+                value_t* moments) const {
+    const auto load = [&](int64_t i) {
+      return cell.load(run + i * images_.channels + cell.channel);
+    };
+    Vec mean(value_t(0)), squares(value_t(0));
+    for (int64_t i = 0; i < n; ++i) mean = mean + load(i);
+    mean = mean * Vec(value_t(1) / static_cast<value_t>(n));
+    for (int64_t i = 0; i < n; ++i) {
+      const Vec distance = load(i) - mean;
+      squares = at::vec::fmadd(distance, distance, squares);
+    }
+    value_t *all_mean = moments + cell.channel, *all_squares = all_mean + images_.channels;
+    if (before > 0) {
+      const auto share = static_cast<value_t>(n) / static_cast<value_t>(before + n);
+      const Vec old = cell.load(all_mean), step = mean - old;
+      squares = squares + cell.load(all_squares) +
+                step * step * Vec(share * static_cast<value_t>(before));
+      mean = at::vec::fmadd(step, Vec(share), old);
+    }
+    cell.store(all_mean, mean);
+    cell.store(all_squares, squares);
+  }
+
+  // body(cell) for the channels from begin to end of the position of `at`.
   template <typename Body>
-  void for_channels(const Body& body) const {
-    int64_t channel = 0;
-    for (; channel + kWidth <= images_.channels; channel += kWidth) {
-      body(std::true_type{}, channel, kWidth);
-    }
-    if (channel < images_.channels) {
-      body(std::false_type{}, channel, static_cast<int>(images_.channels - channel));
+  void for_channels(int64_t begin, int64_t end, ImageCell<value_t, true> at,
+                    const Body& body) const {
+    for (at.channel = begin; at.channel + kWidth <= end; at.channel += kWidth) body(at);
+    if (at.channel < end) {
+      const int rest = static_cast<int>(end - at.channel);
+      body(ImageCell<value_t, false>{at.image, at.h, at.w, at.channel, rest});
     }
   }
 
-  // body(set, whole, first channel, how many): sets, or vectors of channels, share the threads.
+  // body(set, first channel, end): sets, or of a single set the channels, share the threads.
   template <typename Body>
   void for_sets(int64_t sets, const Body& body) const {
-    const int64_t vectors = (images_.channels + kWidth - 1) / kWidth;
-    in_parts(sets * vectors, 1, [&](int64_t part) {
-      const int64_t channel = part % vectors * kWidth;
-      if (channel + kWidth <= images_.channels) {
-        body(part / vectors, std::true_type{}, channel, kWidth);
-      } else {
-        body(part / vectors, std::false_type{}, channel,
-             static_cast<int>(images_.channels - channel));
-      }
+    const int64_t parts =
+        sets > 1 || !shares_threads_ ? 1 : ceil_div(images_.channels, int64_t(kWidth));
+    in_parts(sets * parts, 1, [&](int64_t part) {
+      const int64_t begin = part % parts * kWidth;
+      body(part / parts, begin,
+           parts == 1 ? images_.channels : std::min(images_.channels, begin + kWidth));
     });
   }
 

@@ -117,6 +117,7 @@ class CpuThread {
 
   template <typename Finish>
   void convolution(const Convolution<value_t>& c, const Finish& finish) {
+    if (c.moments) return convolution_and_moments(c);
     if (c.pairs == 0) map(c.size(), FillZero{c.c});
     const CpuConvolution<value_t> sum(c.shape, c.examples, shares_threads_);
     for (int pair = 0; pair < c.pairs; ++pair) {
@@ -151,6 +152,20 @@ class CpuThread {
   }
 
  private:
+  // Of one pair: the moments of what is still in the cache, where no threads share the work.
+  void convolution_and_moments(const Convolution<value_t>& c) {
+    const CpuConvolution<value_t> sum(c.shape, c.examples, shares_threads_);
+    const Images images{c.examples, c.shape.out_height(), c.shape.out_width(), c.shape.outputs};
+    const CpuImages<value_t> of(images, shares_threads_);
+    sum.output(c.a[0].data, c.b[0].data, c.c.data, c.bias.data, false, scratch_,
+               [&](const Interval& rows) {
+                 if (!shares_threads_) {
+                   of.join_moments(c.c.data, rows.begin, rows.end, c.moments.data);
+                 }
+               });
+    if (shares_threads_) of.column_moments(true, c.c.data, c.moments.data);
+  }
+
   using Vec = at::vec::Vectorized<value_t>;
   static constexpr int kWidth = Vec::size();
 

@@ -83,7 +83,8 @@ struct Product {
 };
 
 // C (+)= bias [O] + the sum over pairs of a map of convolutions, of `examples` images. A pair is
-// (x, w), (dz, w) or (dz, x); C is z, dx or dw.
+// (x, w), (dz, w) or (dz, x); C is z, dx or dw. Of z also column_moments() over the batch, where
+// wanted.
 template <typename storage_t>
 struct Convolution {
   ConvShape shape;
@@ -91,7 +92,7 @@ struct Convolution {
   int64_t examples;
   Array<storage_t> c;
   Accumulation<storage_t> into = {};
-  Array<storage_t> bias = {};
+  Array<storage_t> bias = {}, moments = {};
   int pairs = 0;
   Array<storage_t> a[2] = {}, b[2] = {};
 

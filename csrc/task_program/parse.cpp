@@ -97,10 +97,12 @@ ParsedProgram::ParsedProgram(const at::Tensor& code) {
               "no instruction makes the output");
   drop_unused();
   count_readers();
+  drop_shifts();
   fuse_norms();
   lay_out_values();
   plan_gradients();
   pair_activations();
+  pair_norms();
   program_.has_images = std::any_of(instructions_.begin(), instructions_.end(), is_of_images);
   program_.instructions = instructions_.data();
   program_.instruction_count = static_cast<int>(instructions_.size());
@@ -232,6 +234,18 @@ void ParsedProgram::count_readers() {
   }
 }
 
+// Batch norm takes away what is added to all of a channel: a bias before it changes nothing and has
+// the gradient 0.
+void ParsedProgram::drop_shifts() {
+  for (const auto& norm : instructions_) {
+    if (norm.op != Opcode::kNorm || norm.groups != 0 || readers_[norm.x] != 1) continue;
+    for (auto& i : instructions_) {
+      const bool is_bilinear = i.op == Opcode::kConvolution || i.op == Opcode::kLinear;
+      if (i.y == norm.x && is_bilinear && i.outputs == norm.inputs) i.bias = kNoParameter;
+    }
+  }
+}
+
 // A norm, the ReLU that alone reads it, and the max pool of 2 x 2 that alone reads that, are one.
 void ParsedProgram::fuse_norms() {
   std::vector<Instruction> fused;
@@ -249,7 +263,7 @@ void ParsedProgram::fuse_norms() {
       fused.push_back(i);
       continue;
     }
-    values_[i.y].extra = values_[last->y].extra + (last->max_pool ? values_[i.y].elements : 0);
+    values_[i.y].extra = values_[last->y].extra + (last->max_pool ? 2 * values_[i.y].elements : 0);
     last->y = i.y;
   }
   instructions_ = std::move(fused);
@@ -304,6 +318,18 @@ void ParsedProgram::pair_activations() {
     const auto* previous = k > 0 ? &instructions_[k - 1] : nullptr;
     i.with_next = next && next->op == Opcode::kActivation && next->x == i.y;
     i.with_previous = previous && previous->op == Opcode::kActivation && previous->y == i.x;
+  }
+}
+
+// A convolution that a batch norm follows at once makes its moments too.
+void ParsedProgram::pair_norms() {
+  for (size_t k = 0; k < instructions_.size(); ++k) {
+    Instruction& i = instructions_[k];
+    i.normed = -1;
+    if (k == 0 || i.op != Opcode::kNorm || i.groups != 0) continue;
+    Instruction& previous = instructions_[k - 1];
+    i.has_moments = previous.op == Opcode::kConvolution && previous.y == i.x;
+    if (i.has_moments) previous.normed = i.y;
   }
 }
 

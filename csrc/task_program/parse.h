@@ -24,10 +24,12 @@ class ParsedProgram {
   void check_parameter(int64_t parameter, int64_t size) const;
   void drop_unused();
   void count_readers();
+  void drop_shifts();
   void fuse_norms();
   void lay_out_values();
   void plan_gradients();
   void pair_activations();
+  void pair_norms();
 
   std::vector<Value> values_;
   std::vector<Instruction> instructions_;

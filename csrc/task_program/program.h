@@ -94,6 +94,8 @@ struct Instruction {
   PoolShape pool;       // of a pool, or of the one that follows a norm in one step
   int64_t groups;       // of a norm; 0: batch norm
   bool relu, max_pool;  // of a norm: what follows it in one step
+  int normed;           // the output of the batch norm whose moments a convolution makes, or -1
+  bool has_moments;     // of a norm: made already
   int64_t rows;         // of a transpose, whose columns are its outputs
   ActivationKind activation;
   double a, b;  // of the activation; layer norm: a = eps

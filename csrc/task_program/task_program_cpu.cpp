@@ -3,6 +3,10 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "common/ceil_div.h"
 #include "common/denormals.h"
 #include "task_program/cpu_worker.h"
@@ -34,11 +38,27 @@ void add(const value_t* source, int64_t count, void* target) {
   at::vec::map2<value_t>([](Vec a, Vec b) { return a + b; }, sum, sum, source, count);
 }
 
+// New pages cost time one by one.
+void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = ceil_div(begin, kHugePage) * kHugePage;
+  const uintptr_t end = (begin + bytes) / kHugePage * kHugePage;
+  // A hint: without it the pages are small.
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
 // Scratch memory; what is small is kept for this thread's next call: pages new to the process cost a
 // small job as much time as its arithmetic.
 at::Tensor workspace(int64_t bytes) {
   constexpr int64_t kMostKept = 16 << 20;
-  if (bytes > kMostKept) return at::empty({bytes}, at::kByte);
+  if (bytes > kMostKept) {
+    auto large = at::empty({bytes}, at::kByte);
+    use_huge_pages(large.mutable_data_ptr(), bytes);
+    return large;
+  }
   thread_local at::Tensor kept;
   if (!kept.defined() || kept.numel() < bytes) kept = at::empty({bytes}, at::kByte);
   return kept;

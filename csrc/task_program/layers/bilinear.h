@@ -14,6 +14,8 @@
 // the gradient of a parameter.
 #pragma once
 
+#include <type_traits>
+
 #include "task_program/elementwise.h"
 #include "task_program/network.h"
 
@@ -67,6 +69,9 @@ struct BilinearLayer {
   template <typename Executor, typename Finish>
   FASTMETA_HOST_DEVICE void forward(Executor& exec, const Finish& finish) const {
     auto z = Maps::to(net, i, MapTo::kOutput, net.value(i.y));
+    if constexpr (std::is_same_v<Maps, ConvolutionMaps>) {
+      if (i.normed >= 0) z.moments = net.extra(i.normed);
+    }
     z.bias = net.parameters.at(i.bias);
     z.add(net.value(i.x), net.parameters.at(i.weight));
     Maps::run(exec, z, finish);

@@ -26,7 +26,7 @@
 namespace fastmeta {
 
 // What follows the norm in one step. picks: which place of a window its output comes from, -1 where
-// ReLU is not active, is kept.
+// ReLU is not active, and x there are kept.
 template <bool has_relu, bool picks>
 struct NormForm {
   static constexpr bool kRelu = has_relu, kPicks = picks;
@@ -39,7 +39,7 @@ struct NormArrays {
   int64_t of_group;  // channels
   double eps;
   bool adds_to_x;
-  Array<storage_t> x, y, statistics, pick, weight, bias, dy, sums, dx;
+  Array<storage_t> x, y, statistics, pick, picked, weight, bias, dy, sums, dx;
   Array<storage_t> x_dot, y_dot, statistics_dot, weight_dot, bias_dot, dy_dot, sums_dot, dx_dot;
 
   FASTMETA_HOST_DEVICE int64_t sets() const { return whole_batch ? 1 : in.count; }
@@ -134,7 +134,12 @@ struct NormCell {
   }
   FASTMETA_HOST_DEVICE number_t picked() const { return at.load(l.pick, here()); }
 
-  // An output's number in an array like x: of the place that was picked.
+  // x at the place that an output comes from.
+  FASTMETA_HOST_DEVICE number_t source_x() const {
+    static_assert(of_output);
+    return at.load(Form::kPicks ? l.picked : l.x, here());
+  }
+  // And an array like x there.
   FASTMETA_HOST_DEVICE number_t source(const Array<storage_t>& a) const {
     static_assert(of_output);
     if constexpr (Form::kPicks) {
@@ -191,18 +196,20 @@ struct NormForward {
     const auto cell = norm_cell<Form, true>(l, at);
     const number_t mean = cell.mean(), scale = cell.weighted(cell.inverse());
     const number_t shift = l.bias ? cell.of_channel(l.bias) : number_t(0);
-    const auto norm = [&](int64_t place) { return (at.load(l.x, place) - mean) * scale + shift; };
+    const auto norm = [&](const number_t& x) { return (x - mean) * scale + shift; };
     if constexpr (Form::kPicks) {
-      number_t best = norm(cell.place(0)), pick(0);
+      number_t best_x = at.load(l.x, cell.place(0)), best = norm(best_x), pick(0);
       for (int k = 1; k < 4; ++k) {
-        const number_t other = norm(cell.place(k));
+        const number_t x = at.load(l.x, cell.place(k)), other = norm(x);
         pick = M::if_less(best, other, number_t(k), pick);
+        best_x = M::if_less(best, other, x, best_x);
         best = M::if_less(best, other, other, best);
       }
+      at.store(l.picked, cell.here(), best_x);
       at.store(l.pick, cell.here(), M::if_less(number_t(0), best, pick, number_t(-1)));
       at.store(l.y, cell.here(), M::if_less(best, number_t(0), number_t(0), best));
     } else {
-      const number_t y = norm(cell.here());
+      const number_t y = norm(at.load(l.x, cell.here()));
       at.store(l.y, cell.here(), Form::kRelu ? M::if_less(y, number_t(0), number_t(0), y) : y);
     }
   }
@@ -231,7 +238,7 @@ struct NormTangentForward {
     const auto cell = norm_cell<Form, true>(l, at);
     number_t y_dot(0);
     if (l.x_dot || l.weight_dot) {
-      const number_t xh = cell.xh(cell.source(l.x));
+      const number_t xh = cell.xh(cell.source_x());
       if (l.x_dot) y_dot = cell.weighted(cell.xh_dot(xh, cell.source(l.x_dot)));
       if (l.weight_dot) y_dot = y_dot + cell.of_channel(l.weight_dot) * xh;
     }
@@ -249,7 +256,7 @@ struct NormBackwardSums {
   FASTMETA_HOST_DEVICE auto operator()(const Cell& at) const {
     const auto cell = norm_cell<Form, true>(l, at);
     const auto dy = cell.if_active(at.load(l.dy, cell.here()));
-    return Two<typename Cell::number_t>{dy, dy * cell.xh(cell.source(l.x))};
+    return Two<typename Cell::number_t>{dy, dy * cell.xh(cell.source_x())};
   }
 };
 
@@ -276,7 +283,7 @@ struct NormTangentBackwardSums {
   FASTMETA_HOST_DEVICE auto operator()(const Cell& at) const {
     const auto cell = norm_cell<Form, true>(l, at);
     const auto dy_dot = cell.if_active(at.load(l.dy_dot, cell.here()));
-    const auto xh = cell.xh(cell.source(l.x));
+    const auto xh = cell.xh(cell.source_x());
     auto second = dy_dot * xh;
     if (l.x_dot) {
       const auto dy = cell.if_active(at.load(l.dy, cell.here()));
@@ -317,7 +324,7 @@ struct NormLayer {
   template <typename Executor>
   FASTMETA_HOST_DEVICE void forward(Executor& exec) const {
     const auto l = arrays(false);
-    exec.column_moments(l.in, l.whole_batch, l.x, l.statistics);
+    if (!i.has_moments) exec.column_moments(l.in, l.whole_batch, l.x, l.statistics);
     exec.rows(l.sets(), NormStatistics<storage_t>{l});
     with_form([&](auto form) { exec.table(l.out, NormForward<decltype(form), storage_t>{l}); });
   }
@@ -378,6 +385,7 @@ struct NormLayer {
     l.y = net.value(i.y);
     l.statistics = net.extra(i.y);
     l.pick = l.statistics.from(4 * channels * count);
+    l.picked = l.pick.from(net.size(i.y));
     l.weight = net.parameters.at(i.weight);
     l.bias = net.parameters.at(i.bias);
     l.dy = net.delta(i.y);
