@@ -22,6 +22,9 @@ class CpuConvolution {
   CpuConvolution(const ConvShape& shape, int64_t examples, bool shares_threads)
       : shape_(shape),
         weights_(shape),
+        sums_(with_kernel(shape, [](const auto& kernel) { return kernel.is_planar(); })
+                  ? PackedWeights::of_planes(shape)
+                  : weights_),
         examples_(examples),
         threads_(shares_threads ? at::get_num_threads() : 1) {}
 
@@ -36,7 +39,7 @@ class CpuConvolution {
   template <typename After = Nothing>
   void output(const value_t* x, const value_t* w, value_t* z, const value_t* bias, bool adds,
               value_t* scratch, const After& after = {}) const {
-    const value_t* packed = pack(w, scratch);
+    const value_t* packed = pack(sums_, w, scratch);
     with_kernel(shape_, [&](const auto& kernel) {
       for_each_part(blocks(kernel.block()), scratch, [&](const Interval& part, value_t* own) {
         for (int64_t b = part.begin; b < part.end; ++b) {
@@ -53,7 +56,7 @@ class CpuConvolution {
 
   // dx [B, H, W, C] = the gradient of the inputs, or += that.
   void input(const value_t* dz, const value_t* w, value_t* dx, bool adds, value_t* scratch) const {
-    const value_t* packed = pack(w, scratch);
+    const value_t* packed = pack(weights_, w, scratch);
     const int64_t size = shape_.in_positions() * shape_.channels;
     with_kernel(shape_, [&](const auto& kernel) {
       // Windows overlap within an example, so a part has whole ones.
@@ -133,17 +136,17 @@ class CpuConvolution {
     return scratch_ + part * scratch(shape_);
   }
 
-  const value_t* pack(const value_t* w, value_t* packed) const {
-    if (weights_.is_identity()) return w;
-    weights_.pack(w, packed);
+  static const value_t* pack(const PackedWeights& weights, const value_t* w, value_t* packed) {
+    if (weights.is_identity()) return w;
+    weights.pack(w, packed);
     return packed;
   }
 
   void write_weights(const value_t* packed, bool adds, value_t scale, value_t* scratch,
                      value_t* dw) const {
     const value_t* sum = packed;
-    if (!weights_.is_identity()) {
-      weights_.unpack(packed, scratch);
+    if (!sums_.is_identity()) {
+      sums_.unpack(packed, scratch);
       sum = scratch;
     }
     const Vec factor(scale);
@@ -156,7 +159,7 @@ class CpuConvolution {
   }
 
   ConvShape shape_;
-  PackedWeights weights_;
+  PackedWeights weights_, sums_;  // for the inputs' gradient; for outputs and weights' gradient
   int64_t examples_, threads_;
 };
 

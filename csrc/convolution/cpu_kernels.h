@@ -16,6 +16,15 @@ void add_to(const value_t* source, int64_t count, value_t* target) {
 // [taps, O / C, C], where PyTorch has [C, O / C, taps]. Both are transposed matrices [C, taps].
 class PackedWeights {
  public:
+  // [C taps, O], what patches of planes are multiplied with.
+  static PackedWeights of_planes(const ConvShape& s) {
+    PackedWeights turned(s);
+    turned.channels_ = turned.packed_stride_ = s.outputs;
+    turned.taps_ = turned.stride_ = s.channels * s.taps();
+    turned.matrices_ = 1;
+    return turned;
+  }
+
   explicit PackedWeights(const ConvShape& s)
       : channels_(s.channels),
         taps_(s.taps()),
@@ -52,13 +61,17 @@ class CpuDense {
   explicit CpuDense(const ConvShape& shape)
       : patches_(shape), channels_(shape.channels), outputs_(shape.outputs) {}
 
+  bool is_planar() const { return patches_.is_planar(); }
   int64_t block() const { return patches_.block(); }
   int64_t scratch() const { return patches_.scratch(); }
 
+  // packed: of planes [columns, O], else [O, columns].
   void output(const Interval& rows, const value_t* x, const value_t* packed, value_t* z, bool adds,
               value_t* scratch) const {
+    const bool turned = patches_.is_planar();
     gemm(rows.size(), outputs_, columns(), patches_.gather(x, rows, scratch),
-         {packed, columns(), true}, z + rows.begin * outputs_, outputs_, adds);
+         {packed, turned ? outputs_ : columns(), !turned}, z + rows.begin * outputs_, outputs_,
+         adds);
   }
 
   void add_input(const Interval& rows, const value_t* dz, const value_t* packed, value_t* dx,
@@ -71,8 +84,15 @@ class CpuDense {
 
   void weight(const Interval& rows, const value_t* dz, const value_t* x, value_t* sum, bool adds,
               value_t* scratch) const {
-    gemm(outputs_, columns(), rows.size(), {dz + rows.begin * outputs_, outputs_, true},
-         patches_.gather(x, rows, scratch), sum, columns(), adds);
+    const Operand<value_t> dz_rows{dz + rows.begin * outputs_, outputs_};
+    auto patches = patches_.gather(x, rows, scratch);
+    if (patches_.is_planar()) {
+      patches.transposed = false;
+      gemm(columns(), outputs_, rows.size(), patches, dz_rows, sum, outputs_, adds);
+    } else {
+      gemm(outputs_, columns(), rows.size(), {dz_rows.data, outputs_, true}, patches, sum,
+           columns(), adds);
+    }
   }
 
  private:
@@ -92,6 +112,7 @@ class CpuDepthwise {
         outputs_(shape.outputs),
         multiples_(shape.outputs / shape.channels) {}
 
+  bool is_planar() const { return false; }
   int64_t block() const { return kRows; }
   int64_t scratch() const { return 2 * outputs_; }
 

@@ -87,6 +87,8 @@ class CpuPatches {
         is_planar_(!is_image_ && channels_ <= kFewChannels) {}
 
   bool is_image() const { return is_image_; }
+  // Then a column is a (channel, tap), and gather() gives the transposed matrix.
+  bool is_planar() const { return is_planar_; }
   int64_t columns() const { return columns_; }
 
   // Rows that are worked on at a time: as many as stay in the L2 cache, with all their columns.
@@ -173,7 +175,8 @@ class CpuPatches {
         image = planes;
       }
       for (int64_t column = 0; column < columns_; ++column) {
-        copy_plane(image + column % channels_ * pixels(), column / channels_, part,
+        const int64_t taps = columns_ / channels_;
+        copy_plane(image + column / taps * pixels(), column % taps, part,
                    matrix + column * rows.size() + begin - rows.begin);
       }
       begin = part.end;

@@ -68,11 +68,10 @@ class CpuImages {
                                           kWidth};
         for_channels(begin, end, at, [&](auto cell) {
           value_t *first = sums + cell.channel, *second = first + channels;
-          Two<Vec> sum{Vec(value_t(0)), Vec(value_t(0))};
-          for (; cell.w < images_.width; ++cell.w) {
-            const auto two = f(cell);
-            sum = {sum.first + two.first, sum.second + two.second};
-          }
+          const Two<Vec> sum = sum_of<Two<Vec>>(images_.width, [&](int64_t w) {
+            cell.w = w;
+            return f(cell);
+          });
           cell.store(first, is_first ? sum.first : cell.load(first) + sum.first);
           cell.store(second, is_first ? sum.second : cell.load(second) + sum.second);
         });
@@ -101,6 +100,18 @@ class CpuImages {
   static constexpr int kWidth = Vec::size();
   static constexpr int64_t kGrain = 32768, kRun = 64;
 
+  // Of n numbers, four at a time: one after the other each would wait for the one before.
+  template <typename Number, typename Get>
+  static Number sum_of(int64_t n, const Get& get) {
+    Number sums[4] = {};
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+      for (int j = 0; j < 4; ++j) sums[j] = sums[j] + get(i + j);
+    }
+    for (; i < n; ++i) sums[0] = sums[0] + get(i);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+
   void join_runs(const value_t* x, int64_t first, int64_t last, int64_t begin, int64_t end,
                  value_t* moments) const {
     for (; first < last; first += kRun) {
@@ -118,13 +129,11 @@ class CpuImages {
     const auto load = [&](int64_t i) {
       return cell.load(run + i * images_.channels + cell.channel);
     };
-    Vec mean(value_t(0)), squares(value_t(0));
-    for (int64_t i = 0; i < n; ++i) mean = mean + load(i);
-    mean = mean * Vec(value_t(1) / static_cast<value_t>(n));
-    for (int64_t i = 0; i < n; ++i) {
+    Vec mean = sum_of<Vec>(n, load) * Vec(value_t(1) / static_cast<value_t>(n));
+    Vec squares = sum_of<Vec>(n, [&](int64_t i) {
       const Vec distance = load(i) - mean;
-      squares = at::vec::fmadd(distance, distance, squares);
-    }
+      return distance * distance;
+    });
     value_t *all_mean = moments + cell.channel, *all_squares = all_mean + images_.channels;
     if (before > 0) {
       const auto share = static_cast<value_t>(n) / static_cast<value_t>(before + n);

@@ -129,6 +129,10 @@ struct Images {
 template <typename number_t>
 struct Two {
   number_t first, second;
+
+  FASTMETA_HOST_DEVICE Two operator+(const Two& other) const {
+    return {first + other.first, second + other.second};
+  }
 };
 
 struct NoFinish {

@@ -53,7 +53,7 @@ void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes)
 // Scratch memory; what is small is kept for this thread's next call: pages new to the process cost a
 // small job as much time as its arithmetic.
 at::Tensor workspace(int64_t bytes) {
-  constexpr int64_t kMostKept = 16 << 20;
+  constexpr int64_t kMostKept = 256 << 20;
   if (bytes > kMostKept) {
     auto large = at::empty({bytes}, at::kByte);
     use_huge_pages(large.mutable_data_ptr(), bytes);
