@@ -1,6 +1,7 @@
 """fastmeta: meta-learning for PyTorch, batched over tasks, on compiled kernels.
 
-ops         inner_update, prototypes, pairwise_distance, prototype_loss, hvp
+ops         inner_update, prototypes, pairwise_distance, prototype_loss, task_conv2d,
+            task_linear, hvp
 learners    MAML, ProtoNet: `meta_loss` and `adapt_tasks`
 data        data.Omniglot, data.Glyphs, data.Sinusoid, data.Episodes
 networks    models.Conv4, models.MLP
@@ -12,7 +13,14 @@ from fastmeta._native import backend_of, build_info, use_backend
 from fastmeta.algorithms.maml import MAML
 from fastmeta.algorithms.protonet import ProtoNet
 from fastmeta.functional import hvp
-from fastmeta.ops import inner_update, pairwise_distance, prototype_loss, prototypes
+from fastmeta.ops import (
+    inner_update,
+    pairwise_distance,
+    prototype_loss,
+    prototypes,
+    task_conv2d,
+    task_linear,
+)
 
 __version__ = "0.1.0"
 
@@ -28,5 +36,7 @@ __all__ = [
     "pairwise_distance",
     "prototype_loss",
     "prototypes",
+    "task_conv2d",
+    "task_linear",
     "use_backend",
 ]

@@ -25,9 +25,10 @@ except ImportError as error:
     UNAVAILABLE = str(error) if built else "it was installed without the compiled extension"
 
 OPS = ("inner_update", "prototypes", "pairwise_distance", "prototype_loss")
+CONVOLUTION = "task_conv2d"
 PROGRAM = "task_program"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-PROGRAM_DTYPES = (torch.float32, torch.float64)
+PROGRAM_DTYPES = (torch.float32, torch.float64)  # and of the convolution
 BACKENDS = ("native", "torch")
 
 
@@ -39,7 +40,7 @@ def _has_kernel(op: str, device: str) -> bool:
 
 
 # What follows is traced by torch.compile: plain tables and globals, which it guards on.
-NAMES = (*OPS, PROGRAM)
+NAMES = (*OPS, CONVOLUTION, PROGRAM)
 KERNELS = {(op, device) for op in NAMES for device in ("cpu", "cuda") if _has_kernel(op, device)}
 _forced: str | None = None
 
@@ -78,7 +79,7 @@ def _missing(op: str, device: str, dtype: torch.dtype) -> str:
         return f"the native extension is missing: {UNAVAILABLE}"
     if (op, device) not in KERNELS:
         return f"the extension was built without {op} for {device}"
-    dtypes = PROGRAM_DTYPES if op == PROGRAM else DTYPES
+    dtypes = DTYPES if op in OPS else PROGRAM_DTYPES
     return "" if dtype in dtypes else f"{op} has no native kernel for {dtype}"
 
 
@@ -111,7 +112,8 @@ def backend_of(
     """The implementation that `op` runs for tensors of `dtype` on `device`: "native" or "torch".
 
     Args:
-        op: "inner_update", "prototypes", "pairwise_distance", "prototype_loss" or "task_program".
+        op: "inner_update", "prototypes", "pairwise_distance", "prototype_loss", "task_conv2d" or
+            "task_program".
         device: a device or its name.
         dtype: the tensors' dtype.
 

@@ -7,8 +7,10 @@ Each function is differentiable any number of times, and works under torch.func 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from fastmeta.ops._raw import accumulation_dtype
 
@@ -111,3 +113,44 @@ def prototype_loss(
     a, b = (z.to(accumulation_dtype(query.dtype)) for z in (query, prototypes))
     logits = -scale * pairwise_distance(a, b, metric)
     return -at_labels(logits.log_softmax(2), labels)
+
+
+def conv_out_size(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Height and width of a convolution's outputs; below 1 where the kernel is too large."""
+    rows = zip(size, kernel, stride, padding, dilation, strict=True)
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in rows]
+
+
+def task_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """Each task's convolution [T, B, O, H', W'], as one whose groups are the tasks.
+
+    Channels-last in memory, as the compiled one is.
+    """
+    tasks, examples = x.shape[:2]
+    wide = accumulation_dtype(x.dtype)
+    if tasks == 0 or examples == 0:
+        sizes = conv_out_size(x.shape[3:], weight.shape[3:], stride, padding, dilation)
+        nothing = sum(tensor.sum() for tensor in (x, weight, bias) if tensor is not None)
+        out = x.new_zeros(tasks, examples, weight.shape[1], *sizes) + 0 * nothing
+    else:
+        images = x.to(wide).transpose(0, 1).flatten(1, 2)
+        biases = None if bias is None else bias.to(wide).flatten()
+        options = tuple(stride), tuple(padding), tuple(dilation), tasks * groups
+        out = F.conv2d(images, weight.to(wide).flatten(0, 1), biases, *options)
+        out = out.unflatten(1, (tasks, weight.shape[1])).transpose(0, 1).to(x.dtype)
+    copy = out.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format)
+    return copy.permute(0, 1, 4, 2, 3)

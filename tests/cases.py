@@ -1,8 +1,8 @@
 """The one table of op cases: tests and benchmarks run every op on what stands here.
 
 A case builds the arguments of one public op for a dtype and device. Shapes are written T, Q, N, D
-(or T, S, N, D; T, P) and cross the blocks of the kernels: 4 to 6 rows and 16 to 64 columns of a
-tile, 48 and 128 rows of a block, 256 features of a slice, 1024 parameters of a block.
+(or T, S, N, D; T, P; T, B, C, O) and cross the blocks of the kernels: 4 to 6 rows and 16 to 64
+columns of a tile, 48 and 128 rows of a block, 256 features of a slice, 1024 parameters of a block.
 """
 
 from __future__ import annotations
@@ -97,6 +97,34 @@ def loss_case(
     return Case("prototype_loss", name, build, small=t * (q + n) * d <= 60)
 
 
+def conv_case(
+    name: str,
+    t: int,
+    b: int,
+    c: int,
+    o: int,
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    bias: bool = True,
+    **options: Any,
+) -> Case:
+    inner = c // options.get("groups", 1)
+
+    def build(make: Maker) -> Arguments:
+        images, weight = make.randn(t, b, c, *size), make.randn(t, o, inner, *kernel)
+        return (images, weight, *([make.randn(t, o)] if bias else [])), options
+
+    numbers = t * (b * c * size[0] * size[1] + o * inner * kernel[0] * kernel[1])
+    return Case("task_conv2d", name, build, small=numbers <= 60)
+
+
+def linear_case(name: str, t: int, b: int, i: int, o: int, bias: bool = True) -> Case:
+    def build(make: Maker) -> Arguments:
+        return (make.randn(t, b, i), make.randn(t, o, i), *([make.randn(t, o)] if bias else [])), {}
+
+    return Case("task_linear", name, build, small=t * (b + o) * i <= 60)
+
+
 def unbatched(case: Case) -> Case:
     def build(make: Maker) -> Arguments:
         args, options = case.build(make)
@@ -156,7 +184,41 @@ PROTOTYPE_LOSS = [
     unbatched(loss_case("cosine", "mean", 2, 4, 3, 2)),
 ]
 
-CASES = [*INNER_UPDATE, *PROTOTYPES, *PAIRWISE_DISTANCE, *PROTOTYPE_LOSS]
+# Past blocks of 16 to 1024 rows and 4 blocks of a partial sum; with 1, 2 to 4 and more channels.
+TASK_CONV2D = [
+    conv_case("one_channel", 2, 2, 1, 2, (2, 3), (2, 2), padding=1),
+    conv_case("strided", 1, 2, 2, 2, (3, 3), (2, 2), stride=(2, 1), padding=(1, 0)),
+    conv_case("dilated", 1, 1, 5, 1, (3, 3), (2, 2), bias=False, dilation=(2, 1)),
+    conv_case("same", 1, 1, 2, 1, (3, 4), (2, 3), padding="same"),
+    conv_case("depthwise", 1, 2, 2, 4, (3, 3), (2, 2), padding=1, groups=2),
+    conv_case("groups", 1, 1, 4, 4, (2, 3), (2, 1), groups=2),
+    unbatched(conv_case("unbatched", 1, 2, 2, 2, (3, 3), (2, 2))),
+    conv_case("one_pixel", 3, 4, 7, 5, (6, 5), (1, 1)),
+    conv_case("lines", 3, 5, 1, 7, (28, 28), (3, 3), padding=1),
+    conv_case("colours", 2, 3, 3, 9, (30, 21), (3, 5), stride=2, padding=(1, 2), dilation=(2, 1)),
+    conv_case("blocks", 1, 7, 18, 20, (14, 14), (3, 3), padding=1),
+    conv_case("many_blocks", 2, 6, 2, 3, (31, 33), (2, 2)),
+    conv_case("wide", 3, 5, 40, 33, (5, 4), (3, 3), stride=(1, 2), padding=1, bias=False),
+    conv_case("depthwise_wide", 2, 5, 19, 38, (12, 9), (3, 3), padding=1, dilation=2, groups=19),
+    conv_case("depthwise_blocks", 1, 6, 17, 17, (21, 20), (3, 3), stride=(2, 1), groups=17),
+    conv_case("past_the_border", 2, 3, 5, 4, (2, 3), (3, 3), padding=(3, 4), dilation=(1, 3)),
+]
+
+TASK_LINEAR = [
+    linear_case("2x3x4x5", 2, 3, 4, 5),
+    linear_case("no_bias", 2, 3, 4, 5, bias=False),
+    unbatched(linear_case("3x4x5", 1, 3, 4, 5)),
+    linear_case("wide", 3, 40, 70, 65),
+]
+
+CASES = [
+    *INNER_UPDATE,
+    *PROTOTYPES,
+    *PAIRWISE_DISTANCE,
+    *PROTOTYPE_LOSS,
+    *TASK_CONV2D,
+    *TASK_LINEAR,
+]
 SMALL_CASES = [case for case in CASES if case.small]
 
 

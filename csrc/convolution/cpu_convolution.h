@@ -7,6 +7,7 @@
 
 #include <ATen/Parallel.h>
 
+#include "convolution/blas_threads.h"
 #include "convolution/cpu_kernels.h"
 
 namespace fastmeta {
@@ -126,6 +127,7 @@ class CpuConvolution {
   void for_each_part(int64_t count, value_t* scratch, const Body& body) const {
     const int64_t parts = std::min(threads_, count);
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      const OneBlasThread one;
       for (int64_t p = begin; p < end; ++p) {
         body(Interval{count * p / parts, count * (p + 1) / parts},
              sum_of(p, scratch) + 2 * shape_.weight_size());

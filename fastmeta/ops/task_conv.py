@@ -1,0 +1,232 @@
+"""Convolution and linear layers with weights of their own for every task."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastmeta import reference
+from fastmeta.ops._layers import Pair, check_channels, check_layer, padded, pair
+from fastmeta.ops._raw import callable_of, is_native, register
+
+# What a convolution is besides its tensors: size of the images, kernel, stride, padding, dilation
+# (a pair each) and groups.
+Geometry = tuple[Pair, Pair, Pair, Pair, Pair, int]
+
+# The three tensors of the trilinear form sum z x w. Two of them give the derivative of the form to
+# the third, which is linear in both: a convolution and its two gradients.
+_OTHERS = {
+    "output": ("input", "weight"),
+    "input": ("output", "weight"),
+    "weight": ("output", "input"),
+}
+
+
+def _raw(
+    a: Tensor, b: Tensor, bias: Tensor | None, target: str, size: Pair, kernel: Pair, *options: Any
+) -> Tensor:
+    """`target` from the two others, in the order of _OTHERS; a bias is for outputs."""
+    if target == "output":
+        return torch.ops.fastmeta.task_conv2d(a, b, bias, *options)
+    if target == "input":
+        return torch.ops.fastmeta.task_conv2d_input(a, b, size, *options)
+    return torch.ops.fastmeta.task_conv2d_weight(a, b, kernel, *options)
+
+
+class Convolution(Function):
+    """Each of the three maps; their derivatives of every order are again of the three."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a, b, bias, target, size, kernel, stride, padding, dilation, groups):
+        return _raw(a, b, bias, target, size, kernel, stride, padding, dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        a, b, _, ctx.target, *ctx.geometry = inputs
+        ctx.out_shape = output.shape
+        ctx.save_for_backward(a, b)
+        ctx.save_for_forward(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple:
+        # torch.compile has no second derivatives, and loses track of a nested Function.
+        contract = _raw if torch.compiler.is_compiling() else _apply
+        roles = _OTHERS[ctx.target]
+        known = dict(zip(roles, ctx.saved_tensors, strict=True))
+        known[ctx.target] = upstream
+        grads = [
+            contract(*(known[r] for r in _OTHERS[role]), None, role, *ctx.geometry)
+            if needed
+            else None
+            for role, needed in zip(roles, ctx.needs_input_grad, strict=False)
+        ]
+        bias = upstream.sum((1, 3, 4)) if ctx.needs_input_grad[2] else None
+        return *grads, bias, None, *(None for _ in ctx.geometry)
+
+    @staticmethod
+    def jvp(ctx: Any, a_dot: Any, b_dot: Any, bias_dot: Any, *_: Any) -> Tensor:
+        a, b = ctx.saved_tensors
+        terms = []
+        if a_dot is not None:
+            terms.append(_apply(a_dot, b, None, ctx.target, *ctx.geometry))
+        if b_dot is not None:
+            terms.append(_apply(a, b_dot, None, ctx.target, *ctx.geometry))
+        if bias_dot is not None:
+            terms.append(bias_dot[:, None, :, None, None].expand(ctx.out_shape))
+        return functools.reduce(operator.add, terms)
+
+
+_apply = callable_of(Convolution)
+
+
+def _channels_last(like: Tensor, *shape: Any) -> Tensor:
+    t, b, c, h, w = shape
+    return like.new_empty(t, b, h, w, c).permute(0, 1, 4, 2, 3)
+
+
+register(
+    "task_conv2d",
+    lambda x, weight, bias, stride, padding, dilation, groups: _channels_last(
+        x,
+        *x.shape[:2],
+        weight.shape[1],
+        *reference.conv_out_size(x.shape[3:], weight.shape[3:], stride, padding, dilation),
+    ),
+)
+register(
+    "task_conv2d_input",
+    lambda grad, weight, size, stride, padding, dilation, groups: _channels_last(
+        grad, *grad.shape[:2], weight.shape[2] * groups, *size
+    ),
+)
+register(
+    "task_conv2d_weight",
+    lambda grad, x, kernel, stride, padding, dilation, groups: x.new_empty(
+        x.shape[0], grad.shape[2], x.shape[2] // groups, *kernel
+    ),
+)
+
+
+def task_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """2-D convolution (cross-correlation) of each task's images with the task's own weights.
+
+        z[t, b, o, p] = bias[t, o] + sum over channels c and taps k of
+                        weight[t, o, c, k] x[t, b, c, p stride - padding + k dilation]
+
+    The same as ``torch.nn.functional.conv2d`` of every task, run together. Differentiable any
+    number of times, forward and reverse; works under torch.func and torch.compile. The compiled
+    kernels take float32 and float64; other dtypes are computed in plain PyTorch, bfloat16 and
+    float16 in float32. Results are channels-last in memory; images that are too are read without a
+    copy.
+
+    Args:
+        x: images [T, B, C, H, W], or [B, C, H, W] for one task.
+        weight: [T, O, C / groups, kh, kw], or [O, C / groups, kh, kw]; same dtype and device.
+        bias: [T, O], or [O], or None.
+        stride, dilation: pixels, at least 1; one number, or two for height and width.
+        padding: zeros on each side, at least 0, one number or two; or "valid" (none), or "same" (as
+            many as keep the size, with stride 1).
+        groups: divides C and O; each group of outputs reads its own group of channels.
+
+    Returns:
+        [T, B, O, H', W'], or [B, O, H', W'], where
+        H' = floor((H + 2 padding - dilation (kh - 1) - 1) / stride) + 1, and W' likewise. T and B
+        may be 0.
+
+    Raises:
+        TypeError: inputs are not floating-point tensors of one dtype, or an option is no integer.
+        ValueError: shapes do not agree, devices differ, an option is out of range, or the kernel is
+            larger than the padded images.
+
+    Source: Finn, Abbeel, Levine 2017 (arXiv 1703.03400) adapt each task's own weights; Dumoulin,
+    Visin 2016 (arXiv 1603.07285) have the arithmetic of sizes.
+
+    >>> x, weight = torch.randn(4, 10, 3, 8, 8), torch.randn(4, 16, 3, 3, 3)
+    >>> fm.task_conv2d(x, weight, padding=1).shape
+    torch.Size([4, 10, 16, 8, 8])
+    """
+    check_layer(x, weight, bias, "[T, B, C, H, W]", "[T, O, C / groups, kh, kw]")
+    if x.dim() == 4:
+        biases = None if bias is None else bias.unsqueeze(0)
+        x, weight = x.unsqueeze(0), weight.unsqueeze(0)
+        return task_conv2d(x, weight, biases, stride, padding, dilation, groups).squeeze(0)
+    check_channels(x, weight, groups)
+    strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    x, paddings = padded(x, padding, weight.shape[3:], strides, dilations)
+    size, kernel = tuple(x.shape[3:]), tuple(weight.shape[3:])
+    if min(reference.conv_out_size(size, kernel, strides, paddings, dilations)) < 1:
+        raise ValueError(
+            f"x: padded images must be at least as large as the kernel, got {list(x.shape)} with "
+            f"padding {paddings} for kernel {kernel} with dilation {dilations}"
+        )
+    if not is_native("task_conv2d", x):
+        return reference.task_conv2d(x, weight, bias, strides, paddings, dilations, groups)
+    geometry = (size, kernel, strides, paddings, dilations, groups)
+    if groups in (1, x.shape[2]):
+        return _apply(x, weight, bias, "output", *geometry)
+    return _by_groups(x, weight, bias, geometry)
+
+
+def _by_groups(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Each group is a task of its own."""
+    *options, groups = geometry
+    shares = groups, weight.shape[1] // groups
+    images = x.unflatten(2, (groups, -1)).movedim(2, 1).flatten(0, 1)
+    weights = weight.unflatten(1, shares).flatten(0, 1)
+    biases = None if bias is None else bias.unflatten(1, shares).flatten(0, 1)
+    out = _apply(images, weights, biases, "output", *options, 1)
+    out = out.unflatten(0, (x.shape[0], groups)).permute(0, 2, 4, 5, 1, 3)
+    return out.flatten(4, 5).permute(0, 1, 4, 2, 3)
+
+
+def task_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear layer of each task's examples with the task's own weights: x weight' + bias.
+
+    It is ``torch.baddbmm`` (``torch.bmm`` without a bias), with its devices, dtypes, derivatives
+    and transforms, behind checked shapes.
+
+    Args:
+        x: [T, B, I], or [B, I] for one task.
+        weight: [T, O, I], or [O, I]; same dtype and device.
+        bias: [T, O], or [O], or None.
+
+    Returns:
+        [T, B, O], or [B, O]. Each of the sizes may be 0.
+
+    Raises:
+        TypeError: inputs are not floating-point tensors of one dtype.
+        ValueError: shapes do not agree, or devices differ.
+
+    >>> fm.task_linear(torch.ones(2, 1, 3), torch.ones(2, 1, 3), torch.tensor([[0.0], [1.0]]))
+    tensor([[[3.]],
+    <BLANKLINE>
+            [[4.]]])
+    """
+    check_layer(x, weight, bias, "[T, B, I]", "[T, O, I]")
+    if x.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"x [T, B, I] and weight [T, O, I] must agree in I, "
+            f"got {list(x.shape)} and {list(weight.shape)}"
+        )
+    if x.dim() == 2:
+        biases = None if bias is None else bias.unsqueeze(0)
+        return task_linear(x.unsqueeze(0), weight.unsqueeze(0), biases).squeeze(0)
+    if bias is None:
+        return torch.bmm(x, weight.mT)
+    return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
