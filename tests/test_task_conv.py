@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.backends.common import aot_autograd
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, jvp, vjp, vmap
 
 import fastmeta as fm
 from tests.cases import TASK_CONV2D, Maker, as_function
@@ -55,6 +56,25 @@ def test_third_derivative(case, backend, device):
 
     with fm.use_backend(backend):
         assert gradcheck(second, inputs, fast_mode=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", [c for c in TASK_CONV2D if c.small], ids=str)
+def test_derivatives_of_a_vmapped_call(case, device):
+    """As the functional engine takes them: vmap inside, first and second derivative around it."""
+    function, inputs = as_function(case, *case(torch.float64, device))
+    samples = tuple(torch.stack([x, x.cos()]).requires_grad_() for x in inputs)
+
+    def total(*samples):
+        return vmap(function)(*samples).sin().sum()
+
+    assert gradcheck(vmap(function), samples, check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(vmap(function), samples, fast_mode=True)
+    vectors = tuple(x.detach().sin() for x in samples)
+    gradients = grad(total, argnums=tuple(range(len(samples))))
+    forward = jvp(gradients, samples, vectors)[1]
+    reverse = vjp(gradients, *samples)[1](vectors)
+    torch.testing.assert_close(forward, reverse, rtol=1e-10, atol=1e-12)
 
 
 @needs_kernels

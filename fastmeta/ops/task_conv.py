@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastmeta import reference
-from fastmeta.ops._layers import Pair, check_channels, check_layer, padded, pair
+from fastmeta.ops._layers import check_channels, check_layer, padded, pair
 from fastmeta.ops._raw import callable_of, is_native, register
 
-# What a convolution is besides its tensors: size of the images, kernel, stride, padding, dilation
-# (a pair each) and groups.
-Geometry = tuple[Pair, Pair, Pair, Pair, Pair, int]
+# What a convolution is besides its tensors: height and width of the images, kernel, stride, padding
+# and dilation, then groups. They go to the autograd function one by one: vmap takes a tuple for a
+# tree of tensors, and torch.compile a forward of any number of arguments for one that has a ctx.
+Geometry = tuple[int, ...]
 
 # The three tensors of the trilinear form sum z x w. Two of them give the derivative of the form to
 # the third, which is linear in both: a convolution and its two gradients.
@@ -28,10 +29,10 @@ _OTHERS = {
 }
 
 
-def _raw(
-    a: Tensor, b: Tensor, bias: Tensor | None, target: str, size: Pair, kernel: Pair, *options: Any
-) -> Tensor:
+def _raw(a: Tensor, b: Tensor, bias: Tensor | None, target: str, *geometry: int) -> Tensor:
     """`target` from the two others, in the order of _OTHERS; a bias is for outputs."""
+    size, kernel, *pairs = (geometry[i : i + 2] for i in range(0, 10, 2))
+    options = (*pairs, geometry[10])
     if target == "output":
         return torch.ops.fastmeta.task_conv2d(a, b, bias, *options)
     if target == "input":
@@ -45,8 +46,8 @@ class Convolution(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(a, b, bias, target, size, kernel, stride, padding, dilation, groups):
-        return _raw(a, b, bias, target, size, kernel, stride, padding, dilation, groups)
+    def forward(a, b, bias, target, h, w, kh, kw, sh, sw, ph, pw, dh, dw, groups):  # *geometry
+        return _raw(a, b, bias, target, h, w, kh, kw, sh, sw, ph, pw, dh, dw, groups)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -177,7 +178,7 @@ def task_conv2d(
         )
     if not is_native("task_conv2d", x):
         return reference.task_conv2d(x, weight, bias, strides, paddings, dilations, groups)
-    geometry = (size, kernel, strides, paddings, dilations, groups)
+    geometry = (*size, *kernel, *strides, *paddings, *dilations, groups)
     if groups in (1, x.shape[2]):
         return _apply(x, weight, bias, "output", *geometry)
     return _by_groups(x, weight, bias, geometry)
@@ -185,12 +186,12 @@ def task_conv2d(
 
 def _by_groups(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Each group is a task of its own."""
-    *options, groups = geometry
+    *pairs, groups = geometry
     shares = groups, weight.shape[1] // groups
     images = x.unflatten(2, (groups, -1)).movedim(2, 1).flatten(0, 1)
     weights = weight.unflatten(1, shares).flatten(0, 1)
     biases = None if bias is None else bias.unflatten(1, shares).flatten(0, 1)
-    out = _apply(images, weights, biases, "output", *options, 1)
+    out = _apply(images, weights, biases, "output", *pairs, 1)
     out = out.unflatten(0, (x.shape[0], groups)).permute(0, 2, 4, 5, 1, 3)
     return out.flatten(4, 5).permute(0, 1, 4, 2, 3)
 
