@@ -1,15 +1,18 @@
 """The code of a task program: what Python writes as a tensor and C++ reads.
 
-An int64 tensor ``[16 + V + 16 N]`` on the CPU; csrc/task_program/program.h reads the same format.
+An int64 tensor ``[16 + V + 24 N]`` on the CPU; csrc/task_program/program.h reads the same format.
 
     header  format, V values, N instructions, P parameters, F frozen ones, output value,
             loss kind (-1: none), its a and b, mean (1) or sum (0), scale of the loss
     values  elements of one example, V words; value 0 is the input
-    then N instructions of 16 words
+    then N instructions of 24 words
             opcode, x, x2, y (values; -1: none), weight, bias, arguments
 
 ``weight`` and ``bias`` are offsets in the arena [P] from 0 up, offsets ``-2 - i`` in the frozen
 parameters [F], or -1 for none. Real numbers are float64, stored by their bits.
+
+Images are channels-last in convolution, norm and pool: an example is [H, W, C]. One dimension is
+an image of height 1. The weight of a convolution is [O, C / groups, kh, kw] as in PyTorch.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FORMAT = 1
-_WORDS = 16  # of the header, and of an instruction
+_FORMAT = 2
+_HEADER, _INSTRUCTION = 16, 24  # words
 _NONE = -1
 
 
@@ -32,6 +35,10 @@ class Opcode(IntEnum):
     ACTIVATION = 1  # kind, a, b
     ADD = 2  # y = x + x2
     LAYER_NORM = 3  # normalised elements, eps
+    CONVOLUTION = 4  # C, O, H, W, kernel, stride, padding, dilation (each: height, width), groups
+    NORM = 5  # C, groups (0: batch norm on batch statistics), eps
+    POOL = 6  # kind, C, H, W, kernel, stride, padding, whether an average counts the padding
+    TRANSPOSE = 7  # rows, columns: each example becomes [columns, rows]
 
 
 class Activation(IntEnum):
@@ -44,6 +51,11 @@ class Activation(IntEnum):
     TANH = 6
     SIGMOID = 7
     SOFTPLUS = 8  # a: beta, b: threshold
+
+
+class PoolKind(IntEnum):
+    MAX = 0
+    AVERAGE = 1
 
 
 class LossKind(IntEnum):
@@ -60,6 +72,10 @@ _ARGUMENTS = {
     Opcode.ACTIVATION: "<qdd",
     Opcode.ADD: "<",
     Opcode.LAYER_NORM: "<qd",
+    Opcode.CONVOLUTION: "<13q",
+    Opcode.NORM: "<qqd",
+    Opcode.POOL: "<11q",
+    Opcode.TRANSPOSE: "<qq",
 }
 
 
@@ -74,7 +90,7 @@ class Instruction:
     args: tuple[Any, ...] = ()
 
     def words(self) -> list[int]:
-        args = _words(_ARGUMENTS[self.opcode], self.args, _WORDS - 6)
+        args = _words(_ARGUMENTS[self.opcode], self.args, _INSTRUCTION - 6)
         return [self.opcode, self.x, self.x2, self.y, self.weight, self.bias, *args]
 
     @classmethod
@@ -128,7 +144,7 @@ class Code:
         counts = [len(self.values), len(self.instructions), self.parameters, self.frozen]
         loss = self.loss.words() if self.loss else [_NONE, 0, 0, 0, 0]
         header = [_FORMAT, *counts, self.output, *loss]
-        header += [0] * (_WORDS - len(header))
+        header += [0] * (_HEADER - len(header))
         body = [word for instruction in self.instructions for word in instruction.words()]
         return torch.tensor([*header, *self.values, *body])
 
@@ -136,10 +152,11 @@ class Code:
     def decode(cls, code: Tensor) -> Code:
         words = code.tolist()
         _, values, count, parameters, frozen, output = words[:6]
-        start = _WORDS + values
-        rows = [words[i : i + _WORDS] for i in range(start, start + count * _WORDS, _WORDS)]
+        start = _HEADER + values
+        starts = range(start, start + count * _INSTRUCTION, _INSTRUCTION)
+        rows = [words[i : i + _INSTRUCTION] for i in starts]
         return cls(
-            tuple(words[_WORDS:start]),
+            tuple(words[_HEADER:start]),
             tuple(map(Instruction.of, rows)),
             parameters,
             frozen,

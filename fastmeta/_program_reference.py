@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
-from fastmeta._code import Activation, Code, Instruction, LossCode, LossKind, Opcode
+from fastmeta._code import Activation, Code, Instruction, LossCode, LossKind, Opcode, PoolKind
 
 
 def forward(code: Tensor, theta: Tensor, frozen: Tensor, x: Tensor) -> Tensor:
@@ -78,7 +78,8 @@ def adapt_backward(
     theta, lr, x = (tensor.detach().requires_grad_() for tensor in (theta, lr, x))
     with torch.enable_grad():
         end = _unrolled(code, theta, frozen, lr, x, y, steps, first_order)[-1]
-    return _grads((end * grad_out).sum(), {theta: True, lr: lr_grad, x: input_grad})
+        value = (end * grad_out).sum()
+    return _grads(value, {theta: True, lr: lr_grad, x: input_grad})
 
 
 def meta_gradient(
@@ -168,19 +169,88 @@ def _run(ins: Instruction, values: dict[int, Tensor], theta: Tensor, frozen: Ten
         return x + values[ins.x2]
     if ins.opcode == Opcode.ACTIVATION:
         return _activation(x, *ins.args)
+    if ins.opcode == Opcode.POOL:
+        return _pool(x, *ins.args)
+    if ins.opcode == Opcode.TRANSPOSE:
+        return x.unflatten(1, ins.args).transpose(1, 2)
+    weight, bias = (
+        _parameter(at, shape, theta, frozen)
+        for at, shape in zip((ins.weight, ins.bias), _parameter_shapes(ins), strict=True)
+    )
     if ins.opcode == Opcode.LINEAR:
-        inputs, outputs = ins.args
-        weight = _parameter(ins.weight, (outputs, inputs), theta, frozen)
-        bias = _parameter(ins.bias, (outputs,), theta, frozen)
-        return F.linear(x.unflatten(1, (-1, inputs)), weight, bias)
-    size, eps = ins.args
-    weight, bias = (_parameter(at, (size,), theta, frozen) for at in (ins.weight, ins.bias))
-    # By hand: a derivative of vmap(grad(F.layer_norm)) loses that of the saved statistics.
-    rows = x.unflatten(1, (-1, size))
-    centred = rows - rows.mean(-1, keepdim=True)
-    y = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        return F.linear(x.unflatten(1, (-1, ins.args[0])), weight, bias)
+    if ins.opcode == Opcode.CONVOLUTION:
+        return _convolution(x, weight, bias, *ins.args)
+    y = _layer_norm(x, *ins.args) if ins.opcode == Opcode.LAYER_NORM else _norm(x, *ins.args)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
+
+
+def _parameter_shapes(ins: Instruction) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Those of weight and bias."""
+    if ins.opcode == Opcode.LINEAR:
+        inputs, outputs = ins.args
+        return (outputs, inputs), (outputs,)
+    if ins.opcode == Opcode.CONVOLUTION:
+        channels, outputs, _, _, *kernel = ins.args[:6]
+        return (outputs, channels // ins.args[-1], *kernel), (outputs,)
+    return ins.args[:1], ins.args[:1]
+
+
+# Norms by hand: a derivative of vmap(grad) of PyTorch's own loses that of the saved statistics.
+
+
+def _layer_norm(x: Tensor, size: int, eps: float) -> Tensor:
+    return _normalised(x.unflatten(1, (-1, size)), (2,), eps)
+
+
+def _norm(x: Tensor, channels: int, groups: int, eps: float) -> Tensor:
+    rows = x.unflatten(1, (-1, channels))
+    if groups == 0:
+        return _normalised(rows, (0, 1), eps)
+    grouped = rows.unflatten(2, (groups, channels // groups))
+    return _normalised(grouped, (1, 3), eps).flatten(2)
+
+
+def _normalised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    centred = x - x.mean(dims, keepdim=True)
+    return centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt()
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    channels: int,
+    outputs: int,
+    height: int,
+    width: int,
+    *windows: int,
+) -> Tensor:
+    *pairs, groups = windows
+    stride, padding, dilation = (tuple(pairs[i : i + 2]) for i in (2, 4, 6))
+    x = x.unflatten(1, (height, width, channels)).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups).permute(0, 2, 3, 1)
+
+
+def _pool(
+    x: Tensor,
+    kind: int,
+    channels: int,
+    height: int,
+    width: int,
+    *windows: int,
+) -> Tensor:
+    *pairs, counts_padding = windows
+    kernel, stride, padding = (tuple(pairs[i : i + 2]) for i in (0, 2, 4))
+    x = x.unflatten(1, (height, width, channels)).permute(0, 3, 1, 2)
+    if kind == PoolKind.AVERAGE:
+        y = F.avg_pool2d(x, kernel, stride, padding, count_include_pad=bool(counts_padding))
+    else:
+        # Gathered: the derivative of a gather is right at any order, also under vmap.
+        _, at = F.max_pool2d(x.detach(), kernel, stride, padding, return_indices=True)
+        y = x.flatten(2).gather(2, at.flatten(2)).view_as(at)
+    return y.permute(0, 2, 3, 1)
 
 
 def _parameter(

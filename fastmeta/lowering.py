@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta._build import LAYERS, Builder, examples_that_fit
+from fastmeta._build import HANDLERS, examples_that_fit
+from fastmeta._builder import Builder
 from fastmeta._code import LossCode, LossKind
 from fastmeta._stateless import Loss
 from fastmeta._trace import Refusal, Trace
@@ -60,6 +61,7 @@ class Program:
             code's offsets.
         input_shape, output_shape: of one example.
         activations: elements of one example, of all values but the input.
+        least_examples: of a batch; 2 where a norm takes statistics over the examples alone.
         loss: what the outputs are compared by.
         layers: what runs, in words.
     """
@@ -71,8 +73,13 @@ class Program:
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     activations: int
+    least_examples: int
     loss: LossCode
     layers: tuple[str, ...]
+
+    def takes(self, examples: int) -> bool:
+        """Whether it takes batches of so many examples, as the module itself does."""
+        return examples == 0 or examples >= self.least_examples
 
 
 class Lowering:
@@ -89,8 +96,8 @@ class Lowering:
         >>> lowering = Lowering(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), F.mse_loss)
         >>> lowering.program((3,)).layers
         ('linear 3 to 2', 'relu', 'mean squared error')
-        >>> Lowering(nn.Conv2d(1, 2, 3), F.mse_loss).program((1, 8, 8))
-        'model is a Conv2d, which the program does not have yet'
+        >>> Lowering(nn.Conv3d(1, 2, 3), F.mse_loss).program((1, 8, 8, 8))
+        'model is a Conv3d, which the program does not have yet'
     """
 
     def __init__(self, module: nn.Module, loss: Loss) -> None:
@@ -100,7 +107,7 @@ class Lowering:
         layout, self._watch = Layout.of(module), Watch(module)
         self._trace: Trace | str
         try:
-            self._trace = Trace(module, layout, tuple(LAYERS))
+            self._trace = Trace(module, layout, tuple(HANDLERS.layers))
         except Refusal as refusal:
             self._trace = str(refusal)
         # A forward that changes its module does so at every call; nothing else is lost then.
@@ -134,14 +141,29 @@ class Lowering:
         if isinstance(self._trace, str):
             return self._trace
         if shape is None:
-            shape = examples_that_fit(self._trace) or ()
+            return self._fitting(self._trace, self._spec)
+        return self._kept(self._trace, self._spec, shape)
+
+    def _fitting(self, trace: Trace, loss: LossCode) -> Program | str:
+        shapes = list(examples_that_fit(trace)) or [()]
+        reasons = []
+        for shape in shapes:
+            program = self._kept(trace, loss, shape)
+            if isinstance(program, Program):
+                return program
+            reasons.append(program)
+        if reasons[0] == reasons[-1]:
+            return reasons[0]
+        return f"{reasons[-1]} (with examples {list(shape)}; a batch shows which they are)"
+
+    def _kept(self, trace: Trace, loss: LossCode, shape: tuple[int, ...]) -> Program | str:
         if shape not in self._programs:
-            self._programs[shape] = self._made(self._trace, self._spec, shape)
+            self._programs[shape] = self._made(trace, loss, shape)
         return self._programs[shape]
 
     def _made(self, trace: Trace, loss: LossCode, shape: tuple[int, ...]) -> Program | str:
         try:
-            built = Builder(trace, shape)
+            built = Builder(trace, shape, HANDLERS)
         except Refusal as refusal:
             return str(refusal)
         output = built.output.shape
@@ -157,6 +179,7 @@ class Lowering:
             input_shape=shape,
             output_shape=output,
             activations=sum(code.values[1:]),
+            least_examples=built.least_examples,
             loss=loss,
             layers=layers,
         )

@@ -78,3 +78,64 @@ class Conv4(nn.Module):
         features = self.features(x)
         embedding = features.mean((2, 3)) if self.mean else features.flatten(1)
         return self.head(embedding)
+
+
+class _ResidualBlock(nn.Module):
+    """Three 3x3 convolutions with batch norm beside one of 1x1, then 2x2 max pooling."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        channels = [inputs, width, width, width]
+        layers: list[nn.Module] = []
+        for i, o in itertools.pairwise(channels):
+            layers += [nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), _leaky_relu()]
+        self.body = nn.Sequential(*layers[:-1])
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
+        )
+        self.end = nn.Sequential(_leaky_relu(), nn.MaxPool2d(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.end(self.body(x) + self.shortcut(x))
+
+
+def _leaky_relu() -> nn.Module:
+    return nn.LeakyReLU(0.1)
+
+
+class ResNet12(nn.Module):
+    """Four residual blocks of three convolutions, each halving the image; spatial mean; linear.
+
+    Oreshkin et al. 2018 (TADAM, arXiv 1805.10123); with LeakyReLU of slope 0.1 as in Lee et al.
+    2019 (MetaOptNet, arXiv 1904.03758), whose widths are (64, 160, 320, 640). Without DropBlock.
+
+    Args:
+        widths: channels of the four blocks.
+        ways: outputs [B, ways]; None leaves the linear layer out: embeddings [B, widths[-1]].
+        in_channels: the images are [B, in_channels, H, W], H and W at least 16.
+
+    Raises:
+        ValueError: not four widths of at least 1.
+
+    Example:
+        >>> net = ResNet12(widths=(4, 8, 8, 16), ways=5)
+        >>> net(torch.randn(2, 3, 84, 84)).shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (64, 128, 256, 512),
+        ways: int | None = 5,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if len(widths) != 4 or min(widths) < 1:
+            raise ValueError(f"widths must hold four numbers of at least 1, got {widths}")
+        channels = [in_channels, *widths]
+        self.features = nn.Sequential(*map(_ResidualBlock, channels[:-1], channels[1:]))
+        self.embedding_size = widths[-1]
+        self.head = nn.Identity() if ways is None else nn.Linear(self.embedding_size, ways)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(x).mean((2, 3)))

@@ -153,6 +153,8 @@ def _planned(lowering: Lowering, layout: Layout, data: Tensors) -> Plan | str:
         x, y = data[x_name], data[y_name]
         if x.dtype != layout.dtype or x.shape[2:] != first.shape[2:]:
             return f"{x_name} is {x.dtype} {list(x.shape)}, unlike the parameters or {names[0]}"
+        if not program.takes(x.shape[1]):
+            return f"{x_name} has one example, and a norm of model one value a channel of it"
         reason = _does_not_compare(program, y_name, y)
         if reason:
             return reason
@@ -341,7 +343,9 @@ class ProgramEngine(FunctionalEngine):
         try:
             _check_plain("x", x)
             program = self.programs.lowering(self.module, self.loss).program(tuple(x.shape[2:]))
-            if isinstance(program, str) or not _kind(x) == _kind(params) == _kind(program.layout):
+            if isinstance(program, str) or not program.takes(x.shape[1]):
+                return None
+            if not _kind(x) == _kind(params) == _kind(program.layout):
                 return None
             self._check_circumstances(program.layout)
             call = self._call_of(Plan(program, len(x), keeps=False), own=False, weights=[])

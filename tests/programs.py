@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastmeta as fm
 from fastmeta.lowering import Lowering, Program
 from tests.networks import Tasks
 
@@ -120,6 +121,99 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "last_dimension": (along_the_last_dimension, (2, 3)),
 }
 
+
+class ResidualImages(nn.Module):
+    """An input that is added to its convolution, in the layout of either, and a spatial mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 1, bias=False)
+        self.norm, self.head = nn.BatchNorm2d(2), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        x = F.silu(self.norm(x)) + x
+        return self.head((self.second(x) + x).mean((2, 3)))
+
+
+class Heads(nn.Module):
+    """Images as rows of features, in memory as the module sees them, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.rows = nn.Conv2d(2, 3, 2), nn.Linear(2, 2)
+        self.norm, self.end = nn.LayerNorm((3, 2, 2)), nn.Conv2d(3, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.rows(self.stem(x)))
+        return self.end(torch.tanh(x)).view(x.size(0), 3)
+
+
+def convolution(*options: int, **more) -> Callable[[], nn.Module]:
+    """A convolution, tanh and a linear layer with three outputs."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(*options, **more), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3))
+
+    return make
+
+
+def image_layer(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """A layer of images with four channels between a convolution and a linear layer."""
+
+    def network() -> nn.Module:
+        body = [nn.Conv2d(2, 4, 3, padding=1), make(), nn.Tanh(), nn.Flatten()]
+        return nn.Sequential(*body, nn.LazyLinear(3))
+
+    return network
+
+
+def sequences() -> nn.Module:
+    """All layers of sequences [C, L]."""
+    body = [nn.Conv1d(2, 3, 3, stride=2, padding=1), nn.BatchNorm1d(3), nn.ReLU(), nn.MaxPool1d(2)]
+    more = [nn.Conv1d(3, 3, 2, dilation=2, groups=3), nn.AvgPool1d(2, 1), nn.AdaptiveAvgPool1d(1)]
+    return nn.Sequential(*body, *more, nn.Flatten(), nn.Linear(3, 3))
+
+
+# The same for images and sequences; batch norms keep running statistics, which nothing here uses.
+IMAGES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "convolution": (convolution(2, 3, 3), (2, 5, 4)),
+    "convolution_of_one_channel": (convolution(1, 3, 3, padding=1), (1, 4, 5)),
+    "strided": (convolution(2, 3, (3, 2), stride=(2, 1), padding=(1, 0), bias=False), (2, 6, 5)),
+    "dilated": (convolution(2, 3, 3, dilation=2, padding="same"), (2, 4, 5)),
+    "depthwise": (convolution(3, 6, 3, padding=1, groups=3), (3, 4, 5)),
+    "pointwise": (convolution(3, 4, 1), (3, 2, 3)),
+    "wide": (convolution(17, 19, 3, padding=1), (17, 3, 3)),
+    "batch_norm": (image_layer(lambda: nn.BatchNorm2d(4)), (2, 3, 4)),
+    "plain_batch_norm": (image_layer(lambda: nn.BatchNorm2d(4, 0.1, affine=False)), (2, 3, 4)),
+    "group_norm": (image_layer(lambda: nn.GroupNorm(2, 4, eps=0.1)), (2, 3, 4)),
+    "instance_norm": (image_layer(lambda: nn.InstanceNorm2d(4, affine=True)), (2, 3, 4)),
+    "max_pool": (image_layer(lambda: nn.MaxPool2d(2)), (2, 5, 6)),
+    "overlapping_max_pool": (image_layer(lambda: nn.MaxPool2d(3, 2, 1)), (2, 5, 6)),
+    "average_pool": (image_layer(lambda: nn.AvgPool2d((2, 1))), (2, 5, 3)),
+    "padded_average_pool": (image_layer(lambda: nn.AvgPool2d(3, 2, 1)), (2, 5, 3)),
+    "average_without_padding": (
+        image_layer(lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False)),
+        (2, 5, 3),
+    ),
+    "global_mean": (image_layer(lambda: nn.AdaptiveAvgPool2d(1)), (2, 3, 4)),
+    "fused": (
+        image_layer(lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))),
+        (2, 5, 6),
+    ),
+    "batch_norm_of_features": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)),
+        (3,),
+    ),
+    "sequences": (sequences, (2, 21)),
+    "residual_images": (ResidualImages, (2, 3, 4)),
+    "heads": (Heads, (2, 3, 3)),
+    "conv4": (lambda: fm.models.Conv4(3, 3, 1, 16), (1, 16, 16)),
+    "conv4_of_colours": (lambda: fm.models.Conv4(2, 3, 3, 35), (3, 35, 35)),
+    "conv4_stride": (lambda: fm.models.Conv4(3, 3, 1, 20, "stride"), (1, 20, 20)),
+    "resnet12": (lambda: fm.models.ResNet12((2, 3, 3, 4), 3, 2), (2, 17, 33)),
+}
+
 CLASS_LOSSES: dict[str, Loss] = {
     "cross_entropy": F.cross_entropy,
     "cross_entropy_sum": nn.CrossEntropyLoss(reduction="sum"),
@@ -138,9 +232,16 @@ REGRESSION_LOSSES: dict[str, Loss] = {
 LOSSES = {**CLASS_LOSSES, **REGRESSION_LOSSES}
 
 
+def shape_of(name: str) -> tuple[int, ...]:
+    """Of an example."""
+    return (NETWORKS | IMAGES)[name][1]
+
+
 def build(name: str, device: str = "cpu", dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(3)
-    net = NETWORKS[name][0]()
+    make, shape = (NETWORKS | IMAGES)[name]
+    net = make()
+    net(torch.zeros(2, *shape))  # makes lazy layers
     with torch.no_grad():
         for p in net.parameters():  # biases and norms that matter
             p += 0.3 * torch.randn_like(p)
@@ -166,7 +267,7 @@ def tasks_for(
     generator = torch.Generator().manual_seed(11)
 
     def examples(count: int) -> tuple[Tensor, Tensor]:
-        shape = (tasks, count, *NETWORKS[name][1])
+        shape = (tasks, count, *shape_of(name))
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
         if loss in CLASS_LOSSES:
             y = torch.randint(3, (tasks, count), generator=generator)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastmeta as fm
 from fastmeta import _program_reference as reference
 from fastmeta.ops.task_program import COMPILED, NAMES
-from tests.programs import LOSSES, NETWORKS, Raw, build, tasks_for
+from tests.programs import LOSSES, NETWORKS, Raw, build, shape_of, tasks_for
 
 # Relative to the largest entry of a result.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -73,7 +73,7 @@ class Setting:
         **sizes: int,
     ) -> None:
         net = build(name, device, dtype)
-        self.raw = Raw.of(net, LOSSES[loss], NETWORKS[name][1])
+        self.raw = Raw.of(net, LOSSES[loss], shape_of(name))
         self.data = tasks_for(name, loss, device, dtype, **sizes)
         self.tasks, self.steps = len(self.data.support_x), steps
         self.generator = torch.Generator().manual_seed(5)

@@ -1,0 +1,330 @@
+"""Layers of images ``[C, H, W]`` and sequences ``[C, L]``, channels-last in a task program."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastmeta._builder import Builder, Handler, Value, as_number, as_value, from_layer
+from fastmeta._code import Opcode, PoolKind
+from fastmeta._trace import Refusal
+
+_EXAMPLES = {1: "[channels, length]", 2: "[channels, height, width]"}
+_LIMIT = 2**20  # of sizes, in the compiled program
+
+Pair = tuple[int, int]
+
+
+class _Windows(NamedTuple):
+    """Windows over images, (height, width) each; a sequence is an image of height 1."""
+
+    image: Pair
+    kernel: Pair
+    stride: Pair
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+
+    def outputs(self) -> Pair:
+        """How many windows there are.
+
+        Raises:
+            Refusal: none, or numbers that no windows have.
+        """
+        sizes = *self.image, *self.kernel, *self.stride, *self.dilation
+        if min(sizes) < 1 or min(self.padding) < 0 or max(*sizes, *self.padding) >= _LIMIT:
+            raise Refusal("a size of it is out of range")
+        height, width = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(*self, strict=True)
+        )
+        if min(height, width) < 1:
+            raise Refusal(f"its windows are larger than images of {_by(self.image)}")
+        return height, width
+
+
+def _convolution(
+    b: Builder,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    dims: int,
+    padding_mode: str = "zeros",
+) -> Value:
+    x, channels, image = _image(b, input, dims)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 2 + dims:
+        raise Refusal("its weight is no parameter [outputs, inputs, *kernel]")
+    if padding_mode != "zeros":
+        raise Refusal(f"its padding mode is {padding_mode!r}")
+    if groups not in (1, channels):
+        raise Refusal(f"it has {groups} groups of {channels} channels, not 1 or as many")
+    outputs, inputs = weight.shape[:2]
+    if inputs * groups != channels or outputs % groups != 0:
+        raise Refusal(f"it takes {inputs * groups} channels, and examples there have {channels}")
+    kernel, steps = _pair(tuple(weight.shape[2:]), dims), _pair(dilation, dims)
+    padded = _padding(padding, kernel, steps, dims)
+    windows = _Windows(image, kernel, _pair(stride, dims), padded, steps)
+    name = "depthwise convolution" if groups > 1 else "convolution"
+    return b.emit(
+        Opcode.CONVOLUTION,
+        x,
+        (outputs, *windows.outputs()[2 - dims :]),
+        f"{name} {channels} to {outputs}, {_by(kernel)}",
+        weight=b.reference(weight, tuple(weight.shape)),
+        bias=b.reference(bias, (outputs,)),
+        args=(channels, outputs, *_flat(windows), groups),
+    )
+
+
+def _padding(padding: Any, kernel: Pair, dilation: Pair, dims: int) -> Pair:
+    if padding == "valid":
+        return 0, 0
+    if padding != "same":
+        return _pair(padding, dims, one=0)
+    height, width = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+    if height % 2 or width % 2:
+        raise Refusal("it pads one side more than the other")
+    return height // 2, width // 2
+
+
+def _batch_norm(
+    b: Builder,
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+) -> Value:
+    if running_mean is not None or running_var is not None or not training:
+        raise Refusal("it has running statistics, and the program those of the batch alone")
+    x = _channelled(b, input)
+    if math.prod(x.shape[1:]) == 1:
+        b.least_examples = 2
+    return _norm(b, x, 0, weight, bias, eps, f"batch norm {x.shape[0]}")
+
+
+def _batch_norm_layer(b: Builder, input: Any, *, layer: Any, ndims: tuple[int, ...]) -> Value:
+    x = as_value(input)
+    if len(x.shape) not in ndims:
+        raise Refusal(f"it does not take examples of shape {list(x.shape)}")
+    # As the functional engine has it: a layer that keeps running statistics does not use them.
+    kept = layer.running_mean is not None or layer.running_var is not None
+    if kept and not (layer.training or layer.track_running_stats):
+        raise Refusal("it normalises by running statistics, and the program by those of the batch")
+    return _batch_norm(b, x, None, None, layer.weight, layer.bias, True, eps=layer.eps)
+
+
+def _group_norm(
+    b: Builder,
+    input: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+) -> Value:
+    x = _channelled(b, input)
+    channels, *positions = x.shape
+    if num_groups < 1 or channels % num_groups != 0:
+        raise Refusal(f"it has {num_groups} groups, and examples there {channels} channels")
+    if channels // num_groups * math.prod(positions) == 1:
+        b.least_examples = 2
+    return _norm(b, x, num_groups, weight, bias, eps, f"group norm {channels} by {num_groups}")
+
+
+def _instance_norm_layer(b: Builder, input: Any, *, layer: Any, dims: int) -> Value:
+    x, channels, image = _image(b, input, dims)
+    if channels != layer.num_features or math.prod(image) == 1:
+        raise Refusal(f"it does not take examples of shape {list(x.shape)}")
+    name = f"instance norm {channels}"
+    return _norm(b, x, channels, layer.weight, layer.bias, layer.eps, name)
+
+
+def _norm(
+    b: Builder, x: Value, groups: int, weight: Any, bias: Any, eps: float, name: str
+) -> Value:
+    channels = x.shape[0]
+    return b.emit(
+        Opcode.NORM,
+        x,
+        x.shape,
+        name,
+        weight=b.reference(weight, (channels,)),
+        bias=b.reference(bias, (channels,)),
+        args=(channels, groups, as_number(eps)),
+    )
+
+
+def _max_pool(
+    b: Builder,
+    input: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+    *,
+    dims: int,
+) -> Value:
+    if return_indices:
+        raise Refusal("it returns indices")
+    if _pair(dilation, dims) != (1, 1):
+        raise Refusal("it is dilated")
+    return _pool(b, input, PoolKind.MAX, kernel_size, stride, padding, ceil_mode, False, dims)
+
+
+def _average_pool(
+    b: Builder,
+    input: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    dims: int,
+) -> Value:
+    if divisor_override is not None:
+        raise Refusal("it divides by another number than that of its elements")
+    options = kernel_size, stride, padding, ceil_mode, count_include_pad
+    return _pool(b, input, PoolKind.AVERAGE, *options, dims)
+
+
+def _pool(
+    b: Builder,
+    input: Any,
+    kind: PoolKind,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    ceil_mode: bool,
+    counts_padding: bool,
+    dims: int,
+) -> Value:
+    x, channels, image = _image(b, input, dims)
+    if ceil_mode:
+        raise Refusal("it rounds sizes up")
+    kernel = _pair(kernel_size, dims)
+    strides = _pair(stride, dims) if stride is not None else kernel
+    windows = _Windows(image, kernel, strides, _pair(padding, dims, one=0))
+    if any(2 * p > k for p, k in zip(windows.padding, kernel, strict=True)):
+        raise Refusal("its padding is more than half of its windows")
+    shape = channels, *windows.outputs()[2 - dims :]
+    name = f"{kind.name.lower()} pool {_by(kernel)}"
+    return _pooled(b, x, kind, windows, counts_padding, shape, name)
+
+
+def _global_pool(b: Builder, input: Any, output_size: Any, *, dims: int) -> Value:
+    if _pair(output_size, dims) != (1, 1):
+        raise Refusal(f"its output size is {output_size}, not 1")
+    x, *_ = _image(b, input, dims)
+    return mean(b, x, tuple(range(2, 2 + dims)), keepdim=True)
+
+
+def mean(b: Builder, input: Any, dim: Any = None, keepdim: bool = False) -> Value:
+    """The mean over positions, some or all, of images or sequences."""
+    x = as_value(input)
+    ndim = 1 + len(x.shape)
+    listed = dim if isinstance(dim, (tuple, list)) else (dim,)
+    dims = {d + ndim if isinstance(d, int) and d < 0 else d for d in listed}
+    if ndim not in (3, 4) or len(dims) != len(listed) or not dims <= set(range(2, ndim)):
+        raise Refusal(f"dimensions {dim} of {ndim} are not positions of images")
+    x, channels, image = _image(b, x, ndim - 2)
+    # The last dimension is the width.
+    kernel = tuple(n if i + ndim - 2 in dims else 1 for i, n in enumerate(image))
+    windows = _Windows(image, kernel, kernel)
+    kept = channels, *windows.outputs()[4 - ndim :]
+    shape = tuple(n for d, n in enumerate(kept, 1) if keepdim or d not in dims)
+    name = "global mean" if kernel == image else f"average pool {_by(kernel)}"
+    return _pooled(b, x, PoolKind.AVERAGE, windows, False, shape, name)
+
+
+def _pooled(
+    b: Builder,
+    x: Value,
+    kind: PoolKind,
+    windows: _Windows,
+    counts_padding: bool,
+    shape: tuple[int, ...],
+    name: str,
+) -> Value:
+    sizes = _flat(windows)[:-2]  # no dilation
+    return b.emit(Opcode.POOL, x, shape, name, args=(kind, x.shape[0], *sizes, counts_padding))
+
+
+def _image(b: Builder, input: Any, dims: int) -> tuple[Value, int, Pair]:
+    """A value that lies channels-last, its channels, and its height and width."""
+    x = as_value(input)
+    if len(x.shape) != 1 + dims:
+        raise Refusal(f"it takes {_EXAMPLES[dims]}, and examples there have shape {list(x.shape)}")
+    channels, *positions = x.shape
+    return b.channels_last(x), channels, _pair(tuple(positions), dims)
+
+
+def _channelled(b: Builder, input: Any) -> Value:
+    x = as_value(input)
+    if not x.shape:
+        raise Refusal("it takes [channels, ...], and examples there have no dimension")
+    return b.channels_last(x)
+
+
+def _pair(option: Any, dims: int, one: int = 1) -> Pair:
+    """An option as height and width; a sequence has ``one`` for the height."""
+    numbers = option if isinstance(option, (tuple, list)) else (option,)
+    if len(numbers) not in (1, dims) or not all(type(n) is int for n in numbers):
+        raise Refusal(f"an option of it is {option!r}, not {dims} integers")
+    return (numbers[0] if dims == 2 else one), numbers[-1]
+
+
+def _flat(windows: _Windows) -> tuple[int, ...]:
+    return tuple(n for pair in windows for n in pair)
+
+
+def _by(pair: Pair) -> str:
+    return f"{pair[0]}x{pair[1]}"
+
+
+_CONVOLUTION = ("weight", "bias", "stride", "padding", "dilation", "groups", "padding_mode")
+_MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+_AVERAGE_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+
+LAYERS: dict[type[nn.Module], Handler] = {
+    nn.Conv1d: from_layer(partial(_convolution, dims=1), *_CONVOLUTION),
+    nn.Conv2d: from_layer(partial(_convolution, dims=2), *_CONVOLUTION),
+    nn.BatchNorm1d: partial(_batch_norm_layer, ndims=(1, 2)),
+    nn.BatchNorm2d: partial(_batch_norm_layer, ndims=(3,)),
+    nn.GroupNorm: from_layer(_group_norm, "num_groups", "weight", "bias", "eps"),
+    nn.InstanceNorm1d: partial(_instance_norm_layer, dims=1),
+    nn.InstanceNorm2d: partial(_instance_norm_layer, dims=2),
+    nn.MaxPool1d: from_layer(partial(_max_pool, dims=1), *_MAX_POOL),
+    nn.MaxPool2d: from_layer(partial(_max_pool, dims=2), *_MAX_POOL),
+    nn.AvgPool1d: from_layer(partial(_average_pool, dims=1), *_AVERAGE_POOL),
+    nn.AvgPool2d: from_layer(partial(_average_pool, dims=2), *_AVERAGE_POOL, "divisor_override"),
+    nn.AdaptiveAvgPool1d: from_layer(partial(_global_pool, dims=1), "output_size"),
+    nn.AdaptiveAvgPool2d: from_layer(partial(_global_pool, dims=2), "output_size"),
+}
+FUNCTIONS: dict[Any, Handler] = {
+    F.conv1d: partial(_convolution, dims=1),
+    F.conv2d: partial(_convolution, dims=2),
+    F.batch_norm: _batch_norm,
+    F.group_norm: _group_norm,
+    F.max_pool1d: partial(_max_pool, dims=1),
+    F.max_pool2d: partial(_max_pool, dims=2),
+    F.avg_pool1d: partial(_average_pool, dims=1),
+    F.avg_pool2d: partial(_average_pool, dims=2),
+    F.adaptive_avg_pool1d: partial(_global_pool, dims=1),
+    F.adaptive_avg_pool2d: partial(_global_pool, dims=2),
+    torch.mean: mean,
+}

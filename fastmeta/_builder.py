@@ -1,0 +1,217 @@
+"""From a trace to the instructions of a task program, by handlers for every layer and function."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+
+from fastmeta._code import Code, Instruction, LossCode, Opcode
+from fastmeta._trace import Refusal, Trace, caller
+
+
+class Value(NamedTuple):
+    """A value of the program: which it is, and the shape that the module sees of one example.
+
+    What a module sees as ``[C, ...]`` lies in memory as ``[..., C]`` if ``channels_last``.
+    """
+
+    at: int
+    shape: tuple[int, ...]
+    channels_last: bool = False
+
+
+class BatchSize:
+    """The number of examples, where a module asks for it."""
+
+
+class Shape(NamedTuple):
+    """The shape of a value with its batch size, where a module asks for it."""
+
+    example: tuple[int, ...]
+
+
+Handler = Callable[..., Any]
+
+
+class Handlers(NamedTuple):
+    """What emits the instructions of a call: of a layer, a function, a method of a tensor.
+
+    A handler takes the builder and the arguments of the call; that of a layer besides ``layer``.
+    """
+
+    layers: Mapping[type[nn.Module], Handler]
+    functions: Mapping[Callable[..., Any], Handler]
+    methods: Mapping[str, Handler]
+
+
+class Builder:
+    """The instructions of a trace for one shape of an example.
+
+    Raises:
+        Refusal: naming the module or function that the program does not have.
+    """
+
+    def __init__(self, trace: Trace, shape: tuple[int, ...], handlers: Handlers) -> None:
+        self.trace = trace
+        self.layers: list[str] = []
+        self.least_examples = 1  # of a batch; two where statistics are over examples alone
+        self._handlers = handlers
+        self._sizes = [math.prod(shape)]
+        self._instructions: list[Instruction] = []
+        self._overwritten: list[tuple[int, int]] = []  # value, the instruction that does it
+        self._adapts: set[int] = set()  # values that depend on adapted parameters
+        self._transposed: dict[tuple[int, int, int], int] = {}  # value, rows, columns
+        self._sources: dict[int, int] = {}  # of what is a transpose
+        self.output = self._run(Value(0, shape))
+        self._check_overwritten()
+        if 0 in self._sizes:
+            raise Refusal("a tensor of model has no elements")
+        if self.output.at not in self._adapts:
+            raise Refusal("the outputs of model depend on no trainable parameter")
+
+    def code(self, loss: LossCode | None) -> Code:
+        return Code(
+            values=tuple(self._sizes),
+            instructions=tuple(self._instructions),
+            parameters=self.trace.layout.numel,
+            frozen=sum(p.numel() for p in self.trace.frozen),
+            output=self.output.at,
+            loss=loss,
+        )
+
+    def emit(
+        self, opcode: Opcode, x: Value, shape: tuple[int, ...], name: str, **fields: Any
+    ) -> Value:
+        """An instruction on x; its value is in the layout of x."""
+        device = self.trace.layout.device.type
+        if opcode > Opcode.LAYER_NORM and device != "cpu":
+            raise Refusal("images in the task program run on the CPU so far")
+        y = Value(len(self._sizes), shape, x.channels_last)
+        instruction = Instruction(opcode, x.at, y.at, **fields)
+        if max(instruction.weight, instruction.bias) >= 0 or self._adapts & {
+            x.at,
+            instruction.x2,
+        }:
+            self._adapts.add(y.at)
+        self._sizes.append(math.prod(shape))
+        self._instructions.append(instruction)
+        self.layers.append(name)
+        return y
+
+    def channels_last(self, x: Value) -> Value:
+        return self._in_layout(x, channels_last=True)
+
+    def channels_first(self, x: Value) -> Value:
+        """As the module sees it."""
+        return self._in_layout(x, channels_last=False)
+
+    def overwrite(self, x: Value) -> None:
+        """The instruction that comes next works in place on ``x``."""
+        self._overwritten.append((x.at, len(self._instructions)))
+
+    def reference(self, tensor: Any, shape: tuple[int, ...]) -> int:
+        """A weight or bias as an instruction names it; None is none."""
+        if tensor is None:
+            return -1
+        if not isinstance(tensor, nn.Parameter):
+            raise Refusal("a weight or bias of it is no parameter")
+        if tensor.shape != shape:
+            raise Refusal(f"a parameter of it has shape {list(tensor.shape)}, not {list(shape)}")
+        return self.trace.reference(tensor)
+
+    def _in_layout(self, x: Value, channels_last: bool) -> Value:
+        channels, *positions = x.shape or (1,)
+        count = math.prod(positions)
+        if x.channels_last == channels_last or channels == 1 or count == 1:
+            return x._replace(channels_last=channels_last)
+        rows, columns = (channels, count) if channels_last else (count, channels)
+        at = self._transposed.get((x.at, rows, columns))
+        if at is None:
+            name = "channels last" if channels_last else "channels first"
+            at = self.emit(Opcode.TRANSPOSE, x, x.shape, name, args=(rows, columns)).at
+            self._transposed[x.at, rows, columns] = at
+            self._transposed[at, columns, rows] = x.at
+            self._sources[at] = self._source(x.at)
+        return Value(at, x.shape, channels_last)
+
+    def _source(self, value: int) -> int:
+        """The value of which this one is a transpose, or itself."""
+        return self._sources.get(value, value)
+
+    def _run(self, x: Value) -> Value:
+        env: dict[fx.Node, Any] = {}
+        for node in self.trace.graph.nodes:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+            if node.op == "placeholder":
+                env[node] = x
+            elif node.op == "get_attr":
+                env[node] = self.trace.attribute(node.target)
+            elif node.op != "output":
+                env[node] = self._call(node, args, kwargs)
+        (output,) = args  # the last node is the output
+        if not isinstance(output, Value):
+            raise Refusal("model does not return one tensor that comes from its input")
+        if not self._instructions:
+            raise Refusal("model has no layers")
+        return self.channels_first(output)
+
+    def _call(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> Any:
+        where, handlers = caller(node), self._handlers
+        if node.op == "call_module":
+            layer = self.trace.attribute(node.target)
+            what, known = f"is a {type(layer).__name__}", handlers.layers.get(type(layer))
+            handler = known and partial(known, layer=layer)
+        else:
+            name = getattr(node.target, "__name__", node.target)
+            table = handlers.methods if node.op == "call_method" else handlers.functions
+            what, handler = f"calls {name}", table.get(node.target)
+        if handler is None:
+            raise Refusal(f"{where} {what}, which the program does not have yet")
+        try:
+            inspect.signature(handler).bind(self, *args, **kwargs)
+        except TypeError as error:
+            raise Refusal(f"{where} {what} with unknown options: {error}") from error
+        try:
+            return handler(self, *args, **kwargs)
+        except Refusal as refusal:
+            raise Refusal(f"{where} {what}: {refusal}") from None
+
+    def _check_overwritten(self) -> None:
+        # A transpose shares memory with its value in the module: it is the same tensor to it.
+        read = [
+            {self._source(ins.x), self._source(ins.x2)} if ins.opcode != Opcode.TRANSPOSE else set()
+            for ins in self._instructions
+        ]
+        for at, writer in self._overwritten:
+            value = self._source(at)
+            readers = [i for i, values in enumerate(read) if value in values]
+            if value in (0, self._source(self.output.at)) or readers != [writer]:
+                raise Refusal(
+                    f"{self.layers[writer]} works in place on a tensor that is used elsewhere"
+                )
+
+
+def from_layer(handler: Handler, *names: str) -> Handler:
+    """The handler of a layer: that of the function of the same name, with the layer's options."""
+
+    def of_layer(b: Builder, input: Any, *, layer: nn.Module) -> Value:
+        return handler(b, input, **{name: getattr(layer, name) for name in names})
+
+    return of_layer
+
+
+def as_value(input: Any) -> Value:
+    if not isinstance(input, Value):
+        raise Refusal("it takes something that is not computed from the input by layers")
+    return input
+
+
+def as_number(value: Any) -> float:
+    if not isinstance(value, (int, float)):
+        raise Refusal(f"an option of it is a {type(value).__name__}, not a number")
+    return float(value)
