@@ -23,6 +23,20 @@ struct GlobalCell {
   }
 };
 
+// A channel of a position.
+template <typename value_t>
+struct ImageCell {
+  using number_t = value_t;
+  int64_t task, image, h, w, channel;
+
+  __device__ value_t load(const Array<value_t>& a, int64_t begin) const {
+    return a.data[task * a.task_stride + begin + channel];
+  }
+  __device__ void store(const Array<value_t>& a, int64_t begin, value_t value) const {
+    a.data[task * a.task_stride + begin + channel] = value;
+  }
+};
+
 template <typename value_t>
 struct GlobalTeam : WarpTeam<value_t> {
   int64_t task;

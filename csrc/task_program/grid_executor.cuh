@@ -5,7 +5,9 @@
 #include <algorithm>
 
 #include "common/multiprocessors.cuh"
-#include "task_program/grid_product.cuh"
+#include "convolution/depthwise.cuh"
+#include "convolution/launch.cuh"
+#include "task_program/grid_images.cuh"
 
 namespace fastmeta {
 
@@ -45,10 +47,13 @@ template <typename value_t>
 class GridExecutor {
  public:
   using storage_t = value_t;
-  static constexpr bool kCompilesEachActivation = false;
+  static constexpr bool kCompilesEachActivation = false, kHasImages = true;
 
-  // Numbers that products need for parts of sums.
-  static int64_t part_numbers() { return multiprocessors() * kMostPartsOfMultiprocessor; }
+  // Numbers that steps need for parts of sums.
+  static int64_t part_numbers() {
+    return multiprocessors() *
+           std::max({kMostPartsOfMultiprocessor, kMostConvolutionParts, kMostImageParts});
+  }
 
   GridExecutor(int64_t tasks, value_t* parts, cudaStream_t stream)
       : tasks_(tasks), multiprocessors_(multiprocessors()), parts_(parts), stream_(stream) {}
@@ -90,9 +95,46 @@ class GridExecutor {
     product_in<SmallProduct>(p, finish);
   }
 
+  template <typename Finish>
+  void convolution(const Convolution<value_t>& c, const Finish& finish) {
+    if (c.shape.is_depthwise()) {
+      depthwise(c, finish);
+      return;
+    }
+    if (error_ != cudaSuccess) return;
+    const auto done = launch_convolution(c, tasks_, multiprocessors_, parts_, stream_);
+    error_ = done.error;
+    if (done.g.splits > 1) {
+      const bool to_weight = c.to == MapTo::kWeight;
+      map(c.size(), SumOfConvolution<value_t, Finish>{done.g, to_weight ? c.shape.channels : 1,
+                                                      to_weight ? c.shape.taps() : 1, finish});
+    } else if constexpr (!std::is_same_v<Finish, NoFinish>) {
+      map(c.size(), finish);
+    }
+  }
+
+  template <typename F>
+  void table(const Images& images, const F& f) {
+    ImageGrid g(images, true);
+    g.split_into(std::min(positions_of_block(g), kTablePositions * g.rows()));
+    start(table_kernel<value_t, F>, g.blocks(tasks_), kImageThreads, g, f);
+  }
+
+  template <typename F>
+  void column_sums(const Images& images, bool whole_batch, const F& f,
+                   const Array<value_t>& target) {
+    columns<ChannelSums<value_t>>(images, whole_batch, f, target);
+  }
+
+  void column_moments(const Images& images, bool whole_batch, const Array<value_t>& x,
+                      const Array<value_t>& target) {
+    columns<ChannelMoments<value_t>>(images, whole_batch, NumbersOf<value_t>{images, x}, target);
+  }
+
  private:
   static constexpr int64_t kMostBlocks = 1 << 20;
-  static constexpr int64_t kSplitSlices = 4;  // worth a block
+  static constexpr int64_t kTablePositions = 8;   // of a thread, at most
+  static constexpr int64_t kSplitPositions = 16;  // of a thread, worth a block
 
   template <typename... Parameters>
   void start(void (*kernel)(Parameters...), int64_t blocks, int threads,
@@ -101,28 +143,43 @@ class GridExecutor {
     error_ = launch(kernel, blocks, threads, 0, stream_, arguments...);
   }
 
-  template <typename Tile>
-  static GridProduct<value_t> in_tiles(const Product<value_t>& p) {
-    const int64_t slices = ceil_div(p.k, Tile::kDepth) * p.pairs;
-    return {p, ceil_div(p.m, Tile::kRows), ceil_div(p.n, Tile::kColumns), 1, slices, {}};
-  }
-
   template <typename Tile, typename Finish>
   void product_in(const Product<value_t>& p, const Finish& finish) {
     static_assert(Tile::kBlocks == 1 ||
                   Tile::kBlocks * Tile::kRows * Tile::kColumns <= kMostPartsOfMultiprocessor);
     auto g = in_tiles<Tile>(p);
     const int64_t tiles = tasks_ * g.row_tiles * g.column_tiles;
-    if (tiles < multiprocessors_) {
-      const int64_t wanted = multiprocessors_ * Tile::kBlocks / std::max<int64_t>(1, tiles);
-      const int64_t most = std::max<int64_t>(1, g.split_slices / kSplitSlices);
-      g.split_slices = ceil_div(g.split_slices, std::min(wanted, most));
-      g.splits = std::max<int64_t>(
-          1, ceil_div(ceil_div(p.k, Tile::kDepth) * p.pairs, std::max<int64_t>(1, g.split_slices)));
-      g.parts = {parts_, g.splits * p.m * p.n};
-    }
+    if (tiles < multiprocessors_) split_sums(g, tiles, multiprocessors_ * Tile::kBlocks, parts_);
     start(product_kernel<value_t, Tile, Finish>, tiles * g.splits, Tile::kThreads, g, finish);
     if (g.splits > 1) map(p.m * p.n, SumOfParts<value_t, Finish>{g, finish});
+  }
+
+  template <typename Finish>
+  void depthwise(const Convolution<value_t>& c, const Finish& finish) {
+    const int64_t height = c.shape.out_height(), width = c.shape.out_width();
+    if (c.to == MapTo::kWeight) {
+      rows(c.size(), DepthwiseWeight<value_t, Finish>{c, height, width, finish});
+    } else {
+      map(c.size(), DepthwiseImage<value_t, Finish>{c, height, width, finish});
+    }
+  }
+
+  // So many that every multiprocessor has enough blocks, where sets are large enough.
+  int64_t positions_of_block(const ImageGrid& g) const {
+    const int64_t splits = multiprocessors_ * kImageBlocks / std::max<int64_t>(1, g.blocks(tasks_));
+    return ceil_div(g.set_positions, std::max<int64_t>(1, splits));
+  }
+
+  template <typename Sums, typename F>
+  void columns(const Images& images, bool whole_batch, const F& f, const Array<value_t>& target) {
+    ImageGrid g(images, whole_batch);
+    g.split_into(std::max(positions_of_block(g), kSplitPositions * g.rows()));
+    const bool in_parts = g.splits > 1;
+    const int64_t stride = (in_parts ? 2 : 4) * images.channels;
+    const Array<value_t> parts{parts_, g.sets * g.splits * stride};
+    start(column_kernel<value_t, Sums, F>, g.blocks(tasks_), kImageThreads, g, f,
+          in_parts ? parts : target, stride);
+    if (in_parts) map(g.sets * images.channels, SumOfImageParts<value_t, Sums>{g, parts, target});
   }
 
   int64_t tasks_, multiprocessors_;

@@ -7,6 +7,7 @@
 // too few for the device, are parts that the next launch adds up in their order.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "common/ceil_div.h"
@@ -39,6 +40,24 @@ struct GridProduct {
   int64_t splits, split_slices;  // of a split
   Array<value_t> parts;          // [splits, m, n], where there are several
 };
+
+template <typename Tile, typename value_t>
+GridProduct<value_t> in_tiles(const Product<value_t>& p) {
+  const int64_t slices = ceil_div(p.k, Tile::kDepth) * p.pairs;
+  return {p, ceil_div(p.m, Tile::kRows), ceil_div(p.n, Tile::kColumns), 1, slices, {}};
+}
+
+// Shares the sums of `tiles` tiles among `wanted` blocks; parts: where theirs go.
+template <typename value_t>
+void split_sums(GridProduct<value_t>& g, int64_t tiles, int64_t wanted, value_t* parts) {
+  constexpr int64_t kSplitSlices = 4;  // worth a block
+  const int64_t slices = g.split_slices;
+  const int64_t most = std::max<int64_t>(1, slices / kSplitSlices);
+  g.split_slices =
+      ceil_div(slices, std::clamp<int64_t>(wanted / std::max<int64_t>(1, tiles), 1, most));
+  g.splits = std::max<int64_t>(1, ceil_div(slices, std::max<int64_t>(1, g.split_slices)));
+  g.parts = {parts, g.splits * g.p.m * g.p.n};
+}
 
 // A thread's share of one operand's slices on their way from global to shared memory. Neighbouring
 // threads read neighbouring numbers: along k, or across it ("outer").
@@ -148,16 +167,13 @@ struct ProductPlace {
   }
 };
 
-// The sums of the block's tile, from the slices of its split.
-template <typename Tile, typename value_t>
-__device__ ThreadSums<value_t, Tile> tile_sums(const GridProduct<value_t>& g,
-                                               const ProductPlace<Tile>& place) {
+// The sums of the block's tile, from the slices of its split of operands a and b.
+template <typename Tile, typename value_t, typename Left, typename Right>
+__device__ ThreadSums<value_t, Tile> sums_of_slices(const GridProduct<value_t>& g,
+                                                    const ProductPlace<Tile>& place, Left& a,
+                                                    Right& b) {
   __shared__ __align__(kAccessBytes) value_t slices[2][Tile::kDepth * Tile::kWidth];
   const auto& p = g.p;
-  OperandSlices<value_t, Tile::kRows, Tile::kDepth, Tile::kThreads> a(p.form != Form::kTN,
-                                                                      place.row, p.m, p.k);
-  OperandSlices<value_t, Tile::kColumns, Tile::kDepth, Tile::kThreads> b(p.form == Form::kNT,
-                                                                         place.column, p.n, p.k);
   const int64_t of_pair = ceil_div(p.k, Tile::kDepth), all = of_pair * p.pairs;
   const auto fetch = [&](int64_t slice) {
     const bool is_first = slice < of_pair;
@@ -184,6 +200,17 @@ __device__ ThreadSums<value_t, Tile> tile_sums(const GridProduct<value_t>& g,
     if (slice + 1 < end) store(half ^ 1);
   }
   return sums;
+}
+
+template <typename Tile, typename value_t>
+__device__ ThreadSums<value_t, Tile> tile_sums(const GridProduct<value_t>& g,
+                                               const ProductPlace<Tile>& place) {
+  const auto& p = g.p;
+  OperandSlices<value_t, Tile::kRows, Tile::kDepth, Tile::kThreads> a(p.form != Form::kTN,
+                                                                      place.row, p.m, p.k);
+  OperandSlices<value_t, Tile::kColumns, Tile::kDepth, Tile::kThreads> b(p.form == Form::kNT,
+                                                                         place.column, p.n, p.k);
+  return sums_of_slices<Tile>(g, place, a, b);
 }
 
 // Where sums go: rows of n numbers.

@@ -1,0 +1,10 @@
+#include "convolution/convolution_kernel.cuh"
+
+namespace fastmeta {
+
+template LaunchedConvolution<float> launch_convolution(const Convolution<float>&, int64_t, int64_t,
+                                                       float*, cudaStream_t);
+template LaunchedConvolution<double> launch_convolution(const Convolution<double>&, int64_t,
+                                                        int64_t, double*, cudaStream_t);
+
+}  // namespace fastmeta

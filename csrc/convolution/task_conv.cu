@@ -1,0 +1,36 @@
+#include "convolution/task_conv.h"
+#include "task_program/grid_executor.cuh"
+
+namespace fastmeta {
+namespace {
+
+template <typename value_t>
+Array<value_t> numbers(const Array<void>& a) {
+  return {static_cast<value_t*>(a.data), a.task_stride};
+}
+
+template <typename value_t>
+int launch_as(const Convolution<void>& c, int64_t tasks, void* workspace, cudaStream_t stream) {
+  Convolution<value_t> typed{c.shape, c.to, c.examples, numbers<value_t>(c.c)};
+  typed.bias = numbers<value_t>(c.bias);
+  typed.add(numbers<value_t>(c.a[0]), numbers<value_t>(c.b[0]));
+  GridExecutor<value_t> executor(tasks, static_cast<value_t*>(workspace), stream);
+  executor.convolution(typed, NoFinish{});
+  return executor.error();
+}
+
+}  // namespace
+
+int64_t task_conv_workspace(Dtype dtype) {
+  const auto number = static_cast<int64_t>(dtype == Dtype::kFloat ? sizeof(float) : sizeof(double));
+  return number * GridExecutor<float>::part_numbers();
+}
+
+int launch_task_conv(Dtype dtype, const Convolution<void>& c, int64_t tasks, void* workspace,
+                     void* stream) {
+  auto* on = static_cast<cudaStream_t>(stream);
+  return dtype == Dtype::kFloat ? launch_as<float>(c, tasks, workspace, on)
+                                : launch_as<double>(c, tasks, workspace, on);
+}
+
+}  // namespace fastmeta

@@ -1,0 +1,16 @@
+// CUDA launcher of the ops of convolution.
+#pragma once
+
+#include "common/dtype.h"
+#include "task_program/executor.h"
+
+namespace fastmeta {
+
+// Bytes that launch_task_conv() needs on the current device.
+int64_t task_conv_workspace(Dtype dtype);
+
+// Of arrays of `dtype`, float or double, in device memory; the result is a cudaError_t.
+int launch_task_conv(Dtype dtype, const Convolution<void>& c, int64_t tasks, void* workspace,
+                     void* stream);
+
+}  // namespace fastmeta

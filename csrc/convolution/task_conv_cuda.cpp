@@ -1,0 +1,37 @@
+// CUDA implementation of convolution: calls to the launcher.
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include "common/cuda_check.h"
+#include "convolution/task_conv.h"
+#include "convolution/task_conv_ops.h"
+
+namespace fastmeta {
+namespace {
+
+Array<void> array(const TaskArray& a) { return {a.data, a.stride}; }
+
+Convolution<void> convolution(const TaskConvCall& call) {
+  const auto z = array(call.outputs), x = array(call.inputs), w = array(call.weights);
+  const bool to_output = call.to == MapTo::kOutput, to_weight = call.to == MapTo::kWeight;
+  Convolution<void> c{call.shape, call.to, call.examples, to_output ? z : to_weight ? w : x};
+  c.bias = array(call.bias);
+  c.add(to_output ? x : z, to_weight ? x : w);
+  return c;
+}
+
+struct OnCuda {
+  static void run(const TaskConvCall& call, const at::Tensor& like) {
+    const c10::cuda::CUDAGuard guard(like.device());
+    const auto workspace = scratch(task_conv_workspace(call.dtype), like);
+    check_launch(launch_task_conv(call.dtype, convolution(call), call.tasks,
+                                  workspace.mutable_data_ptr(), current_stream()),
+                 "task_conv2d");
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastmeta, CUDA, m) { register_task_conv<OnCuda>(m); }
+
+}  // namespace fastmeta

@@ -1,0 +1,178 @@
+"""Steps over images, and convolutions of several operands, as the grid executor launches them."""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cuda_emulation import emulator
+from tests.cuda_emulation.build import BUILD
+from tests.cuda_emulation.test_task_conv import MAPS, SHAPES, TOLERANCE, Shape, assert_near
+
+DTYPES = [torch.float32, torch.float64]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+# [B, H, W, C]; one channel, few, a part of a block's, several blocks' of them
+IMAGES = [(3, 5, 7, 1), (4, 3, 5, 3), (2, 9, 6, 20), (5, 1, 4, 70), (1, 40, 25, 8)]
+
+
+@pytest.fixture(scope="module")
+def steps() -> ctypes.CDLL:
+    library = emulator.load_kernels(BUILD / "kernels.so")
+    library.part_numbers.restype = ctypes.c_int64
+    return library
+
+
+def pointer(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def numbers(*values: int) -> ctypes.Array:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def run_image_step(steps, name: str, x: Tensor, whole_batch: bool, target: Tensor) -> Tensor:
+    parts = torch.empty(steps.part_numbers(), dtype=x.dtype)
+    tasks, *images = x.shape
+    error = steps.run_image_step(
+        *(name.encode(), x.dtype == torch.float32, ctypes.c_int64(tasks), numbers(*images)),
+        *(whole_batch, pointer(x), pointer(target), pointer(parts)),
+    )
+    assert error == 0, emulator.report()
+    return target
+
+
+def codes(x: Tensor) -> Tensor:
+    """What grid_steps.cu makes of a position, [B, H, W, 1]."""
+    image, h, w = (torch.arange(size, dtype=torch.float64) for size in x.shape[1:4])
+    return (image[:, None, None] + 10 * h[:, None] + 100 * w).unsqueeze(-1)
+
+
+def of_channels(steps, name: str, x: Tensor, whole_batch: bool) -> Tensor:
+    """Two numbers of each channel, [T, 1 or B, 2, C]; what lies behind them is left alone."""
+    tasks, count, *_, channels = x.shape
+    target = torch.full((tasks, 1 if whole_batch else count, 4, channels), -7, dtype=x.dtype)
+    run_image_step(steps, name, x, whole_batch, target)
+    assert (target[:, :, 2:] == -7).all()
+    return target[:, :, :2]
+
+
+def sets_of(x: Tensor, whole_batch: bool) -> Tensor:
+    """[T, sets, positions, C]"""
+    return x.flatten(1, 3).unsqueeze(1) if whole_batch else x.flatten(2, 3)
+
+
+each_images = pytest.mark.parametrize("images", IMAGES, ids=str)
+each_set = pytest.mark.parametrize("whole_batch", [True, False], ids=["batch", "image"])
+# With many multiprocessors, sets are split.
+each_device = pytest.mark.parametrize("multiprocessors", [1, 99])
+
+
+@each_dtype
+@each_images
+def test_a_table_has_each_element_once(steps, images, dtype):
+    x = torch.randn(2, *images, dtype=dtype)
+    actual = run_image_step(steps, "table", x, True, torch.full_like(x, -7))
+    assert torch.equal(actual, x + codes(x).to(dtype))
+
+
+@each_dtype
+@each_device
+@each_set
+@each_images
+def test_column_sums_are_of_their_positions(steps, images, whole_batch, multiprocessors, dtype):
+    x = torch.randn(2, *images, dtype=dtype)
+    with emulator.multiprocessors(multiprocessors):
+        actual = of_channels(steps, "column_sums", x, whole_batch)
+    both = [sets_of(y, whole_batch).sum(2) for y in (x.double(), x.double() * codes(x))]
+    scale = sets_of(x.double().abs() * (1 + codes(x)), whole_batch).sum(2).unsqueeze(2)
+    error = (actual - torch.stack(both, 2)).abs() / scale
+    assert error.max() < (1e-6 if dtype == torch.float32 else 1e-14)
+
+
+@each_dtype
+@each_device
+@each_set
+@each_images
+def test_column_moments_keep_their_digits(steps, images, whole_batch, multiprocessors, dtype):
+    x = 1000 + torch.randn(2, *images, dtype=dtype)
+    with emulator.multiprocessors(multiprocessors):
+        actual = of_channels(steps, "column_moments", x, whole_batch).double()
+    of_sets = sets_of(x.double(), whole_batch)
+    mean = of_sets.mean(2)
+    squares = (of_sets - mean.unsqueeze(2)).square().sum(2)
+    precision = torch.finfo(dtype).eps
+    assert ((actual[:, :, 0] - mean).abs() < 4000 * precision).all()
+    assert ((actual[:, :, 1] - squares).abs() < 1e5 * precision * (squares + 1)).all()
+
+
+def test_a_large_set_is_split():
+    sums = []
+    x = torch.randn(1, 1, 40, 25, 8, dtype=torch.float64)
+    steps = emulator.load_kernels(BUILD / "kernels.so")
+    steps.part_numbers.restype = ctypes.c_int64
+    for multiprocessors in (1, 99):
+        with emulator.multiprocessors(multiprocessors), emulator.launches() as launches:
+            of_channels(steps, "column_sums", x, True)
+        sums.append([launch.blocks for launch in launches])
+    assert sums[0][0] < sums[1][0]
+
+
+def convolve(steps, to: int, shape: Shape, tasks: int, adds: bool, arrays: list) -> None:
+    parts = torch.empty(steps.part_numbers(), dtype=arrays[0].dtype)
+    s = shape
+    sizes = numbers(
+        *(s.channels, s.outputs, *s.size, *s.kernel, *s.stride, *s.padding, *s.dilation, s.groups)
+    )
+    places = (ctypes.c_void_p * 8)(*(pointer(x).value for x in arrays))
+    error = steps.run_convolution(
+        *(to, arrays[0].dtype == torch.float32, ctypes.c_int64(tasks), ctypes.c_int64(s.examples)),
+        *(adds, sizes, places, pointer(parts)),
+    )
+    assert error == 0, emulator.report()
+
+
+@each_dtype
+@each_device
+@pytest.mark.parametrize("form", ["plain", "adds", "descends"])
+@pytest.mark.parametrize("to", range(3), ids=["output", "input", "weight"])
+@pytest.mark.parametrize("name", ["same", "wide", "depthwise"])
+def test_two_pairs_go_into_one_sum(steps, name, to, form, multiprocessors, dtype):
+    shape, tasks = SHAPES[name], 2
+    torch.manual_seed(0)
+    pairs = [shape.operands(to, tasks, dtype) for _ in range(2)]
+    sums = sum(MAPS[to](shape, *pair) for pair in pairs)
+    c = torch.randn_like(sums).to(dtype)
+    has_bias = to == 0 and form != "descends"
+    bias = torch.randn(tasks, shape.outputs, dtype=dtype) if has_bias else None
+    step_size = torch.rand(tasks, dtype=dtype) if form == "descends" else None
+    expected = sums + (bias.double()[:, None, None, None] if has_bias else 0)
+    if form == "adds":
+        expected = expected + c.double()
+    if form == "descends":
+        factor = step_size.double().view(-1, *[1] * (sums.dim() - 1))
+        expected = c.double() - factor * expected
+    half = torch.empty_like(c)
+    with emulator.multiprocessors(multiprocessors):
+        arrays = [*pairs[0], *pairs[1], bias, step_size, c, half]
+        convolve(steps, to, shape, tasks, form != "plain", arrays)
+    assert_near(c, expected, TOLERANCE[dtype])
+    assert torch.equal(half, c / 2)
+
+
+def test_every_launch_of_a_step_is_checked(steps):
+    shape = SHAPES["same"]
+    pair = shape.operands(2, 1, torch.float64)
+    c = torch.empty(shape.weight_size, dtype=torch.float64)
+    arrays = [*pair, None, None, None, None, c, torch.empty_like(c)]
+    with emulator.multiprocessors(99), emulator.launches() as launches:
+        convolve(steps, 2, shape, 1, False, arrays)
+    assert len(launches) == 2
+    for after, _ in product(range(2), [None]):
+        with emulator.failing_launch(after), pytest.raises(AssertionError):
+            with emulator.multiprocessors(99):
+                convolve(steps, 2, shape, 1, False, arrays)

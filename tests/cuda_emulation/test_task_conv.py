@@ -1,0 +1,226 @@
+"""The three maps of convolution against PyTorch's own, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from tests.cuda_emulation import emulator
+
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}  # of the largest number
+OPS = torch.ops.fastmeta
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Images [T, B, H, W, C] and [T, B, H', W', O], weights [T, O, C / groups, kh, kw]."""
+
+    examples: int
+    channels: int
+    outputs: int
+    size: tuple[int, int]
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def options(self) -> tuple:
+        return self.stride, self.padding, self.dilation, self.groups
+
+    @property
+    def weight_size(self) -> tuple[int, ...]:
+        return self.outputs, self.channels // self.groups, *self.kernel
+
+    @property
+    def out_size(self) -> tuple[int, ...]:
+        axes = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
+
+    def inputs(self, tasks: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(tasks, self.examples, *self.size, self.channels, dtype=dtype)
+
+    def gradients(self, tasks: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(tasks, self.examples, *self.out_size, self.outputs, dtype=dtype)
+
+    def weights(self, tasks: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(tasks, *self.weight_size, dtype=dtype)
+
+    def operands(self, to: int, tasks: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Of the map to the outputs (0), the inputs (1), the weights (2), images channels-last."""
+        left = self.inputs(tasks, dtype) if to == 0 else self.gradients(tasks, dtype)
+        return left, self.inputs(tasks, dtype) if to == 2 else self.weights(tasks, dtype)
+
+
+SHAPES = {
+    "same": Shape(3, 8, 5, (7, 6), padding=(1, 1)),
+    "one_channel": Shape(2, 1, 9, (9, 7), padding=(1, 1)),
+    "three_channels": Shape(2, 3, 33, (8, 8), padding=(1, 1), stride=(2, 2)),
+    "stride": Shape(3, 6, 7, (9, 8), padding=(1, 1), stride=(2, 3)),
+    "dilation": Shape(2, 5, 4, (10, 9), padding=(2, 1), dilation=(2, 3)),
+    "strided_and_dilated": Shape(2, 4, 3, (11, 10), (2, 3), (2, 2), (1, 2), (3, 2)),
+    "pointwise": Shape(2, 20, 70, (4, 5), (1, 1)),
+    "pointwise_stride": Shape(2, 20, 6, (5, 7), (1, 1), (2, 2)),
+    "tall_kernel": Shape(2, 3, 4, (8, 5), (5, 3), padding=(2, 1)),
+    "line": Shape(3, 4, 6, (1, 11), (1, 3), (1, 2), (0, 1)),
+    "one_place": Shape(5, 12, 5, (3, 3)),
+    "larger_padding": Shape(1, 4, 4, (3, 3), (2, 2), padding=(3, 4)),
+    "wide": Shape(2, 12, 68, (9, 9), padding=(1, 1)),
+    "depthwise": Shape(3, 5, 5, (6, 7), padding=(1, 1), groups=5),
+    "depthwise_doubled": Shape(2, 3, 6, (7, 8), stride=(2, 2), padding=(1, 2), groups=3),
+    "depthwise_dilated": Shape(2, 4, 4, (9, 9), (3, 2), dilation=(2, 3), groups=4),
+}
+each_shape = pytest.mark.parametrize("name", SHAPES)
+each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+each_map = pytest.mark.parametrize("to", range(3), ids=["output", "input", "weight"])
+
+
+def first(x: Tensor) -> Tensor:
+    """[..., H, W, C] -> [..., C, H, W]"""
+    return x.movedim(-1, -3)
+
+
+def last(x: Tensor) -> Tensor:
+    return x.movedim(-3, -1)
+
+
+def output(shape: Shape, x: Tensor, w: Tensor) -> Tensor:
+    pairs = zip(first(x.double()), w.double(), strict=True)
+    return last(torch.stack([F.conv2d(x, w, None, *shape.options) for x, w in pairs]))
+
+
+def gradient_of_input(shape: Shape, dz: Tensor, w: Tensor) -> Tensor:
+    size = shape.examples, shape.channels, *shape.size
+    pairs = zip(first(dz.double()), w.double(), strict=True)
+    return last(torch.stack([conv2d_input(size, w, dz, *shape.options) for dz, w in pairs]))
+
+
+def gradient_of_weight(shape: Shape, dz: Tensor, x: Tensor) -> Tensor:
+    pairs = zip(first(dz.double()), first(x.double()), strict=True)
+    size = shape.weight_size
+    return torch.stack([conv2d_weight(x, size, dz, *shape.options) for dz, x in pairs])
+
+
+MAPS = [output, gradient_of_input, gradient_of_weight]
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert actual.shape == expected.shape
+    terms = max(expected.abs().max().item(), 1)
+    assert (actual.double() - expected).abs().max() < 8 * tolerance * terms
+
+
+def run(shape: Shape, to: int, left: Tensor, right: Tensor) -> Tensor:
+    """By the op, whose images are channels-last in memory."""
+    if to == 0:
+        return last(OPS.task_conv2d(first(left), right, None, *shape.options))
+    if to == 1:
+        return last(OPS.task_conv2d_input(first(left), right, shape.size, *shape.options))
+    return OPS.task_conv2d_weight(first(left), first(right), shape.kernel, *shape.options)
+
+
+@each_dtype
+@each_map
+@each_shape
+def test_a_map_agrees_with_torch(name, to, dtype):
+    torch.manual_seed(0)
+    shape = SHAPES[name]
+    left, right = shape.operands(to, 3, dtype)
+    actual = run(shape, to, left, right)
+    assert actual.dtype == dtype and actual.is_contiguous()
+    assert_near(actual, MAPS[to](shape, left, right), TOLERANCE[dtype])
+
+
+# Tasks and multiprocessors: with one of these every tile is as large as it can be, with many sums
+# are split.
+@each_dtype
+@each_map
+@pytest.mark.parametrize("multiprocessors", [1, 300])
+@pytest.mark.parametrize("channels, outputs", [(64, 64), (33, 30), (1, 70), (40, 16)], ids=str)
+def test_tiles_of_a_convolution(channels, outputs, multiprocessors, to, dtype):
+    torch.manual_seed(0)
+    shape = Shape(2, channels, outputs, (10, 9), padding=(1, 1))
+    left, right = shape.operands(to, 1, dtype)
+    with emulator.multiprocessors(multiprocessors), emulator.launches() as launches:
+        actual = run(shape, to, left, right)
+    assert_near(actual, MAPS[to](shape, left, right), TOLERANCE[dtype])
+    if multiprocessors == 1 and to < 2:
+        assert len(launches) == 1
+
+
+@each_dtype
+def test_a_bias_belongs_to_its_task_and_output(dtype):
+    shape = SHAPES["same"]
+    x, w = shape.operands(0, 2, dtype)
+    bias = torch.randn(2, shape.outputs, dtype=dtype)
+    actual = last(OPS.task_conv2d(first(x), w, bias, *shape.options))
+    expected = output(shape, x, w) + bias.double()[:, None, None, None]
+    assert_near(actual, expected, TOLERANCE[dtype])
+
+
+@each_map
+def test_tasks_can_share_an_operand(to):
+    shape = SHAPES["same"]
+    left, right = shape.operands(to, 1, torch.float64)
+    shared, own = left.expand(3, *left.shape[1:]), torch.cat([right, -right, 2 * right])
+    actual = run(shape, to, shared, own)
+    assert_near(actual, MAPS[to](shape, shared, own), TOLERANCE[torch.float64])
+
+
+@each_map
+def test_sums_have_one_order(to):
+    """The same bits each time, and for a task alone and among others."""
+    shape = SHAPES["wide"]
+    left, right = shape.operands(to, 3, torch.float32)
+    with emulator.multiprocessors(1):
+        together = run(shape, to, left, right)
+        assert torch.equal(run(shape, to, left, right), together)
+
+
+@each_map
+def test_nothing_past_the_ends_is_read(to):
+    """Nor are numbers of channels that are not there: they could be NaN."""
+    shape = SHAPES["stride"]
+    left, right = shape.operands(to, 2, torch.float64)
+    left[1], right[1] = torch.nan, torch.nan
+    actual = run(shape, to, left, right)
+    assert_near(actual[:1], MAPS[to](shape, left[:1], right[:1]), TOLERANCE[torch.float64])
+    assert actual[1].isnan().any()
+
+
+def test_no_example_gives_no_output_and_a_gradient_of_zero():
+    shape = Shape(0, 2, 3, (5, 5))
+    x, w = shape.operands(0, 2, torch.float64)
+    assert run(shape, 0, x, w).numel() == 0
+    gradient = run(shape, 2, *shape.operands(2, 2, torch.float64))
+    assert gradient.shape == w.shape and prod(gradient.shape) > 0 and (gradient == 0).all()
+
+
+@each_map
+def test_every_launch_is_checked(to):
+    shape = SHAPES["same"]
+    operands = shape.operands(to, 1, torch.float64)
+    with emulator.launches() as launches:
+        run(shape, to, *operands)
+    for after in range(len(launches)):
+        message = "^task_conv2d: too many resources requested"
+        with emulator.failing_launch(after), pytest.raises(RuntimeError, match=message):
+            run(shape, to, *operands)
+
+
+@each_map
+def test_work_goes_to_the_current_stream_of_the_tensors_device(to):
+    shape = SHAPES["same"]
+    operands = shape.operands(to, 1, torch.float64)
+    with emulator.devices(current=0, of_tensors=1), emulator.current_stream(device=1, stream=1):
+        with emulator.launches() as launches:
+            run(shape, to, *operands)
+        assert emulator.current_device() == 0
+    assert {(launch.device, launch.stream) for launch in launches} == {(1, 1)}
