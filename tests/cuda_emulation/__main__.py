@@ -28,6 +28,8 @@ KERNEL_TESTS = [
     "tests/test_large_tiles.py",
     f"{HERE}/test_runtime.py",
     f"{HERE}/test_task_program.py",
+    f"{HERE}/test_task_conv.py",
+    f"{HERE}/test_grid_steps.py",
 ]
 
 
@@ -76,7 +78,8 @@ RUNS = [
             [
                 *KERNEL_TESTS,
                 "-k",
-                "float64_reference or boundaries or large_tiles or runtime or task_program",
+                "float64_reference or boundaries or large_tiles or runtime or task_program"
+                " or task_conv or grid_steps",
             ],
         )
         for order in ("reversed", "shuffled")
