@@ -25,7 +25,7 @@ struct GlobalCell {
 
 // A channel of a position.
 template <typename value_t>
-struct ImageCell {
+struct GlobalImageCell {
   using number_t = value_t;
   int64_t task, image, h, w, channel;
 

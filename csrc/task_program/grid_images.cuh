@@ -54,7 +54,7 @@ struct ImageGrid {
 // The place of a thread: its channel, and the positions from its first one on, every rows()-th.
 template <typename value_t>
 struct ImagePlace {
-  ImageCell<value_t> at;
+  GlobalImageCell<value_t> at;
   int64_t set, split, left;  // left: positions, negative or 0 if none
 
   __device__ explicit ImagePlace(const ImageGrid& g) {
@@ -172,7 +172,7 @@ struct NumbersOf {
   Images images;
   Array<value_t> x;
 
-  __device__ value_t operator()(const ImageCell<value_t>& at) const {
+  __device__ value_t operator()(const GlobalImageCell<value_t>& at) const {
     return at.load(x, images.place(at.image, at.h, at.w));
   }
 };
@@ -204,7 +204,7 @@ struct SumOfImageParts {
 
   __device__ void operator()(const GlobalCell<value_t>& cell) const {
     const int64_t channels = g.images.channels, set = cell.index / channels;
-    ImageCell<value_t> at{};
+    GlobalImageCell<value_t> at{};
     at.task = cell.task;
     at.channel = cell.index % channels;
     Sums sums{};

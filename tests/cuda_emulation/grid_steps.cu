@@ -18,7 +18,7 @@ struct AddCode {
   Images images;
   Array<value_t> x, target;
 
-  __device__ void operator()(const ImageCell<value_t>& at) const {
+  __device__ void operator()(const GlobalImageCell<value_t>& at) const {
     const int64_t place = images.place(at.image, at.h, at.w);
     at.store(target, place, at.load(x, place) + code_of(at));
   }
@@ -29,7 +29,7 @@ struct WithCode {
   Images images;
   Array<value_t> x;
 
-  __device__ Two<value_t> operator()(const ImageCell<value_t>& at) const {
+  __device__ Two<value_t> operator()(const GlobalImageCell<value_t>& at) const {
     const value_t number = at.load(x, images.place(at.image, at.h, at.w));
     return {number, number * code_of(at)};
   }
