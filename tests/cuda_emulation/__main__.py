@@ -28,6 +28,7 @@ KERNEL_TESTS = [
     "tests/test_large_tiles.py",
     f"{HERE}/test_runtime.py",
     f"{HERE}/test_task_program.py",
+    f"{HERE}/test_task_program_images.py",
     f"{HERE}/test_task_conv.py",
     f"{HERE}/test_grid_steps.py",
 ]

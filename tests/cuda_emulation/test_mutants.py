@@ -16,7 +16,10 @@ from tests.cuda_emulation.mutants import Mutant, all_mutants
 # so no tile; those around differences where products lose digits; those of small tiles where rows
 # are longer than a tile is deep.
 TESTS = ["tests/test_ops.py", "tests/test_large_tiles.py", "tests/cuda_emulation/test_runtime.py"]
-PROGRAM_TESTS = ["tests/cuda_emulation/test_task_program.py"]
+PROGRAM_TESTS = [
+    "tests/cuda_emulation/test_task_program.py",
+    "tests/cuda_emulation/test_task_program_images.py",
+]
 SELECTED = (
     "(float64_reference and torch.float32) or keep_their_digits or small_tiles_walk "
     "or no_launch_has_no_blocks or every_barrier"

@@ -1,0 +1,44 @@
+"""Task programs of images, where every step is a launch for all tasks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastmeta.ops.task_program import COMPILED, NAMES
+from tests.cuda_emulation import emulator
+from tests.programs import IMAGES
+from tests.test_program import Setting
+
+TINY = {"tasks": 2, "support": 3, "queries": 2}
+
+
+# A residual network has the same layers, and takes half a minute.
+@pytest.mark.parametrize("name", [name for name in IMAGES if name != "resnet12"])
+def test_every_kind_of_layer_of_images(name):
+    Setting(name, "cross_entropy", "cpu", steps=1, **TINY).check("meta_gradient")
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_every_barrier_of_an_op_on_images(op):
+    """With many multiprocessors, which share sets of positions and sums."""
+    setting = Setting("fused", "cross_entropy", "cpu", torch.float32, **TINY)
+    with emulator.multiprocessors(99):
+        setting.check(op)
+
+
+@pytest.mark.parametrize("name", ["conv4", "wide"])
+def test_a_convolution_and_its_norm_in_float32(name):
+    Setting(name, "cross_entropy", "cpu", torch.float32, steps=1, **TINY).check("gradient")
+
+
+def test_every_launch_of_a_program_of_images_is_checked():
+    args = Setting("fused", "cross_entropy", "cpu", steps=1, **TINY).arguments("meta_gradient")
+    with emulator.launches() as launches:
+        expected = COMPILED.meta_gradient(*args)
+    for after in range(0, len(launches), 5):
+        message = "^(task_program|(support|query)_y): too many resources requested"
+        with emulator.failing_launch(after), pytest.raises(RuntimeError, match=message):
+            COMPILED.meta_gradient(*args)
+    for a, e in zip(COMPILED.meta_gradient(*args), expected, strict=True):
+        assert torch.equal(a, e)
