@@ -155,8 +155,7 @@ class CpuThread {
   // Of one pair: the moments of what is still in the cache, where no threads share the work.
   void convolution_and_moments(const Convolution<value_t>& c) {
     const CpuConvolution<value_t> sum(c.shape, c.examples, shares_threads_);
-    const Images images{c.examples, c.shape.out_height(), c.shape.out_width(), c.shape.outputs};
-    const CpuImages<value_t> of(images, shares_threads_);
+    const CpuImages<value_t> of(c.outputs(), shares_threads_);
     sum.output(c.a[0].data, c.b[0].data, c.c.data, c.bias.data, false, scratch_,
                [&](const Interval& rows) {
                  if (!shares_threads_) {

@@ -82,6 +82,16 @@ struct Product {
   }
 };
 
+// Images, channels-last: [count, height, width, channels].
+struct Images {
+  int64_t count, height, width, channels;
+
+  FASTMETA_HOST_DEVICE int64_t positions() const { return count * height * width; }
+  FASTMETA_HOST_DEVICE int64_t place(int64_t image, int64_t h, int64_t w) const {
+    return ((image * height + h) * width + w) * channels;
+  }
+};
+
 // C (+)= bias [O] + the sum over pairs of a map of convolutions, of `examples` images. A pair is
 // (x, w), (dz, w) or (dz, x); C is z, dx or dw. Of z also column_moments() over the batch, where
 // wanted.
@@ -101,6 +111,9 @@ struct Convolution {
     b[pairs] = right;
     ++pairs;
   }
+  FASTMETA_HOST_DEVICE Images outputs() const {
+    return {examples, shape.out_height(), shape.out_width(), shape.outputs};
+  }
   // Elements of C.
   FASTMETA_HOST_DEVICE int64_t size() const {
     switch (to) {
@@ -112,16 +125,6 @@ struct Convolution {
         return shape.weight_size();
     }
     return 0;
-  }
-};
-
-// Images, channels-last: [count, height, width, channels].
-struct Images {
-  int64_t count, height, width, channels;
-
-  FASTMETA_HOST_DEVICE int64_t positions() const { return count * height * width; }
-  FASTMETA_HOST_DEVICE int64_t place(int64_t image, int64_t h, int64_t w) const {
-    return ((image * height + h) * width + w) * channels;
   }
 };
 

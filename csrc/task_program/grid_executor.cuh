@@ -99,18 +99,10 @@ class GridExecutor {
   void convolution(const Convolution<value_t>& c, const Finish& finish) {
     if (c.shape.is_depthwise()) {
       depthwise(c, finish);
-      return;
+    } else {
+      dense(c, finish);
     }
-    if (error_ != cudaSuccess) return;
-    const auto done = launch_convolution(c, tasks_, multiprocessors_, parts_, stream_);
-    error_ = done.error;
-    if (done.g.splits > 1) {
-      const bool to_weight = c.to == MapTo::kWeight;
-      map(c.size(), SumOfConvolution<value_t, Finish>{done.g, to_weight ? c.shape.channels : 1,
-                                                      to_weight ? c.shape.taps() : 1, finish});
-    } else if constexpr (!std::is_same_v<Finish, NoFinish>) {
-      map(c.size(), finish);
-    }
+    if (c.moments) column_moments(c.outputs(), true, c.c, c.moments);
   }
 
   template <typename F>
@@ -152,6 +144,20 @@ class GridExecutor {
     if (tiles < multiprocessors_) split_sums(g, tiles, multiprocessors_ * Tile::kBlocks, parts_);
     start(product_kernel<value_t, Tile, Finish>, tiles * g.splits, Tile::kThreads, g, finish);
     if (g.splits > 1) map(p.m * p.n, SumOfParts<value_t, Finish>{g, finish});
+  }
+
+  template <typename Finish>
+  void dense(const Convolution<value_t>& c, const Finish& finish) {
+    if (error_ != cudaSuccess) return;
+    const auto done = launch_convolution(c, tasks_, multiprocessors_, parts_, stream_);
+    error_ = done.error;
+    if (done.g.splits > 1) {
+      const bool to_weight = c.to == MapTo::kWeight;
+      map(c.size(), SumOfConvolution<value_t, Finish>{done.g, to_weight ? c.shape.channels : 1,
+                                                      to_weight ? c.shape.taps() : 1, finish});
+    } else if constexpr (!std::is_same_v<Finish, NoFinish>) {
+      map(c.size(), finish);
+    }
   }
 
   template <typename Finish>
