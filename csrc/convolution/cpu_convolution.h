@@ -106,6 +106,39 @@ class CpuConvolution {
     write_weights(total, adds, scale, scratch, dw);
   }
 
+  // The pieces of output() and weight(), for those who go through rows in an order of their own;
+  // `own` is memory of a kernel, `z` and `dz` may lack the other rows.
+
+  const value_t* packed(const value_t* w, value_t* room) const { return pack(sums_, w, room); }
+
+  void output_rows(const Interval& rows, const value_t* x, const value_t* packed, value_t* z,
+                   value_t* own) const {
+    for_each_block(rows, [&](const auto& kernel, const Interval& block) {
+      kernel.output(block, x, packed, z, false, own);
+    });
+  }
+  void weight_rows(const Interval& rows, const value_t* dz, const value_t* x, value_t* sum,
+                   bool adds, value_t* own) const {
+    for_each_block(rows, [&](const auto& kernel, const Interval& block) {
+      kernel.weight(block, dz, x, sum, adds || block.begin > rows.begin, own);
+    });
+  }
+  void write_weights(const value_t* packed, bool adds, value_t scale, value_t* room,
+                     value_t* dw) const {
+    const value_t* sum = packed;
+    if (!sums_.is_identity()) {
+      sums_.unpack(packed, room);
+      sum = room;
+    }
+    const Vec factor(scale);
+    if (adds) {
+      at::vec::map2<value_t>([factor](Vec d, Vec s) { return at::vec::fmadd(factor, s, d); }, dw,
+                             dw, sum, shape_.weight_size());
+    } else {
+      at::vec::map<value_t>([factor](Vec s) { return factor * s; }, dw, sum, shape_.weight_size());
+    }
+  }
+
  private:
   using Vec = at::vec::Vectorized<value_t>;
   static constexpr int64_t kBlocksOfSum = 4;
@@ -113,6 +146,15 @@ class CpuConvolution {
   template <typename F>
   static auto with_kernel(const ConvShape& shape, const F& f) {
     return shape.is_depthwise() ? f(CpuDepthwise<value_t>(shape)) : f(CpuDense<value_t>(shape));
+  }
+
+  template <typename Body>
+  void for_each_block(const Interval& rows, const Body& body) const {
+    with_kernel(shape_, [&](const auto& kernel) {
+      for (int64_t row = rows.begin; row < rows.end; row += kernel.block()) {
+        body(kernel, Interval{row, std::min(rows.end, row + kernel.block())});
+      }
+    });
   }
 
   int64_t rows() const { return examples_ * shape_.out_positions(); }
@@ -142,22 +184,6 @@ class CpuConvolution {
     if (weights.is_identity()) return w;
     weights.pack(w, packed);
     return packed;
-  }
-
-  void write_weights(const value_t* packed, bool adds, value_t scale, value_t* scratch,
-                     value_t* dw) const {
-    const value_t* sum = packed;
-    if (!sums_.is_identity()) {
-      sums_.unpack(packed, scratch);
-      sum = scratch;
-    }
-    const Vec factor(scale);
-    if (adds) {
-      at::vec::map2<value_t>([factor](Vec d, Vec s) { return at::vec::fmadd(factor, s, d); }, dw,
-                             dw, sum, shape_.weight_size());
-    } else {
-      at::vec::map<value_t>([factor](Vec s) { return factor * s; }, dw, sum, shape_.weight_size());
-    }
   }
 
   ConvShape shape_;

@@ -96,6 +96,7 @@ class BlockRecorder {
   using storage_t = InShared<value_t>;
   using Numbers = Array<storage_t>;
   static constexpr bool kCompilesEachActivation = false, kHasImages = false;
+  static constexpr bool kHasThinBlocks = false;
 
   explicit BlockRecorder(StepList<bytes>& list) : list_(list) {}
 

@@ -47,36 +47,33 @@ class CpuImages {
   template <typename F>
   void table(const F& f) const {
     const int64_t grain = kGrain / (images_.width * images_.channels);
-    in_parts(images_.count * images_.height, grain, [&](int64_t line) {
-      ImageCell<value_t, true> at{line / images_.height, line % images_.height, 0, 0, kWidth};
-      for (; at.w < images_.width; ++at.w) {
-        for_channels(0, images_.channels, at, [&](const auto& cell) { f(cell); });
+    in_parts(images_.count * images_.height, grain, [&](int64_t line) { table_line(line, f); });
+  }
+
+  // Of lines [first, last) of all images.
+  template <typename F>
+  void table_of_lines(int64_t first, int64_t last, const F& f) const {
+    for (int64_t line = first; line < last; ++line) table_line(line, f);
+  }
+
+  template <typename F>
+  void column_sums(bool whole_batch, const F& f, value_t* target) const {
+    const int64_t sets = whole_batch ? 1 : images_.count;
+    const int64_t lines = images_.count * images_.height / sets;
+    for_sets(sets, [&](int64_t set, int64_t begin, int64_t end) {
+      value_t* sums = target + set * 4 * images_.channels;
+      for (int64_t line = set * lines; line < (set + 1) * lines; ++line) {
+        join_line(line, begin, end, f, line > set * lines, sums);
       }
     });
   }
 
-  // A line's sums are added up before they join the others.
+  // Joins lines [first, last) to the sums of those before them, of the whole batch.
   template <typename F>
-  void column_sums(bool whole_batch, const F& f, value_t* target) const {
-    const int64_t sets = whole_batch ? 1 : images_.count;
-    const int64_t lines = images_.count * images_.height / sets, channels = images_.channels;
-    for_sets(sets, [&](int64_t set, int64_t begin, int64_t end) {
-      value_t* sums = target + set * 4 * channels;
-      for (int64_t line = set * lines; line < (set + 1) * lines; ++line) {
-        const bool is_first = line == set * lines;
-        const ImageCell<value_t, true> at{line / images_.height, line % images_.height, 0, 0,
-                                          kWidth};
-        for_channels(begin, end, at, [&](auto cell) {
-          value_t *first = sums + cell.channel, *second = first + channels;
-          const Two<Vec> sum = sum_of<Two<Vec>>(images_.width, [&](int64_t w) {
-            cell.w = w;
-            return f(cell);
-          });
-          cell.store(first, is_first ? sum.first : cell.load(first) + sum.first);
-          cell.store(second, is_first ? sum.second : cell.load(second) + sum.second);
-        });
-      }
-    });
+  void join_sums(int64_t first, int64_t last, const F& f, value_t* sums) const {
+    for (int64_t line = first; line < last; ++line) {
+      join_line(line, 0, images_.channels, f, line > 0, sums);
+    }
   }
 
   // In runs that stay in the L1 cache, so that the squares are of distances from a run's own mean;
@@ -99,6 +96,30 @@ class CpuImages {
   using Vec = at::vec::Vectorized<value_t>;
   static constexpr int kWidth = Vec::size();
   static constexpr int64_t kGrain = 32768, kRun = 64;
+
+  template <typename F>
+  void table_line(int64_t line, const F& f) const {
+    ImageCell<value_t, true> at{line / images_.height, line % images_.height, 0, 0, kWidth};
+    for (; at.w < images_.width; ++at.w) {
+      for_channels(0, images_.channels, at, [&](const auto& cell) { f(cell); });
+    }
+  }
+
+  // A line's sums are added up before they join the others.
+  template <typename F>
+  void join_line(int64_t line, int64_t begin, int64_t end, const F& f, bool adds,
+                 value_t* sums) const {
+    const ImageCell<value_t, true> at{line / images_.height, line % images_.height, 0, 0, kWidth};
+    for_channels(begin, end, at, [&](auto cell) {
+      const Two<Vec> sum = sum_of<Two<Vec>>(images_.width, [&](int64_t w) {
+        cell.w = w;
+        return f(cell);
+      });
+      value_t *first = sums + cell.channel, *second = first + images_.channels;
+      cell.store(first, adds ? cell.load(first) + sum.first : sum.first);
+      cell.store(second, adds ? cell.load(second) + sum.second : sum.second);
+    });
+  }
 
   // Of n numbers, four at a time: one after the other each would wait for the one before.
   template <typename Number, typename Get>

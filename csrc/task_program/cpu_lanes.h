@@ -43,6 +43,7 @@ class CpuLanes {
  public:
   using storage_t = at::vec::Vectorized<value_t>;
   static constexpr bool kCompilesEachActivation = true, kHasImages = false;
+  static constexpr bool kHasThinBlocks = false;
 
   template <typename F>
   void map(int64_t n, const F& f) {

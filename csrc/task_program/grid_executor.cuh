@@ -48,6 +48,7 @@ class GridExecutor {
  public:
   using storage_t = value_t;
   static constexpr bool kCompilesEachActivation = false, kHasImages = true;
+  static constexpr bool kHasThinBlocks = false;
 
   // Numbers that steps need for parts of sums.
   static int64_t part_numbers() {

@@ -329,7 +329,9 @@ void ParsedProgram::pair_norms() {
     if (k == 0 || i.op != Opcode::kNorm || i.groups != 0) continue;
     Instruction& previous = instructions_[k - 1];
     i.has_moments = previous.op == Opcode::kConvolution && previous.y == i.x;
-    if (i.has_moments) previous.normed = i.y;
+    if (!i.has_moments) continue;
+    previous.normed = i.y;
+    previous.only_normed = readers_[i.x] == 1 && i.max_pool;
   }
 }
 

@@ -26,7 +26,9 @@ class Passes {
   FASTMETA_HOST_DEVICE void forward() const {
     for (int k = 0; k < net_.program.instruction_count; ++k) {
       const Instruction& i = instruction(k);
-      if (is_bilinear(i)) {
+      if (with_thin_block(k, [](const auto& block) { block.forward(); })) {
+        ++k;
+      } else if (is_bilinear(i)) {
         const Instruction* next = i.with_next ? &instruction(++k) : nullptr;
         with_bilinear(i, [&](const auto& layer) {
           with_finish(
@@ -72,7 +74,9 @@ class Passes {
     for (int k = net_.program.instruction_count - 1; k >= 0; --k) {
       const Instruction& i = instruction(k);
       if (!net_.delta(i.y)) continue;
-      if (is_bilinear(i)) {
+      if (with_thin_block(k - 1, [&](const auto& b) { b.backward(grads, adds, update); })) {
+        --k;
+      } else if (is_bilinear(i)) {
         const bool paired = i.with_previous && net_.delta(instruction(k - 1).x);
         const Instruction* previous = paired ? &instruction(--k) : nullptr;
         with_bilinear(i, [&](const auto& layer) {
@@ -99,7 +103,9 @@ class Passes {
     for (int k = 0; k < net_.program.instruction_count; ++k) {
       const Instruction& i = instruction(k);
       if (!net_.value_dot(i.y)) continue;
-      if (is_bilinear(i)) {
+      if (with_thin_block(k, [](const auto& block) { block.tangent_forward(); })) {
+        ++k;
+      } else if (is_bilinear(i)) {
         const Instruction* next = i.with_next ? &instruction(++k) : nullptr;
         with_bilinear(i, [&](const auto& layer) {
           with_finish(
@@ -128,7 +134,9 @@ class Passes {
     for (int k = net_.program.instruction_count - 1; k >= 0; --k) {
       const Instruction& i = instruction(k);
       if (!net_.delta_dot(i.y)) continue;
-      if (is_bilinear(i)) {
+      if (with_thin_block(k - 1, [&](const auto& b) { b.tangent_backward(target, into); })) {
+        --k;
+      } else if (is_bilinear(i)) {
         const bool paired = i.with_previous && net_.delta_dot(instruction(k - 1).x);
         const Instruction* previous = paired ? &instruction(--k) : nullptr;
         with_bilinear(i, [&](const auto& layer) {
@@ -173,6 +181,20 @@ class Passes {
     if constexpr (Executor::kHasImages) {
       if (i.op == Opcode::kConvolution) fn(BilinearLayer<storage_t, ConvolutionMaps>{net_, i});
     }
+  }
+  // fn(block) where the executor does instruction k and the next one together; whether it does.
+  template <typename Fn>
+  FASTMETA_HOST_DEVICE bool with_thin_block([[maybe_unused]] int k,
+                                            [[maybe_unused]] const Fn& fn) const {
+    if constexpr (Executor::kHasThinBlocks) {
+      if (k < 0 || k + 1 >= net_.program.instruction_count) return false;
+      const Instruction& i = instruction(k);
+      const bool passes_on = net_.delta(i.x) || net_.delta_dot(i.x) || net_.info(i.x).adapts;
+      if (!exec_.fuses(i) || passes_on) return false;
+      fn(exec_.thin_block(net_, i, instruction(k + 1)));
+      return true;
+    }
+    return false;
   }
   // run(finish) with the activation that is done with a layer, made(f) where there is one.
   template <typename Made, typename Run>

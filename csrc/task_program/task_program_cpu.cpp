@@ -70,14 +70,15 @@ void run(const Job& job) {
   const int64_t groups = ceil_div(job.tasks, Worker::kLanes);
   const int64_t threads = at::get_num_threads();
   const int64_t workers = groups < threads ? 1 : threads;
-  const int64_t bytes = ceil_div(Worker::bytes(job, workers == 1), 64) * 64;
+  const bool shares_threads = workers < threads;
+  const int64_t bytes = ceil_div(Worker::bytes(job, shares_threads), 64) * 64;
   const auto memory = workspace(bytes * workers);
   auto* base = static_cast<char*>(memory.mutable_data_ptr());
   std::vector<const value_t*> sums_theta(workers), sums_lr(workers);
   at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
     for (int64_t w = begin; w < end; ++w) {
-      Worker worker(job, base + w * bytes, workers == 1);
+      Worker worker(job, base + w * bytes, shares_threads);
       for (int64_t g = w * groups / workers; g < (w + 1) * groups / workers; ++g) {
         const int64_t first = g * Worker::kLanes;
         worker.run(first, std::min(Worker::kLanes, job.tasks - first));

@@ -325,7 +325,7 @@ struct NormLayer {
   FASTMETA_HOST_DEVICE void forward(Executor& exec) const {
     const auto l = arrays(false);
     if (!i.has_moments) exec.column_moments(l.in, l.whole_batch, l.x, l.statistics);
-    exec.rows(l.sets(), NormStatistics<storage_t>{l});
+    statistics(exec, l);
     with_form([&](auto form) { exec.table(l.out, NormForward<decltype(form), storage_t>{l}); });
   }
 
@@ -367,7 +367,8 @@ struct NormLayer {
     parameter_gradients(exec, l, l.sums_dot, target, into, NoUpdate{});
   }
 
- private:
+  // The parts of the passes.
+
   FASTMETA_HOST_DEVICE NormArrays<storage_t> arrays(bool tangents) const {
     const int64_t count = net.examples.count, channels = i.inputs;
     NormArrays<storage_t> l{};
@@ -404,15 +405,9 @@ struct NormLayer {
     return l;
   }
 
-  template <typename Fn>
-  FASTMETA_HOST_DEVICE void with_form(const Fn& fn) const {
-    if (i.max_pool) {
-      fn(NormForm<true, true>{});
-    } else if (i.relu) {
-      fn(NormForm<true, false>{});
-    } else {
-      fn(NormForm<false, false>{});
-    }
+  template <typename Executor>
+  FASTMETA_HOST_DEVICE void statistics(Executor& exec, const NormArrays<storage_t>& l) const {
+    exec.rows(l.sets(), NormStatistics<storage_t>{l});
   }
 
   template <typename Executor>
@@ -438,6 +433,18 @@ struct NormLayer {
     };
     add_up(i.weight, i.adds_to_weight, sums.from(i.inputs));
     add_up(i.bias, i.adds_to_bias, sums);
+  }
+
+ private:
+  template <typename Fn>
+  FASTMETA_HOST_DEVICE void with_form(const Fn& fn) const {
+    if (i.max_pool) {
+      fn(NormForm<true, true>{});
+    } else if (i.relu) {
+      fn(NormForm<true, false>{});
+    } else {
+      fn(NormForm<false, false>{});
+    }
   }
 };
 
