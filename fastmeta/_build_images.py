@@ -69,9 +69,12 @@ def _convolution(
     outputs, inputs = weight.shape[:2]
     if inputs * groups != channels or outputs % groups != 0:
         raise Refusal(f"it takes {inputs * groups} channels, and examples there have {channels}")
-    kernel, steps = _pair(tuple(weight.shape[2:]), dims), _pair(dilation, dims)
-    padded = _padding(padding, kernel, steps, dims)
-    windows = _Windows(image, kernel, _pair(stride, dims), padded, steps)
+    kernel, strides, steps = (
+        _pair(option, dims) for option in (tuple(weight.shape[2:]), stride, dilation)
+    )
+    if padding == "same" and strides != (1, 1):
+        raise Refusal("it pads to the same size, and has strides")
+    windows = _Windows(image, kernel, strides, _padding(padding, kernel, steps, dims), steps)
     name = "depthwise convolution" if groups > 1 else "convolution"
     return b.emit(
         Opcode.CONVOLUTION,

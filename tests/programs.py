@@ -149,6 +149,29 @@ class Heads(nn.Module):
         return self.end(torch.tanh(x)).view(x.size(0), 3)
 
 
+class TiedImages(nn.Module):
+    """One convolution and one norm called twice, pooled twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.norm = nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)
+        self.pool, self.head = nn.MaxPool2d(2, 1), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(torch.relu(self.norm(self.twice(x))))
+        x = self.pool(torch.relu(self.norm(self.twice(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def frozen_images() -> nn.Module:
+    """Some layers, and of some the weight or the bias, are not adapted."""
+    body = [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2)]
+    net = nn.Sequential(*body, nn.Conv2d(3, 3, 2), nn.GroupNorm(1, 3), nn.Conv2d(3, 3, 1))
+    for parameter in (*net[0].parameters(), net[1].weight, net[4].bias, net[5].bias):
+        parameter.requires_grad_(False)
+    return nn.Sequential(net, nn.Flatten())
+
+
 def convolution(*options: int, **more) -> Callable[[], nn.Module]:
     """A convolution, tanh and a linear layer with three outputs."""
 
@@ -207,6 +230,8 @@ IMAGES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "sequences": (sequences, (2, 21)),
     "residual_images": (ResidualImages, (2, 3, 4)),
+    "tied_images": (TiedImages, (2, 4, 5)),
+    "frozen_images": (frozen_images, (2, 6, 6)),
     "heads": (Heads, (2, 3, 3)),
     "conv4": (lambda: fm.models.Conv4(3, 3, 1, 16), (1, 16, 16)),
     "conv4_of_colours": (lambda: fm.models.Conv4(2, 3, 3, 35), (3, 35, 35)),

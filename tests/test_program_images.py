@@ -183,6 +183,18 @@ def test_feature_maps_are_outputs_as_the_module_gives_them(backend):
     compare(pair, Tasks(*data, *data))
 
 
+def test_a_gradient_taken_again_sees_what_changed(backend):
+    maml, tasks = fm.MAML(build("conv4"), 0.1, 2, engine="program"), tasks_for("conv4")
+    functional = fm.MAML(maml.module, 0.1, 2, engine="functional")
+    for _ in range(4):
+        actual, expected = (learner.meta_gradient(*tasks) for learner in (maml, functional))
+        assert_equal(expected[:3], actual[:3])
+        maml.module(tasks.support_x[0])  # moves running statistics
+        with torch.no_grad():
+            for parameter in maml.module.parameters():
+                parameter *= 1.1
+
+
 def test_explain_names_the_layers_without_a_batch(backend):
     text = fm.MAML(fm.models.Conv4(4), engine="program").explain()
     start = "Task program, one call for all steps: convolution 1 to 4, 3x3, batch norm 4, relu, max"

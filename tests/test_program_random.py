@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -70,17 +71,20 @@ class RandomNetwork(nn.Module):
         return self.head(values[-1].flatten(1))
 
 
-@pytest.mark.parametrize("seed", range(24))
-def test_random_programs(seed, device):
-    choices = random.Random(seed)
-    torch.manual_seed(seed)
-    net = RandomNetwork(choices).double()
+def check_random_tasks(
+    net: nn.Module,
+    choices: random.Random,
+    task_counts: Sequence[int],
+    supports: Sequence[int],
+    queries: Sequence[int],
+) -> None:
+    """Every op on random tasks of a network with a ``shape``, with random options."""
     loss = choices.choice(list(LOSSES))
-    raw = Raw.of(net.to(device), LOSSES[loss], net.shape)
-    tasks, steps = choices.choice((1, 3, 10, 20)), choices.choice((1, 2, 3))
+    raw = Raw.of(net, LOSSES[loss], net.shape)
+    tasks, steps = choices.choice(task_counts), choices.choice((1, 2, 3))
 
     def numbers(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64).to(device)
+        return torch.randn(shape, dtype=torch.float64).to(raw.theta)
 
     def examples(count: int) -> tuple[Tensor, Tensor]:
         y = numbers(tasks, count, 3).sigmoid()
@@ -89,7 +93,7 @@ def test_random_programs(seed, device):
             y[:, 0] = 0  # one that no loss ignores
         return numbers(tasks, count, *net.shape), y
 
-    support, query = examples(choices.choice((1, 5, 17))), examples(choices.choice((1, 10)))
+    support, query = examples(choices.choice(supports)), examples(choices.choice(queries))
     rows, columns = choices.choice((1, tasks)), choices.choice((1, raw.theta.numel()))
     lr = 0.05 * numbers(choices.choice((1, steps)), rows, columns)
     if choices.random() > 0.5:
@@ -111,3 +115,11 @@ def test_random_programs(seed, device):
     }
     for op in NAMES:
         check(op, *raw, *arguments[op])
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_programs(seed, device):
+    choices = random.Random(seed)
+    torch.manual_seed(seed)
+    net = RandomNetwork(choices).to(device, torch.float64)
+    check_random_tasks(net, choices, (1, 3, 10, 20), (1, 5, 17), (1, 10))
