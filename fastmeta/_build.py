@@ -16,6 +16,7 @@ from fastmeta import _build_images as images
 from fastmeta._builder import (
     BatchSize,
     Builder,
+    Handler,
     Handlers,
     Shape,
     Value,
@@ -194,7 +195,7 @@ def _item(b: Builder, input: Any, index: Any) -> Any:
 
 
 # Exactly these types: a subclass may do something else.
-_LAYERS = {
+_LAYERS: dict[type[nn.Module], Handler] = {
     nn.Linear: from_layer(_linear, "weight", "bias"),
     nn.ReLU: from_layer(_relu, "inplace"),
     nn.LeakyReLU: from_layer(_leaky_relu, "negative_slope", "inplace"),
@@ -210,7 +211,7 @@ _LAYERS = {
     nn.Identity: from_layer(_identity),
     **images.LAYERS,
 }
-_FUNCTIONS = {
+_FUNCTIONS: dict[Any, Handler] = {
     F.linear: _linear,
     F.relu: _relu,
     torch.relu: _relu,
@@ -233,7 +234,7 @@ _FUNCTIONS = {
     getattr: _getattr,
     **images.FUNCTIONS,
 }
-_METHODS = {
+_METHODS: dict[str, Handler] = {
     "relu": _relu,
     "relu_": partial(_relu, inplace=True),
     "tanh": _tanh,

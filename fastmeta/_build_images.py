@@ -246,7 +246,8 @@ def mean(b: Builder, input: Any, dim: Any = None, keepdim: bool = False) -> Valu
         raise Refusal(f"dimensions {dim} of {ndim} are not positions of images")
     x, channels, image = _image(b, x, ndim - 2)
     # The last dimension is the width.
-    kernel = tuple(n if i + ndim - 2 in dims else 1 for i, n in enumerate(image))
+    height, width = (n if i + ndim - 2 in dims else 1 for i, n in enumerate(image))
+    kernel = height, width
     windows = _Windows(image, kernel, kernel)
     kept = channels, *windows.outputs()[4 - ndim :]
     shape = tuple(n for d, n in enumerate(kept, 1) if keepdim or d not in dims)
