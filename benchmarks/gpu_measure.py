@@ -31,6 +31,7 @@ class Sizes:
     updates: tuple[tuple[int, int], ...] = ((32, 112_261), (1, 100_000_000))
     support: tuple[int, int, int, int] = (256, 100, 20, 1600)  # T, S, N, D of prototypes
     pairs: tuple[int, int, int, int] = (8, 4096, 4096, 512)  # T, Q, N, D of pairwise_distance
+    images: tuple[int, int, int, int] = (32, 75, 64, 14)  # T, B, C, H = W of task_conv2d
     programs: tuple[Workload, ...] = tuple(
         WORKLOADS[name] for name in ("sin1", "sin5", "omni_mlp", "hvp_mlp_t1")
     )

@@ -192,6 +192,31 @@ def distances(sizes: Sizes) -> Iterator[Measure]:
         )
 
 
+def convolutions(sizes: Sizes) -> Iterator[Measure]:
+    """A layer of Conv4-64, 3 x 3 with padding 1."""
+    t, b, channels, size = sizes.images
+
+    def draw(generator: torch.Generator) -> Inputs:
+        shapes = (t, b, channels, size, size), (t, channels, channels, 3, 3)
+        x, w = (torch.randn(s, generator=generator, device=generator.device) for s in shapes)
+        return x, w / (9 * channels) ** 0.5
+
+    def value(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return fm.task_conv2d(x, weight, padding=1)
+
+    for what, ours, products in (
+        ("forward", alone(value), 1),
+        ("forward + backward", differentiated(value, 0, 1), 3),
+    ):
+        contenders = {OURS: ours, "torch backend": in_torch(ours)}
+        name = f"T = {t}, B = {b}, {channels} channels, {size} x {size}"
+        yield Measure(
+            *("task_conv2d", name, what, torch.float32, contenders, draw, sizes.rounds),
+            calls=2,
+            flops=2 * products * t * b * 9 * channels**2 * size**2,
+        )
+
+
 def all_measures(sizes: Sizes) -> Iterator[Measure]:
     """What has a target first."""
     yield from small_losses(sizes)
@@ -200,3 +225,4 @@ def all_measures(sizes: Sizes) -> Iterator[Measure]:
     yield from big_losses(sizes)
     yield from means(sizes)
     yield from distances(sizes)
+    yield from convolutions(sizes)
