@@ -23,11 +23,12 @@ __device__ inline Tf32 to_tf32(float x) {
   return bits;
 }
 
-__device__ inline void multiply_add(float (&d)[4], const Tf32 (&a)[4], const Tf32 (&b)[2]) {
+__device__ inline void multiply_add(float& d0, float& d1, float& d2, float& d3, const Tf32 (&a)[4],
+                                    const Tf32 (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
@@ -39,7 +40,8 @@ __device__ inline Tf32 to_tf32(float x) {
   return std::isfinite(x) ? (bits + kHalf) & ~kDropped : bits;
 }
 
-__device__ inline void multiply_add(float (&d)[4], const Tf32 (&a)[4], const Tf32 (&b)[2]) {
+__device__ inline void multiply_add(float& d0, float& d1, float& d2, float& d3, const Tf32 (&a)[4],
+                                    const Tf32 (&b)[2]) {
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   for (int k = 0; k < 8; ++k) {
     float row[2], column[2];
@@ -49,7 +51,10 @@ __device__ inline void multiply_add(float (&d)[4], const Tf32 (&a)[4], const Tf3
       row[half] = std::bit_cast<float>(left);
       column[half] = std::bit_cast<float>(right);
     }
-    for (int i = 0; i < 4; ++i) d[i] += row[i / 2] * column[i % 2];
+    d0 += row[0] * column[0];
+    d1 += row[0] * column[1];
+    d2 += row[1] * column[0];
+    d3 += row[1] * column[1];
   }
 }
 

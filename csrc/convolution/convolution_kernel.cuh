@@ -2,11 +2,13 @@
 //
 // As in task_program/grid_product.cuh a block owns a tile of a task's C and all of the sum or a
 // split, a thread 4 x 4, 8 x 4 or 8 x 8 sums; both pairs go into the same sums. No array of patches
-// is in global memory, where it would be taps times as large as the images. IEEE float32.
+// is in global memory, where it would be taps times as large as the images. float32 is IEEE's, or
+// TF32 in tensor cores where that is allowed.
 #pragma once
 
 #include "convolution/launch.cuh"
 #include "convolution/patches.cuh"
+#include "convolution/tensor_sums.cuh"
 
 namespace fastmeta {
 
@@ -18,26 +20,29 @@ using LargeWeightTile = ProductTile<64, 128, 8, 8, 8, 3>;
 using ShortWeightTile = ProductTile<32, 128, 8, 4, 8, 2>;   // of few outputs
 using NarrowWeightTile = ProductTile<64, 32, 16, 4, 4, 4>;  // of few channels
 using SmallWeightTile = SmallProduct;
+template <typename T>  // tensor cores are done with a slice sooner
+using DeepTile = ProductTile<T::kRows, T::kColumns, 16, T::kM, T::kN, T::kBlocks>;
 
 template <typename value_t>
 struct GridConvolution {
   GridProduct<value_t> g;
   ConvSizes sizes;
-  bool wide;  // kPatchPack channels can be read at once
+  bool wide;               // kPatchPack channels can be read at once
+  Array<value_t> moments;  // [row tiles, 2, n], where wanted
 };
 
-template <MapTo to, typename Tile, typename value_t>
-__device__ ThreadSums<value_t, Tile> convolution_sums(const GridConvolution<value_t>& c,
-                                                      const ProductPlace<Tile>& place) {
+template <MapTo to, typename Sums, typename Tile, typename value_t>
+__device__ Sums convolution_sums(const GridConvolution<value_t>& c,
+                                 const ProductPlace<Tile>& place) {
   const auto& p = c.g.p;
   if constexpr (to == MapTo::kWeight) {
     OperandSlices<value_t, Tile::kRows, Tile::kDepth, Tile::kThreads> a(false, place.row, p.m, p.k);
     PatchColumns<value_t, Tile> b(c.sizes, c.wide, place.column, p.k);
-    return sums_of_slices<Tile>(c.g, place, a, b);
+    return sums_of_slices<Sums>(c.g, place, a, b);
   } else {
     PatchRows<value_t, to, Tile> a(c.sizes, c.wide, place.row, p.m);
     WeightColumns<value_t, to, Tile> b(c.sizes, place.column);
-    return sums_of_slices<Tile>(c.g, place, a, b);
+    return sums_of_slices<Sums>(c.g, place, a, b);
   }
 }
 
@@ -54,13 +59,47 @@ __device__ void store_weights(const ProductTarget<value_t>& target, const ConvSi
   }
 }
 
-template <MapTo to, typename value_t, typename Tile>
+// Of the sums of each column of the tile: first a thread's own, then those of the lanes that share
+// its columns.
+template <typename Tile, typename value_t, typename Sums>
+__device__ void store_moments(const GridConvolution<value_t>& c, const ProductPlace<Tile>& place,
+                              const Sums& sums) {
+  constexpr int kLanes = Tile::kRows / Tile::kM;
+  __shared__ ChannelMoments<value_t> lanes[kLanes][Tile::kColumns];
+  const auto& p = c.g.p;
+  value_t count = 0;
+#pragma unroll
+  for (int i = 0; i < Tile::kM; ++i) count += place.row + Sums::row(i) < p.m ? 1 : 0;
+#pragma unroll
+  for (int j = 0; j < Tile::kN; ++j) {
+    ChannelMoments<value_t> own{0, 0, count};
+#pragma unroll
+    for (int i = 0; i < Tile::kM; ++i) own.first += sums.sum[i][j];  // 0 past the end
+    own.first /= count > 0 ? count : value_t(1);
+#pragma unroll
+    for (int i = 0; i < Tile::kM; ++i) {
+      const value_t distance = sums.sum[i][j] - own.first;
+      own.second += place.row + Sums::row(i) < p.m ? distance * distance : value_t(0);
+    }
+    lanes[Sums::row_lane()][Sums::column(j)] = own;
+  }
+  __syncthreads();
+  const int64_t column = place.column + threadIdx.x;
+  if (threadIdx.x >= Tile::kColumns || column >= p.n) return;
+  ChannelMoments<value_t> moments = lanes[0][threadIdx.x];
+  for (int lane = 1; lane < kLanes; ++lane) moments.merge(lanes[lane][threadIdx.x]);
+  value_t* target = c.moments.data + place.task * c.moments.task_stride +
+                    place.row / Tile::kRows * 2 * p.n + column;
+  target[0] = moments.first;
+  target[p.n] = moments.second;
+}
+
+template <MapTo to, typename Sums, typename Tile, typename value_t>
 __global__ void __launch_bounds__(Tile::kThreads, sizeof(value_t) == 4 ? 3 : 2)
     convolution_kernel(GridConvolution<value_t> c) {
-  using Sums = ThreadSums<value_t, Tile>;
   const ProductPlace<Tile> place(c.g);
   const ProductTarget<value_t> target(c.g, place.task, place.split);
-  const Sums sums = convolution_sums<to>(c, place);
+  const Sums sums = convolution_sums<to, Sums>(c, place);
   const bool in_place = to == MapTo::kWeight && c.g.splits == 1;
 #pragma unroll
   for (int i = 0; i < Tile::kM; ++i) {
@@ -76,6 +115,9 @@ __global__ void __launch_bounds__(Tile::kThreads, sizeof(value_t) == 4 ? 3 : 2)
       }
     }
   }
+  if constexpr (to == MapTo::kOutput) {
+    if (c.moments) store_moments(c, place, sums);
+  }
 }
 
 // The host's side: which tile, and how the sums are shared.
@@ -83,12 +125,13 @@ template <typename value_t>
 class ConvolutionLauncher {
  public:
   ConvolutionLauncher(const Convolution<value_t>& c, int64_t tasks, int64_t multiprocessors,
-                      value_t* parts, cudaStream_t stream)
+                      value_t* parts, bool tf32, cudaStream_t stream)
       : c_(c),
         p_(product()),
         tasks_(tasks),
         multiprocessors_(multiprocessors),
         parts_(parts),
+        tf32_(tf32),
         stream_(stream) {}
 
   LaunchedConvolution<value_t> run() const {
@@ -153,13 +196,25 @@ class ConvolutionLauncher {
 
   template <MapTo to, typename Tile>
   LaunchedConvolution<value_t> in() const {
+    if constexpr (std::is_same_v<value_t, float>) {
+      if (tf32_) return by<to, TensorSums<DeepTile<Tile>>, DeepTile<Tile>>();
+    }
+    return by<to, ThreadSums<value_t, Tile>, Tile>();
+  }
+
+  template <MapTo to, typename Sums, typename Tile>
+  LaunchedConvolution<value_t> by() const {
     static_assert(Tile::kBlocks * Tile::kRows * Tile::kColumns <= kMostConvolutionParts);
-    GridConvolution<value_t> c{in_tiles<Tile>(p_), ConvSizes(c_.shape), is_wide()};
+    static_assert(Tile::kColumns <= Tile::kThreads);
+    GridConvolution<value_t> c{in_tiles<Tile>(p_), ConvSizes(c_.shape), is_wide(), {}};
     const int64_t tiles = tasks_ * c.g.row_tiles * c.g.column_tiles;
     split_sums(c.g, tiles, multiprocessors_ * Tile::kBlocks, parts_);
-    const auto error = launch(convolution_kernel<to, value_t, Tile>, tiles * c.g.splits,
+    const int64_t numbers = c.g.row_tiles * 2 * p_.n;
+    const bool fit = tasks_ * numbers <= multiprocessors_ * kMostConvolutionParts;
+    if (c_.moments && c.g.splits == 1 && !p_.into.adds && fit) c.moments = {parts_, numbers};
+    const auto error = launch(convolution_kernel<to, Sums, Tile, value_t>, tiles * c.g.splits,
                               Tile::kThreads, 0, stream_, c);
-    return {c.g, error};
+    return {c.g, c.moments, Tile::kRows, error};
   }
 
   // Of the images that patches are of.
@@ -178,14 +233,15 @@ class ConvolutionLauncher {
   Product<value_t> p_;
   int64_t tasks_, multiprocessors_;
   value_t* parts_;
+  bool tf32_;
   cudaStream_t stream_;
 };
 
 template <typename value_t>
 LaunchedConvolution<value_t> launch_convolution(const Convolution<value_t>& c, int64_t tasks,
-                                                int64_t multiprocessors, value_t* parts,
+                                                int64_t multiprocessors, value_t* parts, bool tf32,
                                                 cudaStream_t stream) {
-  return ConvolutionLauncher<value_t>(c, tasks, multiprocessors, parts, stream).run();
+  return ConvolutionLauncher<value_t>(c, tasks, multiprocessors, parts, tf32, stream).run();
 }
 
 }  // namespace fastmeta

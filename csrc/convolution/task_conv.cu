@@ -10,11 +10,12 @@ Array<value_t> numbers(const Array<void>& a) {
 }
 
 template <typename value_t>
-int launch_as(const Convolution<void>& c, int64_t tasks, void* workspace, cudaStream_t stream) {
+int launch_as(const Convolution<void>& c, int64_t tasks, bool tf32, void* workspace,
+              cudaStream_t stream) {
   Convolution<value_t> typed{c.shape, c.to, c.examples, numbers<value_t>(c.c)};
   typed.bias = numbers<value_t>(c.bias);
   typed.add(numbers<value_t>(c.a[0]), numbers<value_t>(c.b[0]));
-  GridExecutor<value_t> executor(tasks, static_cast<value_t*>(workspace), stream);
+  GridExecutor<value_t> executor(tasks, static_cast<value_t*>(workspace), stream, tf32);
   executor.convolution(typed, NoFinish{});
   return executor.error();
 }
@@ -26,11 +27,11 @@ int64_t task_conv_workspace(Dtype dtype) {
   return number * GridExecutor<float>::part_numbers();
 }
 
-int launch_task_conv(Dtype dtype, const Convolution<void>& c, int64_t tasks, void* workspace,
-                     void* stream) {
+int launch_task_conv(Dtype dtype, const Convolution<void>& c, int64_t tasks, bool tf32,
+                     void* workspace, void* stream) {
   auto* on = static_cast<cudaStream_t>(stream);
-  return dtype == Dtype::kFloat ? launch_as<float>(c, tasks, workspace, on)
-                                : launch_as<double>(c, tasks, workspace, on);
+  return dtype == Dtype::kFloat ? launch_as<float>(c, tasks, tf32, workspace, on)
+                                : launch_as<double>(c, tasks, tf32, workspace, on);
 }
 
 }  // namespace fastmeta

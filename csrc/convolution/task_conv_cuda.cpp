@@ -1,4 +1,6 @@
-// CUDA implementation of convolution: calls to the launcher.
+// CUDA implementation of convolution: calls to the launcher. float32 is TF32 where PyTorch's setting
+// for convolutions, torch.backends.cudnn.allow_tf32, allows it.
+#include <ATen/Context.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
@@ -24,7 +26,8 @@ struct OnCuda {
   static void run(const TaskConvCall& call, const at::Tensor& like) {
     const c10::cuda::CUDAGuard guard(like.device());
     const auto workspace = scratch(task_conv_workspace(call.dtype), like);
-    check_launch(launch_task_conv(call.dtype, convolution(call), call.tasks,
+    const bool tf32 = at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
+    check_launch(launch_task_conv(call.dtype, convolution(call), call.tasks, tf32,
                                   workspace.mutable_data_ptr(), current_stream()),
                  "task_conv2d");
   }

@@ -27,7 +27,8 @@ struct GlobalCell {
 template <typename value_t>
 struct GlobalImageCell {
   using number_t = value_t;
-  int64_t task, image, h, w, channel;
+  int64_t task, channel;
+  int image, h, w;
 
   __device__ value_t load(const Array<value_t>& a, int64_t begin) const {
     return a.data[task * a.task_stride + begin + channel];

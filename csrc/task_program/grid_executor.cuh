@@ -56,8 +56,13 @@ class GridExecutor {
            std::max({kMostPartsOfMultiprocessor, kMostConvolutionParts, kMostImageParts});
   }
 
-  GridExecutor(int64_t tasks, value_t* parts, cudaStream_t stream)
-      : tasks_(tasks), multiprocessors_(multiprocessors()), parts_(parts), stream_(stream) {}
+  // tf32: whether convolutions may round their operands to 10 bits of mantissa.
+  GridExecutor(int64_t tasks, value_t* parts, cudaStream_t stream, bool tf32 = false)
+      : tasks_(tasks),
+        multiprocessors_(multiprocessors()),
+        parts_(parts),
+        stream_(stream),
+        tf32_(tf32) {}
 
   // Of the first launch that failed; none follow it.
   cudaError_t error() const { return error_; }
@@ -98,16 +103,13 @@ class GridExecutor {
 
   template <typename Finish>
   void convolution(const Convolution<value_t>& c, const Finish& finish) {
-    if (c.shape.is_depthwise()) {
-      depthwise(c, finish);
-    } else {
-      dense(c, finish);
-    }
-    if (c.moments) column_moments(c.outputs(), true, c.c, c.moments);
+    const bool has_moments = c.shape.is_depthwise() ? depthwise(c, finish) : dense(c, finish);
+    if (c.moments && !has_moments) column_moments(c.outputs(), true, c.c, c.moments);
   }
 
   template <typename F>
   void table(const Images& images, const F& f) {
+    if (!holds(images)) return;
     ImageGrid g(images, true);
     g.split_into(std::min(positions_of_block(g), kTablePositions * g.rows()));
     start(table_kernel<value_t, F>, g.blocks(tasks_), kImageThreads, g, f);
@@ -147,28 +149,37 @@ class GridExecutor {
     if (g.splits > 1) map(p.m * p.n, SumOfParts<value_t, Finish>{g, finish});
   }
 
-  template <typename Finish>
-  void dense(const Convolution<value_t>& c, const Finish& finish) {
-    if (error_ != cudaSuccess) return;
-    const auto done = launch_convolution(c, tasks_, multiprocessors_, parts_, stream_);
-    error_ = done.error;
-    if (done.g.splits > 1) {
-      const bool to_weight = c.to == MapTo::kWeight;
-      map(c.size(), SumOfConvolution<value_t, Finish>{done.g, to_weight ? c.shape.channels : 1,
-                                                      to_weight ? c.shape.taps() : 1, finish});
-    } else if constexpr (!std::is_same_v<Finish, NoFinish>) {
-      map(c.size(), finish);
-    }
+  bool holds(const Images& images) {
+    if (error_ == cudaSuccess && !ImageGrid::has(images)) error_ = cudaErrorInvalidValue;
+    return error_ == cudaSuccess;
   }
 
+  // These return whether they have made the moments.
   template <typename Finish>
-  void depthwise(const Convolution<value_t>& c, const Finish& finish) {
+  bool depthwise(const Convolution<value_t>& c, const Finish& finish) {
     const int64_t height = c.shape.out_height(), width = c.shape.out_width();
     if (c.to == MapTo::kWeight) {
       rows(c.size(), DepthwiseWeight<value_t, Finish>{c, height, width, finish});
     } else {
       map(c.size(), DepthwiseImage<value_t, Finish>{c, height, width, finish});
     }
+    return false;
+  }
+
+  template <typename Finish>
+  bool dense(const Convolution<value_t>& c, const Finish& finish) {
+    if (error_ != cudaSuccess) return false;
+    const auto done = launch_convolution(c, tasks_, multiprocessors_, parts_, tf32_, stream_);
+    error_ = done.error;
+    if (done.g.splits > 1) {
+      const bool to_weight = c.to == MapTo::kWeight;
+      map(c.size(), SumOfConvolution<value_t, Finish>{done.g, to_weight ? c.shape.channels : 1,
+                                                      to_weight ? c.shape.taps() : 1, finish});
+      return false;
+    }
+    if (done.moments) rows(done.g.p.n, MomentsOfTiles<value_t>{done, c.moments});
+    if constexpr (!std::is_same_v<Finish, NoFinish>) map(c.size(), finish);
+    return static_cast<bool>(done.moments);
   }
 
   // So many that every multiprocessor has enough blocks, where sets are large enough.
@@ -179,6 +190,7 @@ class GridExecutor {
 
   template <typename Sums, typename F>
   void columns(const Images& images, bool whole_batch, const F& f, const Array<value_t>& target) {
+    if (!holds(images)) return;
     ImageGrid g(images, whole_batch);
     g.split_into(std::max(positions_of_block(g), kSplitPositions * g.rows()));
     const bool in_parts = g.splits > 1;
@@ -192,6 +204,7 @@ class GridExecutor {
   int64_t tasks_, multiprocessors_;
   value_t* parts_;
   cudaStream_t stream_;
+  bool tf32_;
   cudaError_t error_ = cudaSuccess;
 };
 

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "common/ceil_div.h"
 #include "common/launch.cuh"
@@ -21,32 +22,38 @@ inline constexpr int64_t kImageBlocks = 8;  // that a multiprocessor has at once
 inline constexpr int64_t kMostImageParts =
     kImageBlocks * 2 * kWarp;  // numbers, of a multiprocessor
 
-// Which blocks have which positions.
+// Which blocks have which positions; int, of which division takes no call.
 struct ImageGrid {
   Images images;
-  int64_t sets, set_positions;
-  int64_t splits, split_positions;
-  int64_t column_blocks;
-  int width_log2;  // channels of a block
+  int height, width, sets, set_positions, splits, split_positions, column_blocks;
+  int columns_log2;  // channels of a block
 
-  FASTMETA_HOST_DEVICE int width() const { return 1 << width_log2; }
-  FASTMETA_HOST_DEVICE int rows() const { return kImageThreads >> width_log2; }
+  FASTMETA_HOST_DEVICE int columns() const { return 1 << columns_log2; }
+  FASTMETA_HOST_DEVICE int rows() const { return kImageThreads >> columns_log2; }
 
   ImageGrid(const Images& i, bool whole_batch)
       : images(i),
-        sets(whole_batch ? 1 : i.count),
-        set_positions(whole_batch ? i.positions() : i.height * i.width),
+        height(static_cast<int>(i.height)),
+        width(static_cast<int>(i.width)),
+        sets(whole_batch ? 1 : static_cast<int>(i.count)),
+        set_positions(static_cast<int>(whole_batch ? i.positions() : i.height * i.width)),
         splits(1),
         split_positions(set_positions),
-        width_log2(0) {
-    while (width() < kWarp && width() < i.channels) ++width_log2;
-    column_blocks = ceil_div(i.channels, width());
+        columns_log2(0) {
+    while (columns() < kWarp && columns() < i.channels) ++columns_log2;
+    column_blocks = static_cast<int>(ceil_div(i.channels, columns()));
+  }
+
+  // Of a task.
+  static bool has(const Images& i) {
+    return i.positions() <= std::numeric_limits<int>::max() - kImageThreads;
   }
 
   // Splits of `positions` and more, rounded up so that a block's rows have as many.
   void split_into(int64_t positions) {
-    split_positions = ceil_div(std::max<int64_t>(1, positions), rows()) * rows();
-    splits = std::max<int64_t>(1, ceil_div(set_positions, split_positions));
+    const int64_t all = ceil_div(std::max<int64_t>(1, positions), rows()) * rows();
+    split_positions = static_cast<int>(all);
+    splits = static_cast<int>(std::max<int64_t>(1, ceil_div(set_positions, all)));
   }
   int64_t blocks(int64_t tasks) const { return tasks * sets * splits * column_blocks; }
 };
@@ -55,34 +62,33 @@ struct ImageGrid {
 template <typename value_t>
 struct ImagePlace {
   GlobalImageCell<value_t> at;
-  int64_t set, split, left;  // left: positions, negative or 0 if none
+  int set, split, left;  // left: positions, negative or 0 if none
 
   __device__ explicit ImagePlace(const ImageGrid& g) {
-    int64_t block = blockIdx.x;
-    const int64_t columns = block % g.column_blocks * g.width();
+    const int row = threadIdx.x / g.columns(), column = threadIdx.x % g.columns();
+    int block = static_cast<int>(blockIdx.x);
+    at.channel = block % g.column_blocks * g.columns() + column;
     block /= g.column_blocks;
     split = block % g.splits;
     block /= g.splits;
     set = block % g.sets;
     at.task = block / g.sets;
-    at.channel = columns + threadIdx.x % g.width();
-    const int64_t first = split * g.split_positions + threadIdx.x / g.width();
-    const int64_t end = (split + 1) * g.split_positions;
-    const int64_t position = set * g.set_positions + first;
-    left = (end < g.set_positions ? end : g.set_positions) - first;
+    const int rest = g.set_positions - split * g.split_positions;
+    left = (rest < g.split_positions ? rest : g.split_positions) - row;
     if (at.channel >= g.images.channels) left = 0;
-    const int64_t line = position / g.images.width;
-    at.w = position % g.images.width;
-    at.h = line % g.images.height;
-    at.image = line / g.images.height;
+    const int position = set * g.set_positions + split * g.split_positions + row;
+    const int line = position / g.width;
+    at.w = position % g.width;
+    at.h = line % g.height;
+    at.image = line / g.height;
   }
 
   __device__ void advance(const ImageGrid& g) {
     left -= g.rows();
     at.w += g.rows();
-    while (at.w >= g.images.width) {
-      at.w -= g.images.width;
-      if (++at.h < g.images.height) continue;
+    while (at.w >= g.width) {
+      at.w -= g.width;
+      if (++at.h < g.height) continue;
       at.h = 0;
       ++at.image;
     }
@@ -185,13 +191,13 @@ __global__ void __launch_bounds__(kImageThreads)
   ImagePlace<value_t> place(g);
   Sums sums = Sums::over(place, g, f);
   const int thread = threadIdx.x;
-  for (int others = kImageThreads / 2; others >= g.width(); others /= 2) {
+  for (int others = kImageThreads / 2; others >= g.columns(); others /= 2) {
     if (thread >= others && thread < 2 * others) rows[thread] = sums;
     __syncthreads();
     if (thread < others) sums.merge(rows[thread + others]);
   }
-  if (thread >= g.width() || place.at.channel >= g.images.channels) return;
-  const int64_t begin = (place.set * g.splits + place.split) * stride;
+  if (thread >= g.columns() || place.at.channel >= g.images.channels) return;
+  const int64_t begin = (int64_t(place.set) * g.splits + place.split) * stride;
   place.at.store(target, begin, sums.first);
   place.at.store(target, begin + g.images.channels, sums.second);
 }
@@ -210,7 +216,7 @@ struct SumOfImageParts {
     Sums sums{};
     for (int64_t s = 0; s < g.splits; ++s) {
       const int64_t begin = (set * g.splits + s) * 2 * channels;
-      const int64_t rest = g.set_positions - s * g.split_positions;
+      const int64_t rest = g.set_positions - s * int64_t(g.split_positions);
       sums.merge(Sums::of(rest < g.split_positions ? rest : g.split_positions,
                           at.load(parts, begin), at.load(parts, begin + channels)));
     }

@@ -121,6 +121,9 @@ struct ThreadSums {
            j / kGroup * (Tile::kColumns / kColumnGroups) + j % kGroup;
   }
 
+  // Which of the threads with the same columns.
+  static __device__ int row_lane() { return threadIdx.x / Tile::kLaneColumns; }
+
   // Sums j and those after it of row i.
   __device__ Numbers group(int i, int j) const {
     Numbers numbers;
@@ -168,10 +171,9 @@ struct ProductPlace {
 };
 
 // The sums of the block's tile, from the slices of its split of operands a and b.
-template <typename Tile, typename value_t, typename Left, typename Right>
-__device__ ThreadSums<value_t, Tile> sums_of_slices(const GridProduct<value_t>& g,
-                                                    const ProductPlace<Tile>& place, Left& a,
-                                                    Right& b) {
+template <typename Sums, typename Tile, typename value_t, typename Left, typename Right>
+__device__ Sums sums_of_slices(const GridProduct<value_t>& g, const ProductPlace<Tile>& place,
+                               Left& a, Right& b) {
   __shared__ __align__(kAccessBytes) value_t slices[2][Tile::kDepth * Tile::kWidth];
   const auto& p = g.p;
   const int64_t of_pair = ceil_div(p.k, Tile::kDepth), all = of_pair * p.pairs;
@@ -186,7 +188,7 @@ __device__ ThreadSums<value_t, Tile> sums_of_slices(const GridProduct<value_t>& 
     a.store(slices[half], Tile::kWidth);
     b.store(slices[half] + Tile::kRows + Tile::kPad, Tile::kWidth);
   };
-  ThreadSums<value_t, Tile> sums;
+  Sums sums;
   int64_t slice = place.split * g.split_slices;
   const int64_t end = slice + g.split_slices < all ? slice + g.split_slices : all;
   if (slice < end) {
@@ -210,7 +212,7 @@ __device__ ThreadSums<value_t, Tile> tile_sums(const GridProduct<value_t>& g,
                                                                       place.row, p.m, p.k);
   OperandSlices<value_t, Tile::kColumns, Tile::kDepth, Tile::kThreads> b(p.form == Form::kNT,
                                                                          place.column, p.n, p.k);
-  return sums_of_slices<Tile>(g, place, a, b);
+  return sums_of_slices<ThreadSums<value_t, Tile>>(g, place, a, b);
 }
 
 // Where sums go: rows of n numbers.

@@ -60,10 +60,10 @@ int step_of_images(std::string_view step, int64_t tasks, const Images& images, b
 }
 
 // Arrays of tasks that follow one another: a, b, a2, b2 (pairs), then bias and the step size, null
-// where there is none, C, and half of C.
+// where there is none, C, half of C, and moments or null.
 template <typename value_t>
 int step_of_convolution(const ConvShape& shape, MapTo to, int64_t tasks, int64_t examples,
-                        bool adds, value_t* const* arrays, value_t* parts) {
+                        bool adds, bool tf32, value_t* const* arrays, value_t* parts) {
   const int64_t z = examples * shape.out_positions() * shape.outputs;
   const int64_t x = examples * shape.in_positions() * shape.channels, w = shape.weight_size();
   const int64_t a = to == MapTo::kOutput ? x : z, b = to == MapTo::kWeight ? x : w;
@@ -74,7 +74,8 @@ int step_of_convolution(const ConvShape& shape, MapTo to, int64_t tasks, int64_t
   if (arrays[5] != nullptr) c.into.step_size = {arrays[5], 1};
   c.add({arrays[0], a}, {arrays[1], b});
   if (arrays[2] != nullptr) c.add({arrays[2], a}, {arrays[3], b});
-  GridExecutor<value_t> executor(tasks, parts, nullptr);
+  if (arrays[8] != nullptr) c.moments = {arrays[8], 4 * shape.outputs};
+  GridExecutor<value_t> executor(tasks, parts, nullptr, tf32);
   executor.convolution(c, Halve<value_t>{c.c, {arrays[7], c.size()}});
   return executor.error();
 }
@@ -101,11 +102,11 @@ extern "C" int run_image_step(const char* step, bool is_float, int64_t tasks, co
 }
 
 extern "C" int run_convolution(int to, bool is_float, int64_t tasks, int64_t examples, bool adds,
-                               const int64_t* shape, void* const* arrays, void* parts) {
+                               bool tf32, const int64_t* shape, void* const* arrays, void* parts) {
   const auto run = [&]<typename value_t>(value_t*) {
-    value_t* typed[8];
-    for (int i = 0; i < 8; ++i) typed[i] = static_cast<value_t*>(arrays[i]);
-    return step_of_convolution(shape_of(shape), static_cast<MapTo>(to), tasks, examples, adds,
+    value_t* typed[9];
+    for (int i = 0; i < 9; ++i) typed[i] = static_cast<value_t*>(arrays[i]);
+    return step_of_convolution(shape_of(shape), static_cast<MapTo>(to), tasks, examples, adds, tf32,
                                typed, static_cast<value_t*>(parts));
   };
   return is_float ? run(static_cast<float*>(nullptr)) : run(static_cast<double*>(nullptr));

@@ -119,16 +119,25 @@ def test_sets_are_split_where_they_are_few(steps):
     assert launches_of == [1, 2]
 
 
-def convolve(steps, to: int, shape: Shape, tasks: int, adds: bool, arrays: list) -> None:
+def convolve(
+    steps,
+    to: int,
+    shape: Shape,
+    tasks: int,
+    adds: bool,
+    arrays: list,
+    moments: Tensor | None = None,
+    tf32: bool = False,
+) -> None:
     parts = torch.empty(steps.part_numbers(), dtype=arrays[0].dtype)
     s = shape
     sizes = numbers(
         *(s.channels, s.outputs, *s.size, *s.kernel, *s.stride, *s.padding, *s.dilation, s.groups)
     )
-    places = (ctypes.c_void_p * 8)(*(pointer(x).value for x in arrays))
+    places = (ctypes.c_void_p * 9)(*(pointer(x).value for x in (*arrays, moments)))
     error = steps.run_convolution(
         *(to, arrays[0].dtype == torch.float32, ctypes.c_int64(tasks), ctypes.c_int64(s.examples)),
-        *(adds, sizes, places, pointer(parts)),
+        *(adds, tf32, sizes, places, pointer(parts)),
     )
     assert error == 0, emulator.report()
 
@@ -159,6 +168,38 @@ def test_two_pairs_go_into_one_sum(steps, name, to, form, multiprocessors, dtype
         convolve(steps, to, shape, tasks, form != "plain", arrays)
     assert_near(c, expected, TOLERANCE[dtype])
     assert torch.equal(half, c / 2)
+
+
+# As float32, large enough for each of the tiles; where all are too few they are split.
+WITH_MOMENTS = {
+    "large": (1, Shape(4, 5, 70, (9, 8), (2, 2))),
+    "narrow": (1, Shape(4, 4, 20, (9, 8), (2, 2))),
+    "small": (1, Shape(1, 4, 20, (9, 3), (2, 2))),
+    "split": (99, Shape(2, 40, 20, (9, 8))),
+    "depthwise": (1, Shape(2, 3, 6, (9, 8), groups=3)),
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("tf32", [False, True], ids=["ieee", "tf32"])
+@pytest.mark.parametrize("name", WITH_MOMENTS)
+def test_moments_of_the_outputs_come_with_them(steps, name, tf32, dtype):
+    multiprocessors, shape = WITH_MOMENTS[name]
+    torch.manual_seed(0)
+    x, w = shape.operands(0, 2, dtype)
+    z = torch.full((2, shape.examples, *shape.out_size, shape.outputs), torch.nan, dtype=dtype)
+    bias = 100 * torch.ones(2, shape.outputs, dtype=dtype)
+    moments = torch.full((2, 4, shape.outputs), -7, dtype=dtype)
+    arrays = [x, w, None, None, bias, None, z, torch.empty_like(z)]
+    with emulator.multiprocessors(multiprocessors):
+        convolve(steps, 0, shape, 2, False, arrays, moments, tf32)
+    of_channels = z.double().flatten(1, 3)
+    mean = of_channels.mean(1)
+    squares = (of_channels - mean.unsqueeze(1)).square().sum(1)
+    precision = 300 * torch.finfo(dtype).eps
+    assert ((moments[:, 0] - mean).abs() < precision).all()
+    assert ((moments[:, 1] - squares).abs() < precision * squares).all()
+    assert (moments[:, 2:] == -7).all()
 
 
 def test_every_launch_of_a_step_is_checked(steps):

@@ -37,7 +37,8 @@ def test_a_missing_barrier_is_found(mutant: Mutant):
     environment = {**os.environ, MUTANT: str(mutant.library)}
     environment["LD_PRELOAD"] += f":{mutant.library}"
     command = [sys.executable, "-m", "pytest", "-x", "-p", "tests.cuda_emulation.plugin"]
-    tests = PROGRAM_TESTS if mutant.source.parent.name == "task_program" else TESTS
+    is_of_programs = mutant.source.parent.name in ("task_program", "convolution")
+    tests = PROGRAM_TESTS if is_of_programs else TESTS
     command += [*tests, "-k", SELECTED]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 1, process.stdout + process.stderr

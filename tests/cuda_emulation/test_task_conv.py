@@ -82,6 +82,15 @@ each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 each_map = pytest.mark.parametrize("to", range(3), ids=["output", "input", "weight"])
 
 
+@pytest.fixture(autouse=True)
+def ieee():
+    """float32 is that of IEEE, which PyTorch's own setting for convolutions is not."""
+    cudnn, before = torch.backends.cudnn, torch.backends.cudnn.allow_tf32
+    cudnn.allow_tf32 = False
+    yield
+    cudnn.allow_tf32 = before
+
+
 def first(x: Tensor) -> Tensor:
     """[..., H, W, C] -> [..., C, H, W]"""
     return x.movedim(-1, -3)
@@ -153,6 +162,39 @@ def test_tiles_of_a_convolution(channels, outputs, multiprocessors, to, dtype):
     assert_near(actual, MAPS[to](shape, left, right), TOLERANCE[dtype])
     if multiprocessors == 1 and to < 2:
         assert len(launches) == 1
+
+
+def rounded_to_tf32(x: Tensor) -> Tensor:
+    """10 bits of mantissa, the nearest; ties away from zero."""
+    bits = x.view(torch.int32)
+    return (bits + 2**12).bitwise_and(~(2**13 - 1)).view(torch.float32)
+
+
+@each_map
+@pytest.mark.parametrize("multiprocessors", [1, 300])
+@pytest.mark.parametrize("channels, outputs", [(40, 36), (33, 30), (1, 70), (8, 16)], ids=str)
+def test_tensor_cores_where_the_setting_allows_tf32(channels, outputs, multiprocessors, to):
+    torch.manual_seed(0)
+    shape = Shape(3, channels, outputs, (8, 7), padding=(1, 1))
+    left, right = shape.operands(to, 1, torch.float32)
+    torch.backends.cudnn.allow_tf32 = True
+    with emulator.multiprocessors(multiprocessors):
+        actual = run(shape, to, left, right)
+    expected = MAPS[to](shape, rounded_to_tf32(left), rounded_to_tf32(right))
+    assert_near(actual, expected, TOLERANCE[torch.float32])
+    assert not torch.equal(actual, run_in_ieee(shape, to, left, right))
+
+
+def run_in_ieee(shape: Shape, to: int, left: Tensor, right: Tensor) -> Tensor:
+    torch.backends.cudnn.allow_tf32 = False
+    return run(shape, to, left, right)
+
+
+def test_tf32_leaves_float64_alone():
+    shape = SHAPES["same"]
+    operands = shape.operands(0, 1, torch.float64)
+    torch.backends.cudnn.allow_tf32 = True
+    assert_near(run(shape, 0, *operands), output(shape, *operands), TOLERANCE[torch.float64])
 
 
 @each_dtype

@@ -1,0 +1,72 @@
+// A thread's sums of a tile, as ThreadSums has them, but made by tensor cores: operands are rounded
+// to TF32, products and sums are those of float32. A warp has 8 kM x 4 kN of the tile; of its
+// accesses to a slice, whose rows are kWidth numbers apart, no two meet in a bank.
+#pragma once
+
+#include "common/mma.cuh"
+#include "task_program/grid_product.cuh"
+
+namespace fastmeta {
+
+template <typename Tile>
+struct TensorSums {
+  static constexpr int kGroup = 2, kMmaDepth = 8;
+  static constexpr int kWarpRows = 8 * Tile::kM, kWarpColumns = 4 * Tile::kN;
+  static constexpr int kWarpsAcross = Tile::kColumns / kWarpColumns;
+  static_assert(Tile::kM % 2 == 0 && Tile::kN % 2 == 0 && Tile::kDepth % kMmaDepth == 0);
+  static_assert(Tile::kRows % kWarpRows == 0 && Tile::kColumns % kWarpColumns == 0);
+  static_assert(Tile::kWidth % kWarp == 8);
+
+  float sum[Tile::kM][Tile::kN] = {};
+
+  static __device__ int warp_row() { return threadIdx.x / kWarp / kWarpsAcross * kWarpRows; }
+  static __device__ int warp_column() { return threadIdx.x / kWarp % kWarpsAcross * kWarpColumns; }
+  static __device__ int lane_row() { return threadIdx.x % kWarp / 4; }
+  static __device__ int lane_column() { return threadIdx.x % 4; }
+
+  static __device__ int row(int i) { return warp_row() + i / 2 * 16 + i % 2 * 8 + lane_row(); }
+  static __device__ int column(int j) {
+    return warp_column() + j / 2 * 8 + lane_column() * 2 + j % 2;
+  }
+  static __device__ int row_lane() { return warp_row() / Tile::kM + lane_row(); }
+
+  __device__ Pack<float, kGroup> group(int i, int j) const {
+    Pack<float, kGroup> numbers;
+    numbers[0] = sum[i][j];
+    numbers[1] = sum[i][j + 1];
+    return numbers;
+  }
+
+  __device__ void add(const float* slice) {
+    constexpr int kHalf = kMmaDepth / 2 * Tile::kWidth;
+#pragma unroll
+    for (int k = 0; k < Tile::kDepth; k += kMmaDepth) {
+      const float* row_of_k = slice + (k + lane_column()) * Tile::kWidth + lane_row();
+      const float* left = row_of_k + warp_row();
+      const float* right = row_of_k + Tile::kRows + Tile::kPad + warp_column();
+      Tf32 a[Tile::kM / 2][4], b[Tile::kN / 2][2];
+#pragma unroll
+      for (int i = 0; i < Tile::kM / 2; ++i) {
+#pragma unroll
+        for (int part = 0; part < 4; ++part) {
+          a[i][part] = to_tf32(left[i * 16 + part % 2 * 8 + part / 2 * kHalf]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < Tile::kN / 2; ++j) {
+        b[j][0] = to_tf32(right[j * 8]);
+        b[j][1] = to_tf32(right[j * 8 + kHalf]);
+      }
+#pragma unroll
+      for (int i = 0; i < Tile::kM / 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < Tile::kN / 2; ++j) {
+          multiply_add(sum[2 * i][2 * j], sum[2 * i][2 * j + 1], sum[2 * i + 1][2 * j],
+                       sum[2 * i + 1][2 * j + 1], a[i], b[j]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace fastmeta
