@@ -16,9 +16,14 @@ struct TransposeExample {
   template <typename Team>
   FASTMETA_HOST_DEVICE void operator()(const Team& team, int64_t example) const {
     const int64_t begin = example * rows * columns;
-    for (int64_t j = team.lane; j < rows * columns; j += team.size) {
-      const auto value = team.load(source, begin + j % rows * columns + j / rows);
-      team.store(target, begin + j, adds ? team.load(target, begin + j) + value : value);
+    const bool by_rows = rows >= columns;  // the team shares the longer dimension
+    for (int64_t i = 0; i < (by_rows ? columns : rows); ++i) {
+      for (int64_t j = team.lane; j < (by_rows ? rows : columns); j += team.size) {
+        const int64_t row = by_rows ? j : i, column = by_rows ? i : j;
+        const int64_t place = begin + column * rows + row;
+        const auto value = team.load(source, begin + row * columns + column);
+        team.store(target, place, adds ? team.load(target, place) + value : value);
+      }
     }
   }
 };
