@@ -96,7 +96,7 @@ struct ImagePlace {
 };
 
 template <typename value_t, typename F>
-__global__ void __launch_bounds__(kImageThreads) table_kernel(ImageGrid g, F f) {
+__global__ void __launch_bounds__(kImageThreads, 3) table_kernel(ImageGrid g, F f) {
   for (ImagePlace<value_t> place(g); place.left > 0; place.advance(g)) f(place.at);
 }
 
@@ -185,7 +185,7 @@ struct NumbersOf {
 
 // target[set, 0 or 1, channel], sets `stride` numbers apart; or parts, [set, split, 0 or 1, channel].
 template <typename value_t, typename Sums, typename F>
-__global__ void __launch_bounds__(kImageThreads)
+__global__ void __launch_bounds__(kImageThreads, 3)
     column_kernel(ImageGrid g, F f, Array<value_t> target, int64_t stride) {
   __shared__ Sums rows[kImageThreads];
   ImagePlace<value_t> place(g);
