@@ -10,7 +10,14 @@ import pytest
 
 from benchmarks.peers import driver, process
 from benchmarks.peers.contenders import CONTENDERS, MATRIX, OURS, contenders_for
-from benchmarks.peers.driver import Race, Turns, calls_per_turn, disagreement, measure
+from benchmarks.peers.driver import (
+    Race,
+    Turns,
+    calls_per_turn,
+    compared,
+    disagreement,
+    measure,
+)
 from benchmarks.peers.process import Process, Unable
 from benchmarks.peers.step import Problem
 from benchmarks.peers.worker import timed
@@ -158,6 +165,13 @@ def test_a_row_of_what_differs_takes_no_turns():
     with ExitStack() as stack:
         assert race.enter(contender("a"), stack)["error"] == 1
     assert not race.taking
+
+
+@pytest.mark.parametrize("rounding, status", [(0.24, "differs"), (0.26, "agrees")])
+def test_four_times_the_rounding_of_the_plainest_way_is_no_difference(rounding, status):
+    expected, found = ({"loss": np.array(value)} for value in (1.0, 2.0))
+    worker = Fake("a", [], result=found)
+    assert compared(contender("a"), worker, expected, rounding)["status"] == status
 
 
 # Processes

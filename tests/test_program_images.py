@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 import fastmeta as fm
 from fastmeta.functional import FunctionalEngine
-from fastmeta.lowering import Lowering
 from fastmeta.ops.task_program import NAMES
 from fastmeta.program import ProgramEngine
-from tests.conftest import EMULATED
 from tests.networks import Tasks, relative_error
 from tests.programs import IMAGES, build, tasks_for
 from tests.test_program import Setting
@@ -27,13 +25,6 @@ from tests.unrolled import meta_gradient
 EXACT = 1e-9
 
 each_network = pytest.mark.parametrize("name", IMAGES)
-
-
-@pytest.fixture
-def device(device):
-    if EMULATED or device != "cpu":
-        pytest.skip("images in the task program run on the CPU so far")
-    return device
 
 
 @pytest.fixture(params=["torch", "native"])
@@ -199,9 +190,3 @@ def test_explain_names_the_layers_without_a_batch(backend):
     text = fm.MAML(fm.models.Conv4(4), engine="program").explain()
     start = "Task program, one call for all steps: convolution 1 to 4, 3x3, batch norm 4, relu, max"
     assert text.startswith(start)
-
-
-def test_other_devices_are_refused(device):
-    for net, shape in ((fm.models.Conv4(4), (1, 28, 28)), (nn.BatchNorm1d(3), (3,))):
-        program = Lowering(net.to("meta"), F.mse_loss).program(shape)
-        assert "images in the task program run on the CPU so far" in program
