@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from tests.programs import ACTIVATIONS
 from tests.test_program import kernels
-from tests.test_program_images import device
 from tests.test_program_random import check_random_tasks
 
-__all__ = ["device", "kernels"]  # fixtures of every test here
+__all__ = ["kernels"]  # a fixture of every test here
 
 CHANNELS = (1, 2, 3, 8, 16, 17)
 Size = tuple[int, ...]
