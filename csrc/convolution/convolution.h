@@ -32,6 +32,8 @@ struct ConvShape {
   FASTMETA_HOST_DEVICE int64_t in_positions() const { return height * width; }
   FASTMETA_HOST_DEVICE int64_t out_positions() const { return out_height() * out_width(); }
   FASTMETA_HOST_DEVICE bool is_depthwise() const { return groups > 1; }
+  // So few multiplications for an output that it is made again sooner than read from memory.
+  FASTMETA_HOST_DEVICE bool is_thin() const { return !is_depthwise() && channels * taps() <= 32; }
   FASTMETA_HOST_DEVICE int64_t weight_size() const {
     return outputs * (channels / groups) * taps();
   }

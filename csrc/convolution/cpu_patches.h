@@ -163,7 +163,8 @@ class CpuPatches {
     });
   }
 
-  // The transposed matrix, [columns, rows].
+  // The transposed matrix, [columns, rows]. Of several channels the lines that are read are turned
+  // to planes first.
   void gather_planes(const value_t* x, const Interval& rows, value_t* matrix,
                      value_t* planes) const {
     const int64_t positions = axes_.positions();
@@ -172,7 +173,10 @@ class CpuPatches {
       const Interval part{begin, std::min(rows.end, (example + 1) * positions)};
       const value_t* image = x + example * pixels() * channels_;
       if (channels_ > 1) {
-        transpose(pixels(), channels_, image, channels_, planes, pixels());
+        const Interval lines = lines_of(part);
+        const int64_t width = axes_.horizontal.size;
+        transpose(lines.size() * width, channels_, image + lines.begin * width * channels_,
+                  channels_, planes + lines.begin * width, pixels());
         image = planes;
       }
       for (int64_t column = 0; column < columns_; ++column) {
@@ -182,6 +186,16 @@ class CpuPatches {
       }
       begin = part.end;
     }
+  }
+
+  // Lines of an image that its rows read.
+  Interval lines_of(const Interval& rows) const {
+    const ImageAxis& vertical = axes_.vertical;
+    const int64_t width = axes_.horizontal.positions;
+    const int64_t first = rows.begin / width % vertical.positions;
+    const int64_t last = (rows.end - 1) / width % vertical.positions;
+    const int64_t begin = std::clamp<int64_t>(vertical.pixel(first, 0), 0, vertical.size);
+    return {begin, std::clamp(vertical.pixel(last, vertical.taps - 1) + 1, begin, vertical.size)};
   }
 
   // What a tap reads of one channel of one image at the rows.

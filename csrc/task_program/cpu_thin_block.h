@@ -14,9 +14,6 @@ namespace fastmeta {
 template <typename value_t>
 class CpuBands {
  public:
-  static bool pay(const ConvShape& s) {
-    return !s.is_depthwise() && s.channels * s.taps() <= kMostColumns;
-  }
   static int64_t scratch(const ConvShape& s) {
     return 3 * s.weight_size() + CpuConvolution<value_t>::scratch(s) + 3 * band_size(s);
   }
@@ -65,7 +62,7 @@ class CpuBands {
   }
 
  private:
-  static constexpr int64_t kMostColumns = 32, kBandBytes = 128 << 10;
+  static constexpr int64_t kBandBytes = 128 << 10;
 
   static int64_t line_size(const ConvShape& s) { return s.out_width() * s.outputs; }
   static int64_t band_lines(const ConvShape& s) {

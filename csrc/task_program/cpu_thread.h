@@ -68,7 +68,7 @@ class CpuThread {
       const Instruction& i = program.instructions[k];
       if (i.op != Opcode::kConvolution) continue;
       most = std::max(most, CpuConvolution<value_t>::scratch(i.conv));
-      if (fuses(i, shares_threads)) most = std::max(most, CpuBands<value_t>::scratch(i.conv));
+      if (i.is_fused) most = std::max(most, CpuBands<value_t>::scratch(i.conv));
     }
     return most * (shares_threads ? at::get_num_threads() : 1);
   }
@@ -140,8 +140,6 @@ class CpuThread {
     if constexpr (!std::is_same_v<Finish, NoFinish>) map(c.size(), finish);
   }
 
-  // Whether a convolution is done together with the norm that follows it.
-  bool fuses(const Instruction& i) const { return fuses(i, shares_threads_); }
   CpuThinBlock<CpuThread> thin_block(const Network<value_t>& net, const Instruction& conv,
                                      const Instruction& norm) {
     return {*this, net, conv, norm, scratch_};
@@ -162,10 +160,6 @@ class CpuThread {
   }
 
  private:
-  static bool fuses(const Instruction& i, bool shares_threads) {
-    return i.only_normed && !shares_threads && CpuBands<value_t>::pay(i.conv);
-  }
-
   // Of one pair: the moments of what is still in the cache, where no threads share the work.
   void convolution_and_moments(const Convolution<value_t>& c) {
     const CpuConvolution<value_t> sum(c.shape, c.examples, shares_threads_);

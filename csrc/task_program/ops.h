@@ -1,6 +1,7 @@
 // The ops of the task program: tensors to a job, and the job to what runs it, `Device`:
 //
 //   run(job, theta)   does the job; results that tasks share are zeros, to be added to
+//   has_thin_blocks(job)   whether it does those (parse.h) in one go
 //   check_labels(labels [T, B], classes, ignored, name)   ValueError for a label without a class
 #pragma once
 
@@ -172,7 +173,12 @@ class Call {
 
   template <typename Device>
   void run() {
-    if (job.tasks > 0) Device::run(job, theta_);
+    if (job.tasks == 0) return;
+    if (Device::has_thin_blocks(job) && job.grad_support == nullptr && job.grad_query == nullptr) {
+      parsed_.fuse_thin_blocks();
+      job.program = parsed_.program();
+    }
+    Device::run(job, theta_);
   }
 
   Job job;

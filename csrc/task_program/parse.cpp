@@ -272,8 +272,10 @@ void ParsedProgram::fuse_norms() {
 // A value takes memory of its own, but for the outputs of ReLU and LeakyReLU: their sign is that of
 // the input, so that they take its place where nothing else reads it.
 void ParsedProgram::lay_out_values() {
+  program_.example_elements = 0;
   for (const auto& i : instructions_) {
     Value& y = values_[i.y];
+    if (i.is_fused) continue;
     if (keeps_sign(i) && readers_[i.x] == 1) {
       y.offset = values_[i.x].offset;
     } else {
@@ -329,10 +331,17 @@ void ParsedProgram::pair_norms() {
     if (k == 0 || i.op != Opcode::kNorm || i.groups != 0) continue;
     Instruction& previous = instructions_[k - 1];
     i.has_moments = previous.op == Opcode::kConvolution && previous.y == i.x;
-    if (!i.has_moments) continue;
-    previous.normed = i.y;
-    previous.only_normed = readers_[i.x] == 1 && i.max_pool;
+    if (i.has_moments) previous.normed = i.y;
   }
+}
+
+void ParsedProgram::fuse_thin_blocks() {
+  for (size_t k = 0; k + 1 < instructions_.size(); ++k) {
+    Instruction& i = instructions_[k];
+    i.is_fused = i.op == Opcode::kConvolution && i.normed >= 0 && instructions_[k + 1].max_pool &&
+                 !values_[i.x].adapts && readers_[i.y] == 1 && i.conv.is_thin();
+  }
+  lay_out_values();
 }
 
 }  // namespace fastmeta

@@ -19,6 +19,10 @@ class ParsedProgram {
 
   const Program& program() const { return program_; }
 
+  // For an executor that does a thin convolution of inputs, and the norm and the pool behind it,
+  // in one go: no gradient of inputs, and the convolution's outputs have no memory.
+  void fuse_thin_blocks();
+
  private:
   void read_instruction(const int64_t* words);
   void check_parameter(int64_t parameter, int64_t size) const;

@@ -182,16 +182,13 @@ class Passes {
       if (i.op == Opcode::kConvolution) fn(BilinearLayer<storage_t, ConvolutionMaps>{net_, i});
     }
   }
-  // fn(block) where the executor does instruction k and the next one together; whether it does.
+  // fn(block) where instruction k and the next one are done together; whether they are.
   template <typename Fn>
   FASTMETA_HOST_DEVICE bool with_thin_block([[maybe_unused]] int k,
                                             [[maybe_unused]] const Fn& fn) const {
     if constexpr (Executor::kHasThinBlocks) {
-      if (k < 0 || k + 1 >= net_.program.instruction_count) return false;
-      const Instruction& i = instruction(k);
-      const bool passes_on = net_.delta(i.x) || net_.delta_dot(i.x) || net_.info(i.x).adapts;
-      if (!exec_.fuses(i) || passes_on) return false;
-      fn(exec_.thin_block(net_, i, instruction(k + 1)));
+      if (k < 0 || !instruction(k).is_fused) return false;
+      fn(exec_.thin_block(net_, instruction(k), instruction(k + 1)));
       return true;
     }
     return false;

@@ -95,7 +95,7 @@ struct Instruction {
   int64_t groups;       // of a norm; 0: batch norm
   bool relu, max_pool;  // of a norm: what follows it in one step
   int normed;           // the output of the batch norm whose moments a convolution makes, or -1
-  bool only_normed;     // nothing else reads the convolution, and a pool follows in one step
+  bool is_fused;        // a convolution that is done with its norm: its outputs have no memory
   bool has_moments;     // of a norm: made already
   int64_t rows;         // of a transpose, whose columns are its outputs
   ActivationKind activation;

@@ -108,6 +108,9 @@ struct OnCpu {
     check_class_labels(labels, classes, ignored, name);
   }
 
+  // On one thread a task.
+  static bool has_thin_blocks(const Job& job) { return job.tasks >= at::get_num_threads(); }
+
   static void run(const Job& job, const at::Tensor&) {
     if (job.dtype == Dtype::kFloat) {
       run_as<float>(job);

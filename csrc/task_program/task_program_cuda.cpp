@@ -34,6 +34,8 @@ struct OnCuda {
     }
   }
 
+  static bool has_thin_blocks(const Job&) { return false; }
+
   static void run(const Job& job, const at::Tensor& theta) {
     const c10::cuda::CUDAGuard guard(theta.device());
     if (job.dtype == Dtype::kFloat) {
