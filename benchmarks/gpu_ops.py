@@ -238,6 +238,7 @@ def main() -> int:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu_ops: torch finds no CUDA device")
+    torch.backends.cudnn.allow_tf32 = False  # also of convolutions
     for op in fm._native.NAMES:
         if fm.backend_of(op, "cuda") != "native":
             sys.exit(f"benchmarks.gpu_ops: fastmeta was built without {op} for CUDA")

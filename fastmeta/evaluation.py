@@ -125,6 +125,9 @@ class Evaluator:
 
         Returns:
             The mean over tasks of the accuracy, or of the squared error where labels are floats.
+
+        Raises:
+            FloatingPointError: a score is not finite, as where the inner steps diverge.
         """
         was_training = learner.training
         learner.eval()
@@ -133,6 +136,12 @@ class Evaluator:
                 scores = torch.cat([_adapted_scores(learner, e, steps) for e in self._chunks()])
         finally:
             learner.train(was_training)
+        if lost := int((~scores.isfinite()).sum()):
+            taken = "" if steps is None else f" after {steps} inner steps"
+            raise FloatingPointError(
+                f"{lost} of {self.tasks} tasks have no finite score{taken}; fewer steps or a "
+                "smaller inner_lr may help"
+            )
         regression = self.episodes[self.stream].query_y.is_floating_point()
         return Evaluation("mse" if regression else "accuracy", *mean_interval(scores), self.tasks)
 
@@ -169,6 +178,7 @@ def evaluate_run(
     Raises:
         FileNotFoundError: there is no run, no checkpoint of it yet, or no data.
         ValueError: what is asked for does not fit the run or the data.
+        FloatingPointError: the inner steps diverge.
 
     Example::
 

@@ -11,6 +11,8 @@ import fastmeta as fm
 if not fm.build_info()["native"]:
     os.environ["FASTMETA_BACKEND"] = "torch"  # what there is, without a warning in every process
 
+torch.backends.cudnn.allow_tf32 = False  # float32 is compared as IEEE float32
+
 # In the emulator, tensors of the CPU go through the CUDA kernels.
 EMULATED = "tests.cuda_emulation.plugin" in sys.modules
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -99,6 +99,16 @@ def test_the_evaluator_runs_in_eval_mode_without_a_graph():
     assert learner.training
 
 
+def test_tasks_that_diverge_are_counted():
+    class Diverging(Recorder):
+        def adapt_tasks(self, support_x, support_y, steps=None):
+            return lambda query_x: torch.full_like(query_x, math.inf)
+
+    evaluator = Evaluator(Sinusoid(), 1, 5, 5, tasks=7)
+    with pytest.raises(FloatingPointError, match="7 of 7 tasks have no finite score after 10 inner"):
+        evaluator(Diverging(), steps=10)
+
+
 def test_streams_of_one_seed_do_not_meet():
     episodes = Episodes(Sinusoid(), 1, 2, 2, tasks=1)
     indices = (0, evaluation.VALIDATION_STREAM, evaluation.EVALUATION_STREAM)

@@ -17,6 +17,9 @@
 //                             of x, its mean over positions and the sum of the squares of its
 //                             distances from it: target[image or 0, 0 or 1, channel]
 //
+// and, where kHasThinBlocks, thin_block(net, convolution, norm) for those that are is_fused: an object
+// with the four passes of both, whose convolution has no memory for its outputs.
+//
 // Each returns, or on a device is ordered, after the one before it. An executor is a CPU thread
 // that takes a task, or as many tasks as a vector has lanes; for a GPU the host, which launches a
 // kernel for all tasks, or writes down the steps that a block is to take with each.
