@@ -105,7 +105,7 @@ def test_tasks_that_diverge_are_counted():
             return lambda query_x: torch.full_like(query_x, math.inf)
 
     evaluator = Evaluator(Sinusoid(), 1, 5, 5, tasks=7)
-    with pytest.raises(FloatingPointError, match="7 of 7 tasks have no finite score after 10 inner"):
+    with pytest.raises(FloatingPointError, match="7 of 7 tasks have no finite score after 10"):
         evaluator(Diverging(), steps=10)
 
 
