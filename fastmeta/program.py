@@ -39,18 +39,19 @@ from fastmeta.ops import task_program
 MEMORY = ("auto", "recompute", "keep")
 
 _PLANS_KEPT = 64
+_MOST_KEPT = 512 << 20  # bytes of activations
 _PLAIN = (Tensor, nn.Parameter)
 
 
 class Plan(NamedTuple):
     """A program for one batch of tasks.
 
-    ``keeps``: the activations of all steps take at most twice the room of their parameters.
+    ``kept``: numbers that a task's inner step keeps: its activations and their gradients.
     """
 
     program: Program
     tasks: int
-    keeps: bool
+    kept: int
 
 
 class Latest(NamedTuple):
@@ -158,8 +159,7 @@ def _planned(lowering: Lowering, layout: Layout, data: Tensors) -> Plan | str:
         reason = _does_not_compare(program, y_name, y)
         if reason:
             return reason
-    kept = 2 * first.shape[1] * program.activations  # values and their gradients
-    return Plan(program, tasks, keeps=kept <= 2 * layout.numel)
+    return Plan(program, tasks, kept=2 * first.shape[1] * program.activations)
 
 
 def _does_not_compare(program: Program, name: str, y: Tensor) -> str:
@@ -185,7 +185,7 @@ class ProgramEngine(FunctionalEngine):
             program's products are exact: ``hvp_mode="finite_difference"`` is left to it.
         memory: ``"keep"`` the activations of all steps for the way back, ``"recompute"`` them step
             by step, or ``"auto"``: keep them where they take at most twice the room of the K
-            parameter vectors.
+            parameter vectors, or those of all tasks that are computed at a time 512 MiB.
         required: raise where there is no program, with the reason.
         programs: what was lowered before; an engine that is made anew at every call shares it.
 
@@ -348,7 +348,7 @@ class ProgramEngine(FunctionalEngine):
             if not _kind(x) == _kind(params) == _kind(program.layout):
                 return None
             self._check_circumstances(program.layout)
-            call = self._call_of(Plan(program, len(x), keeps=False), own=False, weights=[])
+            call = self._call_of(Plan(program, len(x), kept=0), own=False, weights=[])
         except Refusal:
             return None
         return call.outputs(params, x)
@@ -381,9 +381,16 @@ class ProgramEngine(FunctionalEngine):
 
     def _call_of(self, plan: Plan, own: bool, weights: Sequence[float]) -> Call:
         ops = self._implementation(plan.program.layout)
-        keep = plan.keeps if self.memory == "auto" else self.memory == "keep"
+        keep = self._keeps(plan) if self.memory == "auto" else self.memory == "keep"
         inner = self.steps, self.first_order, keep, self.task_chunk, weights
         return Call(ops, plan.program, own, plan.tasks, *inner)
+
+    def _keeps(self, plan: Plan) -> bool:
+        layout, together = plan.program.layout, min(plan.tasks, self.task_chunk or plan.tasks)
+        if layout.device.type == "cpu":
+            together = min(together, torch.get_num_threads())
+        size = together * self.steps * plan.kept * layout.dtype.itemsize
+        return plan.kept <= 2 * layout.numel or size <= _MOST_KEPT
 
     def _check_circumstances(self, layout: Layout) -> None:
         if self.hvp_mode == "finite_difference":

@@ -53,8 +53,8 @@ class MAML(nn.Module):
             which takes any module; or ``"auto"``, the program where it can be.
         memory: whether the task program keeps the activations of all K inner steps for the way
             back, ``"keep"``, or makes them again, ``"recompute"``; ``"auto"`` keeps them where they
-            take at most twice the room of the K parameter vectors. The functional engine always
-            makes them again.
+            take at most twice the room of the K parameter vectors, or those of all tasks that are
+            computed at a time 512 MiB. The functional engine always makes them again.
         allow_unused: ``adapt`` only: leave parameters alone that the loss does not depend on, where
             it would otherwise raise. None: as ``allow_nograd``.
         allow_nograd: ``adapt`` only: leave frozen parameters alone, where it would otherwise raise.
