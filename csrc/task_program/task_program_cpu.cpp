@@ -50,18 +50,17 @@ void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes)
 #endif
 }
 
-// Scratch memory; what is small is kept for this thread's next call: pages new to the process cost a
-// small job as much time as its arithmetic.
+// Scratch memory, kept for this thread's next call up to 1 GiB: pages new to the process cost a small
+// job as much time as its arithmetic, and one of images a quarter of it.
 at::Tensor workspace(int64_t bytes) {
-  constexpr int64_t kMostKept = 256 << 20;
-  if (bytes > kMostKept) {
-    auto large = at::empty({bytes}, at::kByte);
-    use_huge_pages(large.mutable_data_ptr(), bytes);
-    return large;
-  }
+  constexpr int64_t kMostKept = 1 << 30;
   thread_local at::Tensor kept;
-  if (!kept.defined() || kept.numel() < bytes) kept = at::empty({bytes}, at::kByte);
-  return kept;
+  if (kept.defined() && kept.numel() >= bytes) return kept;
+  kept = at::Tensor();
+  auto memory = at::empty({bytes}, at::kByte);
+  use_huge_pages(memory.mutable_data_ptr(), bytes);
+  if (bytes <= kMostKept) kept = memory;
+  return memory;
 }
 
 template <typename value_t, bool in_lanes>
