@@ -1,5 +1,6 @@
-// The three maps for one task on the CPU: patches of a block of rows are put in order in the L2 cache
-// (no more of them ever exists), and the BLAS multiplies them with weights packed once a call.
+// The three maps for one task on the CPU, each the sum over one pair of arrays or two: patches of a
+// block of rows are put in order in the L2 cache (no more of them ever exists), and multiplied with
+// weights packed once a call; or, where it is less work, minimal filtering (cpu_winograd.h).
 //
 // Rows are the output positions of all examples. They are always cut at the same places, whatever
 // the number of threads, and sums run over the pieces in order: the bits do not depend on it.
@@ -7,8 +8,10 @@
 
 #include <ATen/Parallel.h>
 
+#include <array>
+
 #include "convolution/blas_threads.h"
-#include "convolution/cpu_kernels.h"
+#include "convolution/cpu_winograd.h"
 
 namespace fastmeta {
 
@@ -22,30 +25,38 @@ class CpuConvolution {
   // examples: at least 1. shares_threads: each call is spread over the threads.
   CpuConvolution(const ConvShape& shape, int64_t examples, bool shares_threads)
       : shape_(shape),
-        weights_(shape),
-        sums_(with_kernel(shape, [](const auto& kernel) { return kernel.is_planar(); })
-                  ? PackedWeights::of_planes(shape)
-                  : weights_),
         examples_(examples),
-        threads_(shares_threads ? at::get_num_threads() : 1) {}
+        threads_(shares_threads ? at::get_num_threads() : 1),
+        winograd_(shape, examples, threads_),
+        by_winograd_(winograd_.takes(shape) && winograd_.pays()),
+        weights_(shape),
+        sums_(by_winograd_ || with_kernel(shape, [](const auto& k) { return k.is_planar(); })
+                  ? PackedWeights::of_planes(shape)
+                  : weights_) {}
 
   // Elements that a call needs, for each thread where it shares them.
   static int64_t scratch(const ConvShape& shape) {
-    return 2 * shape.weight_size() +
-           with_kernel(shape, [](const auto& kernel) { return kernel.scratch(); });
+    const int64_t of_patches = 2 * shape.weight_size() + with_kernel(shape, [](const auto& kernel) {
+                                 return kernel.scratch();
+                               });
+    using Winograd = CpuWinograd<value_t>;
+    return Winograd::takes(shape) ? std::max(of_patches, Winograd::scratch(shape)) : of_patches;
   }
 
-  // z [B, H', W', O] = conv(x, w) + bias, or += that. bias [O] or null. With the rows of z that are
-  // ready and still in the cache `after(rows)` is done, on one thread in their order.
+  // z [B, H', W', O] = the sum of conv(x, w) + bias, or += that. bias [O] or null. With the rows of z
+  // that are ready and still in the cache `after(rows)` is done, on one thread in their order.
   template <typename After = Nothing>
-  void output(const value_t* x, const value_t* w, value_t* z, const value_t* bias, bool adds,
+  void output(ConvPairs<value_t> pairs, value_t* z, const value_t* bias, bool adds,
               value_t* scratch, const After& after = {}) const {
-    const value_t* packed = pack(sums_, w, scratch);
+    if (by_winograd_) return winograd_.output(pairs, z, bias, adds, scratch, after);
+    const auto packed = packed_weights(sums_, pairs, scratch);
     with_kernel(shape_, [&](const auto& kernel) {
       for_each_part(blocks(kernel.block()), scratch, [&](const Interval& part, value_t* own) {
         for (int64_t b = part.begin; b < part.end; ++b) {
           const Interval rows = piece(b, kernel.block());
-          kernel.output(rows, x, packed, z, adds, own);
+          for (size_t p = 0; p < pairs.size(); ++p) {
+            kernel.output(rows, pairs[p].a, packed[p], z, adds || p > 0, own);
+          }
           for (int64_t row = rows.begin; bias != nullptr && row < rows.end; ++row) {
             add_to(bias, shape_.outputs, z + row * shape_.outputs);
           }
@@ -56,8 +67,9 @@ class CpuConvolution {
   }
 
   // dx [B, H, W, C] = the gradient of the inputs, or += that.
-  void input(const value_t* dz, const value_t* w, value_t* dx, bool adds, value_t* scratch) const {
-    const value_t* packed = pack(weights_, w, scratch);
+  void input(ConvPairs<value_t> pairs, value_t* dx, bool adds, value_t* scratch) const {
+    if (by_winograd_) return winograd_.input(pairs, dx, adds, scratch);
+    const auto packed = packed_weights(weights_, pairs, scratch);
     const int64_t size = shape_.in_positions() * shape_.channels;
     with_kernel(shape_, [&](const auto& kernel) {
       // Windows overlap within an example, so a part has whole ones.
@@ -67,7 +79,9 @@ class CpuConvolution {
         const int64_t end = examples.end * shape_.out_positions();
         for (int64_t row = examples.begin * shape_.out_positions(); row < end;) {
           const Interval rows{row, std::min(end, row + kernel.block())};
-          kernel.add_input(rows, dz, packed, dx, own);
+          for (size_t p = 0; p < pairs.size(); ++p) {
+            kernel.add_input(rows, pairs[p].a, packed[p], dx, own);
+          }
           row = rows.end;
         }
       };
@@ -80,16 +94,21 @@ class CpuConvolution {
   }
 
   // dw [O, C / groups, kh, kw] = scale times the gradient of the weights, or += that.
-  void weight(const value_t* dz, const value_t* x, value_t* dw, bool adds, value_t scale,
+  void weight(ConvPairs<value_t> pairs, value_t* dw, bool adds, value_t scale,
               value_t* scratch) const {
+    if (by_winograd_) {
+      return write_weights(winograd_.weight(pairs, scratch), adds, scale, scratch, dw);
+    }
     value_t* total = scratch + shape_.weight_size();
     with_kernel(shape_, [&](const auto& kernel) {
       const int64_t chunk = kBlocksOfSum * kernel.block(), chunks = blocks(chunk);
       const auto sum_chunk = [&](int64_t c, value_t* sum, value_t* own) {
         const Interval rows = piece(c, chunk);
         for (int64_t row = rows.begin; row < rows.end; row += kernel.block()) {
-          kernel.weight({row, std::min(rows.end, row + kernel.block())}, dz, x, sum,
-                        row > rows.begin, own);
+          const Interval block{row, std::min(rows.end, row + kernel.block())};
+          for (size_t p = 0; p < pairs.size(); ++p) {
+            kernel.weight(block, pairs[p].a, pairs[p].b, sum, row > rows.begin || p > 0, own);
+          }
         }
       };
       for (int64_t first = 0; first < chunks; first += threads_) {
@@ -180,6 +199,15 @@ class CpuConvolution {
     return scratch_ + part * scratch(shape_);
   }
 
+  // Of a pair, or of two.
+  std::array<const value_t*, 2> packed_weights(const PackedWeights& weights,
+                                               ConvPairs<value_t> pairs, value_t* room) const {
+    std::array<const value_t*, 2> packed{};
+    for (size_t p = 0; p < pairs.size(); ++p) {
+      packed[p] = pack(weights, pairs[p].b, room + p * shape_.weight_size());
+    }
+    return packed;
+  }
   static const value_t* pack(const PackedWeights& weights, const value_t* w, value_t* packed) {
     if (weights.is_identity()) return w;
     weights.pack(w, packed);
@@ -187,8 +215,10 @@ class CpuConvolution {
   }
 
   ConvShape shape_;
-  PackedWeights weights_, sums_;  // for the inputs' gradient; for outputs and weights' gradient
   int64_t examples_, threads_;
+  CpuWinograd<value_t> winograd_;
+  bool by_winograd_;
+  PackedWeights weights_, sums_;  // for the inputs' gradient; for outputs and weights' gradient
 };
 
 }  // namespace fastmeta

@@ -2,9 +2,20 @@
 // are packed as PackedWeights says: dense convolution by matrix products, depthwise by direct sums.
 #pragma once
 
+#include <span>
+
+#include "common/register_gemm.h"
 #include "convolution/cpu_patches.h"
 
 namespace fastmeta {
+
+// What is multiplied: (x, w) for outputs, (dz, w) for inputs, (dz, x) for weights.
+template <typename value_t>
+struct ConvPair {
+  const value_t *a, *b;
+};
+template <typename value_t>
+using ConvPairs = std::span<const ConvPair<value_t>>;
 
 template <typename value_t>
 void add_to(const value_t* source, int64_t count, value_t* target) {
@@ -68,30 +79,34 @@ class CpuDense {
   // packed: of planes [columns, O], else [O, columns].
   void output(const Interval& rows, const value_t* x, const value_t* packed, value_t* z, bool adds,
               value_t* scratch) const {
-    const bool turned = patches_.is_planar();
-    gemm(rows.size(), outputs_, columns(), patches_.gather(x, rows, scratch),
-         {packed, turned ? outputs_ : columns(), !turned}, z + rows.begin * outputs_, outputs_,
-         adds);
+    const auto patches = patches_.gather(x, rows, scratch);
+    value_t* target = z + rows.begin * outputs_;
+    if (patches_.is_planar()) {
+      multiply(rows.size(), outputs_, columns(), patches, packed, target, adds);
+    } else {
+      gemm(rows.size(), outputs_, columns(), patches, {packed, columns(), true}, target, outputs_,
+           adds);
+    }
   }
 
   void add_input(const Interval& rows, const value_t* dz, const value_t* packed, value_t* dx,
                  value_t* scratch) const {
     value_t* target = patches_.is_image() ? dx + rows.begin * channels_ : scratch;
-    gemm<value_t>(rows.size(), columns(), outputs_, {dz + rows.begin * outputs_, outputs_},
-                  {packed, columns()}, target, columns(), patches_.is_image());
+    multiply<value_t>(rows.size(), columns(), outputs_, {dz + rows.begin * outputs_, outputs_},
+                      packed, target, patches_.is_image());
     if (!patches_.is_image()) patches_.scatter_add(scratch, rows, dx);
   }
 
   void weight(const Interval& rows, const value_t* dz, const value_t* x, value_t* sum, bool adds,
               value_t* scratch) const {
-    const Operand<value_t> dz_rows{dz + rows.begin * outputs_, outputs_};
+    const value_t* dz_rows = dz + rows.begin * outputs_;
     auto patches = patches_.gather(x, rows, scratch);
     if (patches_.is_planar()) {
       patches.transposed = false;
-      gemm(columns(), outputs_, rows.size(), patches, dz_rows, sum, outputs_, adds);
+      multiply(columns(), outputs_, rows.size(), patches, dz_rows, sum, adds);
     } else {
-      gemm(outputs_, columns(), rows.size(), {dz_rows.data, outputs_, true}, patches, sum,
-           columns(), adds);
+      multiply(outputs_, columns(), rows.size(), {dz_rows, outputs_, true}, patches.data, sum,
+               adds);
     }
   }
 

@@ -17,13 +17,15 @@ void run_task(const TaskConvCall& call, const CpuConvolution<value_t>& convoluti
   auto* z = at_task<value_t>(call.outputs, task);
   auto* x = at_task<value_t>(call.inputs, task);
   auto* w = at_task<value_t>(call.weights, task);
+  const ConvPair<value_t> to_output{x, w}, to_input{z, w}, to_weight{z, x};
   switch (call.to) {
     case MapTo::kOutput:
-      return convolution.output(x, w, z, at_task<value_t>(call.bias, task), false, scratch);
+      return convolution.output({&to_output, 1}, z, at_task<value_t>(call.bias, task), false,
+                                scratch);
     case MapTo::kInput:
-      return convolution.input(z, w, x, false, scratch);
+      return convolution.input({&to_input, 1}, x, false, scratch);
     case MapTo::kWeight:
-      return convolution.weight(z, x, w, false, 1, scratch);
+      return convolution.weight({&to_weight, 1}, w, false, 1, scratch);
   }
 }
 

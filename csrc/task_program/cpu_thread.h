@@ -6,6 +6,7 @@
 #include <ATen/cpu/vec/functional.h>
 
 #include <algorithm>
+#include <array>
 #include <type_traits>
 
 #include "common/gemm.h"
@@ -120,23 +121,27 @@ class CpuThread {
 
   template <typename Finish>
   void convolution(const Convolution<value_t>& c, const Finish& finish) {
-    if (c.moments) return convolution_and_moments(c);
     if (c.pairs == 0) map(c.size(), FillZero{c.c});
     const CpuConvolution<value_t> sum(c.shape, c.examples, shares_threads_);
-    for (int pair = 0; pair < c.pairs; ++pair) {
-      const value_t *a = c.a[pair].data, *b = c.b[pair].data;
-      const bool adds = c.into.adds || pair > 0;
-      if (c.to == MapTo::kOutput) {
-        sum.output(a, b, c.c.data, nullptr, adds, scratch_);
-      } else if (c.to == MapTo::kInput) {
-        sum.input(a, b, c.c.data, adds, scratch_);
-      } else {
-        const value_t scale = c.into.step_size ? -c.into.step_size.data[0] : value_t(1);
-        sum.weight(a, b, c.c.data, adds, scale, scratch_);
+    std::array<ConvPair<value_t>, 2> both;
+    for (int p = 0; p < c.pairs; ++p) both[p] = {c.a[p].data, c.b[p].data};
+    const ConvPairs<value_t> pairs(both.data(), c.pairs);
+    if (c.pairs > 0) {
+      switch (c.to) {
+        case MapTo::kOutput:
+          outputs(c, sum, pairs);
+          break;
+        case MapTo::kInput:
+          sum.input(pairs, c.c.data, c.into.adds, scratch_);
+          break;
+        case MapTo::kWeight:
+          sum.weight(pairs, c.c.data, c.into.adds,
+                     c.into.step_size ? -c.into.step_size.data[0] : value_t(1), scratch_);
+          break;
       }
+    } else if (c.bias) {
+      add_bias(c.size() / c.shape.outputs, c.shape.outputs, c.c.data, c.bias.data);
     }
-    const int64_t outputs = c.shape.outputs;
-    if (c.bias) add_bias(c.size() / outputs, outputs, c.c.data, c.bias.data);
     if constexpr (!std::is_same_v<Finish, NoFinish>) map(c.size(), finish);
   }
 
@@ -160,17 +165,15 @@ class CpuThread {
   }
 
  private:
-  // Of one pair: the moments of what is still in the cache, where no threads share the work.
-  void convolution_and_moments(const Convolution<value_t>& c) {
-    const CpuConvolution<value_t> sum(c.shape, c.examples, shares_threads_);
+  // And the moments, where wanted, of what is still in the cache unless threads share the work.
+  void outputs(const Convolution<value_t>& c, const CpuConvolution<value_t>& sum,
+               ConvPairs<value_t> pairs) {
     const CpuImages<value_t> of(c.outputs(), shares_threads_);
-    sum.output(c.a[0].data, c.b[0].data, c.c.data, c.bias.data, false, scratch_,
-               [&](const Interval& rows) {
-                 if (!shares_threads_) {
-                   of.join_moments(c.c.data, rows.begin, rows.end, c.moments.data);
-                 }
-               });
-    if (shares_threads_) of.column_moments(true, c.c.data, c.moments.data);
+    const bool at_once = c.moments && !shares_threads_;
+    sum.output(pairs, c.c.data, c.bias.data, c.into.adds, scratch_, [&](const Interval& rows) {
+      if (at_once) of.join_moments(c.c.data, rows.begin, rows.end, c.moments.data);
+    });
+    if (c.moments && !at_once) of.column_moments(true, c.c.data, c.moments.data);
   }
 
   using Vec = at::vec::Vectorized<value_t>;
