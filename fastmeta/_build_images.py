@@ -121,10 +121,10 @@ def _batch_norm_layer(b: Builder, input: Any, *, layer: Any, ndims: tuple[int, .
     x = as_value(input)
     if len(x.shape) not in ndims:
         raise Refusal(f"it does not take examples of shape {list(x.shape)}")
-    # As the functional engine has it: a layer that keeps running statistics does not use them.
-    kept = layer.running_mean is not None or layer.running_var is not None
-    if kept and not (layer.training or layer.track_running_stats):
-        raise Refusal("it normalises by running statistics, and the program by those of the batch")
+    # Without track_running_stats PyTorch reads in evaluation what is there, whatever was asked for.
+    asked_for = b.norm_statistics == "running" or not layer.track_running_stats
+    if asked_for and not layer.training and layer.running_mean is not None:
+        return _running_norm(b, x, layer, f"batch norm {layer.num_features}")
     return _batch_norm(b, x, None, None, layer.weight, layer.bias, True, eps=layer.eps)
 
 
@@ -147,14 +147,32 @@ def _group_norm(
 
 def _instance_norm_layer(b: Builder, input: Any, *, layer: Any, dims: int) -> Value:
     x, channels, image = _image(b, input, dims)
+    name = f"instance norm {channels}"
+    reads_running = b.norm_statistics == "running" and not layer.training
+    if reads_running and layer.track_running_stats and layer.running_mean is not None:
+        return _running_norm(b, x, layer, name)
     if channels != layer.num_features or math.prod(image) == 1:
         raise Refusal(f"it does not take examples of shape {list(x.shape)}")
-    name = f"instance norm {channels}"
     return _norm(b, x, channels, layer.weight, layer.bias, layer.eps, name)
 
 
+def _running_norm(b: Builder, x: Value, layer: Any, name: str) -> Value:
+    x = _channelled(b, x)
+    shape = x.shape[:1]
+    given = b.constant(layer.running_mean, shape), b.constant(layer.running_var, shape)
+    name = f"{name} by running statistics"
+    return _norm(b, x, 0, layer.weight, layer.bias, layer.eps, name, given)
+
+
 def _norm(
-    b: Builder, x: Value, groups: int, weight: Any, bias: Any, eps: float, name: str
+    b: Builder,
+    x: Value,
+    groups: int,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    name: str,
+    given: Pair = (-1, -1),
 ) -> Value:
     channels = x.shape[0]
     return b.emit(
@@ -164,7 +182,7 @@ def _norm(
         name,
         weight=b.reference(weight, (channels,)),
         bias=b.reference(bias, (channels,)),
-        args=(channels, groups, as_number(eps)),
+        args=(channels, groups, as_number(eps), *given, 1),
     )
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FORMAT = 2
+_FORMAT = 3
 _HEADER, _INSTRUCTION = 16, 24  # words
 _NONE = -1
 
@@ -36,7 +36,7 @@ class Opcode(IntEnum):
     ADD = 2  # y = x + x2
     LAYER_NORM = 3  # normalised elements, eps
     CONVOLUTION = 4  # C, O, H, W, kernel, stride, padding, dilation (each: height, width), groups
-    NORM = 5  # C, groups (0: batch norm on batch statistics), eps
+    NORM = 5  # C, groups (0: batch norm), eps, given mean and variance (-1: the batch's), rows
     POOL = 6  # kind, C, H, W, kernel, stride, padding, whether an average counts the padding
     TRANSPOSE = 7  # rows, columns: each example becomes [columns, rows]
 
@@ -73,7 +73,7 @@ _ARGUMENTS = {
     Opcode.ADD: "<",
     Opcode.LAYER_NORM: "<qd",
     Opcode.CONVOLUTION: "<13q",
-    Opcode.NORM: "<qqd",
+    Opcode.NORM: "<qqdqqq",
     Opcode.POOL: "<11q",
     Opcode.TRANSPOSE: "<qq",
 }

@@ -181,7 +181,12 @@ def _run(ins: Instruction, values: dict[int, Tensor], theta: Tensor, frozen: Ten
         return F.linear(x.unflatten(1, (-1, ins.args[0])), weight, bias)
     if ins.opcode == Opcode.CONVOLUTION:
         return _convolution(x, weight, bias, *ins.args)
-    y = _layer_norm(x, *ins.args) if ins.opcode == Opcode.LAYER_NORM else _norm(x, *ins.args)
+    if ins.opcode == Opcode.LAYER_NORM:
+        y = _layer_norm(x, *ins.args)
+    else:
+        channels, groups, eps, mean, variance, _ = ins.args
+        given = (_parameter(at, (channels,), theta, frozen) for at in (mean, variance))
+        y = _norm(x, channels, groups, eps, *given)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
 
@@ -204,8 +209,17 @@ def _layer_norm(x: Tensor, size: int, eps: float) -> Tensor:
     return _normalised(x.unflatten(1, (-1, size)), (2,), eps)
 
 
-def _norm(x: Tensor, channels: int, groups: int, eps: float) -> Tensor:
+def _norm(
+    x: Tensor,
+    channels: int,
+    groups: int,
+    eps: float,
+    mean: Tensor | None,
+    variance: Tensor | None,
+) -> Tensor:
     rows = x.unflatten(1, (-1, channels))
+    if mean is not None:
+        return (rows - mean) / (variance + eps).sqrt()
     if groups == 0:
         return _normalised(rows, (0, 1), eps)
     grouped = rows.unflatten(2, (groups, channels // groups))

@@ -42,15 +42,18 @@ def meta_gradient(
     steps: int,
     first_order: bool = False,
     step_weights: Sequence[float] | None = None,
+    training: bool | None = True,
 ) -> MetaGradient:
     """A loop over tasks and steps with ``create_graph=True``, differentiated as one graph.
 
     ``lr`` is a scalar, one number a parameter ``[L]``, one an element ``[P]``, one a task and
     element ``[T, P]``, or such a matrix a step ``[K or 1, T or 1, P or L or 1]``. ``step_weights``
     weigh the query losses after each step. The module runs in training mode, so batch norm uses
-    batch statistics.
+    batch statistics, or as ``training`` says; None: as it is.
     """
-    module = copy.deepcopy(module).train()
+    module = copy.deepcopy(module)
+    if training is not None:
+        module.train(training)
     params = {n: p for n, p in module.named_parameters() if p.requires_grad}
     lr = lr.detach().requires_grad_()
     support_x, query_x = (x.detach().requires_grad_() for x in (tasks.support_x, tasks.query_x))

@@ -62,7 +62,7 @@ class AdaptedTasks:
             outputs = self.engine.outputs(self.params, query_x)
             if outputs is not None:
                 return outputs
-        call = TaskModule(self.module)
+        call = TaskModule(self.module) if self.engine is None else self.engine.task_module()
         with call.conditions():
             return call.outputs(self.layout.views(self.params), query_x)
 
