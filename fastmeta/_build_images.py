@@ -13,6 +13,7 @@ from torch import nn
 from fastmeta._builder import Builder, Handler, Value, as_number, as_value, from_layer
 from fastmeta._code import Opcode, PoolKind
 from fastmeta._trace import Refusal
+from fastmeta.models import PerStepBatchNorm1d, PerStepBatchNorm2d
 
 _EXAMPLES = {1: "[channels, length]", 2: "[channels, height, width]"}
 _LIMIT = 2**20  # of sizes, in the compiled program
@@ -156,6 +157,17 @@ def _instance_norm_layer(b: Builder, input: Any, *, layer: Any, dims: int) -> Va
     return _norm(b, x, channels, layer.weight, layer.bias, layer.eps, name)
 
 
+def _per_step_norm_layer(b: Builder, input: Any, *, layer: Any, ndims: tuple[int, ...]) -> Value:
+    x = _channelled(b, input)
+    if len(x.shape) not in ndims or x.shape[0] != layer.channels:
+        raise Refusal(f"it does not take examples of shape {list(x.shape)}")
+    if math.prod(x.shape[1:]) == 1:
+        b.least_examples = 2
+    b.per_step = True
+    name = f"per-step batch norm {layer.channels}"
+    return _norm(b, x, 0, layer.weight, layer.bias, layer.eps, name, rows=layer.steps + 1)
+
+
 def _running_norm(b: Builder, x: Value, layer: Any, name: str) -> Value:
     x = _channelled(b, x)
     shape = x.shape[:1]
@@ -173,16 +185,18 @@ def _norm(
     eps: float,
     name: str,
     given: Pair = (-1, -1),
+    rows: int | None = None,
 ) -> Value:
     channels = x.shape[0]
+    shape = (channels,) if rows is None else (rows, channels)
     return b.emit(
         Opcode.NORM,
         x,
         x.shape,
         name,
-        weight=b.reference(weight, (channels,)),
-        bias=b.reference(bias, (channels,)),
-        args=(channels, groups, as_number(eps), *given, 1),
+        weight=b.reference(weight, shape),
+        bias=b.reference(bias, shape),
+        args=(channels, groups, as_number(eps), *given, rows or 1),
     )
 
 
@@ -327,6 +341,8 @@ LAYERS: dict[type[nn.Module], Handler] = {
     nn.Conv2d: from_layer(partial(_convolution, dims=2), *_CONVOLUTION),
     nn.BatchNorm1d: partial(_batch_norm_layer, ndims=(1, 2)),
     nn.BatchNorm2d: partial(_batch_norm_layer, ndims=(3,)),
+    PerStepBatchNorm1d: partial(_per_step_norm_layer, ndims=(1, 2)),
+    PerStepBatchNorm2d: partial(_per_step_norm_layer, ndims=(3,)),
     nn.GroupNorm: from_layer(_group_norm, "num_groups", "weight", "bias", "eps"),
     nn.InstanceNorm1d: partial(_instance_norm_layer, dims=1),
     nn.InstanceNorm2d: partial(_instance_norm_layer, dims=2),

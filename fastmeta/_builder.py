@@ -67,6 +67,7 @@ class Builder:
         self.norm_statistics = norm_statistics
         self.frozen: list[Tensor] = list(trace.frozen)  # and the buffers that instructions read
         self.layers: list[str] = []
+        self.per_step = False  # whether there are parameters of each inner step
         self.least_examples = 1  # of a batch; two where statistics are over examples alone
         self._handlers = handlers
         self._sizes = [math.prod(shape)]

@@ -30,6 +30,7 @@ from torch.func import grad, vjp
 
 from fastmeta._adjoint import QUERY, SUPPORT, InnerLoop, Tape, take_tasks
 from fastmeta._hvp import MODES, Tensors, central_difference, hvp, tangent
+from fastmeta._inner_step import inner_step
 from fastmeta._losses import with_checked_labels
 from fastmeta._replay import AutocastState
 from fastmeta._stateless import NORM_STATISTICS, Loss, TaskModule
@@ -244,7 +245,7 @@ class FunctionalEngine:
         _refuse_inference_mode("the product needs the gradient of the loss")
         call, loss = self.task_module(), with_checked_labels(self.loss, y, "y")
         products = []
-        with call.conditions():
+        with call.conditions(), inner_step(0):
             for rows in self._chunks(tasks):
                 at, along = (a.expand(tasks, layout.numel)[rows] for a in sources.values())
                 part = x[rows], y[rows]

@@ -62,6 +62,7 @@ class Program:
         input_shape, output_shape: of one example.
         activations: elements of one example, of all values but the input.
         least_examples: of a batch; 2 where a norm takes statistics over the examples alone.
+        per_step: whether there are parameters of each inner step.
         loss: what the outputs are compared by.
         layers: what runs, in words.
     """
@@ -74,6 +75,7 @@ class Program:
     output_shape: tuple[int, ...]
     activations: int
     least_examples: int
+    per_step: bool
     loss: LossCode
     layers: tuple[str, ...]
 
@@ -183,6 +185,7 @@ class Lowering:
             output_shape=output,
             activations=sum(code.values[1:]),
             least_examples=built.least_examples,
+            per_step=built.per_step,
             loss=loss,
             layers=layers,
         )

@@ -219,6 +219,16 @@ def running_statistics() -> nn.Module:
     return nn.Sequential(nn.BatchNorm2d(1), net)
 
 
+def norms_of_each_step() -> nn.Module:
+    """Scales and shifts of each inner step, some frozen, and one norm in two places."""
+    first = [nn.Conv2d(1, 4, 3, padding=1), fm.models.PerStepBatchNorm2d(4, 2), nn.ReLU()]
+    frozen, twice = fm.models.PerStepBatchNorm2d(3, 1), fm.models.PerStepBatchNorm1d(4, 3)
+    frozen.weight.requires_grad_(False)
+    second = [nn.MaxPool2d(2), nn.Conv2d(4, 3, 2), frozen, nn.Tanh(), nn.Flatten()]
+    third = [nn.Linear(6, 4), twice, nn.Tanh(), nn.Linear(4, 4), twice, nn.Linear(4, 3)]
+    return nn.Sequential(*first, *second, *third)
+
+
 # The same for images and sequences. Batch norms in training mode keep running statistics, which
 # nothing here uses.
 IMAGES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -252,6 +262,7 @@ IMAGES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "sequences": (sequences, (2, 21)),
     "running_statistics": (running_statistics, (1, 4, 7)),
+    "norms_of_each_step": (norms_of_each_step, (1, 4, 7)),
     "residual_images": (ResidualImages, (2, 3, 4)),
     "tied_images": (TiedImages, (2, 4, 5)),
     "frozen_images": (frozen_images, (2, 6, 6)),

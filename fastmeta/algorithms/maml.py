@@ -32,7 +32,8 @@ class MAML(nn.Module):
 
     Batch norm uses batch statistics always, unless ``norm_statistics`` says otherwise, and its
     running statistics are left alone; parameters with ``requires_grad=False`` are not adapted;
-    parameters that the loss does not depend on get zero gradients.
+    parameters that the loss does not depend on get zero gradients. Norms with a scale and a shift
+    for each inner step (MAML++) are ``fastmeta.models.PerStepBatchNorm2d``.
 
     Args:
         model: any module of one input and one output tensor.
