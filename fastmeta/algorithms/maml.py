@@ -61,7 +61,7 @@ class MAML(nn.Module):
             ``"running"``: as in any module, in ``train()`` the batch at hand, in ``eval()`` their
             ``running_mean`` and ``running_var``, which are constants of the gradients. The learner
             never updates those two: calls of the module itself in ``train()`` do, as
-            ``maml.module(x)`` under ``torch.no_grad()``.
+            ``maml.module(x)`` under ``torch.no_grad()``. A ``clone`` is called as any module.
         allow_unused: ``adapt`` only: leave parameters alone that the loss does not depend on, where
             it would otherwise raise. None: as ``allow_nograd``.
         allow_nograd: ``adapt`` only: leave frozen parameters alone, where it would otherwise raise.
