@@ -4,7 +4,7 @@ ops         inner_update, prototypes, pairwise_distance, prototype_loss, task_co
             task_linear, hvp
 learners    MAML, ProtoNet: `meta_loss` and `adapt_tasks`
 data        data.Omniglot, data.Glyphs, data.Sinusoid, data.Episodes
-networks    models.Conv4, models.ResNet12, models.MLP
+networks    models.Conv4, models.ResNet12, models.MLP, models.PerStepBatchNorm2d
 backends    backend_of, use_backend, build_info
 """
 

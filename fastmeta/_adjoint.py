@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmeta._hvp import Tensors, Total, curvature, gradient
+from fastmeta._inner_step import inner_step
 from fastmeta._replay import RandomState
 from fastmeta._stateless import Loss, TaskModule
 from fastmeta.arena import Layout
@@ -81,7 +82,8 @@ class InnerLoop:
                 if not self.first_order and wants.intersection(("theta", "lr", *SUPPORT)):
                     tape.states.append(theta)
                     tape.randoms.append(RandomState(theta.device))
-                grads, _ = gradient(total, self.layout.views(theta), {})
+                with inner_step(k):
+                    grads, _ = gradient(total, self.layout.views(theta), {})
                 arena = self.layout.flatten(grads)
                 if self.first_order and "lr" in wants:
                     tape.grads.append(arena)
@@ -129,14 +131,14 @@ class InnerLoop:
         total, params = self._total("support", data), self.layout.views(tape.states[k])
         # A number comes in float32 where v is of half precision, which the direction has to keep.
         direction = self.layout.views((-step * v).to(v.dtype))
-        with tape.randoms[k].replay():
+        with tape.randoms[k].replay(), inner_step(k):
             grads, product, mixed = curvature(total, params, direction, inputs, self.hvp_mode)
         return self.layout.flatten(grads), self.layout.flatten(product), mixed
 
     def query(
-        self, theta: Tensor, data: Tensors, wants: set[str], weight: float
+        self, k: int, theta: Tensor, data: Tensors, wants: set[str], weight: float
     ) -> tuple[Tensor, Tensor, Tensors]:
-        """The query losses, the outputs, and the gradient of the losses' sum times ``weight``.
+        """The query losses at theta_k, the outputs, and the gradient of ``weight`` times their sum.
 
         Tasks go in groups that keep no more activations than a Hessian-vector product on the
         support does, so that a large query set does not set the peak of the memory.
@@ -146,7 +148,7 @@ class InnerLoop:
             ``theta`` ``[T, P]`` and of the wanted query tensors.
         """
         losses, outputs, grads = [], [], []
-        with self.call.conditions():
+        with self.call.conditions(), inner_step(k):
             for rows in self._query_groups(data):
                 part = {name: data[name][rows] for name in QUERY}
                 total = self._total("query", part, (losses, outputs), weight)
@@ -260,7 +262,7 @@ class _WeightedQueries:
             return
         weight = self.weights[k]
         wants = self.wants if weight else set()
-        losses, self.outputs, grads = self.loop.query(theta, self.data, wants, weight)
+        losses, self.outputs, grads = self.loop.query(k, theta, self.data, wants, weight)
         # A weight of 0 means not asked for: 0 times an infinite loss would be NaN.
         weighted = weight * losses if weight else torch.zeros_like(losses)
         self.losses = weighted if self.losses is None else self.losses + weighted

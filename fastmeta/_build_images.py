@@ -13,6 +13,7 @@ from torch import nn
 from fastmeta._builder import Builder, Handler, Value, as_number, as_value, from_layer
 from fastmeta._code import Opcode, PoolKind
 from fastmeta._trace import Refusal
+from fastmeta.models import PerStepBatchNorm1d, PerStepBatchNorm2d
 
 _EXAMPLES = {1: "[channels, length]", 2: "[channels, height, width]"}
 _LIMIT = 2**20  # of sizes, in the compiled program
@@ -121,10 +122,10 @@ def _batch_norm_layer(b: Builder, input: Any, *, layer: Any, ndims: tuple[int, .
     x = as_value(input)
     if len(x.shape) not in ndims:
         raise Refusal(f"it does not take examples of shape {list(x.shape)}")
-    # As the functional engine has it: a layer that keeps running statistics does not use them.
-    kept = layer.running_mean is not None or layer.running_var is not None
-    if kept and not (layer.training or layer.track_running_stats):
-        raise Refusal("it normalises by running statistics, and the program by those of the batch")
+    # Without track_running_stats PyTorch reads in evaluation what is there, whatever was asked for.
+    asked_for = b.norm_statistics == "running" or not layer.track_running_stats
+    if asked_for and not layer.training and layer.running_mean is not None:
+        return _running_norm(b, x, layer, f"batch norm {layer.num_features}")
     return _batch_norm(b, x, None, None, layer.weight, layer.bias, True, eps=layer.eps)
 
 
@@ -147,24 +148,55 @@ def _group_norm(
 
 def _instance_norm_layer(b: Builder, input: Any, *, layer: Any, dims: int) -> Value:
     x, channels, image = _image(b, input, dims)
+    name = f"instance norm {channels}"
+    reads_running = b.norm_statistics == "running" and not layer.training
+    if reads_running and layer.track_running_stats and layer.running_mean is not None:
+        return _running_norm(b, x, layer, name)
     if channels != layer.num_features or math.prod(image) == 1:
         raise Refusal(f"it does not take examples of shape {list(x.shape)}")
-    name = f"instance norm {channels}"
     return _norm(b, x, channels, layer.weight, layer.bias, layer.eps, name)
 
 
+def _per_step_norm_layer(b: Builder, input: Any, *, layer: Any, ndims: tuple[int, ...]) -> Value:
+    x = _channelled(b, input)
+    if len(x.shape) not in ndims or x.shape[0] != layer.channels:
+        raise Refusal(f"it does not take examples of shape {list(x.shape)}")
+    if math.prod(x.shape[1:]) == 1:
+        b.least_examples = 2
+    b.per_step = True
+    name = f"per-step batch norm {layer.channels}"
+    return _norm(b, x, 0, layer.weight, layer.bias, layer.eps, name, rows=layer.steps + 1)
+
+
+def _running_norm(b: Builder, x: Value, layer: Any, name: str) -> Value:
+    x = _channelled(b, x)
+    shape = x.shape[:1]
+    given = b.constant(layer.running_mean, shape), b.constant(layer.running_var, shape)
+    name = f"{name} by running statistics"
+    return _norm(b, x, 0, layer.weight, layer.bias, layer.eps, name, given)
+
+
 def _norm(
-    b: Builder, x: Value, groups: int, weight: Any, bias: Any, eps: float, name: str
+    b: Builder,
+    x: Value,
+    groups: int,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    name: str,
+    given: Pair = (-1, -1),
+    rows: int | None = None,
 ) -> Value:
     channels = x.shape[0]
+    shape = (channels,) if rows is None else (rows, channels)
     return b.emit(
         Opcode.NORM,
         x,
         x.shape,
         name,
-        weight=b.reference(weight, (channels,)),
-        bias=b.reference(bias, (channels,)),
-        args=(channels, groups, as_number(eps)),
+        weight=b.reference(weight, shape),
+        bias=b.reference(bias, shape),
+        args=(channels, groups, as_number(eps), *given, rows or 1),
     )
 
 
@@ -309,6 +341,8 @@ LAYERS: dict[type[nn.Module], Handler] = {
     nn.Conv2d: from_layer(partial(_convolution, dims=2), *_CONVOLUTION),
     nn.BatchNorm1d: partial(_batch_norm_layer, ndims=(1, 2)),
     nn.BatchNorm2d: partial(_batch_norm_layer, ndims=(3,)),
+    PerStepBatchNorm1d: partial(_per_step_norm_layer, ndims=(1, 2)),
+    PerStepBatchNorm2d: partial(_per_step_norm_layer, ndims=(3,)),
     nn.GroupNorm: from_layer(_group_norm, "num_groups", "weight", "bias", "eps"),
     nn.InstanceNorm1d: partial(_instance_norm_layer, dims=1),
     nn.InstanceNorm2d: partial(_instance_norm_layer, dims=2),

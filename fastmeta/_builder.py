@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fastmeta._code import Code, Instruction, LossCode, Opcode
 from fastmeta._trace import Refusal, Trace, caller
@@ -56,9 +56,18 @@ class Builder:
         Refusal: naming the module or function that the program does not have.
     """
 
-    def __init__(self, trace: Trace, shape: tuple[int, ...], handlers: Handlers) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        shape: tuple[int, ...],
+        handlers: Handlers,
+        norm_statistics: str = "batch",
+    ) -> None:
         self.trace = trace
+        self.norm_statistics = norm_statistics
+        self.frozen: list[Tensor] = list(trace.frozen)  # and the buffers that instructions read
         self.layers: list[str] = []
+        self.per_step = False  # whether there are parameters of each inner step
         self.least_examples = 1  # of a batch; two where statistics are over examples alone
         self._handlers = handlers
         self._sizes = [math.prod(shape)]
@@ -79,7 +88,7 @@ class Builder:
             values=tuple(self._sizes),
             instructions=tuple(self._instructions),
             parameters=self.trace.layout.numel,
-            frozen=sum(p.numel() for p in self.trace.frozen),
+            frozen=sum(tensor.numel() for tensor in self.frozen),
             output=self.output.at,
             loss=loss,
         )
@@ -120,6 +129,24 @@ class Builder:
         if tensor.shape != shape:
             raise Refusal(f"a parameter of it has shape {list(tensor.shape)}, not {list(shape)}")
         return self.trace.reference(tensor)
+
+    def constant(self, buffer: Any, shape: tuple[int, ...]) -> int:
+        """A buffer as an instruction names it, among the frozen parameters."""
+        layout = self.trace.layout
+        if type(buffer) is not Tensor or buffer.requires_grad:
+            raise Refusal("a buffer of it is no plain tensor, or requires a gradient")
+        if (buffer.dtype, buffer.device) != (layout.dtype, layout.device):
+            what = f"{buffer.dtype} on {buffer.device}"
+            raise Refusal(f"a buffer of it is {what}, unlike the parameters")
+        if buffer.shape != shape:
+            raise Refusal(f"a buffer of it has shape {list(buffer.shape)}, not {list(shape)}")
+        offset = 0
+        for tensor in self.frozen:
+            if tensor is buffer:
+                return -2 - offset
+            offset += tensor.numel()
+        self.frozen.append(buffer)
+        return -2 - offset
 
     def _in_layout(self, x: Value, channels_last: bool) -> Value:
         channels, *positions = x.shape or (1,)

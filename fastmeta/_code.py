@@ -3,13 +3,16 @@
 An int64 tensor ``[16 + V + 24 N]`` on the CPU; csrc/task_program/program.h reads the same format.
 
     header  format, V values, N instructions, P parameters, F frozen ones, output value,
-            loss kind (-1: none), its a and b, mean (1) or sum (0), scale of the loss
+            loss kind (-1: none), its a and b, mean (1) or sum (0), scale of the loss, first step
     values  elements of one example, V words; value 0 is the input
     then N instructions of 24 words
             opcode, x, x2, y (values; -1: none), weight, bias, arguments
 
 ``weight`` and ``bias`` are offsets in the arena [P] from 0 up, offsets ``-2 - i`` in the frozen
 parameters [F], or -1 for none. Real numbers are float64, stored by their bits.
+
+A norm's weight and bias are [rows, C]. Passes at the parameters as they are given read the row of
+the first step, those after k inner steps the k-th behind it, or the last where there are fewer.
 
 Images are channels-last in convolution, norm and pool: an example is [H, W, C]. One dimension is
 an image of height 1. The weight of a convolution is [O, C / groups, kh, kw] as in PyTorch.
@@ -25,9 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FORMAT = 2
+_FORMAT = 3
 _HEADER, _INSTRUCTION = 16, 24  # words
 _NONE = -1
+_FIRST_STEP = 11  # its word in the header
 
 
 class Opcode(IntEnum):
@@ -36,7 +40,7 @@ class Opcode(IntEnum):
     ADD = 2  # y = x + x2
     LAYER_NORM = 3  # normalised elements, eps
     CONVOLUTION = 4  # C, O, H, W, kernel, stride, padding, dilation (each: height, width), groups
-    NORM = 5  # C, groups (0: batch norm on batch statistics), eps
+    NORM = 5  # C, groups (0: batch norm), eps, given mean and variance (-1: the batch's), rows
     POOL = 6  # kind, C, H, W, kernel, stride, padding, whether an average counts the padding
     TRANSPOSE = 7  # rows, columns: each example becomes [columns, rows]
 
@@ -73,7 +77,7 @@ _ARGUMENTS = {
     Opcode.ADD: "<",
     Opcode.LAYER_NORM: "<qd",
     Opcode.CONVOLUTION: "<13q",
-    Opcode.NORM: "<qqd",
+    Opcode.NORM: "<qqdqqq",
     Opcode.POOL: "<11q",
     Opcode.TRANSPOSE: "<qq",
 }
@@ -131,6 +135,7 @@ class Code:
         parameters, frozen: P, F.
         output: the value that the module returns.
         loss: None for a program that gives outputs only.
+        first_step: inner steps taken before.
     """
 
     values: tuple[int, ...]
@@ -139,11 +144,12 @@ class Code:
     frozen: int
     output: int
     loss: LossCode | None = None
+    first_step: int = 0
 
     def encode(self) -> Tensor:
         counts = [len(self.values), len(self.instructions), self.parameters, self.frozen]
         loss = self.loss.words() if self.loss else [_NONE, 0, 0, 0, 0]
-        header = [_FORMAT, *counts, self.output, *loss]
+        header = [_FORMAT, *counts, self.output, *loss, self.first_step]
         header += [0] * (_HEADER - len(header))
         body = [word for instruction in self.instructions for word in instruction.words()]
         return torch.tensor([*header, *self.values, *body])
@@ -161,8 +167,16 @@ class Code:
             parameters,
             frozen,
             output,
-            LossCode.of(words[6:11]),
+            LossCode.of(words[6:_FIRST_STEP]),
+            words[_FIRST_STEP],
         )
+
+
+def at_step(code: Tensor, step: int) -> Tensor:
+    """The code, for parameters that have been given after so many inner steps."""
+    code = code.clone()
+    code[_FIRST_STEP] = step
+    return code
 
 
 def _words(layout: str, numbers: tuple[int | float, ...], count: int) -> list[int]:

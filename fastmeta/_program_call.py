@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from fastmeta._code import at_step
 from fastmeta.functional import differentiable_once
 from fastmeta.lowering import Program
 
@@ -131,8 +132,11 @@ class Call(NamedTuple):
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
-        """The module's outputs ``[T, B, ...]``."""
-        return self.shaped(self.ops.forward(self.program.code, theta, self.frozen(theta), x))
+        """The module's outputs ``[T, B, ...]`` with parameters after the call's steps."""
+        code = self.program.code
+        if self.program.per_step:
+            code = at_step(code, self.steps)
+        return self.shaped(self.ops.forward(code, theta, self.frozen(theta), x))
 
     def shaped(self, outputs: Tensor) -> Tensor:
         """Outputs ``[T, B, n]`` in the module's shape."""

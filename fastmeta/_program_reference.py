@@ -20,7 +20,7 @@ from fastmeta._code import Activation, Code, Instruction, LossCode, LossKind, Op
 def forward(code: Tensor, theta: Tensor, frozen: Tensor, x: Tensor) -> Tensor:
     """Outputs ``[T, B, n]``."""
     program = Code.decode(code)
-    return vmap(lambda p, x: _outputs(program, p, frozen, x))(_each(theta, x), x)
+    return vmap(lambda p, x: _outputs(program, p, frozen, x, 0))(_each(theta, x), x)
 
 
 def gradient(
@@ -103,12 +103,16 @@ def meta_gradient(
     """The meta-loss, the outputs on the queries, and the gradient to theta, lr and the inputs."""
     leaves = (theta, lr, support_x, query_x)
     theta, lr, support_x, query_x = (tensor.detach().requires_grad_() for tensor in leaves)
-    query_loss = vmap(_task_loss(Code.decode(code), frozen))
+    program = Code.decode(code)
+
+    def query_loss(k: int) -> tuple[Tensor, Tensor]:
+        return vmap(_task_loss(program, frozen, k))(states[k], query_x, query_y)
+
     with torch.enable_grad():
         states = _unrolled(code, theta, frozen, lr, support_x, support_y, steps, first_order)
-        losses, outputs = query_loss(states[-1], query_x, query_y)
+        losses, outputs = query_loss(steps)
         if step_weights:
-            each = (query_loss(state, query_x, query_y)[0] for state in states[1:])
+            each = (query_loss(k)[0] for k in range(1, steps + 1))
             losses = sum(w * loss for w, loss in zip(step_weights, each, strict=True))
         loss = losses.mean()
     wanted = {theta: gradient, lr: lr_grad, support_x: support_grad, query_x: query_grad}
@@ -126,9 +130,9 @@ def _unrolled(
     first_order: bool,
 ) -> list[Tensor]:
     """theta_0 .. theta_K, each ``[T, P]``."""
-    slope = vmap(grad(_task_loss(Code.decode(code), frozen), has_aux=True))
-    states = [_each(theta, x)]
+    program, states = Code.decode(code), [_each(theta, x)]
     for k in range(steps):
+        slope = vmap(grad(_task_loss(program, frozen, k), has_aux=True))
         g, _ = slope(states[-1], x, y)
         step = lr[min(k, len(lr) - 1)]
         states.append(states[-1] - step * (g.detach() if first_order else g))
@@ -146,24 +150,28 @@ def _each(theta: Tensor, x: Tensor) -> Tensor:
     return theta.expand(len(x), theta.shape[-1])
 
 
-def _task_loss(program: Code, frozen: Tensor):
+def _task_loss(program: Code, frozen: Tensor, k: int = 0):
+    """At theta_k."""
+
     def task_loss(theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = _outputs(program, theta, frozen, x)
+        outputs = _outputs(program, theta, frozen, x, k)
         return _loss(program.loss, outputs, y), outputs
 
     return task_loss
 
 
-def _outputs(program: Code, theta: Tensor, frozen: Tensor, x: Tensor) -> Tensor:
-    """Outputs ``[B, n]`` of one task's parameters ``[P]`` for inputs ``[B, ...]``."""
+def _outputs(program: Code, theta: Tensor, frozen: Tensor, x: Tensor, k: int) -> Tensor:
+    """Outputs ``[B, n]`` of one task's parameters theta_k ``[P]`` for inputs ``[B, ...]``."""
     values = {0: x.reshape(len(x), program.values[0])}
     for instruction in program.instructions:
-        y = _run(instruction, values, theta, frozen)
+        y = _run(instruction, values, theta, frozen, program.first_step + k)
         values[instruction.y] = y.reshape(len(x), program.values[instruction.y])
     return values[program.output]
 
 
-def _run(ins: Instruction, values: dict[int, Tensor], theta: Tensor, frozen: Tensor) -> Tensor:
+def _run(
+    ins: Instruction, values: dict[int, Tensor], theta: Tensor, frozen: Tensor, step: int
+) -> Tensor:
     x = values[ins.x]
     if ins.opcode == Opcode.ADD:
         return x + values[ins.x2]
@@ -181,7 +189,13 @@ def _run(ins: Instruction, values: dict[int, Tensor], theta: Tensor, frozen: Ten
         return F.linear(x.unflatten(1, (-1, ins.args[0])), weight, bias)
     if ins.opcode == Opcode.CONVOLUTION:
         return _convolution(x, weight, bias, *ins.args)
-    y = _layer_norm(x, *ins.args) if ins.opcode == Opcode.LAYER_NORM else _norm(x, *ins.args)
+    if ins.opcode == Opcode.LAYER_NORM:
+        y = _layer_norm(x, *ins.args)
+    else:
+        channels, groups, eps, mean, variance, rows = ins.args
+        weight, bias = (p if p is None else p[min(step, rows - 1)] for p in (weight, bias))
+        given = (_parameter(at, (channels,), theta, frozen) for at in (mean, variance))
+        y = _norm(x, channels, groups, eps, *given)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
 
@@ -194,6 +208,9 @@ def _parameter_shapes(ins: Instruction) -> tuple[tuple[int, ...], tuple[int, ...
     if ins.opcode == Opcode.CONVOLUTION:
         channels, outputs, _, _, *kernel = ins.args[:6]
         return (outputs, channels // ins.args[-1], *kernel), (outputs,)
+    if ins.opcode == Opcode.NORM:
+        channels, *_, rows = ins.args
+        return (rows, channels), (rows, channels)
     return ins.args[:1], ins.args[:1]
 
 
@@ -204,8 +221,17 @@ def _layer_norm(x: Tensor, size: int, eps: float) -> Tensor:
     return _normalised(x.unflatten(1, (-1, size)), (2,), eps)
 
 
-def _norm(x: Tensor, channels: int, groups: int, eps: float) -> Tensor:
+def _norm(
+    x: Tensor,
+    channels: int,
+    groups: int,
+    eps: float,
+    mean: Tensor | None,
+    variance: Tensor | None,
+) -> Tensor:
     rows = x.unflatten(1, (-1, channels))
+    if mean is not None:
+        return (rows - mean) / (variance + eps).sqrt()
     if groups == 0:
         return _normalised(rows, (0, 1), eps)
     grouped = rows.unflatten(2, (groups, channels // groups))

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+NORM_STATISTICS = ("batch", "running")
 _RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # What a recurrent module caches of its weights at each call; it would cache one task's.
 _RECURRENT_CACHE = ("_flat_weights", "_flat_weight_refs")
@@ -44,10 +45,11 @@ class TaskModule:
     """A module as a function of parameters, one set a task.
 
     Takes a snapshot of the module's training flags, so that a step can be run again later as it
-    ran. Batch and instance norms use batch statistics, in training and evaluation alike, and their
-    running statistics are left alone. Every call starts from the module's own buffers and drops
-    what the module writes into them; floating-point buffers are given to each task as a copy of its
-    own, others (counters, indices, masks) as one copy that the tasks share.
+    ran. Batch and instance norms use batch statistics, in training and evaluation alike, or, with
+    ``norm_statistics="running"``, in evaluation their running ones, which are left alone. Every
+    call starts from the module's own buffers and drops what the module writes into them;
+    floating-point buffers are given to each task as a copy of its own, others (counters, indices,
+    masks) as one copy that the tasks share.
 
     Example:
         >>> import torch
@@ -58,14 +60,17 @@ class TaskModule:
         torch.Size([4, 5, 2])
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, norm_statistics: str = "batch") -> None:
         self.module = module
         modules = list(module.modules())
+        own_in_evaluation = norm_statistics == "running"
         self._training = [(m, m.training) for m in modules]
         self._norms = [
             m
             for m in modules
-            if getattr(m, "track_running_stats", False) and "running_mean" in m._buffers
+            if getattr(m, "track_running_stats", False)
+            and "running_mean" in m._buffers
+            and (m.training or not own_in_evaluation)
         ]
         self._recurrent = [m for m in modules if isinstance(m, (nn.RNNBase, nn.RNNCellBase))]
         running = {id(m._buffers.get(name)) for m in self._norms for name in _RUNNING_STATISTICS}

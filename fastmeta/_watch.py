@@ -46,7 +46,8 @@ class Watch:
     ``holds()`` says whether all of it is unchanged; it runs at every call of a task program, so it
     leaves the comparing to C (tuples and dicts). Attributes of the user's own modules count by
     value where they are numbers, strings, or containers and objects of such, otherwise by identity.
-    Values of parameters do not count; globals, class attributes and closures are not seen.
+    Values of parameters and buffers do not count; globals, class attributes and closures are not
+    seen.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout())
@@ -77,12 +78,13 @@ class Watch:
                 self._deep = self._deep or any(_has_contents(namespace[name]) for name in nested)
         # Kept, so that no id is reused.
         self._parameters, self._buffers = list(module.parameters()), list(module.buffers())
-        self._kinds = _kinds(self._parameters)
+        self._kinds = _kinds([*self._parameters, *self._buffers])
 
     def tables(self) -> list[dict[str, Any]] | None:
         """The dictionaries that make up the state: while their objects are the same, so is it.
 
-        But for the parameters' kinds. None where objects inside have a state of their own.
+        But for the kinds of parameters and buffers. None where objects inside have a state of their
+        own.
         """
         if self._deep:
             return None
@@ -100,7 +102,7 @@ class Watch:
             return False
         if _contents(self._modules) != self._contents:
             return False
-        if _kinds(self._parameters) != self._kinds:
+        if _kinds([*self._parameters, *self._buffers]) != self._kinds:
             return False
         return globally_hooked() == self._hooked
 

@@ -30,9 +30,10 @@ from torch.func import grad, vjp
 
 from fastmeta._adjoint import QUERY, SUPPORT, InnerLoop, Tape, take_tasks
 from fastmeta._hvp import MODES, Tensors, central_difference, hvp, tangent
+from fastmeta._inner_step import inner_step
 from fastmeta._losses import with_checked_labels
 from fastmeta._replay import AutocastState
-from fastmeta._stateless import Loss, TaskModule
+from fastmeta._stateless import NORM_STATISTICS, Loss, TaskModule
 from fastmeta.arena import Layout
 
 __all__ = ["FunctionalEngine", "hvp"]
@@ -69,6 +70,9 @@ class FunctionalEngine:
         task_chunk: tasks that run together; None is all of them. Memory grows with it, results do
             not depend on it beyond rounding (random numbers, as in dropout, do). 1 runs each
             task by itself, without vmap, for modules that vmap cannot take.
+        norm_statistics: what batch and instance norms that track running statistics normalise by:
+            ``"batch"``, those of the batch always, or ``"running"``, in ``eval()`` the running ones
+            as in any module. Neither updates the running ones.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of range.
@@ -90,6 +94,7 @@ class FunctionalEngine:
     first_order: bool = False
     hvp_mode: str = "reverse"
     task_chunk: int | None = None
+    norm_statistics: str = "batch"
 
     def __post_init__(self) -> None:
         if not isinstance(self.module, nn.Module):
@@ -102,10 +107,15 @@ class FunctionalEngine:
         if not isinstance(self.first_order, bool):
             raise TypeError(f"first_order: expected a bool, got {self.first_order!r}")
         check_choice("hvp_mode", self.hvp_mode, MODES)
+        check_choice("norm_statistics", self.norm_statistics, NORM_STATISTICS)
 
     def parameters(self) -> Tensor:
         """The module's own trainable parameters as an arena ``[P]``, a differentiable copy."""
         return Layout.of(self.module).flatten(dict(self.module.named_parameters()))
+
+    def task_module(self) -> TaskModule:
+        """The module as a function of parameters, as this engine runs it."""
+        return TaskModule(self.module, self.norm_statistics)
 
     @never_traced
     def adapt(
@@ -233,9 +243,9 @@ class FunctionalEngine:
         for name, arena in sources.items():
             check_arena(name, layout, arena, tasks)
         _refuse_inference_mode("the product needs the gradient of the loss")
-        call, loss = TaskModule(self.module), with_checked_labels(self.loss, y, "y")
+        call, loss = self.task_module(), with_checked_labels(self.loss, y, "y")
         products = []
-        with call.conditions():
+        with call.conditions(), inner_step(0):
             for rows in self._chunks(tasks):
                 at, along = (a.expand(tasks, layout.numel)[rows] for a in sources.values())
                 part = x[rows], y[rows]
@@ -260,7 +270,7 @@ class FunctionalEngine:
             if name.endswith("_y")
         }
         loop = InnerLoop(
-            layout, TaskModule(self.module), losses, self.steps, self.first_order, self.hvp_mode
+            layout, self.task_module(), losses, self.steps, self.first_order, self.hvp_mode
         )
         return loop, tasks, layout.step_size_array(lr, tasks, self.steps)
 

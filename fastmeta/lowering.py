@@ -57,11 +57,12 @@ class Program:
     Attributes:
         code: int64, as ``fastmeta._code`` says.
         layout: of the arena ``[P]``.
-        adapted, frozen: the parameters that are adapted and those that are not, in the order of the
-            code's offsets.
+        adapted: the parameters that are adapted, in the order of the code's offsets.
+        frozen: those that are not, and the buffers that it reads, in the order of the code's.
         input_shape, output_shape: of one example.
         activations: elements of one example, of all values but the input.
         least_examples: of a batch; 2 where a norm takes statistics over the examples alone.
+        per_step: whether there are parameters of each inner step.
         loss: what the outputs are compared by.
         layers: what runs, in words.
     """
@@ -69,11 +70,12 @@ class Program:
     code: Tensor
     layout: Layout
     adapted: tuple[nn.Parameter, ...]
-    frozen: tuple[nn.Parameter, ...]
+    frozen: tuple[Tensor, ...]
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     activations: int
     least_examples: int
+    per_step: bool
     loss: LossCode
     layers: tuple[str, ...]
 
@@ -91,6 +93,7 @@ class Lowering:
     Args:
         module: any module.
         loss: any loss.
+        norm_statistics: as in ``FunctionalEngine``.
 
     Example:
         >>> lowering = Lowering(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), F.mse_loss)
@@ -100,8 +103,8 @@ class Lowering:
         'model is a Conv3d, which the program does not have yet'
     """
 
-    def __init__(self, module: nn.Module, loss: Loss) -> None:
-        self._module, self._loss = module, loss
+    def __init__(self, module: nn.Module, loss: Loss, norm_statistics: str = "batch") -> None:
+        self._module, self._loss, self._norm_statistics = module, loss, norm_statistics
         self._spec, self._loss_name = lower_loss(loss)
         self._programs: dict[tuple[int, ...], Program | str] = {}
         layout, self._watch = Layout.of(module), Watch(module)
@@ -115,16 +118,18 @@ class Lowering:
         if self._changing:
             self._trace = "the forward of model changes model"
 
-    def current(self, module: nn.Module, loss: Loss) -> bool:
+    def current(self, module: nn.Module, loss: Loss, norm_statistics: str = "batch") -> bool:
         """Whether this is a lowering of the module and the loss as they are now."""
         if module is not self._module or loss is not self._loss:
+            return False
+        if norm_statistics != self._norm_statistics:
             return False
         if not (self._watch.holds() or self._changing):
             return False
         return type(loss) is FunctionType or lower_loss(loss)[0] == self._spec
 
     def tables(self) -> list[dict[str, Any]] | None:
-        """Dictionaries: while they have the same objects, and parameters their kinds, it holds.
+        """Dictionaries: while they have the same objects, and tensors their kinds, it holds.
 
         None where that does not say enough.
         """
@@ -163,7 +168,7 @@ class Lowering:
 
     def _made(self, trace: Trace, loss: LossCode, shape: tuple[int, ...]) -> Program | str:
         try:
-            built = Builder(trace, shape, HANDLERS)
+            built = Builder(trace, shape, HANDLERS, self._norm_statistics)
         except Refusal as refusal:
             return str(refusal)
         output = built.output.shape
@@ -175,11 +180,12 @@ class Lowering:
             code=code.encode(),
             layout=trace.layout,
             adapted=tuple(trace.adapted),
-            frozen=tuple(trace.frozen),
+            frozen=tuple(built.frozen),
             input_shape=shape,
             output_shape=output,
             activations=sum(code.values[1:]),
             least_examples=built.least_examples,
+            per_step=built.per_step,
             loss=loss,
             layers=layers,
         )

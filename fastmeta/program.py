@@ -113,20 +113,21 @@ class Programs:
     def __reduce__(self) -> tuple[type[Programs], tuple[()]]:
         return Programs, ()
 
-    def lowering(self, module: nn.Module, loss: Loss) -> Lowering:
-        if self._lowering is None or not self._lowering.current(module, loss):
-            self._lowering = Lowering(module, loss)
+    def lowering(self, *what: Any) -> Lowering:
+        """``Lowering(*what)``; the last one where it still holds."""
+        if self._lowering is None or not self._lowering.current(*what):
+            self._lowering = Lowering(*what)
             self._plans.clear()
         return self._lowering
 
-    def plan(self, module: nn.Module, loss: Loss, data: Tensors) -> Plan:
-        """The plan for inputs and targets, which alternate in ``data``.
+    def plan(self, what: tuple[nn.Module, Loss, str], data: Tensors) -> Plan:
+        """The plan of what is lowered for inputs and targets, which alternate in ``data``.
 
         Raises:
             Refusal: the program would not do what the module and the loss do with them.
             TypeError, ValueError: naming what does not fit.
         """
-        lowering = self.lowering(module, loss)
+        lowering = self.lowering(*what)
         key: list[Any] = []
         for name, tensor in data.items():
             if type(tensor) is not Tensor or tensor.layout is not torch.strided:
@@ -137,7 +138,7 @@ class Programs:
         if plan is None:
             if len(self._plans) >= _PLANS_KEPT:
                 self._plans.clear()
-            plan = self._plans[signature] = _planned(lowering, Layout.of(module), data)
+            plan = self._plans[signature] = _planned(lowering, Layout.of(what[0]), data)
         if isinstance(plan, str):
             raise Refusal(plan)
         return plan
@@ -181,8 +182,9 @@ class ProgramEngine(FunctionalEngine):
     module, the loss, the batch or the backend have no compiled program.
 
     Args:
-        module, loss, steps, first_order, hvp_mode, task_chunk: as for ``FunctionalEngine``. The
-            program's products are exact: ``hvp_mode="finite_difference"`` is left to it.
+        module, loss, steps, first_order, hvp_mode, task_chunk, norm_statistics: as for
+            ``FunctionalEngine``. The program's products are exact:
+            ``hvp_mode="finite_difference"`` is left to it.
         memory: ``"keep"`` the activations of all steps for the way back, ``"recompute"`` them step
             by step, or ``"auto"``: keep them where they take at most twice the room of the K
             parameter vectors, or those of all tasks that are computed at a time 512 MiB.
@@ -223,7 +225,7 @@ class ProgramEngine(FunctionalEngine):
         try:
             if data is not None:
                 return self._prepared(None, data, []).program
-            program = self.programs.lowering(self.module, self.loss).program()
+            program = self.programs.lowering(*self._lowered()).program()
             if isinstance(program, Program):
                 self._check_circumstances(program.layout)
                 self._implementation(program.layout)
@@ -342,7 +344,7 @@ class ProgramEngine(FunctionalEngine):
             return None
         try:
             _check_plain("x", x)
-            program = self.programs.lowering(self.module, self.loss).program(tuple(x.shape[2:]))
+            program = self.programs.lowering(*self._lowered()).program(tuple(x.shape[2:]))
             if isinstance(program, str) or not program.takes(x.shape[1]):
                 return None
             if not _kind(x) == _kind(params) == _kind(program.layout):
@@ -371,13 +373,16 @@ class ProgramEngine(FunctionalEngine):
             return None
 
     def _prepared(self, theta: Tensor | None, data: Tensors, weights: Sequence[float]) -> Call:
-        plan = self.programs.plan(self.module, self.loss, data)
+        plan = self.programs.plan(self._lowered(), data)
         self._check_circumstances(plan.program.layout)
         if _require_gradients(list(data.values())[1::2]):
             raise Refusal("targets require gradients")
         if theta is not None:
             check_arena("theta", plan.program.layout, theta, plan.tasks)
         return self._call_of(plan, theta is None, weights)
+
+    def _lowered(self) -> tuple[nn.Module, Loss, str]:
+        return self.module, self.loss, self.norm_statistics
 
     def _call_of(self, plan: Plan, own: bool, weights: Sequence[float]) -> Call:
         ops = self._implementation(plan.program.layout)

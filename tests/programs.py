@@ -198,7 +198,39 @@ def sequences() -> nn.Module:
     return nn.Sequential(*body, *more, nn.Flatten(), nn.Linear(3, 3))
 
 
-# The same for images and sequences; batch norms keep running statistics, which nothing here uses.
+def with_running_statistics(net: nn.Module) -> nn.Module:
+    """The network, whose norms have tracked some and are in evaluation mode."""
+    generator = torch.Generator().manual_seed(4)
+    for module in net.modules():
+        if isinstance(getattr(module, "running_mean", None), Tensor):
+            module.eval()
+            module.running_mean.normal_(generator=generator)
+            module.running_var.uniform_(0.5, 2.0, generator=generator)
+    return net
+
+
+def running_statistics() -> nn.Module:
+    """Norms on running statistics, with all that is done in one pass with them, and one without."""
+    first = [nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)]
+    tracked = nn.InstanceNorm2d(3, affine=True, track_running_stats=True)
+    second = [nn.Conv2d(4, 3, 2), tracked, nn.ReLU(), nn.Flatten(), nn.Linear(6, 4)]
+    third = [nn.BatchNorm1d(4, affine=False), nn.Tanh(), nn.Linear(4, 3)]
+    net = with_running_statistics(nn.Sequential(*first, *second, *third))
+    return nn.Sequential(nn.BatchNorm2d(1), net)
+
+
+def norms_of_each_step() -> nn.Module:
+    """Scales and shifts of each inner step, some frozen, and one norm in two places."""
+    first = [nn.Conv2d(1, 4, 3, padding=1), fm.models.PerStepBatchNorm2d(4, 2), nn.ReLU()]
+    frozen, twice = fm.models.PerStepBatchNorm2d(3, 1), fm.models.PerStepBatchNorm1d(4, 3)
+    frozen.weight.requires_grad_(False)
+    second = [nn.MaxPool2d(2), nn.Conv2d(4, 3, 2), frozen, nn.Tanh(), nn.Flatten()]
+    third = [nn.Linear(6, 4), twice, nn.Tanh(), nn.Linear(4, 4), twice, nn.Linear(4, 3)]
+    return nn.Sequential(*first, *second, *third)
+
+
+# The same for images and sequences. Batch norms in training mode keep running statistics, which
+# nothing here uses.
 IMAGES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "convolution": (convolution(2, 3, 3), (2, 5, 4)),
     "convolution_of_one_channel": (convolution(1, 3, 3, padding=1), (1, 4, 5)),
@@ -229,6 +261,8 @@ IMAGES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (3,),
     ),
     "sequences": (sequences, (2, 21)),
+    "running_statistics": (running_statistics, (1, 4, 7)),
+    "norms_of_each_step": (norms_of_each_step, (1, 4, 7)),
     "residual_images": (ResidualImages, (2, 3, 4)),
     "tied_images": (TiedImages, (2, 4, 5)),
     "frozen_images": (frozen_images, (2, 6, 6)),
@@ -274,7 +308,8 @@ def build(name: str, device: str = "cpu", dtype: torch.dtype = torch.float64) ->
 
 
 def lowered(net: nn.Module, loss: Loss, shape: tuple[int, ...]) -> Program:
-    program = Lowering(net, loss).program(shape)
+    """The program; norms in evaluation mode go by their running statistics."""
+    program = Lowering(net, loss, "running").program(shape)
     assert isinstance(program, Program), program
     return program
 

@@ -146,7 +146,7 @@ def test_the_code_of_a_network_by_hand():
     net[0].requires_grad_(False)
     program = lowered(net, functools.partial(F.smooth_l1_loss, beta=0.5), (2,))
     half, two = 0x3FE0000000000000, 0x4000000000000000  # 0.5 and 2.0 as float64
-    header = [2, 4, 3, 2, 3, 3, 3, half, 0, 1, two, 0, 0, 0, 0, 0]
+    header = [3, 4, 3, 2, 3, 3, 3, half, 0, 1, two, 0, 0, 0, 0, 0]
     rows = [
         [0, 0, -1, 1, -2, -4, 2, 1],
         [1, 1, -1, 2, -1, -1, 0, 0],

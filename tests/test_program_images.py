@@ -19,8 +19,9 @@ from fastmeta.program import ProgramEngine
 from tests.networks import Tasks, relative_error
 from tests.programs import IMAGES, build, tasks_for
 from tests.test_program import Setting
-from tests.test_program_engine import engines, leaves
-from tests.unrolled import meta_gradient
+from tests.test_program_engine import engines as both_engines
+from tests.test_program_engine import leaves
+from tests.unrolled import meta_gradient, set_row, with_rows_by_hand
 
 EXACT = 1e-9
 
@@ -33,6 +34,11 @@ def backend(request, device):
         pytest.skip(f"the extension has no task program for {device}")
     with fm.use_backend(request.param):
         yield request.param
+
+
+def engines(*args, **options) -> tuple[FunctionalEngine, ProgramEngine]:
+    """Both; norms in evaluation mode go by their running statistics."""
+    return both_engines(*args, norm_statistics="running", **options)
 
 
 def assert_equal(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> None:
@@ -64,8 +70,10 @@ def test_meta_gradients_of_every_network(name, steps, backend):
 @each_network
 def test_meta_gradients_are_those_of_an_unrolled_loop(name, backend):
     net, tasks, lr = build(name), tasks_for(name, tasks=2), torch.tensor(0.1, dtype=torch.float64)
-    expected = meta_gradient(net, tasks, F.cross_entropy, lr, 2)
-    engine = ProgramEngine(net, F.cross_entropy, 2, required=True)
+    by_hand = with_rows_by_hand(net) if name == "norms_of_each_step" else net
+    options = {"training": None, "at_step": set_row}
+    expected = meta_gradient(by_hand, tasks, F.cross_entropy, lr, 2, **options)
+    _, engine = engines(net, F.cross_entropy, 2)
     step, data, wanted = leaves(engine, tasks, lr)
     loss, outputs = engine.meta_loss(None, step, *data)
     grads = torch.autograd.grad(loss, wanted)
@@ -131,7 +139,7 @@ def test_every_compiled_op(name, dtype, per_task, device):
 def test_batch_statistics_always_and_running_ones_stay(mode, backend):
     net = getattr(build("conv4"), mode)()
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    compare(engines(net, F.cross_entropy), tasks_for("conv4"))
+    compare(both_engines(net, F.cross_entropy), tasks_for("conv4"))
     for name, buffer in net.named_buffers():
         assert torch.equal(buffer, before[name])
 

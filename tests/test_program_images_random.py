@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.programs import ACTIVATIONS
+from fastmeta.models import PerStepBatchNorm2d
+from tests.programs import ACTIVATIONS, with_running_statistics
 from tests.test_program import kernels
 from tests.test_program_random import check_random_tasks
 
@@ -33,7 +34,12 @@ def convolution(choices: random.Random, size: Size) -> nn.Module:
 
 def norm(choices: random.Random, size: Size) -> nn.Module:
     channels, affine = size[0], choices.random() > 0.3
-    if choices.random() > 0.3:
+    kind = choices.random()
+    if kind > 0.8:
+        return with_running_statistics(nn.BatchNorm2d(channels, eps=0.1, affine=affine))
+    if kind > 0.6:
+        return PerStepBatchNorm2d(channels, choices.randrange(3), eps=0.1)
+    if kind > 0.3:
         return nn.BatchNorm2d(channels, eps=0.1, affine=affine)
     groups = choices.choice([n for n in range(1, channels + 1) if channels % n == 0])
     return nn.GroupNorm(groups, channels, eps=0.1, affine=affine)

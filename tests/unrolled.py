@@ -13,6 +13,7 @@ from torch.backends import cudnn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import fastmeta as fm
 from tests.networks import Tasks
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -42,15 +43,20 @@ def meta_gradient(
     steps: int,
     first_order: bool = False,
     step_weights: Sequence[float] | None = None,
+    training: bool | None = True,
+    at_step: Callable[[nn.Module, int], object] = lambda module, k: None,
 ) -> MetaGradient:
     """A loop over tasks and steps with ``create_graph=True``, differentiated as one graph.
 
     ``lr`` is a scalar, one number a parameter ``[L]``, one an element ``[P]``, one a task and
     element ``[T, P]``, or such a matrix a step ``[K or 1, T or 1, P or L or 1]``. ``step_weights``
     weigh the query losses after each step. The module runs in training mode, so batch norm uses
-    batch statistics.
+    batch statistics, or as ``training`` says; None: as it is. ``at_step(module, k)`` is called
+    before each pass at theta_k.
     """
-    module = copy.deepcopy(module).train()
+    module = copy.deepcopy(module)
+    if training is not None:
+        module.train(training)
     params = {n: p for n, p in module.named_parameters() if p.requires_grad}
     lr = lr.detach().requires_grad_()
     support_x, query_x = (x.detach().requires_grad_() for x in (tasks.support_x, tasks.query_x))
@@ -59,6 +65,7 @@ def meta_gradient(
         for t in range(len(support_x)):
             fast = dict(params)
             weighted = []
+            at_step(module, 0)
             for k in range(steps):
                 outputs = functional_call(module, fast, (support_x[t],))
                 value = loss(outputs, tasks.support_y[t])
@@ -71,6 +78,7 @@ def meta_gradient(
                         fast.items(), grads, _split(lr, params, t, k), strict=True
                     )
                 }
+                at_step(module, k + 1)
                 if step_weights is not None:
                     outputs = functional_call(module, fast, (query_x[t],))
                     weighted.append(step_weights[k] * loss(outputs, tasks.query_y[t]))
@@ -100,6 +108,35 @@ def _split(lr: Tensor, params: dict[str, Tensor], task: int, step: int) -> list[
     row = lr[task] if lr.ndim == 2 else lr
     pieces = row.split([p.numel() for p in params.values()])
     return [piece.view_as(p) for piece, p in zip(pieces, params.values(), strict=True)]
+
+
+class _RowNorm(nn.Module):
+    """A batch norm with rows of weight and bias, by hand."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps, self.row = norm.weight, norm.bias, norm.eps, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        dims = [d for d in range(x.ndim) if d != 1]
+        centred = x - x.mean(dims, keepdim=True)
+        normalised = centred / (centred.square().mean(dims, keepdim=True) + self.eps).sqrt()
+        row, shape = min(self.row, len(self.weight) - 1), (-1, *[1] * (x.ndim - 2))
+        return normalised * self.weight[row].view(shape) + self.bias[row].view(shape)
+
+
+def with_rows_by_hand(net: nn.Sequential) -> nn.Sequential:
+    """A network whose norms of each step are replaced; it has the same parameters."""
+    kinds = fm.models.PerStepBatchNorm1d, fm.models.PerStepBatchNorm2d
+    norms = {m: _RowNorm(m) for m in net if isinstance(m, kinds)}
+    return nn.Sequential(*(norms.get(m, m) for m in net))
+
+
+def set_row(net: nn.Module, k: int) -> None:
+    """What ``at_step`` is for such a network."""
+    for module in net.modules():
+        if isinstance(module, _RowNorm):
+            module.row = k
 
 
 def vmapped_meta_loss(module: nn.Module, tasks: Tasks, loss: Loss, lr: float, steps: int) -> Tensor:

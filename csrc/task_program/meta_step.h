@@ -173,8 +173,8 @@ class MetaStep {
   FASTMETA_HOST_DEVICE Arena grads(int k) const { return task_.grads.from(k * task_.grads_stride); }
 
   FASTMETA_HOST_DEVICE Network<storage_t> support_network(int k, Arena direction = {}) const {
-    Network<storage_t> net{
-        program_, {theta(k), task_.frozen}, {direction, {}}, task_.support, task_.support_arrays};
+    Network<storage_t> net{program_,      {theta(k), task_.frozen}, {direction, {}},
+                           task_.support, task_.support_arrays,     program_.first_step + k};
     const int64_t offset = k * task_.step_stride;
     net.arrays.value = net.arrays.value.from(offset);
     net.arrays.delta = net.arrays.delta.from(offset);
@@ -182,7 +182,8 @@ class MetaStep {
   }
 
   FASTMETA_HOST_DEVICE Network<storage_t> query_network(int k) const {
-    return {program_, {theta(k), task_.frozen}, {}, task_.query, task_.query_arrays};
+    return {program_,    {theta(k), task_.frozen}, {},
+            task_.query, task_.query_arrays,       program_.first_step + k};
   }
 
   // Values of step k and their gradients, and g_k where wanted.

@@ -41,6 +41,7 @@ struct Network {
   Parameters<storage_t> direction;  // theta_dot
   Examples<storage_t> examples;
   Activations<storage_t> arrays;
+  int64_t step = 0;  // k, of theta_k
 
   FASTMETA_HOST_DEVICE const Value& info(int v) const { return program.values[v]; }
   FASTMETA_HOST_DEVICE int64_t size(int v) const { return examples.count * info(v).elements; }

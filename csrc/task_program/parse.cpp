@@ -29,6 +29,17 @@ int64_t weight_size(const Instruction& i) {
 
 bool is_of_images(const Instruction& i) { return i.op >= Opcode::kConvolution; }
 
+// Both or none, not adapted, and of the whole batch.
+bool has_fitting_statistics(const Instruction& i) {
+  if (i.mean == kNoParameter && i.variance == kNoParameter) return true;
+  return i.groups == 0 && i.mean < kNoParameter && i.variance < kNoParameter;
+}
+
+// The statistics are those of the batch that is normalised.
+bool is_batch_norm(const Instruction& i) {
+  return i.op == Opcode::kNorm && i.groups == 0 && i.mean == kNoParameter;
+}
+
 bool has_parameters(const Instruction& i) {
   return i.op == Opcode::kLinear || i.op == Opcode::kLayerNorm || i.op == Opcode::kConvolution ||
          i.op == Opcode::kNorm;
@@ -81,6 +92,8 @@ ParsedProgram::ParsedProgram(const at::Tensor& code) {
   program_.output = static_cast<int>(words[5]);
   program_.loss = {static_cast<LossKind>(words[6]), number(words[7]), 0, words[9] != 0,
                    number(words[10])};
+  program_.first_step = words[11];
+  TORCH_CHECK(words[11] >= 0 && words[11] < kMost, "unknown first step ", words[11]);
   TORCH_CHECK(words[6] >= -1 && words[6] <= static_cast<int64_t>(LossKind::kL1), "unknown loss ",
               words[6]);
   program_.loss.b = program_.loss.kind == LossKind::kCrossEntropy ? static_cast<double>(words[8])
@@ -119,6 +132,8 @@ void ParsedProgram::read_instruction(const int64_t* words) {
   TORCH_CHECK(words[0] >= 0 && words[0] <= static_cast<int64_t>(Opcode::kTranspose),
               "unknown instruction ", words[0]);
   Instruction i{};
+  i.mean = i.variance = kNoParameter;
+  i.parameter_rows = 1;
   i.op = static_cast<Opcode>(words[0]);
   i.x = input(words[1]);
   i.x2 = i.op == Opcode::kAdd ? input(words[2]) : -1;
@@ -164,8 +179,12 @@ void ParsedProgram::read_instruction(const int64_t* words) {
       i.inputs = i.outputs = arguments[0];
       i.groups = arguments[1];
       i.a = number(arguments[2]);
+      i.mean = arguments[3];
+      i.variance = arguments[4];
+      i.parameter_rows = arguments[5];
       fits = fits && i.inputs >= 1 && x % i.inputs == 0 && i.groups >= 0 &&
-             (i.groups == 0 || i.inputs % i.groups == 0);
+             (i.groups == 0 || i.inputs % i.groups == 0) && has_fitting_statistics(i) &&
+             i.parameter_rows >= 1 && i.parameter_rows < kMost && i.inputs < kMost;
       break;
     case Opcode::kPool:
       i.pool = {static_cast<PoolKind>(arguments[0]),
@@ -195,8 +214,10 @@ void ParsedProgram::read_instruction(const int64_t* words) {
   if (has_parameters(i)) {
     i.weight = words[4];
     i.bias = words[5];
-    check_parameter(i.weight, weight_size(i));
-    check_parameter(i.bias, i.outputs);
+    check_parameter(i.weight, weight_size(i) * i.parameter_rows);
+    check_parameter(i.bias, i.outputs * i.parameter_rows);
+    check_parameter(i.mean, i.inputs);
+    check_parameter(i.variance, i.inputs);
   }
   values_[i.y].adapts = values_[i.x].adapts || (i.x2 >= 0 && values_[i.x2].adapts) ||
                         is_adapted(i.weight) || is_adapted(i.bias);
@@ -238,7 +259,7 @@ void ParsedProgram::count_readers() {
 // the gradient 0.
 void ParsedProgram::drop_shifts() {
   for (const auto& norm : instructions_) {
-    if (norm.op != Opcode::kNorm || norm.groups != 0 || readers_[norm.x] != 1) continue;
+    if (!is_batch_norm(norm) || readers_[norm.x] != 1) continue;
     for (auto& i : instructions_) {
       const bool is_bilinear = i.op == Opcode::kConvolution || i.op == Opcode::kLinear;
       if (i.y == norm.x && is_bilinear && i.outputs == norm.inputs) i.bias = kNoParameter;
@@ -328,7 +349,7 @@ void ParsedProgram::pair_norms() {
   for (size_t k = 0; k < instructions_.size(); ++k) {
     Instruction& i = instructions_[k];
     i.normed = -1;
-    if (k == 0 || i.op != Opcode::kNorm || i.groups != 0) continue;
+    if (k == 0 || !is_batch_norm(i)) continue;
     Instruction& previous = instructions_[k - 1];
     i.has_moments = previous.op == Opcode::kConvolution && previous.y == i.x;
     if (i.has_moments) previous.normed = i.y;

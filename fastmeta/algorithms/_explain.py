@@ -38,9 +38,15 @@ def _functional(engine: FunctionalEngine) -> str:
     tasks = together.get(engine.task_chunk, f"tasks vmapped {engine.task_chunk} at a time")
     return (
         f"Functional engine, which takes any nn.Module (here {type(engine.module).__name__}, "
-        f"{_counted(layout)}); {tasks}. "
+        f"{_counted(layout)}); {tasks}. {_norms(engine)}"
         f"{_steps(engine, engine.hvp_mode)} {_where(layout, 'inner_update')}"
     )
+
+
+def _norms(engine: FunctionalEngine) -> str:
+    if engine.norm_statistics == "batch":
+        return ""
+    return "Norms in evaluation mode go by the running statistics that they track. "
 
 
 def _steps(engine: FunctionalEngine, products: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
+from fastmeta._inner_step import inner_step
 from fastmeta._stateless import TaskModule
 from fastmeta.arena import Layout
 from fastmeta.functional import FunctionalEngine
@@ -62,15 +63,19 @@ class AdaptedTasks:
             outputs = self.engine.outputs(self.params, query_x)
             if outputs is not None:
                 return outputs
-        call = TaskModule(self.module)
-        with call.conditions():
+        engine = self.engine
+        call = TaskModule(self.module) if engine is None else engine.task_module()
+        with call.conditions(), inner_step(0 if engine is None else engine.steps):
             return call.outputs(self.layout.views(self.params), query_x)
 
     def __len__(self) -> int:
         return len(self.params)
 
     def task(self, index: int) -> dict[str, Tensor]:
-        """The parameters of one task by name, in the module's shapes, for ``functional_call``."""
+        """The parameters of one task by name, in the module's shapes, for ``functional_call``.
+
+        Modules with parameters of each inner step need ``fastmeta.models.inner_step`` there.
+        """
         return self.layout.views(self.params[index])
 
 

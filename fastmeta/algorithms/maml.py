@@ -30,9 +30,10 @@ class MAML(nn.Module):
     ``meta_loss`` and ``adapt_tasks`` take many tasks at once and never unroll a graph;
     ``clone`` and ``adapt`` are learn2learn's calls, one task at a time.
 
-    Batch norm uses batch statistics always and its running statistics are left alone; parameters
-    with ``requires_grad=False`` are not adapted; parameters that the loss does not depend on get
-    zero gradients.
+    Batch norm uses batch statistics always, unless ``norm_statistics`` says otherwise, and its
+    running statistics are left alone; parameters with ``requires_grad=False`` are not adapted;
+    parameters that the loss does not depend on get zero gradients. Norms with a scale and a shift
+    for each inner step (MAML++) are ``fastmeta.models.PerStepBatchNorm2d``.
 
     Args:
         model: any module of one input and one output tensor.
@@ -55,6 +56,12 @@ class MAML(nn.Module):
             back, ``"keep"``, or makes them again, ``"recompute"``; ``"auto"`` keeps them where they
             take at most twice the room of the K parameter vectors, or those of all tasks that are
             computed at a time 512 MiB. The functional engine always makes them again.
+        norm_statistics: what batch and instance norms that track running statistics normalise by.
+            ``"batch"``: the batch at hand, in training and evaluation alike (Finn 2017).
+            ``"running"``: as in any module, in ``train()`` the batch at hand, in ``eval()`` their
+            ``running_mean`` and ``running_var``, which are constants of the gradients. The learner
+            never updates those two: calls of the module itself in ``train()`` do, as
+            ``maml.module(x)`` under ``torch.no_grad()``. A ``clone`` is called as any module.
         allow_unused: ``adapt`` only: leave parameters alone that the loss does not depend on, where
             it would otherwise raise. None: as ``allow_nograd``.
         allow_nograd: ``adapt`` only: leave frozen parameters alone, where it would otherwise raise.
@@ -85,11 +92,12 @@ class MAML(nn.Module):
         hvp_mode: str = "reverse",
         engine: str = "auto",
         memory: str = "auto",
+        norm_statistics: str = "batch",
         allow_unused: bool | None = None,
         allow_nograd: bool = False,
     ) -> None:
         super().__init__()
-        FunctionalEngine(model, loss, steps, first_order, hvp_mode, task_chunk)
+        FunctionalEngine(model, loss, steps, first_order, hvp_mode, task_chunk, norm_statistics)
         check_choice("engine", engine, ENGINES)
         check_choice("memory", memory, MEMORY)
         self.module = model
@@ -100,6 +108,7 @@ class MAML(nn.Module):
         self.hvp_mode = hvp_mode
         self.engine = engine
         self.memory = memory
+        self.norm_statistics = norm_statistics
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
         self._programs = Programs()
@@ -333,6 +342,7 @@ class MAML(nn.Module):
     def _engine(self, steps: int) -> FunctionalEngine:
         """What computes: ``adapt``, ``meta_loss``, ``meta_gradient`` and ``hvp``."""
         options = self.module, self.loss, steps, self.first_order, self.hvp_mode, self.task_chunk
+        options = *options, self.norm_statistics
         if self.engine == "functional":
             return FunctionalEngine(*options)
         return self._programs.engine(*options, self.memory, self.engine == "program")

@@ -14,6 +14,9 @@
 //                     dx_dot = (u_dot - a_dot - xh_dot c - xh c_dot - dx s_dot)/s
 //                     dg_dot = sum of (dy_dot xh + dy xh_dot)       db_dot = sum of dy_dot
 //
+// On given mean and variance, [C] each and not adapted, s is no function of x: s_dot, mean(x_dot), a,
+// c and their tangents are 0. Of weight and bias [rows, C] a pass takes the row of its step.
+//
 // Means come from sums over positions of each channel, which are kept for each set, 2 x C numbers,
 // before the means of groups, 2 x C: behind y moments, then mean and 1/s; behind dy sums of dy and
 // dy xh, then a and c; behind the tangents the same of those.
@@ -71,6 +74,22 @@ struct NormStatistics {
       team.store(l.statistics, begin + 3 * channels + j,
                  number_t(1) / Math<number_t>::sqrt(variance + number_t(l.eps)));
     }
+  }
+};
+
+// Mean and 1/s of given statistics, where NormStatistics puts them; a cell is a channel.
+template <typename storage_t>
+struct GivenStatistics {
+  int64_t channels;
+  double eps;
+  Array<storage_t> mean, variance, statistics;
+
+  template <typename Cell>
+  FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
+    using number_t = typename Cell::number_t;
+    at.store(statistics, at.load(mean), 2 * channels);
+    at.store(statistics, number_t(1) / Math<number_t>::sqrt(at.load(variance) + number_t(eps)),
+             3 * channels);
   }
 };
 
@@ -324,7 +343,9 @@ struct NormLayer {
   template <typename Executor>
   FASTMETA_HOST_DEVICE void forward(Executor& exec) const {
     const auto l = arrays(false);
-    if (!i.has_moments) exec.column_moments(l.in, l.whole_batch, l.x, l.statistics);
+    if (!i.has_moments && !has_given()) {
+      exec.column_moments(l.in, l.whole_batch, l.x, l.statistics);
+    }
     statistics(exec, l);
     with_form([&](auto form) { exec.table(l.out, NormForward<decltype(form), storage_t>{l}); });
   }
@@ -333,7 +354,9 @@ struct NormLayer {
   FASTMETA_HOST_DEVICE void tangent_forward(Executor& exec) const {
     const auto l = arrays(true);
     if (l.x_dot) {
-      exec.column_sums(l.in, l.whole_batch, NormTangentSums<storage_t>{l}, l.statistics_dot);
+      if (!has_given()) {
+        exec.column_sums(l.in, l.whole_batch, NormTangentSums<storage_t>{l}, l.statistics_dot);
+      }
       means(exec, l, l.statistics_dot, {}, {}, {});
     }
     with_form(
@@ -387,8 +410,8 @@ struct NormLayer {
     l.statistics = net.extra(i.y);
     l.pick = l.statistics.from(4 * channels * count);
     l.picked = l.pick.from(net.size(i.y));
-    l.weight = net.parameters.at(i.weight);
-    l.bias = net.parameters.at(i.bias);
+    l.weight = net.parameters.at(of_step(i.weight));
+    l.bias = net.parameters.at(of_step(i.bias));
     l.dy = net.delta(i.y);
     l.sums = l.dy.from(net.size(i.y));
     l.dx = net.delta(i.x);
@@ -396,8 +419,8 @@ struct NormLayer {
       l.x_dot = net.value_dot(i.x);
       l.y_dot = net.value_dot(i.y);
       l.statistics_dot = net.extra_dot(i.y);
-      l.weight_dot = net.tangent_of(i.weight);
-      l.bias_dot = net.tangent_of(i.bias);
+      l.weight_dot = net.tangent_of(of_step(i.weight));
+      l.bias_dot = net.tangent_of(of_step(i.bias));
       l.dy_dot = net.delta_dot(i.y);
       l.sums_dot = l.dy_dot.from(net.size(i.y));
       l.dx_dot = net.delta_dot(i.x);
@@ -407,15 +430,24 @@ struct NormLayer {
 
   template <typename Executor>
   FASTMETA_HOST_DEVICE void statistics(Executor& exec, const NormArrays<storage_t>& l) const {
-    exec.rows(l.sets(), NormStatistics<storage_t>{l});
+    if (has_given()) {
+      exec.map(i.inputs, GivenStatistics<storage_t>{i.inputs, l.eps, net.parameters.at(i.mean),
+                                                    net.parameters.at(i.variance), l.statistics});
+    } else {
+      exec.rows(l.sets(), NormStatistics<storage_t>{l});
+    }
   }
 
   template <typename Executor>
   FASTMETA_HOST_DEVICE void means(Executor& exec, const NormArrays<storage_t>& l,
                                   Array<storage_t> sums, Array<storage_t> weight,
                                   Array<storage_t> other_sums, Array<storage_t> weight_dot) const {
-    exec.rows(l.sets(), NormMeans<storage_t>{i.inputs, l.of_group, l.set_size(), sums, weight,
-                                             other_sums, weight_dot});
+    if (has_given()) {
+      exec.map(2 * i.inputs, Fill<storage_t>{0, sums.from(2 * i.inputs)});
+    } else {
+      exec.rows(l.sets(), NormMeans<storage_t>{i.inputs, l.of_group, l.set_size(), sums, weight,
+                                               other_sums, weight_dot});
+    }
   }
 
   // From the two sums of each set.
@@ -431,11 +463,19 @@ struct NormLayer {
                ColumnSums<storage_t, Finish>{l.sets(), 4 * i.inputs, source, target.from(parameter),
                                              into.or_adds(adds), update.from(parameter)});
     };
-    add_up(i.weight, i.adds_to_weight, sums.from(i.inputs));
-    add_up(i.bias, i.adds_to_bias, sums);
+    add_up(of_step(i.weight), i.adds_to_weight, sums.from(i.inputs));
+    add_up(of_step(i.bias), i.adds_to_bias, sums);
   }
 
  private:
+  FASTMETA_HOST_DEVICE bool has_given() const { return i.mean != kNoParameter; }
+
+  // The row of a weight or bias that the pass at theta_k reads.
+  FASTMETA_HOST_DEVICE int64_t of_step(int64_t parameter) const {
+    const int64_t last = i.parameter_rows - 1;
+    return parameter_behind(parameter, (net.step < last ? net.step : last) * i.inputs);
+  }
+
   template <typename Fn>
   FASTMETA_HOST_DEVICE void with_form(const Fn& fn) const {
     if (i.max_pool) {
