@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastmeta._build import HANDLERS, examples_that_fit
 from fastmeta._builder import Builder
-from fastmeta._code import LossCode, LossKind
+from fastmeta._code import LossCode, LossKind, Opcode
 from fastmeta._stateless import Loss
 from fastmeta._trace import Refusal, Trace
 from fastmeta._watch import Watch, hooked, is_torchs_own, module_tables
@@ -50,9 +50,9 @@ _LOSS_MODULES: dict[type[nn.Module], Any] = {
 _WEIGHTS = ("weight", "pos_weight")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
-    """A module and its loss as code, for inputs of one shape.
+    """A module and its loss as code, for inputs of one shape. No two are equal.
 
     Attributes:
         code: int64, as ``fastmeta._code`` says.
@@ -62,6 +62,7 @@ class Program:
         input_shape, output_shape: of one example.
         activations: elements of one example, of all values but the input.
         least_examples: of a batch; 2 where a norm takes statistics over the examples alone.
+        has_images: whether it has convolutions, norms of channels, or pools.
         loss: what the outputs are compared by.
         layers: what runs, in words.
     """
@@ -74,6 +75,7 @@ class Program:
     output_shape: tuple[int, ...]
     activations: int
     least_examples: int
+    has_images: bool
     loss: LossCode
     layers: tuple[str, ...]
 
@@ -180,6 +182,7 @@ class Lowering:
             output_shape=output,
             activations=sum(code.values[1:]),
             least_examples=built.least_examples,
+            has_images=any(i.opcode >= Opcode.CONVOLUTION for i in code.instructions),
             loss=loss,
             layers=layers,
         )

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmeta._graphs import check_option
 from fastmeta.algorithms._clone import clone_module, replace_parameters, shallow_copy
 from fastmeta.algorithms._explain import explain
 from fastmeta.algorithms._results import AdaptedTasks, MetaGradient
@@ -55,6 +56,12 @@ class MAML(nn.Module):
             back, ``"keep"``, or makes them again, ``"recompute"``; ``"auto"`` keeps them where they
             take at most twice the room of the K parameter vectors, or those of all tasks that are
             computed at a time 512 MiB. The functional engine always makes them again.
+        cuda_graph: whether ``meta_loss`` and ``meta_gradient`` replay the task program's kernels as
+            a CUDA graph. ``"auto"``: from the third call in a row on that differs from the last in
+            values alone, on a GPU, where the program has many launches (images, large layers);
+            what cannot be captured is launched, and ``explain()`` says why. True: from the first
+            call on; a ValueError or RuntimeError says why not, where it cannot. False: never. The
+            graphs of four kinds of calls are kept.
         allow_unused: ``adapt`` only: leave parameters alone that the loss does not depend on, where
             it would otherwise raise. None: as ``allow_nograd``.
         allow_nograd: ``adapt`` only: leave frozen parameters alone, where it would otherwise raise.
@@ -85,6 +92,7 @@ class MAML(nn.Module):
         hvp_mode: str = "reverse",
         engine: str = "auto",
         memory: str = "auto",
+        cuda_graph: bool | str = "auto",
         allow_unused: bool | None = None,
         allow_nograd: bool = False,
     ) -> None:
@@ -92,6 +100,11 @@ class MAML(nn.Module):
         FunctionalEngine(model, loss, steps, first_order, hvp_mode, task_chunk)
         check_choice("engine", engine, ENGINES)
         check_choice("memory", memory, MEMORY)
+        check_option(cuda_graph)
+        if cuda_graph is True and engine == "functional":
+            raise ValueError(
+                "cuda_graph: True needs the task program, engine='functional' has none"
+            )
         self.module = model
         self.steps = steps
         self.first_order = first_order
@@ -100,6 +113,7 @@ class MAML(nn.Module):
         self.hvp_mode = hvp_mode
         self.engine = engine
         self.memory = memory
+        self.cuda_graph = cuda_graph
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
         self._programs = Programs()
@@ -335,7 +349,8 @@ class MAML(nn.Module):
         options = self.module, self.loss, steps, self.first_order, self.hvp_mode, self.task_chunk
         if self.engine == "functional":
             return FunctionalEngine(*options)
-        return self._programs.engine(*options, self.memory, self.engine == "program")
+        options = *options, self.memory, self.engine == "program", self.cuda_graph
+        return self._programs.engine(*options)
 
     def _step_size(self, steps: int) -> float | Tensor:
         """``lr`` as the engines take it: one row a step becomes one matrix a step."""
