@@ -55,6 +55,18 @@ def test_the_inputs_of_the_capture_may_change_later():
     assert not inputs[0].any()
 
 
+def test_the_function_runs_once_before_it_is_captured_and_on_dense_copies():
+    seen: list[tuple[int, bool, bool]] = []
+
+    def function(x: Tensor) -> tuple[Tensor]:
+        capturing = torch._C._len_torch_dispatch_stack() > 0
+        seen.append((Stream.current.number, capturing, x.is_contiguous()))
+        return (x + 1,)
+
+    Captured(function, [torch.ones(3, 4).T], Stream(number=5))
+    assert seen == [(5, False, True), (5, True, True)]
+
+
 def test_expanded_inputs_and_those_that_require_gradients():
     x = torch.randn(1, 3).expand(4, 3)
     captured = Captured(square, (x, x), Stream())
