@@ -59,6 +59,9 @@ TORCH_LIBRARY(fastmeta, m) {
   m.def(
       "task_program_gradient(Tensor code, Tensor theta, Tensor frozen, Tensor x, Tensor y,"
       " bool input_grad) -> (Tensor loss, Tensor outputs, Tensor grad_theta, Tensor grad_x)");
+  // ValueError for a label that the ops refuse, nothing for targets of another loss. The ops do it
+  // themselves, but not while they are captured in a CUDA graph, so not where one is replayed.
+  m.def("task_program_check_labels(Tensor code, Tensor support_y, Tensor query_y) -> ()");
   // vector [T, P] -> H vector [T, P], and the derivative of <gradient, vector> to x
   m.def(
       "task_program_hvp(Tensor code, Tensor theta, Tensor frozen, Tensor x, Tensor y,"

@@ -39,6 +39,7 @@ class Ready:
         # Here and not in the step, whose references the garbage collector would not see.
         self._held = tuple((table, tuple(table), tuple(table.values())) for table in tables)
         self._learner, self._theta, self._frozen = vars(learner), program.adapted, program.frozen
+        self._call, self._lr = call, lr
         options = list(program.output_shape), call.steps, call.first_order, call.keep
         tensors = list(program.adapted), list(program.frozen), list(data)
         self._step = _native._C.PreparedStep(program.code, lr, *tensors, *options)
@@ -53,4 +54,7 @@ class Ready:
             or _native._forced is not None
         ):
             return None
-        return self._step(self._held, self._theta, self._frozen, *data)
+        now = self._held, self._theta, self._frozen, *data
+        if self._call.graphs is None:
+            return self._step(*now)
+        return self._call.loss_and_gradient(self._lr, data)[:3] if self._step.holds(*now) else None

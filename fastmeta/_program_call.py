@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from fastmeta._code import at_step
+from fastmeta._graphs import Graphs
 from fastmeta.functional import differentiable_once
 from fastmeta.lowering import Program
 
@@ -22,7 +23,8 @@ class Call(NamedTuple):
     """A program, the functions that run it (``fastmeta.ops.task_program``), and the options.
 
     Parameters come as one arena, ``[P]`` or ``[T, P]``, or, where they are the module's ``own``, as
-    all of them; autograd then sees one function instead of a concatenation and its parts.
+    all of them; autograd then sees one function instead of a concatenation and its parts. Where
+    there are ``graphs``, whole meta-gradients are replayed from them, the first one ``at_once``.
     """
 
     ops: SimpleNamespace | ModuleType
@@ -34,6 +36,8 @@ class Call(NamedTuple):
     keep: bool
     task_chunk: int | None
     step_weights: Sequence[float]
+    graphs: Graphs | None = None
+    at_once: bool = False
 
     def arena(self, theta: Tensors) -> Tensor:
         return _flatten_dense_tensors(theta) if self.own else theta[0]
@@ -81,7 +85,7 @@ class Call(NamedTuple):
         code, frozen = self.program.code, self.frozen(theta)
         options = self.step_weights, self.steps, self.first_order, self.keep, *wanted
         if self._is_whole():
-            return self.ops.meta_gradient(code, theta, frozen, lr, *data, *options)
+            return self._whole_meta_gradient((theta, frozen, lr, *data), options)
         results = []
         for rows in self._chunks():
             inputs = code, _of_tasks(theta, rows), frozen, _of_tasks(lr, rows)
@@ -93,13 +97,29 @@ class Call(NamedTuple):
         joined = map(_joined, grads, (theta, lr, data[0], data[2]))
         return sum(losses), torch.cat(outputs), *joined
 
+    def _whole_meta_gradient(self, inputs: Tensors, options: tuple[Any, ...]) -> Sequence[Tensor]:
+        code, graphs = self.program.code, self.graphs
+        if graphs is None:
+            return self.ops.meta_gradient(code, *inputs, *options)
+
+        def function(*inputs: Tensor) -> Sequence[Tensor]:
+            return self.ops.meta_gradient(code, *inputs, *options)
+
+        def check(*inputs: Tensor) -> None:
+            *_, support_y, _, query_y = inputs
+            self.ops.check_labels(code, support_y, query_y)
+
+        weights, *others = options
+        key = self.program, tuple(weights), *others
+        return graphs.run(key, function, inputs, check, self.at_once)
+
     def meta_loss(self, theta: Tensors, lr: Tensor, data: Tensors) -> tuple[Tensor, Tensor]:
         """Meta-loss and outputs, differentiable once in theta, lr, support_x and query_x.
 
         The compiled function for the module's own parameters saves what autograd takes in Python:
         for a small network longer than the work.
         """
-        if not (self.own and self.is_one_compiled):
+        if not (self.own and self.is_one_compiled and self.graphs is None):
             return MetaLoss.apply(self, lr, *data, *theta)
         options = self.step_weights, self.steps, self.first_order, self.keep
         frozen = self.frozen(theta[0])
@@ -111,15 +131,15 @@ class Call(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Meta-loss, outputs, and the gradients to the module's own parameters ``[P]`` and lr."""
         theta = self.program.adapted
-        if self.is_one_compiled:
+        if self.is_one_compiled and self.graphs is None:
             options = self.step_weights, self.steps, self.first_order, self.keep, lr_grad
             inputs = self.program.code, theta, self.frozen(theta[0]), lr
             loss, outputs, to_theta, to_lr = self.ops.loss_and_gradient(*inputs, *data, *options)
         else:
             wanted = True, lr_grad, False, False
-            loss, outputs, to_theta, to_lr, *_ = self.meta_gradient(
-                self.arena(theta).detach(), lr, data, wanted
-            )
+            with torch.no_grad():
+                results = self.meta_gradient(self.arena(theta), lr, data, wanted)
+            loss, outputs, to_theta, to_lr, *_ = results
         return loss, self.shaped(outputs), to_theta, to_lr if lr_grad else None
 
     def hvp(self, theta: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:

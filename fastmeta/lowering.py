@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastmeta._build import HANDLERS, examples_that_fit
 from fastmeta._builder import Builder
-from fastmeta._code import LossCode, LossKind
+from fastmeta._code import LossCode, LossKind, Opcode
 from fastmeta._stateless import Loss
 from fastmeta._trace import Refusal, Trace
 from fastmeta._watch import Watch, hooked, is_torchs_own, module_tables
@@ -50,9 +50,9 @@ _LOSS_MODULES: dict[type[nn.Module], Any] = {
 _WEIGHTS = ("weight", "pos_weight")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
-    """A module and its loss as code, for inputs of one shape.
+    """A module and its loss as code, for inputs of one shape. No two are equal.
 
     Attributes:
         code: int64, as ``fastmeta._code`` says.
@@ -63,6 +63,7 @@ class Program:
         activations: elements of one example, of all values but the input.
         least_examples: of a batch; 2 where a norm takes statistics over the examples alone.
         per_step: whether there are parameters of each inner step.
+        has_images: whether it has convolutions, norms of channels, or pools.
         loss: what the outputs are compared by.
         layers: what runs, in words.
     """
@@ -76,6 +77,7 @@ class Program:
     activations: int
     least_examples: int
     per_step: bool
+    has_images: bool
     loss: LossCode
     layers: tuple[str, ...]
 
@@ -186,6 +188,7 @@ class Lowering:
             activations=sum(code.values[1:]),
             least_examples=built.least_examples,
             per_step=built.per_step,
+            has_images=any(i.opcode >= Opcode.CONVOLUTION for i in code.instructions),
             loss=loss,
             layers=layers,
         )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastmeta._adjoint import QUERY, SUPPORT
 from fastmeta._code import LossKind
+from fastmeta._graphs import DEVICE_TYPE, Graphs, check_option
 from fastmeta._hvp import Tensors
 from fastmeta._prepared import Ready
 from fastmeta._program_call import Adapt, Call
@@ -40,6 +41,7 @@ MEMORY = ("auto", "recompute", "keep")
 
 _PLANS_KEPT = 64
 _MOST_KEPT = 512 << 20  # bytes of activations
+_MOST_SHARED = 227 << 10  # bytes of memory that a block of a GPU shares
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -68,7 +70,7 @@ class Latest(NamedTuple):
 
 
 class Programs:
-    """The plans of one learner, kept while its module and loss stay as they are.
+    """The plans and CUDA graphs of one learner, kept while its module and loss stay as they are.
 
     Copies and pickles are empty: a copy's module is another one.
     """
@@ -80,6 +82,7 @@ class Programs:
         self._engine: ProgramEngine | None = None
         self._ready: Ready | None = None
         self._signature: tuple[Any, ...] = ()
+        self.graphs = Graphs()
         self.latest: Latest | None = None
 
     def engine(self, *options: Any) -> ProgramEngine:
@@ -118,6 +121,7 @@ class Programs:
         if self._lowering is None or not self._lowering.current(*what):
             self._lowering = Lowering(*what)
             self._plans.clear()
+            self.graphs.clear()
         return self._lowering
 
     def plan(self, what: tuple[nn.Module, Loss, str], data: Tensors) -> Plan:
@@ -189,6 +193,7 @@ class ProgramEngine(FunctionalEngine):
             by step, or ``"auto"``: keep them where they take at most twice the room of the K
             parameter vectors, or those of all tasks that are computed at a time 512 MiB.
         required: raise where there is no program, with the reason.
+        cuda_graph: whether meta-gradients are replayed from CUDA graphs, see ``fastmeta.MAML``.
         programs: what was lowered before; an engine that is made anew at every call shares it.
 
     Raises:
@@ -207,11 +212,13 @@ class ProgramEngine(FunctionalEngine):
 
     memory: str = "auto"
     required: bool = False
+    cuda_graph: bool | str = "auto"
     programs: Programs = field(default_factory=Programs, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("memory", self.memory, MEMORY)
+        check_option(self.cuda_graph)
 
     def program(self, data: Tensors | None = None) -> Program | str:
         """The program for a batch (None: for any that fits), or why there is none.
@@ -267,11 +274,13 @@ class ProgramEngine(FunctionalEngine):
         """The mean query loss after adaptation, as ``FunctionalEngine.meta_loss`` says.
 
         Raises:
-            ValueError: besides, where a program is ``required`` and there is none.
+            ValueError: besides, where a program is ``required`` and there is none, or a CUDA graph
+                and there can be none.
+            RuntimeError: besides, where the CUDA graph that is required could not be captured.
         """
         data = support_x, support_y, query_x, query_y
         weights = read_step_weights(step_weights, self.steps)
-        call = self._call(theta, dict(zip(SUPPORT + QUERY, data, strict=True)), weights)
+        call = self._meta_call(theta, data, weights)
         if call is None:
             return super().meta_loss(theta, lr, *data, step_weights)
         step = call.program.layout.step_size_array(lr, call.tasks, self.steps)
@@ -294,11 +303,13 @@ class ProgramEngine(FunctionalEngine):
         """The meta-loss with its gradient, as ``FunctionalEngine.meta_gradient`` says.
 
         Raises:
-            ValueError: besides, where a program is ``required`` and there is none.
+            ValueError: besides, where a program is ``required`` and there is none, or a CUDA graph
+                and there can be none.
+            RuntimeError: besides, where the CUDA graph that is required could not be captured.
         """
         data = support_x, support_y, query_x, query_y
         weights = read_step_weights(step_weights, self.steps)
-        call = self._call(None, dict(zip(SUPPORT + QUERY, data, strict=True)), weights)
+        call = self._meta_call(None, data, weights)
         if call is None:
             return super().meta_gradient(lr, *data, step_weights)
         sizes = call.tasks, self.steps
@@ -354,6 +365,36 @@ class ProgramEngine(FunctionalEngine):
         except Refusal:
             return None
         return call.outputs(params, x)
+
+    def why_no_graph(self, program: Program | str) -> str:
+        """Why the meta-gradients of a program are not replayed from CUDA graphs; or nothing."""
+        if isinstance(program, str):
+            return f"there is no task program: {program}"
+        layout = program.layout
+        if layout.device.type != DEVICE_TYPE:
+            return f"the parameters are on {layout.device.type}"
+        # Memory for two of these is what the one launch for all steps needs at least.
+        one_launch = 2 * layout.numel * layout.dtype.itemsize <= _MOST_SHARED
+        if self.cuda_graph == "auto" and one_launch and not program.has_images:
+            return "the program is a few launches, which take no longer than a graph's copies"
+        return ""
+
+    def _meta_call(
+        self, theta: Tensor | None, data: tuple[Tensor, ...], weights: Sequence[float]
+    ) -> Call | None:
+        """The call of a meta-gradient: that of ``_call``, with graphs where they are wanted."""
+        named = dict(zip(SUPPORT + QUERY, data, strict=True))
+        call = self._call(theta, named, weights)
+        if self.cuda_graph is False or (call is None and self.cuda_graph == "auto"):
+            return call
+        why = self.why_no_graph(self.program(named) if call is None else call.program)
+        if not (why or call.is_one_compiled):
+            why = "the program does not run as one compiled call for all tasks"
+        if not why:
+            return call._replace(graphs=self.programs.graphs, at_once=self.cuda_graph is True)
+        if self.cuda_graph is True:
+            raise ValueError(f"cuda_graph=True: {why}")
+        return call
 
     def _call(
         self,

@@ -245,3 +245,7 @@ def test_peers_are_chosen_by_name_and_fastmeta_is_always_there():
 def test_on_cuda_all_but_jax_come_in_a_graph_too():
     names = [c.name for c in contenders_for("meta", "cuda", ["higher", "jax"])]
     assert names == [OURS, f"{OURS}-graph", "higher", "higher-graph", "jax"]
+    own = f"{OURS}-replay"
+    found = [[c.name for c in contenders_for("meta", device)] for device in ("cpu", "cuda")]
+    assert own not in found[0]
+    assert own in found[1] and f"{own}-graph" not in found[1]

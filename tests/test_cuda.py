@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import fastmeta as fm
 from fastmeta.functional import FunctionalEngine
 from tests.cases import CASES, Case, Maker
-from tests.networks import build, classification, relative_error
+from tests.networks import Tasks, build, classification, relative_error
 from tests.test_ops import TOLERANCE, assert_near, each_backend, require_kernels, value_and_grads
 from tests.unrolled import vmapped_meta_loss
 
@@ -208,6 +209,111 @@ def test_an_example_with_a_wrong_label_is_in_no_captured_prototype(backend):
         assert not gradient[1, 2].any()
 
 
+# Meta-gradients that become graphs by themselves
+
+
+def as_values(maml: fm.MAML, tasks: Tasks) -> list[Tensor]:
+    return list(maml.meta_gradient(*tasks)[:3])
+
+
+def by_autograd(maml: fm.MAML, tasks: Tasks) -> list[Tensor]:
+    maml.zero_grad()
+    loss, outputs = maml.meta_loss(*tasks)
+    loss.backward()
+    return [loss.detach(), outputs, *(p.grad for p in maml.module.parameters())]
+
+
+def graphed_and_plain(cuda_graph: bool | str = "auto") -> tuple[fm.MAML, fm.MAML]:
+    require_kernels("cuda")
+    options = ({"cuda_graph": cuda_graph}, {"cuda_graph": False})
+    return tuple(fm.MAML(build("conv4", "cuda"), 0.1, 2, engine="program", **o) for o in options)
+
+
+def other_values(seed: int, tasks: int = 3) -> Tasks:
+    make, given = Maker(torch.float64, "cuda", seed), classification("conv4", "cuda", tasks)
+    support_y, query_y = (make.labels(4, *y.shape) for y in (given.support_y, given.query_y))
+    return Tasks(make.randn(*given[0].shape), support_y, make.randn(*given[2].shape), query_y)
+
+
+def step_both(*learners: fm.MAML) -> None:
+    with torch.no_grad():
+        for p, q in zip(*(maml.module.parameters() for maml in learners), strict=True):
+            p.mul_(1.01)
+            q.copy_(p)
+
+
+each_way = pytest.mark.parametrize("way", [as_values, by_autograd])
+
+
+@each_way
+@pytest.mark.parametrize("cuda_graph", ["auto", True])
+def test_graphs_of_meta_gradients_give_the_same_bits_and_results_stay(way, cuda_graph):
+    graphed, plain = graphed_and_plain(cuda_graph)
+    results = []
+    for seed in range(7):
+        step_both(graphed, plain)
+        tasks = other_values(seed, 2 if seed == 4 else 3)
+        results.append((way(graphed, tasks), [x.clone() for x in way(plain, tasks)]))
+    graphs = graphed._programs.graphs
+    assert len(graphs) == (1 if cuda_graph == "auto" else 2) and not graphs.refusals()
+    for actual, expected in results:
+        assert all(map(torch.equal, actual, expected))
+
+
+@each_way
+@pytest.mark.parametrize("name", ["support_y", "query_y"])
+def test_a_wrong_label_is_refused_before_a_replay(way, name):
+    graphed, plain = graphed_and_plain(True)
+    tasks, expected = other_values(0), way(plain, other_values(0))
+    assert all(map(torch.equal, way(graphed, tasks), expected))
+    wrong = getattr(tasks, name) + 4
+    with pytest.raises(ValueError, match=f"{name}: expected labels in 0..3"):
+        way(graphed, tasks._replace(**{name: wrong}))
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, way(graphed, tasks), expected))
+
+
+def test_replays_on_other_streams_wait_for_each_other():
+    graphed, plain = graphed_and_plain(True)
+    streams = [torch.cuda.current_stream(), *(torch.cuda.Stream() for _ in range(3))]
+    expected = [as_values(plain, other_values(seed)) for seed in range(8)]
+    inputs = [other_values(seed) for seed in range(8)]
+    as_values(graphed, inputs[0])
+    torch.cuda.synchronize()
+    actual = []
+    for i, tasks in enumerate(inputs):
+        with torch.cuda.stream(streams[i % 4]):
+            actual.append(as_values(graphed, tasks))
+    torch.cuda.synchronize()
+    for a, e in zip(actual, expected, strict=True):
+        assert all(map(torch.equal, a, e))
+
+
+def test_a_learner_with_graphs_can_be_captured_by_its_caller():
+    graphed, plain = graphed_and_plain(True)
+    tasks, later = other_values(0), other_values(1)
+    graph, outputs = capture(lambda: tuple(as_values(graphed, tasks)))
+    for old, new in zip(tasks, later, strict=True):
+        old.copy_(new)
+    graph.replay()
+    assert all(map(torch.equal, outputs, as_values(plain, later)))
+
+
+def test_graphs_free_their_memory_with_their_learner():
+    graphed, _ = graphed_and_plain(True)
+    as_values(graphed, other_values(0))
+    graphed._programs.graphs.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    as_values(graphed, other_values(0))
+    assert torch.cuda.memory_reserved() > before
+    del graphed
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
+
+
 # Tensors on two devices
 
 X, Y, P = torch.zeros(2, 4, 3), torch.zeros(2, 5, 3), torch.zeros(2, 7)
@@ -314,3 +420,15 @@ def test_the_engine_draws_the_random_numbers_of_its_device(current):
         actual = torch.autograd.grad(value, list(net.parameters()))
     for a, e in zip(actual, expected, strict=True):
         assert relative_error(a, e) < 1e-10
+
+
+@two_devices
+@pytest.mark.parametrize("current", [0, 1])
+def test_graphs_are_made_where_the_parameters_are(current):
+    require_kernels("cuda")
+    tasks = classification("conv4", "cuda:1")
+    graphed, plain = (fm.MAML(build("conv4", "cuda:1"), 0.1, cuda_graph=on) for on in (True, False))
+    with torch.cuda.device(current):
+        for _ in range(2):
+            assert all(map(torch.equal, as_values(graphed, tasks), as_values(plain, tasks)))
+        assert torch.cuda.current_device() == current

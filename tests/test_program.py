@@ -271,6 +271,15 @@ def test_labels_without_a_class_are_refused(tasks, device):
     setting.data.query_y[0, 0] = -1
     with pytest.raises(ValueError, match=r"query_y: expected labels in 0..2, .* got -1"):
         COMPILED.meta_gradient(*setting.arguments("meta_gradient"))
+    with pytest.raises(ValueError, match=r"query_y: expected labels in 0..2, .* got -1"):
+        COMPILED.check_labels(setting.raw[0], setting.data.support_y, setting.data.query_y)
+
+
+def test_labels_to_ignore_and_targets_of_other_losses_pass_the_check(device):
+    for loss in ("cross_entropy", "mse"):
+        setting = Setting("linear", loss, device)
+        setting.data.support_y[1] = -100  # the ignored label
+        COMPILED.check_labels(setting.raw[0], setting.data.support_y, setting.data.query_y)
 
 
 def strided(value):

@@ -18,6 +18,7 @@ class Contender:
     build: str  # "module:function" of a `Problem`, imported in the contender's own process
     dtype: str = "float32"
     in_graph: bool = False  # as the replay of a CUDA graph
+    only_on_cuda: bool = False  # where it makes graphs by itself
 
     def load(self) -> Build:
         module, function = self.build.split(":")
@@ -28,9 +29,11 @@ def _row(name: str, label: str, kind: str, place: str) -> Contender:
     return Contender(name, label, kind, f"benchmarks.peers.{place}")
 
 
+_BY_ITSELF = _row("fastmeta-replay", "fastmeta, cuda_graph=True", "meta", "fastmeta_steps:replayed")
 _META = (
     _row(OURS, "fastmeta", "meta", "fastmeta_steps:chosen"),
     _row("fastmeta-autograd", "fastmeta, loss.backward()", "meta", "fastmeta_steps:autograd"),
+    replace(_BY_ITSELF, only_on_cuda=True),
     _row("fastmeta-functional", "fastmeta, functional engine", "meta", "fastmeta_steps:functional"),
     _row("learn2learn", "learn2learn", "meta", "library_steps:learn2learn"),
     _row("higher", "higher", "meta", "library_steps:higher"),
@@ -75,8 +78,10 @@ def contenders_for(kind: str, device: str, peers: list[str] | None = None) -> li
             peers is None or contender.name == OURS or contender.name in peers
         ):
             continue
+        if contender.only_on_cuda and device != "cuda":
+            continue
         found.append(contender)
-        if device == "cuda" and "jax" not in contender.name:
+        if device == "cuda" and "jax" not in contender.name and not contender.only_on_cuda:
             found.append(in_graph(contender))
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 import fastmeta as fm
@@ -15,16 +17,15 @@ def _facts(explanation: str) -> dict[str, str]:
     return {"fastmeta": f"{fm.__version__}, {native}", "engine": explanation}
 
 
-def _learner(setting: TorchProblem, **options: str) -> tuple[fm.MAML, list[Tensor]]:
+def _learner(setting: TorchProblem, **options: Any) -> tuple[fm.MAML, list[Tensor]]:
     workload = setting.workload
     maml = fm.MAML(setting.loaded(), workload.lr, workload.steps, loss=setting.loss, **options)
     return maml, [setting.data[name] for name in TASKS]
 
 
-def chosen(problem: Problem) -> Step:
-    """Loss and gradient as values, as torch.func and JAX give them, by the engine MAML picks."""
+def _as_values(problem: Problem, **options: Any) -> Step:
     setting = TorchProblem(problem)
-    maml, tasks = _learner(setting)
+    maml, tasks = _learner(setting, **options)
 
     def run() -> tuple[Tensor, list[Tensor]]:
         result = maml.meta_gradient(*tasks)
@@ -33,7 +34,17 @@ def chosen(problem: Problem) -> Step:
     return setting.step(run, read_meta, **_facts(maml.explain()))
 
 
-def _by_autograd(problem: Problem, **options: str) -> Step:
+def chosen(problem: Problem) -> Step:
+    """Loss and gradient as values, as torch.func and JAX give them, by the engine MAML picks."""
+    return _as_values(problem, cuda_graph=False)
+
+
+def replayed(problem: Problem) -> Step:
+    """The same from MAML's own CUDA graph: also with its label checks and copies."""
+    return _as_values(problem, cuda_graph=True)
+
+
+def _by_autograd(problem: Problem, **options: Any) -> Step:
     """`meta_loss` and `backward`, which leaves the gradients in `.grad`."""
     setting = TorchProblem(problem)
     maml, tasks = _learner(setting, **options)
@@ -50,7 +61,7 @@ def _by_autograd(problem: Problem, **options: str) -> Step:
 
 
 def autograd(problem: Problem) -> Step:
-    return _by_autograd(problem)
+    return _by_autograd(problem, cuda_graph=False)
 
 
 def functional(problem: Problem) -> Step:

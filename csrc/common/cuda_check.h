@@ -40,13 +40,17 @@ inline at::Tensor scratch(int64_t bytes, const at::Tensor& like) {
   return at::empty({bytes}, like.options().dtype(at::kByte));
 }
 
+// Whether the current stream is being captured into a graph.
+inline bool is_being_captured() {
+  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+}
+
 // Whether an entry of labels [T, E], contiguous, is outside 0 <= label < classes. It waits for the
 // answer, which a stream being captured cannot: there the kernels do with such a label what their
 // header says.
 inline bool has_cuda_label_out_of_range(const at::Tensor& labels, int64_t classes,
                                         const char* name) {
-  const auto capture = c10::cuda::currentStreamCaptureStatusMayInitCtx();
-  if (labels.numel() == 0 || capture != c10::cuda::CaptureStatus::None) return false;
+  if (labels.numel() == 0 || is_being_captured()) return false;
   const auto bad = at::empty({kLabelRangeParts}, labels.options().dtype(at::kInt));
   check_launch(launch_label_range(labels.const_data_ptr<int64_t>(), labels.numel(), classes,
                                   bad.mutable_data_ptr<int>(), current_stream()),

@@ -215,6 +215,19 @@ template <typename Device>
 struct TaskProgramOps {
   using Tensor = at::Tensor;
 
+  static void check_labels(const Tensor& code, const Tensor& support_y, const Tensor& query_y) {
+    const ParsedProgram parsed(code);
+    const Program& program = parsed.program();
+    if (program.loss.kind != LossKind::kCrossEntropy) return;
+    const auto check = [&](const Tensor& y, const char* name) {
+      TORCH_CHECK(y.scalar_type() == at::kLong && y.dim() == 2, name, " must be int64 [T, B]");
+      Device::check_labels(y.contiguous(), program.output_elements(),
+                           static_cast<int64_t>(program.loss.b), name);
+    };
+    check(support_y, "support_y");
+    check(query_y, "query_y");
+  }
+
   static Tensor forward(const Tensor& code, const Tensor& theta, const Tensor& frozen,
                         const Tensor& x) {
     Call call(JobKind::kForward, code, theta, frozen);
@@ -317,6 +330,7 @@ struct TaskProgramOps {
 template <typename Device>
 void register_task_program(torch::Library& m) {
   using Ops = TaskProgramOps<Device>;
+  m.impl("task_program_check_labels", &Ops::check_labels);
   m.impl("task_program_forward", &Ops::forward);
   m.impl("task_program_gradient", &Ops::gradient);
   m.impl("task_program_hvp", &Ops::hvp);

@@ -10,6 +10,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <optional>
@@ -82,6 +83,9 @@ bool torch_backend_is_asked_for() {
   return backend != nullptr && *backend != 0 && std::string_view(backend) != "native";
 }
 
+// support_x, support_y, query_x, query_y.
+using Data = std::array<PyObject*, 4>;
+
 class PreparedStep {
  public:
   PreparedStep(Tensor code, Tensor lr, const std::vector<Tensor>& parameters,
@@ -98,24 +102,26 @@ class PreparedStep {
         first_order_(first_order),
         keep_(keep) {}
 
-  py::object operator()(const py::tuple& tables, const py::tuple& parameters,
-                        const py::tuple& frozen, const py::object& support_x,
-                        const py::object& support_y, const py::object& query_x,
-                        const py::object& query_y) const {
-    const std::array<PyObject*, 4> data{support_x.ptr(), support_y.ptr(), query_x.ptr(),
-                                        query_y.ptr()};
+  // Whether nothing but values has changed.
+  bool holds(const py::tuple& tables, const py::tuple& parameters, const py::tuple& frozen,
+             const Data& data) const {
     if (!is_plain_eager(lr_.device().type()) || torch_backend_is_asked_for() || !fits(data) ||
         !fit(parameters_, parameters) || !fit(frozen_, frozen)) {
-      return py::none();
+      return false;
     }
-    for (const auto& table : tables) {
-      if (!is_unchanged(py::reinterpret_borrow<py::tuple>(table))) return py::none();
-    }
+    return std::all_of(tables.begin(), tables.end(), [](py::handle table) {
+      return is_unchanged(py::reinterpret_borrow<py::tuple>(table));
+    });
+  }
+
+  py::object operator()(const py::tuple& tables, const py::tuple& parameters,
+                        const py::tuple& frozen, const Data& data) const {
+    if (!holds(tables, parameters, frozen, data)) return py::none();
     return run(unpacked(parameters), unpacked(frozen), data);
   }
 
  private:
-  bool fits(const std::array<PyObject*, 4>& data) const {
+  bool fits(const Data& data) const {
     for (size_t i = 0; i < data.size(); ++i) {
       if (!data_[i].is_of(data[i])) return false;
       const bool target = i % 2 == 1;
@@ -142,7 +148,7 @@ class PreparedStep {
 
   // (loss, outputs, gradient [P])
   py::tuple run(const std::vector<Tensor>& parameters, const std::vector<Tensor>& frozen,
-                const std::array<PyObject*, 4>& data) const {
+                const Data& data) const {
     const std::array<Tensor, 4> inputs{THPVariable_Unpack(data[0]), THPVariable_Unpack(data[1]),
                                        THPVariable_Unpack(data[2]), THPVariable_Unpack(data[3])};
     Tensor loss, outputs, grads;
@@ -185,15 +191,25 @@ void bind_prepared_step(py::module_& m) {
           [](const PreparedStep& step, const py::tuple& tables, const py::tuple& parameters,
              const py::tuple& frozen, const py::object& support_x, const py::object& support_y,
              const py::object& query_x, const py::object& query_y) {
+            const Data data{support_x.ptr(), support_y.ptr(), query_x.ptr(), query_y.ptr()};
             const auto taken = [&]() -> py::object {
               HANDLE_TH_ERRORS  // as torch.ops reports errors
-                  return step(tables, parameters, frozen, support_x, support_y, query_x, query_y);
+                  return step(tables, parameters, frozen, data);
               END_HANDLE_TH_ERRORS_RET({})
             }();
             if (!taken) throw py::error_already_set();
             return taken;
           },
-          "(loss, outputs, gradient), or None where something else has changed.");
+          "(loss, outputs, gradient), or None where something else has changed.")
+      .def(
+          "holds",
+          [](const PreparedStep& step, const py::tuple& tables, const py::tuple& parameters,
+             const py::tuple& frozen, const py::object& support_x, const py::object& support_y,
+             const py::object& query_x, const py::object& query_y) {
+            const Data data{support_x.ptr(), support_y.ptr(), query_x.ptr(), query_y.ptr()};
+            return step.holds(tables, parameters, frozen, data);
+          },
+          "Whether nothing but values has changed.");
 }
 
 }  // namespace fastmeta

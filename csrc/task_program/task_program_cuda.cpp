@@ -28,6 +28,7 @@ struct OnCuda {
   static void check_labels(const at::Tensor& labels, int64_t classes, int64_t ignored,
                            const char* name) {
     const c10::cuda::CUDAGuard guard(labels.device());
+    if (is_being_captured()) return;  // before anything of the check is part of the graph
     const auto counted = labels.masked_fill(labels.eq(ignored), 0).contiguous();
     if (has_cuda_label_out_of_range(counted, classes, name)) {
       check_class_labels(labels.cpu(), classes, ignored, name);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastmeta._graphs import CALLS, DEVICE_TYPE
 from fastmeta._hvp import Tensors
 from fastmeta.arena import Layout
 from fastmeta.functional import FunctionalEngine
@@ -18,7 +19,8 @@ def explain(engine: FunctionalEngine, data: Tensors | None = None) -> str:
         return _program(engine, program)
     if engine.required:
         return f"engine='program', but there is no task program: {program}. Calls raise ValueError."
-    return f"{_functional(engine)} No task program: {program}."
+    raises = " cuda_graph=True: meta-losses raise ValueError." if engine.cuda_graph is True else ""
+    return f"{_functional(engine)} No task program: {program}.{raises}"
 
 
 def _program(engine: ProgramEngine, program: Program) -> str:
@@ -29,7 +31,24 @@ def _program(engine: ProgramEngine, program: Program) -> str:
         f"Task program, one call for all steps: {', '.join(layers)}; {loss} "
         f"({_counted(program.layout)}); {tasks}. "
         f"{_steps(engine, 'exact')} {_where(program.layout, 'task_program')}"
+        f"{_graphs(engine, program)}"
     )
+
+
+def _graphs(engine: ProgramEngine, program: Program) -> str:
+    """A sentence on CUDA graphs; nothing where there are none anyway."""
+    why, asked = engine.why_no_graph(program), engine.cuda_graph
+    if asked is True and why:
+        return f" cuda_graph=True, but {why}. Meta-losses raise ValueError."
+    if asked is False or program.layout.device.type != DEVICE_TYPE:
+        return ""
+    if why:
+        return f" No CUDA graph: {why}."
+    graphs, size = engine.programs.graphs, engine.task_chunk
+    when = "the first call" if asked is True else f"call {CALLS} in a row"
+    kind = "a kind" if size is None else f"a kind, of at most {size} tasks,"
+    refused = "".join(f" Launched instead, as it failed: {why}." for why in graphs.refusals())
+    return f" Meta-losses are CUDA graphs from {when} of {kind} on; {len(graphs)} now.{refused}"
 
 
 def _functional(engine: FunctionalEngine) -> str:

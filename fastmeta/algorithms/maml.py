@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmeta._graphs import check_option
 from fastmeta.algorithms._clone import clone_module, replace_parameters, shallow_copy
 from fastmeta.algorithms._explain import explain
 from fastmeta.algorithms._results import AdaptedTasks, MetaGradient
@@ -62,6 +63,12 @@ class MAML(nn.Module):
             ``running_mean`` and ``running_var``, which are constants of the gradients. The learner
             never updates those two: calls of the module itself in ``train()`` do, as
             ``maml.module(x)`` under ``torch.no_grad()``. A ``clone`` is called as any module.
+        cuda_graph: whether ``meta_loss`` and ``meta_gradient`` replay the task program's kernels as
+            a CUDA graph. ``"auto"``: from the third call in a row on that differs from the last in
+            values alone, on a GPU, where the program has many launches (images, large layers);
+            what cannot be captured is launched, and ``explain()`` says why. True: from the first
+            call on; a ValueError or RuntimeError says why not, where it cannot. False: never. The
+            graphs of four kinds of calls are kept.
         allow_unused: ``adapt`` only: leave parameters alone that the loss does not depend on, where
             it would otherwise raise. None: as ``allow_nograd``.
         allow_nograd: ``adapt`` only: leave frozen parameters alone, where it would otherwise raise.
@@ -93,6 +100,7 @@ class MAML(nn.Module):
         engine: str = "auto",
         memory: str = "auto",
         norm_statistics: str = "batch",
+        cuda_graph: bool | str = "auto",
         allow_unused: bool | None = None,
         allow_nograd: bool = False,
     ) -> None:
@@ -100,6 +108,11 @@ class MAML(nn.Module):
         FunctionalEngine(model, loss, steps, first_order, hvp_mode, task_chunk, norm_statistics)
         check_choice("engine", engine, ENGINES)
         check_choice("memory", memory, MEMORY)
+        check_option(cuda_graph)
+        if cuda_graph is True and engine == "functional":
+            raise ValueError(
+                "cuda_graph: True needs the task program, engine='functional' has none"
+            )
         self.module = model
         self.steps = steps
         self.first_order = first_order
@@ -109,6 +122,7 @@ class MAML(nn.Module):
         self.engine = engine
         self.memory = memory
         self.norm_statistics = norm_statistics
+        self.cuda_graph = cuda_graph
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
         self._programs = Programs()
@@ -345,7 +359,8 @@ class MAML(nn.Module):
         options = *options, self.norm_statistics
         if self.engine == "functional":
             return FunctionalEngine(*options)
-        return self._programs.engine(*options, self.memory, self.engine == "program")
+        options = *options, self.memory, self.engine == "program", self.cuda_graph
+        return self._programs.engine(*options)
 
     def _step_size(self, steps: int) -> float | Tensor:
         """``lr`` as the engines take it: one row a step becomes one matrix a step."""

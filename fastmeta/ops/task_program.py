@@ -139,6 +139,7 @@ if _native._C is not None:
         _op = getattr(torch.ops.fastmeta, f"task_program_{_name}").default
         register(f"task_program_{_name}", _fake, _looped(_op))
         setattr(COMPILED, _name, _op)
+    COMPILED.check_labels = torch.ops.fastmeta.task_program_check_labels.default
     # Composite: they call meta_gradient, which has the fake and the rule.
     COMPILED.meta_loss = torch.ops.fastmeta.task_program_meta_loss.default
     COMPILED.loss_and_gradient = torch.ops.fastmeta.task_program_loss_and_gradient.default

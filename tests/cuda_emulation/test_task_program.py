@@ -159,3 +159,18 @@ def test_while_capturing_a_wrong_label_changes_no_other_task(way):
         actual = COMPILED.gradient(*s.arguments("gradient"))
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a[::2], e[::2])
+
+
+def test_labels_are_checked_by_themselves_and_not_at_all_while_capturing():
+    s = setting("relu", tasks=3)
+    labels = s.arguments("meta_gradient")[0], s.data.support_y, s.data.query_y
+    assert COMPILED.check_labels(*labels) is None
+    for name in ("support_y", "query_y"):
+        y = getattr(s.data, name)
+        before, y[1, 0] = y[1, 0].item(), 7
+        with pytest.raises(ValueError, match=f"{name}: expected labels in 0..2, .* got 7"):
+            COMPILED.check_labels(*labels)
+        with emulator.capturing(), emulator.launches() as launches:
+            COMPILED.check_labels(*labels)
+        assert not launches
+        y[1, 0] = before
