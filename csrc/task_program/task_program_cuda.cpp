@@ -1,6 +1,8 @@
 // CUDA implementation of the task program: a block takes a task where it fits into its shared memory,
 // else every step is a launch for all tasks. A label without a class, which nobody refuses while a
-// graph is captured, is that of no output; it changes no other task.
+// graph is captured, is that of no output; it changes no other task. Convolutions in float32 are TF32
+// where PyTorch's setting for them, torch.backends.cudnn.allow_tf32, allows it.
+#include <ATen/Context.h>
 #include <ATen/ops/eq.h>
 #include <ATen/ops/masked_fill.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -36,8 +38,9 @@ struct OnCuda {
 
   static bool has_thin_blocks(const Job&) { return false; }
 
-  static void run(const Job& job, const at::Tensor& theta) {
+  static void run(Job& job, const at::Tensor& theta) {
     const c10::cuda::CUDAGuard guard(theta.device());
+    job.tf32 = at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
     if (job.dtype == Dtype::kFloat) {
       run_as<float>(job, theta);
     } else {
