@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 import fastmeta as fm
+from benchmarks.agreement import TF32_TOLERANCE, TOLERANCE
 from benchmarks.workloads import WORKLOADS, Workload
 
 Inputs = tuple[torch.Tensor, ...]
@@ -35,6 +36,9 @@ class Sizes:
     programs: tuple[Workload, ...] = tuple(
         WORKLOADS[name] for name in ("sin1", "sin5", "omni_mlp", "hvp_mlp_t1")
     )
+    image_programs: tuple[Workload, ...] = tuple(
+        WORKLOADS[name] for name in ("omni_paper", "omni_20w", "mini_conv5")
+    )
     copy_bytes: int = 1 << 30
     matrix: int = 8192
     rounds: int = 30
@@ -57,6 +61,16 @@ class Measure:
     moved: int = 0  # bytes that a call must read and write
     flops: int = 0  # that a call must do
     memory: bool = False  # measure the peak
+    tf32: bool = False  # allowed for convolutions
+    jumps: bool = False  # gradients do, where rounding tips over a ReLU or a maximum
+
+    @property
+    def precision(self) -> str:
+        return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+
+    @property
+    def tolerance(self) -> float:
+        return TF32_TOLERANCE if self.tf32 else TOLERANCE[self.dtype]
 
 
 def in_torch(contender: Contender) -> Contender:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastmeta as fm
 from benchmarks.gpu_measure import OURS, Contender, Inputs, Measure, in_torch
+from benchmarks.networks import MLP, Network
 from benchmarks.workloads import Workload
 from fastmeta import _program_reference as reference
 from fastmeta._native import PROGRAM, is_native
@@ -39,19 +40,25 @@ def product(code: Tensor, theta: Tensor, *rest: Tensor) -> Inputs:
     return op("hvp", theta)(code, theta, *rest, False)[:1]
 
 
+def module(network: Network) -> nn.Module:
+    if isinstance(network, MLP):
+        return fm.models.MLP(list(network.sizes))
+    return fm.models.Conv4(network.hidden, network.ways, network.channels, network.image_size)
+
+
 def draw(workload: Workload) -> Callable[[torch.Generator], Inputs]:
-    sizes = workload.network.sizes
+    network = workload.network
 
     def examples(generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
         shape, device = (workload.tasks, count), generator.device
-        x = torch.randn(*shape, sizes[0], generator=generator, device=device)
+        x = torch.randn(*shape, *network.input_shape, generator=generator, device=device)
         if workload.loss == "mse":
-            return x, torch.randn(*shape, sizes[-1], generator=generator, device=device)
-        return x, torch.randint(sizes[-1], shape, generator=generator, device=device)
+            return x, torch.randn(*shape, network.outputs, generator=generator, device=device)
+        return x, torch.randint(network.outputs, shape, generator=generator, device=device)
 
     def inputs(generator: torch.Generator) -> Inputs:
-        net = fm.models.MLP(list(sizes)).to(generator.device)
-        program = Lowering(net, LOSSES[workload.loss]).program(sizes[:1])
+        net = module(network).to(generator.device)
+        program = Lowering(net, LOSSES[workload.loss]).program(network.input_shape)
         theta = program.layout.flatten(dict(net.named_parameters())).detach()
         fixed = (program.code, theta, theta.new_empty(0))
         support = examples(generator, workload.support)
@@ -78,4 +85,21 @@ def programs(workloads: Sequence[Workload], rounds: int, calls: int) -> Iterator
                 calls,
                 in_graph,
                 flops=workload.flops,
+            )
+
+
+def image_programs(workloads: Sequence[Workload], rounds: int) -> Iterator[Measure]:
+    """Meta-steps in a CUDA graph, with convolutions in float32 and in TF32."""
+    for workload in workloads:
+        for tf32 in (False, True):
+            yield Measure(
+                *(PROGRAM, workload.name, "meta-step", torch.float32),
+                {OURS: meta_step(workload.steps)},
+                draw(workload),
+                rounds,
+                calls=2,
+                in_graph=True,
+                flops=workload.flops,
+                tf32=tf32,
+                jumps=True,
             )

@@ -8,7 +8,7 @@ import torch
 
 import fastmeta as fm
 from benchmarks.gpu_measure import OURS, Contender, Inputs, Measure, Sizes, in_torch
-from benchmarks.gpu_programs import programs
+from benchmarks.gpu_programs import image_programs, programs
 from benchmarks.prototype_loss import composed
 from fastmeta.ops.inner_update import inner_update_backward
 
@@ -196,10 +196,13 @@ def convolutions(sizes: Sizes) -> Iterator[Measure]:
     """A layer of Conv4-64, 3 x 3 with padding 1."""
     t, b, channels, size = sizes.images
 
-    def draw(generator: torch.Generator) -> Inputs:
-        shapes = (t, b, channels, size, size), (t, channels, channels, 3, 3)
-        x, w = (torch.randn(s, generator=generator, device=generator.device) for s in shapes)
-        return x, w / (9 * channels) ** 0.5
+    def draw(dtype: torch.dtype) -> Callable[[torch.Generator], Inputs]:
+        def inputs(generator: torch.Generator) -> Inputs:
+            shapes = (t, b, channels, size, size), (t, channels, channels, 3, 3)
+            x, w = (torch.randn(s, generator=generator, device=generator.device) for s in shapes)
+            return x.to(dtype), (w / (9 * channels) ** 0.5).to(dtype)
+
+        return inputs
 
     def value(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return fm.task_conv2d(x, weight, padding=1)
@@ -210,19 +213,22 @@ def convolutions(sizes: Sizes) -> Iterator[Measure]:
     ):
         contenders = {OURS: ours, "torch backend": in_torch(ours)}
         name = f"T = {t}, B = {b}, {channels} channels, {size} x {size}"
-        yield Measure(
-            *("task_conv2d", name, what, torch.float32, contenders, draw, sizes.rounds),
-            calls=2,
-            flops=2 * products * t * b * 9 * channels**2 * size**2,
-        )
+        for dtype, tf32 in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
+            yield Measure(
+                *("task_conv2d", name, what, dtype, contenders, draw(dtype), sizes.rounds),
+                calls=2,
+                flops=2 * products * t * b * 9 * channels**2 * size**2,
+                tf32=tf32,
+            )
 
 
 def all_measures(sizes: Sizes) -> Iterator[Measure]:
-    """What has a target first."""
+    """What the README shows first."""
     yield from small_losses(sizes)
     yield from programs(sizes.programs, sizes.rounds, sizes.graph)
+    yield from convolutions(sizes)
+    yield from image_programs(sizes.image_programs, sizes.rounds)
     yield from updates(sizes)
     yield from big_losses(sizes)
     yield from means(sizes)
     yield from distances(sizes)
-    yield from convolutions(sizes)

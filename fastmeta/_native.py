@@ -28,7 +28,7 @@ OPS = ("inner_update", "prototypes", "pairwise_distance", "prototype_loss")
 CONVOLUTION = "task_conv2d"
 PROGRAM = "task_program"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-PROGRAM_DTYPES = (torch.float32, torch.float64)  # and of the convolution
+PROGRAM_DTYPES = (torch.float32, torch.float64)  # and of the convolution on a CPU
 BACKENDS = ("native", "torch")
 
 
@@ -39,9 +39,18 @@ def _has_kernel(op: str, device: str) -> bool:
     return _C is not None and has(f"fastmeta::{name}", device.upper())
 
 
+def _dtypes(op: str, device: str) -> tuple[torch.dtype, ...]:
+    return PROGRAM_DTYPES if op == PROGRAM or (op, device) == (CONVOLUTION, "cpu") else DTYPES
+
+
 # What follows is traced by torch.compile: plain tables and globals, which it guards on.
 NAMES = (*OPS, CONVOLUTION, PROGRAM)
-KERNELS = {(op, device) for op in NAMES for device in ("cpu", "cuda") if _has_kernel(op, device)}
+KERNELS = {
+    (op, device): _dtypes(op, device)
+    for op in NAMES
+    for device in ("cpu", "cuda")
+    if _has_kernel(op, device)
+}
 _forced: str | None = None
 
 
@@ -79,8 +88,9 @@ def _missing(op: str, device: str, dtype: torch.dtype) -> str:
         return f"the native extension is missing: {UNAVAILABLE}"
     if (op, device) not in KERNELS:
         return f"the extension was built without {op} for {device}"
-    dtypes = DTYPES if op in OPS else PROGRAM_DTYPES
-    return "" if dtype in dtypes else f"{op} has no native kernel for {dtype}"
+    if dtype not in KERNELS[op, device]:
+        return f"{op} has no native kernel for {dtype} on {device}"
+    return ""
 
 
 @cache

@@ -65,7 +65,7 @@ def test_bad_names(monkeypatch, rows):
 
 def test_a_fallback_is_said_once(monkeypatch, rows, device):
     require_kernels(device)
-    monkeypatch.setattr(_native, "KERNELS", set())
+    monkeypatch.setattr(_native, "KERNELS", {})
     _native._warn.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

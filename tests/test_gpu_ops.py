@@ -16,7 +16,7 @@ from benchmarks.agreement import relative_error
 from benchmarks.gpu import every_kernel, outcomes, results
 from benchmarks.gpu_measure import OURS, Measure, Sizes
 from benchmarks.gpu_workloads import all_measures
-from benchmarks.networks import MLP
+from benchmarks.networks import MLP, Conv4
 from benchmarks.timers import CudaTimer, HostTimer, Spread
 from benchmarks.workloads import Workload
 
@@ -34,6 +34,7 @@ TINY = Sizes(
         Workload("sin1", MLP((1, 3, 1)), "mse", 2, 4, 3, 1, 0.1),
         Workload("hvp_mlp_t1", MLP((4, 3, 2)), "cross_entropy", 1, 4, kind="hvp"),
     ),
+    image_programs=(Workload("omni_paper", Conv4(2, 3, 1, 16), "cross_entropy", 2, 3, 3, 1, 0.1),),
     copy_bytes=1024,
     matrix=16,
     rounds=2,
@@ -122,6 +123,33 @@ def test_a_workload_that_fails_does_not_cost_the_others():
 def test_without_time_left_rows_are_skipped_with_the_reason():
     rows = gpu_ops.run(HostTimer(), TINY, -1.0, lambda content: None)["rows"]
     assert all(row["skipped"] == "the -1 s were used up" for row in rows)
+
+
+def test_each_measure_has_its_own_precision(monkeypatch):
+    """As torch's setting, and in its row; the setting of before comes back."""
+    seen = {}
+
+    def measured(measure, *rest):
+        seen[measure.op, measure.precision] = torch.backends.cudnn.allow_tf32
+        return {}
+
+    monkeypatch.setattr(gpu_ops, "measured", measured)
+    before = torch.backends.cudnn.allow_tf32
+    for measure in all_measures(TINY):
+        gpu_ops.attempted(measure, HostTimer(), PEAKS, TINY)
+        assert gpu_ops.head(measure)["dtype"] == measure.precision
+        assert torch.backends.cudnn.allow_tf32 == before
+    allowed = {name for name, tf32 in seen.items() if tf32}
+    assert allowed == {("task_conv2d", "tf32"), ("task_program", "tf32")}
+    assert ("task_conv2d", "bfloat16") in seen
+
+
+def test_where_gradients_jump_plain_pytorch_says_how_far(monkeypatch):
+    monkeypatch.setattr(gpu_ops, "errors", lambda outputs, expected: 3e-4)
+    measure = only("task_program", jumps=True)
+    assert gpu_ops.measured(measure, HostTimer(), PEAKS, TINY)["agree"] != []
+    strict = dataclasses.replace(measure, jumps=False)
+    assert gpu_ops.measured(strict, HostTimer(), PEAKS, TINY)["agree"] == []
 
 
 def test_the_precision_of_products_is_put_back():
@@ -238,9 +266,10 @@ def test_every_op_of_the_kernel_check_runs_and_is_right():
     said = []
     assert every_kernel.run("cpu", said.append) == 0
     assert len(said) == 1 and said[0].endswith("calls on cpu, 0 wrong results")
-    ops = {op for op, _ in every_kernel.calls(torch.float32)}
+    ops = {op for op, _ in every_kernel.calls(torch.float32, "cpu")}
     pairs = {f"{op}{suffix}" for op in fm._native.OPS for suffix in ("", "_backward")}
-    assert ops == {*pairs, "task_program_meta_gradient"}
+    convolutions = {f"task_conv2d{suffix}" for suffix in ("", "_input", "_weight")}
+    assert ops == {*pairs, *convolutions, "task_program_meta_gradient"}
 
 
 @needs_native

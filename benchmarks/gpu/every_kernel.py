@@ -22,7 +22,7 @@ import fastmeta as fm
 from benchmarks.agreement import TOLERANCE, relative_error
 from benchmarks.gpu.machine import ROOT
 from benchmarks.gpu.outcomes import NOT_AVAILABLE
-from fastmeta._native import PROGRAM_DTYPES
+from fastmeta._native import CONVOLUTION, KERNELS, PROGRAM_DTYPES
 from fastmeta.lowering import Lowering
 from fastmeta.ops._raw import accumulation_dtype
 
@@ -31,14 +31,25 @@ METRICS = ("euclidean", "cosine")  # differences with a root, and products with 
 PAIRS = ((2, 7, 65, 17), (1, 20, 3, 32), (256, 3, 65, 5), (1, 1100, 65, 8))
 UPDATES = ((3, 1023), (2, 64))  # T, P: single values, and whole accesses
 SUPPORTS = ((2, 40, 5, 33), (2, 40, 5, 64))  # T, S, N, D, likewise
-# Widths of networks: of one that a block has in its shared memory, and of one too large for that.
-NETWORKS = ((3, 8, 2), (40, 300, 300, 3))
+# T, B, C, O, H, W, groups, of 3 x 3 kernels: large tiles, narrow ones, small ones and split sums;
+# a small number of channels; depthwise.
+CONVOLUTIONS = (
+    *((33, 2, 8, 70, 9, 8, 1), (66, 2, 12, 20, 9, 8, 1), (2, 3, 6, 7, 6, 7, 1)),
+    *((2, 3, 3, 5, 6, 7, 1), (2, 3, 5, 10, 6, 7, 5)),
+)
+# A network, the shape of its examples, and the scale of its parameters: one that a block has in its
+# shared memory, one too large for that, and one of images.
+NETWORKS = (
+    (lambda: fm.models.MLP([3, 8, 2]), (3,), 0.35),
+    (lambda: fm.models.MLP([40, 300, 300, 3]), (40,), 0.06),
+    (lambda: fm.models.Conv4(3, 3, 1, 16), (1, 16, 16), 0.3),
+)
 
 Call = tuple[str, tuple[Any, ...]]  # an op of torch.ops.fastmeta and its arguments
 
 
-def calls(dtype: torch.dtype) -> Iterator[Call]:
-    """Arguments of every op in memory of the host."""
+def calls(dtype: torch.dtype, device: str) -> Iterator[Call]:
+    """Arguments of every op that `device` has, in memory of the host."""
     generator = torch.Generator().manual_seed(0)
     wide = accumulation_dtype(dtype)
 
@@ -63,12 +74,23 @@ def calls(dtype: torch.dtype) -> Iterator[Call]:
             yield "prototype_loss", (x, target, y, metric, 0.5)
             weight = rows(t, q, dtype=wide)
             yield "prototype_loss_backward", (weight, x, target, y, metric, 0.5)
-    for sizes in NETWORKS if dtype in PROGRAM_DTYPES else ():
-        program = Lowering(fm.models.MLP(list(sizes)), F.mse_loss).program(sizes[:1])
-        theta = rows(program.layout.numel) * sizes[-2] ** -0.5
+
+    def images(t: int, b: int, c: int, h: int, w: int) -> torch.Tensor:
+        return rows(t, b, h, w, c).permute(0, 1, 4, 2, 3)  # as the kernels read them
+
+    has_convolution = dtype in KERNELS.get((CONVOLUTION, device), ())
+    for t, b, c, o, h, w, groups in CONVOLUTIONS if has_convolution else ():
+        x, weight, z = images(t, b, c, h, w), rows(t, o, c // groups, 3, 3), images(t, b, o, h, w)
+        options = ([1, 1], [1, 1], [1, 1], groups)
+        yield "task_conv2d", (x, weight, rows(t, o), *options)
+        yield "task_conv2d_input", (z, weight, [h, w], *options)
+        yield "task_conv2d_weight", (z, x, [3, 3], *options)
+    for make, shape, scale in NETWORKS if dtype in PROGRAM_DTYPES else ():
+        program = Lowering(make(), F.mse_loss).program(shape)
+        theta = rows(program.layout.numel) * scale
         lr, examples = (
             torch.full((1, 1, 1), 0.1, dtype=dtype),
-            (rows(2, 5, sizes[0]), rows(2, 5, sizes[-1])),
+            (rows(2, 5, *shape), rows(2, 5, *program.output_shape)),
         )
         options = ([], 1, *(False, True, True, True, True, True))
         yield (
@@ -87,14 +109,24 @@ def results(op: str, arguments: tuple[Any, ...], device: str) -> list[torch.Tens
     return [x.cpu() for x in ([out] if isinstance(out, torch.Tensor) else out)]
 
 
+def expected(op: str, arguments: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The CPU's, whose convolutions of half types are in float32."""
+    if op.startswith("task_conv2d"):
+        arguments = tuple(
+            a.to(accumulation_dtype(a.dtype)) if isinstance(a, torch.Tensor) else a
+            for a in arguments
+        )
+    return results(op, arguments, "cpu")
+
+
 def run(device: str, report: Callable[[str], None] = print) -> int:
     """Calls every op; returns how many results differ from the CPU's."""
     wrong = count = 0
     for dtype, tolerance in TOLERANCE.items():
-        for op, arguments in calls(dtype):
+        for op, arguments in calls(dtype, device):
             count += 1
-            expected = results(op, arguments, "cpu")
-            for actual, e in zip(results(op, arguments, device), expected, strict=True):
+            on_cpu = expected(op, arguments)
+            for actual, e in zip(results(op, arguments, device), on_cpu, strict=True):
                 error = relative_error(actual, e)
                 if not error <= tolerance:
                     shapes = [list(a.shape) for a in arguments if isinstance(a, torch.Tensor)]

@@ -14,12 +14,14 @@ from benchmarks.gpu.machine import ROOT
 from benchmarks.gpu.runner import is_good
 
 RESULTS = ROOT / "benchmarks" / "results"
+NAMES = {"float32": "float32", "tf32": "TF32", "bfloat16": "bfloat16"}  # of precisions
 
 Row = Mapping[str, Any]
 
 
-def _microseconds(row: Row) -> str:
-    return f"{1e6 * row['seconds']['fastmeta']['median']:.1f} us"
+def _time(row: Row) -> str:
+    seconds = row["seconds"]["fastmeta"]["median"]
+    return f"{1e6 * seconds:.1f} us" if seconds < 1e-3 else f"{1e3 * seconds:.2f} ms"
 
 
 def _of_floor(row: Row) -> str:
@@ -55,7 +57,7 @@ class Shown:
 def _small(tasks: int, what: str, aim: str = "") -> Shown:
     name = f"proto_small, T = {tasks}"
     label = f"prototype_loss, {name}, {what}, a call in a CUDA graph"
-    return Shown(label, name, what, "float32", "graph of 20", _microseconds, aim)
+    return Shown(label, name, what, "float32", "graph of 20", _time, aim)
 
 
 def _big(dtype: str) -> Shown:
@@ -71,7 +73,18 @@ def _update(parameters: int) -> Shown:
 
 def _program(workload: str, what: str, aim: str = "") -> Shown:
     label = f"task program, {workload}, {what}, a call in a CUDA graph"
-    return Shown(label, workload, what, "float32", "graph of 20", _microseconds, aim)
+    return Shown(label, workload, what, "float32", "graph of 20", _time, aim)
+
+
+def _images(workload: str, precision: str) -> Shown:
+    label = f"task program, {workload}, meta-step, {NAMES[precision]}, a call in a CUDA graph"
+    return Shown(label, workload, "meta-step", precision, "graph of 2", _time)
+
+
+def _convolution(what: str, precision: str) -> Shown:
+    name = "T = 32, B = 75, 64 channels, 14 x 14"
+    label = f"task_conv2d, {name}, {what}, {NAMES[precision]}, of the arithmetic floor"
+    return Shown(label, name, what, precision, "eager", _of_floor)
 
 
 SHOWN = (
@@ -83,6 +96,8 @@ SHOWN = (
     _program("sin5", "meta-step", "at most 25 us"),
     _program("omni_mlp", "meta-step"),
     _program("hvp_mlp_t1", "Hessian-vector product"),
+    *(_images(w, p) for w in ("omni_paper", "omni_20w", "mini_conv5") for p in ("float32", "tf32")),
+    *(_convolution(w, p) for w in ("forward", "forward + backward") for p in NAMES),
     _big("float32"),
     _big("bfloat16"),
     _update(100_000_000),

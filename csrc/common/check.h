@@ -5,7 +5,25 @@
 #include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 
+#include "common/dtype.h"
+
 namespace fastmeta {
+
+inline Dtype dtype_of(const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      return Dtype::kFloat;
+    case at::kDouble:
+      return Dtype::kDouble;
+    case at::kHalf:
+      return Dtype::kHalf;
+    case at::kBFloat16:
+      return Dtype::kBfloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "expected float32, float64, float16 or bfloat16, got ",
+                       x.scalar_type());
+  }
+}
 
 inline void check_same(const at::Tensor& a, const at::Tensor& b, const char* what) {
   TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.device() == b.device(), what,

@@ -1,4 +1,4 @@
-// What every CUDA binding shares: element types, errors of launches, labels, scratch memory.
+// What every CUDA binding shares: errors of launches, labels, scratch memory.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,27 +8,11 @@
 
 #include <algorithm>
 
-#include "common/dtype.h"
+#include "common/check.h"
 #include "common/label_range.h"
 #include "common/labels.h"
 
 namespace fastmeta {
-
-inline Dtype dtype_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return Dtype::kFloat;
-    case at::kDouble:
-      return Dtype::kDouble;
-    case at::kHalf:
-      return Dtype::kHalf;
-    case at::kBFloat16:
-      return Dtype::kBfloat16;
-    default:
-      TORCH_CHECK_TYPE(false, "expected float32, float64, float16 or bfloat16, got ",
-                       x.scalar_type());
-  }
-}
 
 inline void check_launch(int error, const char* op) {
   TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(static_cast<cudaError_t>(error)));

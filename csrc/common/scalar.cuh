@@ -14,6 +14,13 @@ template <typename scalar_t>
 using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
 template <typename scalar_t>
+inline constexpr bool is_reduced = !std::is_same_v<scalar_t, acc_t<scalar_t>>;
+
+// Numbers in a word of 32 bits, which a bank of shared memory has and a lane of tensor cores takes.
+template <typename scalar_t>
+inline constexpr int kInWord = is_reduced<scalar_t> ? 2 : 1;
+
+template <typename scalar_t>
 __device__ acc_t<scalar_t> widen(scalar_t x) {
   if constexpr (std::is_same_v<scalar_t, __half>) {
     return __half2float(x);

@@ -3,7 +3,7 @@
 // As in task_program/grid_product.cuh a block owns a tile of a task's C and all of the sum or a
 // split, a thread 4 x 4, 8 x 4 or 8 x 8 sums; both pairs go into the same sums. No array of patches
 // is in global memory, where it would be taps times as large as the images. float32 is IEEE's, or
-// TF32 in tensor cores where that is allowed.
+// TF32 in tensor cores where that is allowed; half types are summed in float32 in tensor cores.
 #pragma once
 
 #include "convolution/launch.cuh"
@@ -20,15 +20,16 @@ using LargeWeightTile = ProductTile<64, 128, 8, 8, 8, 3>;
 using ShortWeightTile = ProductTile<32, 128, 8, 4, 8, 2>;   // of few outputs
 using NarrowWeightTile = ProductTile<64, 32, 16, 4, 4, 4>;  // of few channels
 using SmallWeightTile = SmallProduct;
-template <typename T>  // tensor cores are done with a slice sooner
-using DeepTile = ProductTile<T::kRows, T::kColumns, 16, T::kM, T::kN, T::kBlocks>;
+template <typename T, typename value_t>  // tensor cores are done with a slice sooner
+using DeepTile =
+    ProductTile<T::kRows, T::kColumns, 16 * kInWord<value_t>, T::kM, T::kN, T::kBlocks>;
 
 template <typename value_t>
 struct GridConvolution {
   GridProduct<value_t> g;
   ConvSizes sizes;
-  bool wide;               // kPatchPack channels can be read at once
-  Array<value_t> moments;  // [row tiles, 2, n], where wanted
+  bool wide;                      // kPatchPack channels can be read at once
+  Array<acc_t<value_t>> moments;  // [row tiles, 2, n], where wanted
 };
 
 template <MapTo to, typename Sums, typename Tile, typename value_t>
@@ -49,13 +50,15 @@ __device__ Sums convolution_sums(const GridConvolution<value_t>& c,
 // Weights are summed as [O, taps, C] and stored as [O, C, taps].
 template <typename value_t, int count>
 __device__ void store_weights(const ProductTarget<value_t>& target, const ConvSizes& sizes,
-                              int64_t row, int64_t column, const Pack<value_t, count>& numbers) {
+                              int64_t row, int64_t column,
+                              const Pack<acc_t<value_t>, count>& numbers) {
 #pragma unroll
   for (int j = 0; j < count; ++j) {
     if (column + j >= target.n) return;
     const int tap = int(column + j) / sizes.channels, channel = int(column + j) % sizes.channels;
     value_t* place = target.c + row * target.n + channel * sizes.taps() + tap;
-    *place = target.adds ? *place + target.factor * numbers[j] : numbers[j];
+    const auto sum = target.adds ? widen(*place) + target.factor * numbers[j] : numbers[j];
+    *place = narrow<value_t>(sum);
   }
 }
 
@@ -115,7 +118,7 @@ __global__ void __launch_bounds__(Tile::kThreads, sizeof(value_t) == 4 ? 3 : 2)
       }
     }
   }
-  if constexpr (to == MapTo::kOutput) {
+  if constexpr (to == MapTo::kOutput && !is_reduced<value_t>) {
     if (c.moments) store_moments(c, place, sums);
   }
 }
@@ -125,7 +128,7 @@ template <typename value_t>
 class ConvolutionLauncher {
  public:
   ConvolutionLauncher(const Convolution<value_t>& c, int64_t tasks, int64_t multiprocessors,
-                      value_t* parts, bool tf32, cudaStream_t stream)
+                      acc_t<value_t>* parts, bool tf32, cudaStream_t stream)
       : c_(c),
         p_(product()),
         tasks_(tasks),
@@ -164,7 +167,7 @@ class ConvolutionLauncher {
 
   template <MapTo to>
   LaunchedConvolution<value_t> to_image() const {
-    if constexpr (std::is_same_v<value_t, float>) {
+    if constexpr (!std::is_same_v<value_t, double>) {
       if (p_.n > NarrowImageTile::kColumns && fills<LargeImageTile>()) {
         return in<to, LargeImageTile>();
       }
@@ -177,7 +180,7 @@ class ConvolutionLauncher {
 
   LaunchedConvolution<value_t> to_weight() const {
     if (p_.n <= NarrowWeightTile::kColumns) return in<MapTo::kWeight, NarrowWeightTile>();
-    if constexpr (std::is_same_v<value_t, float>) {
+    if constexpr (!std::is_same_v<value_t, double>) {
       if (p_.n > SmallWeightTile::kColumns) {
         const bool is_short = p_.m <= ShortWeightTile::kRows;
         return is_short ? in<MapTo::kWeight, ShortWeightTile>()
@@ -196,10 +199,15 @@ class ConvolutionLauncher {
 
   template <MapTo to, typename Tile>
   LaunchedConvolution<value_t> in() const {
-    if constexpr (std::is_same_v<value_t, float>) {
-      if (tf32_) return by<to, TensorSums<DeepTile<Tile>>, DeepTile<Tile>>();
+    using Deep = DeepTile<Tile, value_t>;
+    if constexpr (is_reduced<value_t>) {
+      return by<to, TensorSums<value_t, Deep>, Deep>();
+    } else {
+      if constexpr (std::is_same_v<value_t, float>) {
+        if (tf32_) return by<to, TensorSums<value_t, Deep>, Deep>();
+      }
+      return by<to, ThreadSums<value_t, Tile>, Tile>();
     }
-    return by<to, ThreadSums<value_t, Tile>, Tile>();
   }
 
   template <MapTo to, typename Sums, typename Tile>
@@ -232,15 +240,15 @@ class ConvolutionLauncher {
   const Convolution<value_t>& c_;
   Product<value_t> p_;
   int64_t tasks_, multiprocessors_;
-  value_t* parts_;
+  acc_t<value_t>* parts_;
   bool tf32_;
   cudaStream_t stream_;
 };
 
 template <typename value_t>
 LaunchedConvolution<value_t> launch_convolution(const Convolution<value_t>& c, int64_t tasks,
-                                                int64_t multiprocessors, value_t* parts, bool tf32,
-                                                cudaStream_t stream) {
+                                                int64_t multiprocessors, acc_t<value_t>* parts,
+                                                bool tf32, cudaStream_t stream) {
   return ConvolutionLauncher<value_t>(c, tasks, multiprocessors, parts, tf32, stream).run();
 }
 

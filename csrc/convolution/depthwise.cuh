@@ -11,6 +11,7 @@ namespace fastmeta {
 // z and dx of all pairs, and what follows: a cell is an element.
 template <typename value_t, typename Finish>
 struct DepthwiseImage {
+  using number_t = acc_t<value_t>;
   Convolution<value_t> c;
   int64_t out_height, out_width;
   Finish finish;
@@ -22,7 +23,7 @@ struct DepthwiseImage {
     const int64_t width = to_z ? out_width : s.width, height = to_z ? out_height : s.height;
     const int64_t position = at.index / channels, line = position / width;
     const int64_t w = position % width, h = line % height, image = line / height;
-    value_t sum = to_z && c.bias ? at.load_one(c.bias, channel) : value_t(0);
+    number_t sum = to_z && c.bias ? at.load_one(c.bias, channel) : 0;
     for (int64_t tap = 0; tap < s.taps(); ++tap) {
       sum += to_z ? of_z(at, image, h, w, channel, tap) : of_dx(at, image, h, w, channel, tap);
     }
@@ -32,15 +33,15 @@ struct DepthwiseImage {
 
  private:
   // What a tap gives to z.
-  __device__ value_t of_z(const GlobalCell<value_t>& at, int64_t image, int64_t h, int64_t w,
-                          int64_t output, int64_t tap) const {
+  __device__ number_t of_z(const GlobalCell<value_t>& at, int64_t image, int64_t h, int64_t w,
+                           int64_t output, int64_t tap) const {
     const ConvShape& s = c.shape;
     const int64_t y = h * s.stride_h - s.padding_h + tap / s.kernel_w * s.dilation_h;
     const int64_t x = w * s.stride_w - s.padding_w + tap % s.kernel_w * s.dilation_w;
     if (y < 0 || y >= s.height || x < 0 || x >= s.width) return 0;
     const int64_t channel = output / (s.outputs / s.channels);
     const int64_t place = ((image * s.height + y) * s.width + x) * s.channels + channel;
-    value_t sum = 0;
+    number_t sum = 0;
     for (int pair = 0; pair < c.pairs; ++pair) {
       sum += at.load_one(c.a[pair], place) * at.load_one(c.b[pair], output * s.taps() + tap);
     }
@@ -48,8 +49,8 @@ struct DepthwiseImage {
   }
 
   // What a tap gives to dx.
-  __device__ value_t of_dx(const GlobalCell<value_t>& at, int64_t image, int64_t h, int64_t w,
-                           int64_t channel, int64_t tap) const {
+  __device__ number_t of_dx(const GlobalCell<value_t>& at, int64_t image, int64_t h, int64_t w,
+                            int64_t channel, int64_t tap) const {
     const ConvShape& s = c.shape;
     const int64_t y = h + s.padding_h - tap / s.kernel_w * s.dilation_h;
     const int64_t x = w + s.padding_w - tap % s.kernel_w * s.dilation_w;
@@ -57,7 +58,7 @@ struct DepthwiseImage {
     if (x < 0 || x % s.stride_w != 0 || x / s.stride_w >= out_width) return 0;
     const int64_t position = (image * out_height + y / s.stride_h) * out_width + x / s.stride_w;
     const int64_t of_channel = s.outputs / s.channels;
-    value_t sum = 0;
+    number_t sum = 0;
     for (int pair = 0; pair < c.pairs; ++pair) {
       for (int64_t o = channel * of_channel; o < (channel + 1) * of_channel; ++o) {
         sum += at.load_one(c.a[pair], position * s.outputs + o) *
@@ -79,7 +80,7 @@ struct DepthwiseWeight {
     const ConvShape& s = c.shape;
     const int64_t tap = element % s.taps(), output = element / s.taps();
     const int64_t channel = output / (s.outputs / s.channels);
-    value_t sum = 0;
+    acc_t<value_t> sum = 0;
     for (int64_t z = team.lane; z < c.examples * out_height * out_width; z += team.size) {
       const int64_t line = z / out_width, image = line / out_height;
       const int64_t y =

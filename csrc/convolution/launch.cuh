@@ -10,8 +10,8 @@ namespace fastmeta {
 // A convolution as the product that a launch made of it; the kernels are compiled in convolution.cu.
 template <typename value_t>
 struct LaunchedConvolution {
-  GridProduct<value_t> g;  // where g.splits > 1, SumOfConvolution is to make C of the parts
-  Array<value_t> moments;  // [row tiles, 2, n] of the sums, where wanted and splits are 1
+  GridProduct<value_t> g;         // where g.splits > 1, SumOfConvolution is to make C of the parts
+  Array<acc_t<value_t>> moments;  // [row tiles, 2, n] of the sums, where wanted and splits are 1
   int64_t tile_rows;
   cudaError_t error;
 };
@@ -23,8 +23,8 @@ inline constexpr int64_t kMostConvolutionParts = 3 * 128 * 64;
 // that are float may be rounded to 10 bits of mantissa.
 template <typename value_t>
 LaunchedConvolution<value_t> launch_convolution(const Convolution<value_t>& c, int64_t tasks,
-                                                int64_t multiprocessors, value_t* parts, bool tf32,
-                                                cudaStream_t stream);
+                                                int64_t multiprocessors, acc_t<value_t>* parts,
+                                                bool tf32, cudaStream_t stream);
 
 // The moments of a channel of z; a row, whose team shares the tiles.
 template <typename value_t>
@@ -65,7 +65,7 @@ struct SumOfConvolution {
     const auto& p = g.p;
     const int64_t row = at.index / p.n, column = at.index % p.n;
     const int64_t place = row * p.n + column % taps * channels + column / taps;
-    value_t sum = p.bias ? at.load_one(p.bias, column) : value_t(0);
+    acc_t<value_t> sum = p.bias ? at.load_one(p.bias, column) : 0;
     for (int64_t s = 0; s < g.splits; ++s) sum += at.load_one(g.parts, s * p.m * p.n + place);
     store_sum(at, p.c, p.into, sum);
     finish(at);

@@ -96,7 +96,7 @@ class PatchRows {
     } else {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        raw_[i] = offset_ >= 0 ? image[offset_ + channel_] : value_t(0);
+        raw_[i] = offset_ >= 0 ? image[offset_ + channel_] : value_t{};
         skip(1);
       }
     }
@@ -104,10 +104,17 @@ class PatchRows {
   }
 
   __device__ void store(value_t* slice, int width) const {
+    constexpr int kTwo = kInWord<value_t>;
     const int thread = threadIdx.x;
-    slice += thread / Tile::kRows * kCount * width + thread % Tile::kRows;
+    const int k = thread / Tile::kRows * kCount, row = thread % Tile::kRows;
+    auto* words = as_packs<kTwo>(slice + in_slice<value_t>(k, row, width));
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) slice[i * width] = raw_[i];
+    for (int i = 0; i < kCount; i += kTwo) {
+      Pack<value_t, kTwo> word;
+#pragma unroll
+      for (int j = 0; j < kTwo; ++j) word[j] = raw_[i + j];
+      words[i / kTwo * width] = word;
+    }
   }
 
  private:
@@ -180,7 +187,7 @@ class WeightColumns {
 #pragma unroll
     for (int i = 0; i < kCount; ++i, source += kStep * column_stride) {
       const bool is_there = tap_ < s_.taps() && column_ + i * kStep < columns;
-      raw_[i] = is_there ? *source : value_t(0);
+      raw_[i] = is_there ? *source : value_t{};
     }
     channel_ += Tile::kDepth;
     while (channel_ >= channels()) {
@@ -191,9 +198,11 @@ class WeightColumns {
 
   __device__ void store(value_t* slice, int width) const {
     const int thread = threadIdx.x;
-    slice += thread % Tile::kDepth * width + thread / Tile::kDepth;
+    const int k = thread % Tile::kDepth, column = thread / Tile::kDepth;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) slice[i * kStep] = raw_[i];
+    for (int i = 0; i < kCount; ++i) {
+      slice[in_slice<value_t>(k, column + i * kStep, width)] = raw_[i];
+    }
   }
 
  private:
@@ -211,12 +220,14 @@ class WeightColumns {
 };
 
 // Columns of B to dw: a thread has kPatchPack neighbours of taps x channels, and every kLanes-th
-// position of z.
+// word of positions of z.
 template <typename value_t, typename Tile>
 class PatchColumns {
   static constexpr int kPacks = Tile::kColumns / kPatchPack, kLanes = Tile::kThreads / kPacks;
   static constexpr int kCount = Tile::kDepth / kLanes;
+  static constexpr int kTwo = kInWord<value_t>;
   static_assert(Tile::kThreads % kPacks == 0 && kCount * kLanes == Tile::kDepth);
+  static_assert(kCount % kTwo == 0);
   using Numbers = Pack<value_t, kPatchPack>;
 
  public:
@@ -234,28 +245,33 @@ class PatchColumns {
 
   // Starts the loads of the slice from position k on.
   __device__ void fetch(const value_t* data, int64_t k) {
-    if (k != next_) seek(k + threadIdx.x / kPacks);
+    if (k != next_) seek(k + threadIdx.x / kPacks * kTwo);
     next_ = k + Tile::kDepth;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       raw_[i] = read(data);
-      out_w_ += kLanes;
+      const int step = i % kTwo == kTwo - 1 ? kTwo * (kLanes - 1) + 1 : 1;
+      out_w_ += step;
       while (out_w_ >= s_.out_width) {
         out_w_ -= s_.out_width;
         if (++out_h_ < s_.out_height) continue;
         out_h_ = 0;
         image_ += int64_t(s_.height) * s_.width * s_.channels;
       }
-      position_ += kLanes;
+      position_ += step;
     }
   }
 
   __device__ void store(value_t* slice, int width) const {
     const int thread = threadIdx.x;
-    slice += thread / kPacks * width + thread % kPacks * kPatchPack;
+    const int k = thread / kPacks * kTwo, column = thread % kPacks * kPatchPack;
+    auto* words = as_packs<kPatchPack * kTwo>(slice + in_slice<value_t>(k, column, width));
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      *as_packs<kPatchPack>(slice + i * kLanes * width) = raw_[i];
+    for (int i = 0; i < kCount; i += kTwo) {
+      Pack<value_t, kPatchPack * kTwo> pack;
+#pragma unroll
+      for (int j = 0; j < kPatchPack * kTwo; ++j) pack[j] = raw_[i + j % kTwo][j / kTwo];
+      words[i * kLanes * width / (kPatchPack * kTwo)] = pack;
     }
   }
 

@@ -15,7 +15,7 @@ int launch_as(const Convolution<void>& c, int64_t tasks, bool tf32, void* worksp
   Convolution<value_t> typed{c.shape, c.to, c.examples, numbers<value_t>(c.c)};
   typed.bias = numbers<value_t>(c.bias);
   typed.add(numbers<value_t>(c.a[0]), numbers<value_t>(c.b[0]));
-  GridExecutor<value_t> executor(tasks, static_cast<value_t*>(workspace), stream, tf32);
+  GridExecutor<value_t> executor(tasks, static_cast<acc_t<value_t>*>(workspace), stream, tf32);
   executor.convolution(typed, NoFinish{});
   return executor.error();
 }
@@ -23,15 +23,16 @@ int launch_as(const Convolution<void>& c, int64_t tasks, bool tf32, void* worksp
 }  // namespace
 
 int64_t task_conv_workspace(Dtype dtype) {
-  const auto number = static_cast<int64_t>(dtype == Dtype::kFloat ? sizeof(float) : sizeof(double));
+  const auto number =
+      static_cast<int64_t>(dtype == Dtype::kDouble ? sizeof(double) : sizeof(float));
   return number * GridExecutor<float>::part_numbers();
 }
 
 int launch_task_conv(Dtype dtype, const Convolution<void>& c, int64_t tasks, bool tf32,
                      void* workspace, void* stream) {
-  auto* on = static_cast<cudaStream_t>(stream);
-  return dtype == Dtype::kFloat ? launch_as<float>(c, tasks, tf32, workspace, on)
-                                : launch_as<double>(c, tasks, tf32, workspace, on);
+  return with_dtype(dtype, [&]<typename value_t>(ScalarType<value_t>) {
+    return launch_as<value_t>(c, tasks, tf32, workspace, static_cast<cudaStream_t>(stream));
+  });
 }
 
 }  // namespace fastmeta

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "common/cuda_check.h"
+#include "convolution/int_sizes.h"
 #include "convolution/task_conv.h"
 #include "convolution/task_conv_ops.h"
 
@@ -23,6 +24,9 @@ Convolution<void> convolution(const TaskConvCall& call) {
 }
 
 struct OnCuda {
+  static constexpr bool kHasHalfTypes = true;
+  static void check_size(const ConvShape& shape) { check_counts_in_int(shape, "task_conv2d"); }
+
   static void run(const TaskConvCall& call, const at::Tensor& like) {
     const c10::cuda::CUDAGuard guard(like.device());
     const auto workspace = scratch(task_conv_workspace(call.dtype), like);

@@ -1,6 +1,8 @@
 // The ops of convolution: tensors to a call of one of the three maps, and the call to what runs it:
 //
 //   Device::run(call, like)   does the call on the device of the tensor `like`; each size is at least 1
+//   Device::kHasHalfTypes     whether it takes those besides float and double
+//   Device::check_size(shape) raises for a convolution whose sizes its kernels cannot count
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -77,8 +79,8 @@ struct TaskConvOps {
   static Tensor output(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        Pair stride, Pair padding, Pair dilation, int64_t groups) {
     check_pair(x, "x", weight, "weight");
-    const auto shape = checked_conv_shape(x.sizes().slice(2), weight.sizes().slice(1), stride,
-                                          padding, dilation, groups);
+    const auto shape = checked_shape(x.sizes().slice(2), weight.sizes().slice(1), stride, padding,
+                                     dilation, groups);
     const auto images = channels_last(x), weights = contiguous_tasks(weight);
     auto out = at::empty(output_size(x, shape), x.options());
     TaskConvCall call = call_of(MapTo::kOutput, shape, out, images, weights);
@@ -98,7 +100,7 @@ struct TaskConvOps {
     check_pair(grad, "grad", weight, "weight");
     const std::array image{weight.size(2) * groups, size[0], size[1]};
     const auto shape =
-        checked_conv_shape(image, weight.sizes().slice(1), stride, padding, dilation, groups);
+        checked_shape(image, weight.sizes().slice(1), stride, padding, dilation, groups);
     const auto images = channels_last(grad), weights = contiguous_tasks(weight);
     check_shape(images, output_size(grad, shape), "grad, channels last,");
     auto out = at::empty({grad.size(0), grad.size(1), shape.height, shape.width, shape.channels},
@@ -113,7 +115,7 @@ struct TaskConvOps {
     TORCH_CHECK(groups >= 1, "groups must be at least 1, got ", groups);
     const std::array weights{grad.size(2), x.size(2) / groups, kernel[0], kernel[1]};
     const auto shape =
-        checked_conv_shape(x.sizes().slice(2), weights, stride, padding, dilation, groups);
+        checked_shape(x.sizes().slice(2), weights, stride, padding, dilation, groups);
     const auto grads = channels_last(grad), images = channels_last(x);
     check_shape(grads, output_size(x, shape), "grad, channels last,");
     const std::array size{x.size(0), weights[0], weights[1], weights[2], weights[3]};
@@ -124,6 +126,13 @@ struct TaskConvOps {
   }
 
  private:
+  static ConvShape checked_shape(Pair size, Pair weight, Pair stride, Pair padding, Pair dilation,
+                                 int64_t groups) {
+    const auto shape = checked_conv_shape(size, weight, stride, padding, dilation, groups);
+    Device::check_size(shape);
+    return shape;
+  }
+
   static void check_pair(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
     check_dims(a, 5, a_name);
     check_dims(b, 5, b_name);
@@ -132,8 +141,9 @@ struct TaskConvOps {
         a_name, " and ", b_name, " must share their tasks, dtype and device, got ", a.sizes(), " ",
         a.scalar_type(), " on ", a.device(), " and ", b.sizes(), " ", b.scalar_type(), " on ",
         b.device());
-    TORCH_CHECK_TYPE(a.scalar_type() == at::kFloat || a.scalar_type() == at::kDouble, a_name,
-                     " must be float32 or float64, got ", a.scalar_type());
+    const auto dtype = dtype_of(a);
+    TORCH_CHECK_TYPE(Device::kHasHalfTypes || dtype == Dtype::kFloat || dtype == Dtype::kDouble,
+                     a_name, " must be float32 or float64, got ", a.scalar_type());
   }
 
   static std::array<int64_t, 5> output_size(const Tensor& images, const ConvShape& shape) {
@@ -143,9 +153,8 @@ struct TaskConvOps {
   // Of tensors that the caller keeps.
   static TaskConvCall call_of(MapTo to, const ConvShape& shape, const Tensor& outputs,
                               const Tensor& inputs, const Tensor& weights) {
-    const auto dtype = inputs.scalar_type() == at::kFloat ? Dtype::kFloat : Dtype::kDouble;
     return {to,
-            dtype,
+            dtype_of(inputs),
             shape,
             inputs.size(0),
             inputs.size(1),

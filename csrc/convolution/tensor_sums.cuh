@@ -1,6 +1,6 @@
-// A thread's sums of a tile, as ThreadSums has them, but made by tensor cores: operands are rounded
-// to TF32, products and sums are those of float32. A warp has 8 kM x 4 kN of the tile; of its
-// accesses to a slice, whose rows are kWidth numbers apart, no two meet in a bank.
+// A thread's sums of a tile, as ThreadSums has them, but made by tensor cores: operands are float
+// rounded to TF32, or half types; products and sums are those of float32. A warp has 8 kM x 4 kN of
+// the tile; of its accesses to a slice, whose rows are kWidth words apart, no two meet in a bank.
 #pragma once
 
 #include "common/mma.cuh"
@@ -8,12 +8,12 @@
 
 namespace fastmeta {
 
-template <typename Tile>
+template <typename value_t, typename Tile>
 struct TensorSums {
-  static constexpr int kGroup = 2, kMmaDepth = 8;
+  static constexpr int kGroup = 2, kWords = Tile::kDepth / kInWord<value_t>;
   static constexpr int kWarpRows = 8 * Tile::kM, kWarpColumns = 4 * Tile::kN;
   static constexpr int kWarpsAcross = Tile::kColumns / kWarpColumns;
-  static_assert(Tile::kM % 2 == 0 && Tile::kN % 2 == 0 && Tile::kDepth % kMmaDepth == 0);
+  static_assert(Tile::kM % 2 == 0 && Tile::kN % 2 == 0 && kWords % kMmaWords == 0);
   static_assert(Tile::kRows % kWarpRows == 0 && Tile::kColumns % kWarpColumns == 0);
   static_assert(Tile::kWidth % kWarp == 8);
 
@@ -37,25 +37,26 @@ struct TensorSums {
     return numbers;
   }
 
-  __device__ void add(const float* slice) {
-    constexpr int kHalf = kMmaDepth / 2 * Tile::kWidth;
+  __device__ void add(const value_t* slice) {
+    constexpr int kHalf = kMmaWords / 2 * Tile::kWidth;
+    const auto* words = as_packs<kInWord<value_t>>(slice);
 #pragma unroll
-    for (int k = 0; k < Tile::kDepth; k += kMmaDepth) {
-      const float* row_of_k = slice + (k + lane_column()) * Tile::kWidth + lane_row();
-      const float* left = row_of_k + warp_row();
-      const float* right = row_of_k + Tile::kRows + Tile::kPad + warp_column();
-      Tf32 a[Tile::kM / 2][4], b[Tile::kN / 2][2];
+    for (int k = 0; k < kWords; k += kMmaWords) {
+      const auto* row_of_k = words + (k + lane_column()) * Tile::kWidth + lane_row();
+      const auto* left = row_of_k + warp_row();
+      const auto* right = row_of_k + Tile::kRows + Tile::kPad + warp_column();
+      MmaWord<value_t> a[Tile::kM / 2][4], b[Tile::kN / 2][2];
 #pragma unroll
       for (int i = 0; i < Tile::kM / 2; ++i) {
 #pragma unroll
         for (int part = 0; part < 4; ++part) {
-          a[i][part] = to_tf32(left[i * 16 + part % 2 * 8 + part / 2 * kHalf]);
+          a[i][part] = mma_word(left[i * 16 + part % 2 * 8 + part / 2 * kHalf]);
         }
       }
 #pragma unroll
       for (int j = 0; j < Tile::kN / 2; ++j) {
-        b[j][0] = to_tf32(right[j * 8]);
-        b[j][1] = to_tf32(right[j * 8 + kHalf]);
+        b[j][0] = mma_word(right[j * 8]);
+        b[j][1] = mma_word(right[j * 8 + kHalf]);
       }
 #pragma unroll
       for (int i = 0; i < Tile::kM / 2; ++i) {

@@ -1,7 +1,9 @@
-// Cells and teams of kernels that do one step of all tasks: arrays are in global memory.
+// Cells and teams of kernels that do one step of all tasks: arrays are in global memory. Numbers that
+// are stored in half types are loaded as float, and rounded as they are stored.
 #pragma once
 
 #include "common/reduce.cuh"
+#include "common/scalar.cuh"
 #include "task_program/executor.h"
 #include "task_program/warp_team.cuh"
 
@@ -9,17 +11,18 @@ namespace fastmeta {
 
 template <typename value_t>
 struct GlobalCell {
-  using number_t = value_t;
+  using number_t = acc_t<value_t>;
   int64_t task, index;
 
-  __device__ value_t load(const Array<value_t>& a, int64_t offset = 0) const {
-    return a.data[task * a.task_stride + offset + index];
+  __device__ number_t load(const Array<value_t>& a, int64_t offset = 0) const {
+    return load_one(a, offset + index);
   }
-  __device__ void store(const Array<value_t>& a, value_t value, int64_t offset = 0) const {
-    a.data[task * a.task_stride + offset + index] = value;
+  __device__ void store(const Array<value_t>& a, number_t value, int64_t offset = 0) const {
+    a.data[task * a.task_stride + offset + index] = narrow<value_t>(value);
   }
-  __device__ value_t load_one(const Array<value_t>& a, int64_t i) const {
-    return a.data[task * a.task_stride + i];
+  template <typename stored_t>
+  __device__ number_t load_one(const Array<stored_t>& a, int64_t i) const {
+    return widen(a.data[task * a.task_stride + i]);
   }
 };
 
@@ -39,12 +42,12 @@ struct GlobalImageCell {
 };
 
 template <typename value_t>
-struct GlobalTeam : WarpTeam<value_t> {
+struct GlobalTeam : WarpTeam<acc_t<value_t>> {
   int64_t task;
 
-  __device__ GlobalTeam(int lane, int64_t t) : WarpTeam<value_t>{lane}, task(t) {}
-  __device__ value_t load(const Array<value_t>& a, int64_t i) const {
-    return a.data[task * a.task_stride + i];
+  __device__ GlobalTeam(int lane, int64_t t) : WarpTeam<acc_t<value_t>>{lane}, task(t) {}
+  __device__ acc_t<value_t> load(const Array<value_t>& a, int64_t i) const {
+    return widen(a.data[task * a.task_stride + i]);
   }
   __device__ void store(const Array<value_t>& a, int64_t i, value_t value) const {
     a.data[task * a.task_stride + i] = value;

@@ -57,7 +57,7 @@ class GridExecutor {
   }
 
   // tf32: whether convolutions may round their operands to 10 bits of mantissa.
-  GridExecutor(int64_t tasks, value_t* parts, cudaStream_t stream, bool tf32 = false)
+  GridExecutor(int64_t tasks, acc_t<value_t>* parts, cudaStream_t stream, bool tf32)
       : tasks_(tasks),
         multiprocessors_(multiprocessors()),
         parts_(parts),
@@ -104,7 +104,9 @@ class GridExecutor {
   template <typename Finish>
   void convolution(const Convolution<value_t>& c, const Finish& finish) {
     const bool has_moments = c.shape.is_depthwise() ? depthwise(c, finish) : dense(c, finish);
-    if (c.moments && !has_moments) column_moments(c.outputs(), true, c.c, c.moments);
+    if constexpr (!is_reduced<value_t>) {  // of which there are no programs, which want moments
+      if (c.moments && !has_moments) column_moments(c.outputs(), true, c.c, c.moments);
+    }
   }
 
   template <typename F>
@@ -177,7 +179,9 @@ class GridExecutor {
                                                       to_weight ? c.shape.taps() : 1, finish});
       return false;
     }
-    if (done.moments) rows(done.g.p.n, MomentsOfTiles<value_t>{done, c.moments});
+    if constexpr (!is_reduced<value_t>) {
+      if (done.moments) rows(done.g.p.n, MomentsOfTiles<value_t>{done, c.moments});
+    }
     if constexpr (!std::is_same_v<Finish, NoFinish>) map(c.size(), finish);
     return static_cast<bool>(done.moments);
   }
@@ -202,7 +206,7 @@ class GridExecutor {
   }
 
   int64_t tasks_, multiprocessors_;
-  value_t* parts_;
+  acc_t<value_t>* parts_;
   cudaStream_t stream_;
   bool tf32_;
   cudaError_t error_ = cudaSuccess;

@@ -38,7 +38,7 @@ struct GridProduct {
   Product<value_t> p;
   int64_t row_tiles, column_tiles;
   int64_t splits, split_slices;  // of a split
-  Array<value_t> parts;          // [splits, m, n], where there are several
+  Array<acc_t<value_t>> parts;   // [splits, m, n], where there are several
 };
 
 template <typename Tile, typename value_t>
@@ -49,7 +49,7 @@ GridProduct<value_t> in_tiles(const Product<value_t>& p) {
 
 // Shares the sums of `tiles` tiles among `wanted` blocks; parts: where theirs go.
 template <typename value_t>
-void split_sums(GridProduct<value_t>& g, int64_t tiles, int64_t wanted, value_t* parts) {
+void split_sums(GridProduct<value_t>& g, int64_t tiles, int64_t wanted, acc_t<value_t>* parts) {
   constexpr int64_t kSplitSlices = 4;  // worth a block
   const int64_t slices = g.split_slices;
   const int64_t most = std::max<int64_t>(1, slices / kSplitSlices);
@@ -57,6 +57,14 @@ void split_sums(GridProduct<value_t>& g, int64_t tiles, int64_t wanted, value_t*
       ceil_div(slices, std::clamp<int64_t>(wanted / std::max<int64_t>(1, tiles), 1, most));
   g.splits = std::max<int64_t>(1, ceil_div(slices, std::max<int64_t>(1, g.split_slices)));
   g.parts = {parts, g.splits * g.p.m * g.p.n};
+}
+
+// Where a slice in shared memory has number k of an outer, a row of A or column of B: along the outers
+// in rows of `width` words, of which those of half types have two neighbours in k.
+template <typename value_t>
+__device__ int in_slice(int k, int outer, int width) {
+  constexpr int kTwo = kInWord<value_t>;
+  return (k / kTwo * width + outer) * kTwo + k % kTwo;
 }
 
 // A thread's share of one operand's slices on their way from global to shared memory. Neighbouring
@@ -87,14 +95,15 @@ class OperandSlices {
     for (int i = 0; i < kCount; ++i, source += step_) {
       const bool is_there =
           outer_ + i * outer_step_ < outers_left_ && k + depth_ + i * depth_step_ < k_left_;
-      raw_[i] = is_there ? *source : value_t(0);
+      raw_[i] = is_there ? *source : value_t{};
     }
   }
 
   __device__ void store(value_t* slice, int width) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      slice[(depth_ + i * depth_step_) * width + outer_ + i * outer_step_] = raw_[i];
+      const int k = depth_ + i * depth_step_;
+      slice[in_slice<value_t>(k, outer_ + i * outer_step_, width)] = raw_[i];
     }
   }
 
@@ -186,7 +195,8 @@ __device__ Sums sums_of_slices(const GridProduct<value_t>& g, const ProductPlace
   };
   const auto store = [&](int half) {
     a.store(slices[half], Tile::kWidth);
-    b.store(slices[half] + Tile::kRows + Tile::kPad, Tile::kWidth);
+    b.store(slices[half] + in_slice<value_t>(0, Tile::kRows + Tile::kPad, Tile::kWidth),
+            Tile::kWidth);
   };
   Sums sums;
   int64_t slice = place.split * g.split_slices;
@@ -218,46 +228,64 @@ __device__ ThreadSums<value_t, Tile> tile_sums(const GridProduct<value_t>& g,
 // Where sums go: rows of n numbers.
 template <typename value_t>
 struct ProductTarget {
+  using sum_t = acc_t<value_t>;
   value_t* c;
+  sum_t* part;          // of half types, where they go instead if they are parts, or null
   const value_t* bias;  // or null
   int64_t m, n;
   bool adds, wide;
-  value_t factor = 1;  // of sums
+  sum_t factor = 1;  // of sums
 
   __device__ ProductTarget(const GridProduct<value_t>& g, int64_t task, int64_t split)
       : m(g.p.m), n(g.p.n) {
     const auto& p = g.p;
     const bool is_part = g.splits > 1;
-    c = is_part ? g.parts.data + task * g.parts.task_stride + split * m * n
-                : p.c.data + task * p.c.task_stride;
+    c = p.c.data + task * p.c.task_stride;
+    part = is_part ? g.parts.data + task * g.parts.task_stride + split * m * n : nullptr;
+    if constexpr (!is_reduced<value_t>) c = is_part ? part : c;
     bias = is_part || !p.bias ? nullptr : p.bias.data + task * p.bias.task_stride;
     adds = p.into.adds && !is_part;
     if (adds && p.into.step_size)
-      factor = -p.into.step_size.data[task * p.into.step_size.task_stride];
-    wide = n % kProductGroup == 0 && reinterpret_cast<uintptr_t>(c) % kAccessBytes == 0;
+      factor = -widen(p.into.step_size.data[task * p.into.step_size.task_stride]);
+    const auto start = is_part ? reinterpret_cast<uintptr_t>(part) : reinterpret_cast<uintptr_t>(c);
+    wide = n % kProductGroup == 0 && start % kAccessBytes == 0;
   }
 
   // `numbers`, those from a place on that are within the row.
   template <int count>
-  __device__ void store(int64_t row, int64_t column, Pack<value_t, count> numbers) const {
-    value_t* target = c + row * n + column;
+  __device__ void store(int64_t row, int64_t column, Pack<sum_t, count> numbers) const {
     if (bias != nullptr) {
 #pragma unroll
-      for (int j = 0; j < count; ++j) numbers[j] += column + j < n ? bias[column + j] : value_t(0);
+      for (int j = 0; j < count; ++j) {
+        numbers[j] += column + j < n ? widen(bias[column + j]) : sum_t(0);
+      }
     }
+    if constexpr (is_reduced<value_t>) {
+      if (part != nullptr) return store_in(part, row, column, numbers);
+    }
+    store_in(c, row, column, numbers);
+  }
+
+ private:
+  template <typename stored_t, int count>
+  __device__ void store_in(stored_t* array, int64_t row, int64_t column,
+                           Pack<sum_t, count> numbers) const {
+    stored_t* target = array + row * n + column;
     if (wide && column < n) {
       auto* place = as_packs<count>(target);
       if (adds) {
         const auto before = *place;
 #pragma unroll
-        for (int j = 0; j < count; ++j) numbers[j] = before[j] + factor * numbers[j];
+        for (int j = 0; j < count; ++j) numbers[j] = widen(before[j]) + factor * numbers[j];
       }
-      *place = numbers;
+      *place = narrow<stored_t>(numbers);
       return;
     }
 #pragma unroll
     for (int j = 0; j < count; ++j) {
-      if (column + j < n) target[j] = adds ? target[j] + factor * numbers[j] : numbers[j];
+      if (column + j >= n) continue;
+      const sum_t sum = adds ? widen(target[j]) + factor * numbers[j] : numbers[j];
+      target[j] = narrow<stored_t>(sum);
     }
   }
 };

@@ -88,7 +88,7 @@ class GridRun {
   }
 
   cudaError_t run_tasks(int64_t first, int64_t tasks) {
-    Executor executor(tasks, parts_, stream_);
+    Executor executor(tasks, parts_, stream_, job_.tf32);
     const Program& program = job_.program;
     auto task = task_;
     task.start = rows_of(job_.theta, first, job_.theta_stride);

@@ -35,6 +35,7 @@ struct Job {
   Program program;
   MetaOptions options{};
   bool keeps_states = false, gradient = false;
+  bool tf32 = false;  // on CUDA, whether convolutions may round float to 10 bits of mantissa
 
   const void* theta = nullptr;
   int64_t theta_stride = 0;

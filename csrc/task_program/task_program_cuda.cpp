@@ -1,12 +1,15 @@
 // CUDA implementation of the task program: a block takes a task where it fits into its shared memory,
 // else every step is a launch for all tasks. A label without a class, which nobody refuses while a
-// graph is captured, is that of no output; it changes no other task.
+// graph is captured, is that of no output; it changes no other task. Convolutions in float32 are TF32
+// where PyTorch's setting for them, torch.backends.cudnn.allow_tf32, allows it.
+#include <ATen/Context.h>
 #include <ATen/ops/eq.h>
 #include <ATen/ops/masked_fill.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
 #include "common/cuda_check.h"
+#include "convolution/int_sizes.h"
 #include "task_program/block_run.h"
 #include "task_program/grid_run.h"
 #include "task_program/labels.h"
@@ -24,6 +27,23 @@ void run_as(const Job& job, const at::Tensor& theta) {
   check_launch(launch(job, workspace.mutable_data_ptr(), current_stream()), "task_program");
 }
 
+// Raises for images that the kernels cannot count.
+void check_sizes(const Job& job) {
+  constexpr int64_t kMost = kMostInInt - 256;  // as in ImageGrid::has()
+  const Program& program = job.program;
+  const int64_t examples = std::max(job.support.count, job.query.count);
+  for (int n = 0; n < program.instruction_count; ++n) {
+    const Instruction& i = program.instructions[n];
+    if (i.op == Opcode::kConvolution) check_counts_in_int(i.conv, "task_program");
+    if (i.op != Opcode::kNorm && i.op != Opcode::kPool) continue;
+    const int64_t channels = i.op == Opcode::kNorm ? i.inputs : i.pool.channels;
+    const int64_t elements = std::max(program.values[i.x].elements, program.values[i.y].elements);
+    const int64_t positions = examples * (elements / channels);
+    TORCH_CHECK(positions <= kMost, "task_program: the positions of a task's images (examples x ",
+                "height x width) must be at most ", kMost, " on CUDA, got ", positions);
+  }
+}
+
 struct OnCuda {
   static void check_labels(const at::Tensor& labels, int64_t classes, int64_t ignored,
                            const char* name) {
@@ -37,8 +57,10 @@ struct OnCuda {
 
   static bool has_thin_blocks(const Job&) { return false; }
 
-  static void run(const Job& job, const at::Tensor& theta) {
+  static void run(Job& job, const at::Tensor& theta) {
     const c10::cuda::CUDAGuard guard(theta.device());
+    check_sizes(job);
+    job.tf32 = at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
     if (job.dtype == Dtype::kFloat) {
       run_as<float>(job, theta);
     } else {

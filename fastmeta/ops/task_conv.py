@@ -132,9 +132,10 @@ def task_conv2d(
 
     The same as ``torch.nn.functional.conv2d`` of every task, run together. Differentiable any
     number of times, forward and reverse; works under torch.func and torch.compile. The compiled
-    kernels take float32 and float64; other dtypes are computed in plain PyTorch, bfloat16 and
-    float16 in float32. Results are channels-last in memory; images that are too are read without a
-    copy.
+    kernels take float32 and float64, on CUDA also bfloat16 and float16; other dtypes are computed
+    in plain PyTorch. Half types are summed in float32 and rounded once. float32 on CUDA is TF32
+    where ``torch.backends.cudnn.allow_tf32`` allows it. Results are channels-last in memory; images
+    that are too are read without a copy.
 
     Args:
         x: images [T, B, C, H, W], or [B, C, H, W] for one task.
@@ -154,6 +155,7 @@ def task_conv2d(
         TypeError: inputs are not floating-point tensors of one dtype, or an option is no integer.
         ValueError: shapes do not agree, devices differ, an option is out of range, or the kernel is
             larger than the padded images.
+        RuntimeError: on CUDA, an image has 2^31 numbers or more.
 
     Source: Finn, Abbeel, Levine 2017 (arXiv 1703.03400) adapt each task's own weights; Dumoulin,
     Visin 2016 (arXiv 1603.07285) have the arithmetic of sizes.

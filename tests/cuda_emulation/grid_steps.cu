@@ -47,7 +47,7 @@ struct Halve {
 template <typename value_t>
 int step_of_images(std::string_view step, int64_t tasks, const Images& images, bool whole_batch,
                    value_t* x, value_t* target, value_t* parts) {
-  GridExecutor<value_t> executor(tasks, parts, nullptr);
+  GridExecutor<value_t> executor(tasks, parts, nullptr, false);
   const int64_t elements = images.positions() * images.channels;
   const int64_t sums = (whole_batch ? 1 : images.count) * 4 * images.channels;
   const Array<value_t> in{x, elements}, of_elements{target, elements}, of_channels{target, sums};

@@ -12,8 +12,15 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from tests.cuda_emulation import emulator
+from tests.cuda_emulation.test_runtime import no_fill
 
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}  # of the largest number
+# Of the largest number, an eighth: rounding of float32 sums, once, to half types.
+TOLERANCE = {
+    torch.float32: 2e-6,
+    torch.float64: 1e-14,
+    torch.bfloat16: 2**-11 + 2e-6,
+    torch.float16: 2**-14 + 2e-6,
+}
 OPS = torch.ops.fastmeta
 
 
@@ -266,3 +273,43 @@ def test_work_goes_to_the_current_stream_of_the_tensors_device(to):
             run(shape, to, *operands)
         assert emulator.current_device() == 0
     assert {(launch.device, launch.stream) for launch in launches} == {(1, 1)}
+
+
+PIXEL = (1, 1)
+# What kernels would count past 2^31, and a convolution of which nothing else is too large.
+UNCOUNTABLE = {
+    "numbers of an input image": Shape(1, 3, 1, (2**15, 2**15), PIXEL),
+    "numbers of an output image": Shape(1, 1, 3, (2**15, 2**15), PIXEL),
+    "channels x kernel size": Shape(1, 2**16, 1, PIXEL, (2**15, 1), padding=(2**14, 0)),
+    "outputs x kernel size": Shape(1, 1, 2**16, PIXEL, (2**15, 1), padding=(2**14, 0)),
+    "the padded height or width": Shape(1, 1, 1, PIXEL, PIXEL, (1, 2**29), (0, 2**30)),
+    "the stride": Shape(1, 1, 1, PIXEL, PIXEL, (1, 2**31)),
+    "the dilation": Shape(1, 1, 1, PIXEL, PIXEL, dilation=(2**30, 1)),
+}
+
+
+@each_map
+@pytest.mark.parametrize("what", UNCOUNTABLE)
+def test_what_the_kernels_cannot_count_is_refused(what, to):
+    """Before there is memory for it: the operands are one number each."""
+    shape = UNCOUNTABLE[what]
+    one = torch.zeros(())
+    images = one.expand(1, 1, *shape.size, shape.channels)
+    gradients = one.expand(1, 1, *shape.out_size, shape.outputs)
+    left = images if to == 0 else gradients
+    right = images if to == 2 else one.expand(1, *shape.weight_size)
+    message = rf"task_conv2d: {what}.* must be at most \d+ on CUDA, got \d+"
+    with emulator.launches() as launches, pytest.raises(RuntimeError, match=message):
+        run(shape, to, left, right)
+    assert launches == []
+
+
+@pytest.mark.parametrize("to", range(2), ids=["output", "input"])
+def test_an_image_of_almost_2_to_the_31_numbers(to):
+    """The last block alone, next to no page of whose images is real."""
+    shape = Shape(1, 1, 1, (46340, 46340), PIXEL)
+    with no_fill(), emulator.only_blocks(-1, 1):
+        image = torch.empty(1, 1, *shape.size, 1, dtype=torch.bfloat16)
+        image[0, 0, -1, -8:, 0] = torch.arange(8)
+        result = run(shape, to, image, torch.full((1, 1, 1, 1, 1), 2.0, dtype=torch.bfloat16))
+    assert result[0, 0, -1, -8:, 0].tolist() == list(range(0, 16, 2))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+from fastmeta import _program_reference as reference
 from fastmeta.ops.task_program import COMPILED, NAMES
 from tests.cuda_emulation import emulator
-from tests.programs import IMAGES
-from tests.test_program import Setting
+from tests.cuda_emulation.test_runtime import no_fill
+from tests.cuda_emulation.test_task_conv import ieee, rounded_to_tf32  # noqa: F401 (a fixture)
+from tests.programs import IMAGES, LOSSES, Raw, build, shape_of
+from tests.test_program import Setting, assert_same, results
 
 TINY = {"tasks": 2, "support": 3, "queries": 2}
 
@@ -42,3 +46,45 @@ def test_every_launch_of_a_program_of_images_is_checked():
             COMPILED.meta_gradient(*args)
     for a, e in zip(COMPILED.meta_gradient(*args), expected, strict=True):
         assert torch.equal(a, e)
+
+
+def test_convolutions_and_nothing_else_are_tf32_where_the_setting_allows_it():
+    """With the operands of the convolution rounded, the reference gives the same in float64."""
+    code, theta, frozen, x = Setting("wide", "mse", "cpu", torch.float32, **TINY).arguments(
+        "forward"
+    )
+    net = build("wide", dtype=torch.float32)
+    net[0].weight.data = rounded_to_tf32(net[0].weight.data)
+    rounded = Raw.of(net.double(), LOSSES["mse"], shape_of("wide")).theta
+    expected = reference.forward(code, rounded, frozen.double(), rounded_to_tf32(x).double())
+    torch.backends.cudnn.allow_tf32 = True
+    assert_same(COMPILED.forward(code, theta, frozen, x), expected, 2e-6)
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_a_program_in_tf32_is_near_that_in_float32(op):
+    args = Setting("wide", "mse", "cpu", torch.float32, steps=1, **TINY).arguments(op)
+    expected = results(op, args)
+    torch.backends.cudnn.allow_tf32 = True
+    for actual, e in zip(results(op, args), expected, strict=True):
+        assert_same(actual, e, 1e-2)
+        assert not torch.equal(actual, e)
+
+
+@pytest.mark.parametrize(
+    "layer, examples, size, message",
+    [
+        (lambda: nn.Conv2d(1, 1, 1), 1, 46341, "numbers of an input image"),
+        (lambda: nn.BatchNorm2d(1), 2, 2**15, "the positions of a task's images"),
+        (lambda: nn.MaxPool2d(3), 2, 2**15, "the positions of a task's images"),
+    ],
+    ids=["convolution", "norm", "pool"],
+)
+def test_images_that_the_kernels_cannot_count_are_refused(layer, examples, size, message):
+    net = nn.Sequential(layer(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 3))
+    raw = Raw.of(net, LOSSES["mse"], (1, size, size))
+    with no_fill(), emulator.launches() as launches:
+        x = torch.empty(1, examples, 1, size, size)
+        with pytest.raises(RuntimeError, match=rf"^task_program: {message} .* at most \d+ on CUDA"):
+            COMPILED.forward(*raw, x)
+    assert launches == []
