@@ -12,6 +12,8 @@ from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastmeta._routing import RoutedConvolutions
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 NORM_STATISTICS = ("batch", "running")
@@ -145,7 +147,7 @@ class TaskModule:
         def one_task(params: dict[str, Tensor], buffers: dict[str, Tensor], *inputs: Tensor) -> Any:
             def call(x: Tensor) -> Tensor:
                 def run(params: dict[str, Tensor]) -> Tensor:
-                    return self._call({**params, **buffers, **shared}, x)
+                    return self._call({**params, **buffers, **shared}, x, routed=tasks != 1)
 
                 outputs = under_derivative(run, params) if decompose else run(params)
                 if not isinstance(outputs, Tensor):
@@ -166,8 +168,10 @@ class TaskModule:
                 ) from error
             raise
 
-    def _call(self, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+    def _call(self, tensors: dict[str, Tensor], x: Tensor, routed: bool) -> Tensor:
         with ExitStack() as stack:
+            if routed:
+                stack.enter_context(RoutedConvolutions())
             for table, names in self._places:
                 values = {key: tensors[name] for key, name in names.items()}
                 stack.enter_context(_temporarily(table, values))

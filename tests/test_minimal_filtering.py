@@ -1,4 +1,4 @@
-"""3 x 3 convolutions of many channels, which CPU kernels compute by Winograd's minimal filtering."""
+"""3 x 3 convolutions of many channels, by Winograd's minimal filtering on the CPU."""
 
 from __future__ import annotations
 

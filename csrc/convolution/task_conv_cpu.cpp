@@ -1,4 +1,8 @@
 // CPU implementation of convolution: a thread a task, or all threads on one where tasks are few.
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+
+#include "common/kept_memory.h"
 #include "common/parallel.h"
 #include "convolution/cpu_convolution.h"
 #include "convolution/task_conv_ops.h"
@@ -30,16 +34,15 @@ void run_task(const TaskConvCall& call, const CpuConvolution<value_t>& convoluti
 }
 
 template <typename value_t>
-void run_as(const TaskConvCall& call, const at::Tensor& like) {
+void run_as(const TaskConvCall& call) {
   const int64_t threads = at::get_num_threads();
   const bool shares_threads = call.tasks < threads;
   for_each_task_range(call.tasks, [&](int64_t begin, int64_t end) {
     const CpuConvolution<value_t> convolution(call.shape, call.examples, shares_threads);
     const int64_t elements = convolution.scratch(call.shape) * (shares_threads ? threads : 1);
-    const auto scratch = at::empty({elements}, like.options());
-    for (int64_t t = begin; t < end; ++t) {
-      run_task(call, convolution, t, scratch.mutable_data_ptr<value_t>());
-    }
+    const auto memory = kept_memory(elements * static_cast<int64_t>(sizeof(value_t)));
+    auto* scratch = static_cast<value_t*>(memory.mutable_data_ptr());
+    for (int64_t t = begin; t < end; ++t) run_task(call, convolution, t, scratch);
   });
 }
 
@@ -47,11 +50,29 @@ struct OnCpu {
   static constexpr bool kHasHalfTypes = false;
   static void check_size(const ConvShape&) {}  // it counts in 64 bits
 
-  static void run(const TaskConvCall& call, const at::Tensor& like) {
+  // Contiguous images in blocks that fit the registers: three times as fast as a copy of the view.
+  static at::Tensor channels_last(const at::Tensor& x) {
+    if (!x.is_contiguous() || x.numel() == 0) return fastmeta::channels_last(x);
+    auto turned = at::empty({x.size(0), x.size(1), x.size(3), x.size(4), x.size(2)}, x.options());
+    const int64_t channels = x.size(2), pixels = x.size(3) * x.size(4);
+    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "channels_last", [&] {
+      const auto* source = x.const_data_ptr<scalar_t>();
+      auto* target = turned.mutable_data_ptr<scalar_t>();
+      for_each_task_range(x.size(0) * x.size(1), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * channels * pixels; i < end * channels * pixels;
+             i += channels * pixels) {
+          transpose(channels, pixels, source + i, pixels, target + i, channels);
+        }
+      });
+    });
+    return turned;
+  }
+
+  static void run(const TaskConvCall& call, const at::Tensor&) {
     if (call.dtype == Dtype::kFloat) {
-      run_as<float>(call, like);
+      run_as<float>(call);
     } else {
-      run_as<double>(call, like);
+      run_as<double>(call);
     }
   }
 };

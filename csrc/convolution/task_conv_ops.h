@@ -1,5 +1,6 @@
 // The ops of convolution: tensors to a call of one of the three maps, and the call to what runs it:
 //
+//   Device::channels_last(x)  its images [T, B, C, H, W] as [T, B, H, W, C]
 //   Device::run(call, like)   does the call on the device of the tensor `like`; each size is at least 1
 //   Device::kHasHalfTypes     whether it takes those besides float and double
 //   Device::check_size(shape) raises for a convolution whose sizes its kernels cannot count
@@ -81,7 +82,7 @@ struct TaskConvOps {
     check_pair(x, "x", weight, "weight");
     const auto shape = checked_shape(x.sizes().slice(2), weight.sizes().slice(1), stride, padding,
                                      dilation, groups);
-    const auto images = channels_last(x), weights = contiguous_tasks(weight);
+    const auto images = Device::channels_last(x), weights = contiguous_tasks(weight);
     auto out = at::empty(output_size(x, shape), x.options());
     TaskConvCall call = call_of(MapTo::kOutput, shape, out, images, weights);
     Tensor biases;
@@ -101,7 +102,7 @@ struct TaskConvOps {
     const std::array image{weight.size(2) * groups, size[0], size[1]};
     const auto shape =
         checked_shape(image, weight.sizes().slice(1), stride, padding, dilation, groups);
-    const auto images = channels_last(grad), weights = contiguous_tasks(weight);
+    const auto images = Device::channels_last(grad), weights = contiguous_tasks(weight);
     check_shape(images, output_size(grad, shape), "grad, channels last,");
     auto out = at::empty({grad.size(0), grad.size(1), shape.height, shape.width, shape.channels},
                          grad.options());
@@ -116,7 +117,7 @@ struct TaskConvOps {
     const std::array weights{grad.size(2), x.size(2) / groups, kernel[0], kernel[1]};
     const auto shape =
         checked_shape(x.sizes().slice(2), weights, stride, padding, dilation, groups);
-    const auto grads = channels_last(grad), images = channels_last(x);
+    const auto grads = Device::channels_last(grad), images = Device::channels_last(x);
     check_shape(grads, output_size(x, shape), "grad, channels last,");
     const std::array size{x.size(0), weights[0], weights[1], weights[2], weights[3]};
     if (x.size(1) == 0) return at::zeros(size, x.options());

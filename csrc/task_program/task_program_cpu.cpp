@@ -1,14 +1,10 @@
 // CPU implementation of the task program: threads take tasks, or groups of as many tasks as a
 // vector has lanes.
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "common/ceil_div.h"
 #include "common/denormals.h"
+#include "common/kept_memory.h"
 #include "task_program/cpu_worker.h"
 #include "task_program/labels.h"
 #include "task_program/ops.h"
@@ -38,31 +34,6 @@ void add(const value_t* source, int64_t count, void* target) {
   at::vec::map2<value_t>([](Vec a, Vec b) { return a + b; }, sum, sum, source, count);
 }
 
-// New pages cost time one by one.
-void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = ceil_div(begin, kHugePage) * kHugePage;
-  const uintptr_t end = (begin + bytes) / kHugePage * kHugePage;
-  // A hint: without it the pages are small.
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
-}
-
-// Scratch memory, kept for this thread's next call up to 1 GiB: pages new to the process cost a small
-// job as much time as its arithmetic, and were a fifth of a profile of images of 84 x 84.
-at::Tensor workspace(int64_t bytes) {
-  constexpr int64_t kMostKept = 1 << 30;
-  thread_local at::Tensor kept;
-  if (kept.defined() && kept.numel() >= bytes) return kept;
-  kept = at::Tensor();
-  auto memory = at::empty({bytes}, at::kByte);
-  use_huge_pages(memory.mutable_data_ptr(), bytes);
-  if (bytes <= kMostKept) kept = memory;
-  return memory;
-}
-
 template <typename value_t, bool in_lanes>
 void run(const Job& job) {
   using Worker = CpuWorker<value_t, in_lanes>;
@@ -71,7 +42,7 @@ void run(const Job& job) {
   const int64_t workers = groups < threads ? 1 : threads;
   const bool shares_threads = workers < threads;
   const int64_t bytes = ceil_div(Worker::bytes(job, shares_threads), 64) * 64;
-  const auto memory = workspace(bytes * workers);
+  const auto memory = kept_memory(bytes * workers);
   auto* base = static_cast<char*>(memory.mutable_data_ptr());
   std::vector<const value_t*> sums_theta(workers), sums_lr(workers);
   at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {

@@ -1,0 +1,89 @@
+"""Convolutions of modules under the functional engine's vmap run on the kernels of task_conv2d."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastmeta as fm
+from fastmeta import _routing
+from fastmeta.functional import FunctionalEngine
+
+pytestmark = pytest.mark.skipif(
+    not fm.build_info()["native"], reason="the native extension was not built"
+)
+
+
+class Net(nn.Module):
+    """Layers and calls by position and by name; the program lowers no sine."""
+
+    def __init__(self, first: nn.Module):
+        super().__init__()
+        self.first = first
+        self.weight = nn.Parameter(torch.randn(16, 16, 3, 3) / 12)
+        self.bias = nn.Parameter(torch.randn(16))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.first(x).sin()
+        x = F.conv2d(input=x, weight=self.weight, bias=self.bias, padding=1).tanh()
+        x = torch.conv2d(x, self.weight, None, 2, 1, 1, 1)
+        return self.head(x.mean((2, 3)))
+
+
+FIRSTS = {
+    "dense": lambda: nn.Conv2d(16, 16, 3, stride=2, padding=1, dilation=2),
+    "same": lambda: nn.Conv2d(16, 16, (3, 2), padding="same"),
+    "depthwise": lambda: nn.Conv2d(16, 16, 3, groups=16),
+    "grouped": lambda: nn.Conv2d(16, 16, 3, groups=4),
+    "reflected": lambda: nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect"),
+}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The routed calls, as they are made."""
+    made = []
+
+    def counted(*args, **kwargs):
+        made.append(kwargs)
+        return fm.task_conv2d(*args, **kwargs)
+
+    monkeypatch.setattr(_routing, "task_conv2d", counted)
+    return made
+
+
+def engine_and_batch(first, device, dtype=torch.float64, **options):
+    torch.manual_seed(3)
+    net = Net(FIRSTS[first]()).to(device, dtype)
+    x = torch.randn(2, 3, 16, 9, 8, dtype=dtype, device=device)
+    y = torch.arange(3, device=device).repeat(2, 1)
+    return FunctionalEngine(net, F.cross_entropy, steps=2, **options), (0.3, x, y, x.cos(), y)
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("first", FIRSTS)
+def test_the_gradient_is_that_of_torchs_convolutions(first, mode, device, calls):
+    engine, batch = engine_and_batch(first, device, hvp_mode=mode)
+    loss, outputs, grads, _ = engine.meta_gradient(*batch)
+    forwards, rest = divmod(len(calls), 2 if first == "grouped" else 3)
+    assert forwards >= 5 and rest == 0  # two steps, there and back, and the queries
+    calls.clear()
+    with fm.use_backend("torch"):
+        expected = engine.meta_gradient(*batch)
+    assert not calls
+    for actual, plain in zip((loss, outputs, grads), expected, strict=False):
+        torch.testing.assert_close(actual, plain, rtol=1e-10, atol=1e-12)
+
+
+def test_what_is_not_routed(device, calls):
+    engine, (lr, *data) = engine_and_batch("dense", device, torch.float32)
+    single = [tensor[:1] for tensor in data]
+    engine.meta_gradient(lr, *single)  # without vmap a convolution is an ordinary one
+    with torch.autocast(device, torch.bfloat16):
+        engine.meta_gradient(lr, *data)
+    assert not calls
+    engine.meta_gradient(lr, *data)
+    assert calls
