@@ -33,8 +33,10 @@ class RoutedConvolutions(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.conv2d and _takes(*args, **kwargs):
-            # Under vmap some layers (group norm) refuse what is channels-last in memory.
-            return task_conv2d(*args, **_renamed(kwargs)).contiguous()
+            # Under vmap group norm refuses what is channels-last in memory; contiguous() leaves
+            # images of one pixel so.
+            out = task_conv2d(*args, **_renamed(kwargs))
+            return out.clone(memory_format=torch.contiguous_format)
         return func(*args, **kwargs)
 
 

@@ -87,3 +87,18 @@ def test_what_is_not_routed(device, calls):
     assert not calls
     engine.meta_gradient(lr, *data)
     assert calls
+
+
+def test_norms_of_images_of_one_pixel(device):
+    """Whose layout is both; under vmap group norm refuses one of the two."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Conv2d(2, 4, 5), nn.GroupNorm(2, 4), nn.Flatten()).to(device)
+    net.requires_grad_(False)
+    net[1].requires_grad_(True)
+    x = torch.randn(3, 4, 2, 5, 5, device=device)
+    y = torch.zeros(3, 4, dtype=torch.long, device=device)
+    engine = FunctionalEngine(net, F.cross_entropy)
+    loss, *_ = engine.meta_gradient(0.1, x, y, x, y)
+    with fm.use_backend("torch"):
+        expected, *_ = engine.meta_gradient(0.1, x, y, x, y)
+    torch.testing.assert_close(loss, expected)
