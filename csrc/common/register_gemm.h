@@ -1,5 +1,5 @@
-// Matrix product of sizes that stay in the caches: C[m, n] (+)= A B, where the BLAS would take as long to
-// begin as to multiply. A tile of C is kept in registers while the sum runs; nothing is packed.
+// Matrix product of sizes that stay in the caches: C[m, n] (+)= A B. A tile of C is kept in registers
+// while the sum runs; nothing is packed.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>

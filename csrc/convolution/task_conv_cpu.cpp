@@ -50,7 +50,7 @@ struct OnCpu {
   static constexpr bool kHasHalfTypes = false;
   static void check_size(const ConvShape&) {}  // it counts in 64 bits
 
-  // Contiguous images in blocks that fit the registers: three times as fast as a copy of the view.
+  // Contiguous images in blocks that fit the registers; other views by a copy.
   static at::Tensor channels_last(const at::Tensor& x) {
     if (!x.is_contiguous() || x.numel() == 0) return fastmeta::channels_last(x);
     auto turned = at::empty({x.size(0), x.size(1), x.size(3), x.size(4), x.size(2)}, x.options());
