@@ -1,7 +1,7 @@
 """fastmeta: meta-learning for PyTorch, batched over tasks, on compiled kernels.
 
 ops         inner_update, prototypes, pairwise_distance, prototype_loss, task_conv2d,
-            task_linear, hvp
+            task_batch_norm, task_linear, hvp
 learners    MAML, ProtoNet: `meta_loss` and `adapt_tasks`
 data        data.Omniglot, data.Glyphs, data.Sinusoid, data.Episodes
 networks    models.Conv4, models.ResNet12, models.MLP, models.PerStepBatchNorm2d
@@ -18,6 +18,7 @@ from fastmeta.ops import (
     pairwise_distance,
     prototype_loss,
     prototypes,
+    task_batch_norm,
     task_conv2d,
     task_linear,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "pairwise_distance",
     "prototype_loss",
     "prototypes",
+    "task_batch_norm",
     "task_conv2d",
     "task_linear",
     "use_backend",

@@ -26,9 +26,10 @@ except ImportError as error:
 
 OPS = ("inner_update", "prototypes", "pairwise_distance", "prototype_loss")
 CONVOLUTION = "task_conv2d"
+BATCH_NORM = "task_batch_norm"
 PROGRAM = "task_program"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-PROGRAM_DTYPES = (torch.float32, torch.float64)  # and of the convolution on a CPU
+WIDE_DTYPES = (torch.float32, torch.float64)
 BACKENDS = ("native", "torch")
 
 
@@ -40,11 +41,12 @@ def _has_kernel(op: str, device: str) -> bool:
 
 
 def _dtypes(op: str, device: str) -> tuple[torch.dtype, ...]:
-    return PROGRAM_DTYPES if op == PROGRAM or (op, device) == (CONVOLUTION, "cpu") else DTYPES
+    only_wide = op in (BATCH_NORM, PROGRAM) or (op, device) == (CONVOLUTION, "cpu")
+    return WIDE_DTYPES if only_wide else DTYPES
 
 
 # What follows is traced by torch.compile: plain tables and globals, which it guards on.
-NAMES = (*OPS, CONVOLUTION, PROGRAM)
+NAMES = (*OPS, CONVOLUTION, BATCH_NORM, PROGRAM)
 KERNELS = {
     (op, device): _dtypes(op, device)
     for op in NAMES
@@ -122,8 +124,8 @@ def backend_of(
     """The implementation that `op` runs for tensors of `dtype` on `device`: "native" or "torch".
 
     Args:
-        op: "inner_update", "prototypes", "pairwise_distance", "prototype_loss", "task_conv2d" or
-            "task_program".
+        op: "inner_update", "prototypes", "pairwise_distance", "prototype_loss", "task_conv2d",
+            "task_batch_norm" or "task_program".
         device: a device or its name.
         dtype: the tensors' dtype.
 

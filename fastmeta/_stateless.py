@@ -12,7 +12,7 @@ from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastmeta._routing import RoutedConvolutions
+from fastmeta._routing import RoutedLayers
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -171,7 +171,7 @@ class TaskModule:
     def _call(self, tensors: dict[str, Tensor], x: Tensor, routed: bool) -> Tensor:
         with ExitStack() as stack:
             if routed:
-                stack.enter_context(RoutedConvolutions())
+                stack.enter_context(RoutedLayers())
             for table, names in self._places:
                 values = {key: tensors[name] for key, name in names.items()}
                 stack.enter_context(_temporarily(table, values))

@@ -22,7 +22,7 @@ import fastmeta as fm
 from benchmarks.agreement import TOLERANCE, relative_error
 from benchmarks.gpu.machine import ROOT
 from benchmarks.gpu.outcomes import NOT_AVAILABLE
-from fastmeta._native import CONVOLUTION, KERNELS, PROGRAM_DTYPES
+from fastmeta._native import CONVOLUTION, KERNELS, WIDE_DTYPES
 from fastmeta.lowering import Lowering
 from fastmeta.ops._raw import accumulation_dtype
 
@@ -85,7 +85,7 @@ def calls(dtype: torch.dtype, device: str) -> Iterator[Call]:
         yield "task_conv2d", (x, weight, rows(t, o), *options)
         yield "task_conv2d_input", (z, weight, [h, w], *options)
         yield "task_conv2d_weight", (z, x, [3, 3], *options)
-    for make, shape, scale in NETWORKS if dtype in PROGRAM_DTYPES else ():
+    for make, shape, scale in NETWORKS if dtype in WIDE_DTYPES else ():
         program = Lowering(make(), F.mse_loss).program(shape)
         theta = rows(program.layout.numel) * scale
         lr, examples = (

@@ -1,5 +1,6 @@
 // CPU implementation of convolution: a thread a task, or all threads on one where tasks are few.
 #include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include "common/kept_memory.h"
@@ -46,25 +47,33 @@ void run_as(const TaskConvCall& call) {
   });
 }
 
+// Each image's matrix [rows, columns] as its transpose, in blocks that fit the registers.
+void transpose_images(const at::Tensor& from, int64_t rows, int64_t columns, at::Tensor& to) {
+  AT_DISPATCH_FLOATING_TYPES(from.scalar_type(), "task_conv2d", [&] {
+    const auto* source = from.const_data_ptr<scalar_t>();
+    auto* target = to.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, from.size(0) * from.size(1), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * rows * columns; i < end * rows * columns; i += rows * columns) {
+        transpose(rows, columns, source + i, columns, target + i, rows);
+      }
+    });
+  });
+}
+
 struct OnCpu {
   static constexpr bool kHasHalfTypes = false;
   static void check_size(const ConvShape&) {}  // it counts in 64 bits
 
-  // Contiguous images in blocks that fit the registers; other views by a copy.
   static at::Tensor channels_last(const at::Tensor& x) {
     if (!x.is_contiguous() || x.numel() == 0) return fastmeta::channels_last(x);
     auto turned = at::empty({x.size(0), x.size(1), x.size(3), x.size(4), x.size(2)}, x.options());
-    const int64_t channels = x.size(2), pixels = x.size(3) * x.size(4);
-    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "channels_last", [&] {
-      const auto* source = x.const_data_ptr<scalar_t>();
-      auto* target = turned.mutable_data_ptr<scalar_t>();
-      for_each_task_range(x.size(0) * x.size(1), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin * channels * pixels; i < end * channels * pixels;
-             i += channels * pixels) {
-          transpose(channels, pixels, source + i, pixels, target + i, channels);
-        }
-      });
-    });
+    transpose_images(x, x.size(2), x.size(3) * x.size(4), turned);
+    return turned;
+  }
+
+  static at::Tensor channels_first(const at::Tensor& x) {
+    auto turned = at::empty({x.size(0), x.size(1), x.size(4), x.size(2), x.size(3)}, x.options());
+    if (x.numel() > 0) transpose_images(x, x.size(2) * x.size(3), x.size(4), turned);
     return turned;
   }
 

@@ -5,6 +5,7 @@ from fastmeta.ops.inner_update import inner_update
 from fastmeta.ops.pairwise_distance import pairwise_distance
 from fastmeta.ops.prototype_loss import prototype_loss
 from fastmeta.ops.prototypes import prototypes
+from fastmeta.ops.task_batch_norm import task_batch_norm
 from fastmeta.ops.task_conv import task_conv2d, task_linear
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "pairwise_distance",
     "prototype_loss",
     "prototypes",
+    "task_batch_norm",
     "task_conv2d",
     "task_linear",
     "use_backend",
