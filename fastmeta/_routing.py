@@ -16,24 +16,34 @@ from fastmeta.ops.task_conv import task_conv2d
 
 
 class RoutedLayers(TorchFunctionMode):
-    """While it is on, ``F.conv2d`` and ``F.batch_norm`` are those of fastmeta, whoever calls them.
+    """While it is on, ``F.batch_norm`` and ``F.conv2d`` are those of fastmeta, whoever calls them.
 
-    vmap would make one grouped convolution of those of all tasks, and a long chain of elementwise
-    ops of a norm's second derivative. What the kernels do not take stays as it is: other dtypes,
-    autocast, images without a batch, groups of several channels, norms by running statistics.
+    PyTorch makes a long chain of elementwise ops of a norm's second derivative, and vmap one
+    grouped convolution of those of all tasks. What the kernels do not take stays as it is: other
+    dtypes, autocast, images without a batch, groups of several channels, norms by running
+    statistics.
+
+    Args:
+        vmapped: over tasks. If not, convolutions stay as they are too.
 
     Example:
         >>> import torch
         >>> x, weight = torch.randn(3, 2, 4, 8, 8), torch.randn(3, 5, 4, 3, 3)
-        >>> with RoutedLayers():
+        >>> with RoutedLayers(vmapped=True):
         ...     torch.vmap(torch.nn.functional.conv2d)(x, weight).shape
         torch.Size([3, 2, 5, 6, 6])
     """
 
+    def __init__(self, vmapped: bool) -> None:
+        super().__init__()
+        self._routes = {F.batch_norm: _batch_norm}
+        if vmapped:
+            self._routes[F.conv2d] = _conv2d
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        route = _ROUTES.get(func)
+        route = self._routes.get(func)
         result = NotImplemented if route is None else route(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {})) if result is NotImplemented else result
 
@@ -67,9 +77,6 @@ def _batch_norm(
     if not by_the_batch or not _takes("task_batch_norm", input, input):
         return NotImplemented
     return task_batch_norm(input, weight, bias, eps)
-
-
-_ROUTES = {F.conv2d: _conv2d, F.batch_norm: _batch_norm}
 
 
 def _takes(op: str, images: Tensor, other: Tensor) -> bool:

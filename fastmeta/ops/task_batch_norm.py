@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from fastmeta import reference
 from fastmeta.ops._checks import check_dims, check_floating, check_together
-from fastmeta.ops._raw import callable_of, contiguous_like, is_native, register
+from fastmeta.ops._raw import callable_of, contiguous_like, folding, is_native, register
 
 Formula = Callable[..., Any]
 
@@ -59,8 +59,6 @@ def _tangent(formula: Formula, ctx: Any, dots: tuple) -> Any:
 class BatchNorm(Function):
     """y of x [T, B, C, P], weight and bias [T, C]."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x, weight, bias, eps):
         return _value(x, weight, bias, eps)
@@ -84,8 +82,6 @@ class BatchNorm(Function):
 class BatchNormBackward(Function):
     """The gradients to x, weight and bias."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(grad, x, weight, eps):
         return _gradient(grad, x, weight, eps)
@@ -105,8 +101,6 @@ class BatchNormBackward(Function):
 
 class BatchNormSecond(Function):
     """The gradients of <BatchNormBackward, directions> to grad, x and weight."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(grad_grad_x, grad_grad_weight, grad_grad_bias, grad, x, weight, eps):
@@ -130,6 +124,13 @@ class BatchNormSecond(Function):
 
 
 _apply = callable_of(BatchNorm)
+# PyTorch's own rules make a class anew for every call.
+for cls, of_tasks in (
+    (BatchNorm, _apply),
+    (BatchNormBackward, BatchNormBackward.apply),
+    (BatchNormSecond, BatchNormSecond.apply),
+):
+    cls.vmap = staticmethod(folding(of_tasks))
 
 
 def _like(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from fastmeta import reference
 from fastmeta.ops._layers import check_channels, check_layer, padded, pair
-from fastmeta.ops._raw import callable_of, is_native, register
+from fastmeta.ops._raw import callable_of, folding, is_native, register
 
 # What a convolution is besides its tensors: height and width of the images, kernel, stride, padding
 # and dilation, then groups. They go to the autograd function one by one: vmap takes a tuple for a
@@ -42,8 +42,6 @@ def _raw(a: Tensor, b: Tensor, bias: Tensor | None, target: str, *geometry: int)
 
 class Convolution(Function):
     """Each of the three maps; their derivatives of every order are again of the three."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(a, b, bias, target, h, w, kh, kw, sh, sw, ph, pw, dh, dw, groups):  # *geometry
@@ -86,6 +84,8 @@ class Convolution(Function):
 
 
 _apply = callable_of(Convolution)
+# PyTorch's own rule makes a class anew for every call.
+Convolution.vmap = staticmethod(folding(_apply))
 
 
 def _images(like: Tensor, *shape: Any) -> Tensor:
