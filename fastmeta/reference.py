@@ -152,16 +152,21 @@ def task_conv2d(
         options = tuple(stride), tuple(padding), tuple(dilation), tasks * groups
         out = F.conv2d(images, weight.to(wide).flatten(0, 1), biases, *options)
         out = out.unflatten(1, (tasks, weight.shape[1])).transpose(0, 1).to(x.dtype)
-    if not is_channels_last(x):
-        return out.contiguous()
-    copy = out.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format)
-    return copy.permute(0, 1, 4, 2, 3)
+    if is_channels_last(x):
+        return as_channels_last(out)
+    return out.clone(memory_format=torch.contiguous_format)
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
     """Whether images [T, B, C, H, W] are channels-last in memory, and not contiguous too."""
     by_channels = x.shape[2] > 1 and x.stride(2) == 1 and x.stride(4) == x.shape[2]
     return by_channels and not x.is_contiguous()
+
+
+def as_channels_last(x: torch.Tensor) -> torch.Tensor:
+    """A copy of the images [T, B, C, H, W]."""
+    copy = x.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format)
+    return copy.permute(0, 1, 4, 2, 3)
 
 
 def task_batch_norm(

@@ -125,6 +125,16 @@ def linear_case(name: str, t: int, b: int, i: int, o: int, bias: bool = True) ->
     return Case("task_linear", name, build, small=t * (b + o) * i <= 60)
 
 
+def norm_case(
+    name: str, t: int, b: int, c: int, size: tuple[int, int], affine: bool = True, **options: Any
+) -> Case:
+    def build(make: Maker) -> Arguments:
+        rows = [make.randn(t, c), make.randn(t, c)] if affine else []
+        return (make.randn(t, b, c, *size), *rows), options
+
+    return Case("task_batch_norm", name, build, small=t * b * c * size[0] * size[1] <= 40)
+
+
 def unbatched(case: Case) -> Case:
     def build(make: Maker) -> Arguments:
         args, options = case.build(make)
@@ -211,6 +221,16 @@ TASK_LINEAR = [
     linear_case("wide", 3, 40, 70, 65),
 ]
 
+# Past vectors of 4 to 16 numbers, 128 of them, and the 256 threads of a block.
+TASK_BATCH_NORM = [
+    norm_case("2x3x2x2x1", 2, 3, 2, (2, 1)),
+    norm_case("plain", 1, 2, 2, (3, 2), affine=False),
+    unbatched(norm_case("3x2x1x2", 1, 3, 2, (1, 2), eps=0.1)),
+    norm_case("lines", 3, 5, 4, (7, 9)),
+    norm_case("one_pixel", 2, 70, 3, (1, 1)),
+    norm_case("large", 2, 3, 2, (31, 33), eps=1e-3),
+]
+
 CASES = [
     *INNER_UPDATE,
     *PROTOTYPES,
@@ -218,6 +238,7 @@ CASES = [
     *PROTOTYPE_LOSS,
     *TASK_CONV2D,
     *TASK_LINEAR,
+    *TASK_BATCH_NORM,
 ]
 SMALL_CASES = [case for case in CASES if case.small]
 

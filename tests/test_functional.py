@@ -370,7 +370,7 @@ def test_memory_of_the_first_order_does_not_depend_on_the_steps():
     net, tasks = convolutional(), image_tasks(queries=10)
     two, ten = (peak_of_meta_gradient(net, tasks, k, first_order=True) for k in (2, 10))
     assert ten == two
-    assert two < 0.5 * peak_of_meta_gradient(net, tasks, 2)
+    assert two < 0.65 * peak_of_meta_gradient(net, tasks, 2)
 
 
 def test_memory_is_that_of_a_chunk():

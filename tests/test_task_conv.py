@@ -78,14 +78,33 @@ def test_derivatives_of_a_vmapped_call(case, device):
     torch.testing.assert_close(forward, reverse, rtol=1e-10, atol=1e-12)
 
 
-@needs_kernels
+@each_backend
 @each_case
-def test_results_are_channels_last_and_such_images_give_the_same_bits(case, device):
+def test_results_have_the_layout_of_the_images(case, backend, device):
     args, options = case(torch.float32, device)
-    x = args[0].movedim(-3, -1).contiguous().movedim(-1, -3)
-    out = case.function(x, *args[1:], **options)
-    assert out.movedim(-3, -1).is_contiguous()
-    assert torch.equal(out, case.function(*args, **options))
+    turned = args[0].movedim(-3, -1).contiguous().movedim(-1, -3)
+    with fm.use_backend(backend):
+        out = case.function(*args, **options)
+        last = case.function(turned, *args[1:], **options)
+    assert_near(last, out, 0 if backend == "native" else 5e-6)
+    assert out.is_contiguous()
+    assert turned.is_contiguous() or last.movedim(-3, -1).is_contiguous()
+
+
+@needs_kernels
+@pytest.mark.parametrize("channels", [1, 16, 19])
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_gradients_have_the_layout_of_their_upstream(channels, layout, device):
+    make = Maker(torch.float32, device)
+    x, weight = make.randn(2, 3, channels, 6, 5), make.randn(2, 18, channels, 3, 3)
+    x, upstream = x.requires_grad_(), make.randn(2, 3, 18, 4, 3)
+    plain = torch.autograd.grad(fm.task_conv2d(x, weight), x, upstream)[0]
+    if layout == "channels-last":
+        upstream = upstream.movedim(2, -1).contiguous().movedim(-1, 2)
+    turned = torch.autograd.grad(fm.task_conv2d(x, weight), x, upstream)[0]
+    assert torch.equal(turned, plain) and plain.is_contiguous()
+    expected = turned.movedim(2, -1) if layout == "channels-last" else turned
+    assert expected.is_contiguous()
 
 
 @each_backend
@@ -124,14 +143,17 @@ def test_half_types_are_summed_in_float32(dtype, backend, device):
 
 @needs_kernels
 @pytest.mark.parametrize("op", ["task_conv2d", "task_conv2d_input", "task_conv2d_weight"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("groups", [1, 6])
-def test_opcheck(op, groups, device):
+def test_opcheck(op, groups, layout, device):
     make = Maker(torch.float32, device)
     x, weight, bias = (
         make.randn(2, 3, 6, 5, 4),
         make.randn(2, 12, 6 // groups, 3, 2),
         make.randn(2, 12),
     )
+    if layout == "channels-last":
+        x = x.movedim(2, -1).contiguous().movedim(-1, 2)
     options = ([2, 1], [1, 0], [1, 2], groups)
     grad = torch.ops.fastmeta.task_conv2d(x, weight, bias, *options)
     args = {

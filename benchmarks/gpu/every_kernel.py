@@ -37,6 +37,7 @@ CONVOLUTIONS = (
     *((33, 2, 8, 70, 9, 8, 1), (66, 2, 12, 20, 9, 8, 1), (2, 3, 6, 7, 6, 7, 1)),
     *((2, 3, 3, 5, 6, 7, 1), (2, 3, 5, 10, 6, 7, 5)),
 )
+NORMS = ((2, 3, 5, 99), (1, 70, 3, 1))  # T, B, C, P
 # A network, the shape of its examples, and the scale of its parameters: one that a block has in its
 # shared memory, one too large for that, and one of images.
 NETWORKS = (
@@ -85,6 +86,12 @@ def calls(dtype: torch.dtype, device: str) -> Iterator[Call]:
         yield "task_conv2d", (x, weight, rows(t, o), *options)
         yield "task_conv2d_input", (z, weight, [h, w], *options)
         yield "task_conv2d_weight", (z, x, [3, 3], *options)
+    for t, b, c, p in NORMS if dtype in WIDE_DTYPES else ():
+        v, g, x = rows(t, b, c, p), rows(t, b, c, p), rows(t, b, c, p)
+        weight, bias = rows(t, c), rows(t, c)
+        yield "task_batch_norm", (x, weight, bias, 1e-5)
+        yield "task_batch_norm_backward", (g, x, weight, 1e-5)
+        yield "task_batch_norm_backward_backward", (v, bias, weight, g, x, weight, 1e-5)
     for make, shape, scale in NETWORKS if dtype in WIDE_DTYPES else ():
         program = Lowering(make(), F.mse_loss).program(shape)
         theta = rows(program.layout.numel) * scale

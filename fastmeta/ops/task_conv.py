@@ -202,7 +202,9 @@ def _by_groups(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometr
     weights = weight.unflatten(1, shares).flatten(0, 1)
     biases = None if bias is None else bias.unflatten(1, shares).flatten(0, 1)
     out = _apply(images, weights, biases, "output", *pairs, 1)
-    return out.unflatten(0, (x.shape[0], groups)).movedim(1, 2).flatten(2, 3)
+    out = out.unflatten(0, (x.shape[0], groups)).movedim(1, 2)
+    out = out.clone(memory_format=torch.contiguous_format).flatten(2, 3)
+    return reference.as_channels_last(out) if reference.is_channels_last(x) else out
 
 
 def task_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
