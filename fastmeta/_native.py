@@ -28,7 +28,7 @@ OPS = ("inner_update", "prototypes", "pairwise_distance", "prototype_loss")
 CONVOLUTION = "task_conv2d"
 PROGRAM = "task_program"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-PROGRAM_DTYPES = (torch.float32, torch.float64)  # and of the convolution on a CPU
+PROGRAM_DTYPES = (torch.float32, torch.float64)
 BACKENDS = ("native", "torch")
 
 
@@ -39,14 +39,10 @@ def _has_kernel(op: str, device: str) -> bool:
     return _C is not None and has(f"fastmeta::{name}", device.upper())
 
 
-def _dtypes(op: str, device: str) -> tuple[torch.dtype, ...]:
-    return PROGRAM_DTYPES if op == PROGRAM or (op, device) == (CONVOLUTION, "cpu") else DTYPES
-
-
 # What follows is traced by torch.compile: plain tables and globals, which it guards on.
 NAMES = (*OPS, CONVOLUTION, PROGRAM)
 KERNELS = {
-    (op, device): _dtypes(op, device)
+    (op, device): PROGRAM_DTYPES if op == PROGRAM else DTYPES
     for op in NAMES
     for device in ("cpu", "cuda")
     if _has_kernel(op, device)
