@@ -3,7 +3,8 @@
     python -m benchmarks.routing [--rounds 5] [--threads 2]
 
 Second-order MAML, two tasks of 3 x 84 x 84 images, 5-way 1-shot with 5 queries, two inner steps.
-They take turns. Plain layers are those of `use_backend("torch")`.
+They take turns. Plain layers are those of `use_backend("torch")`. Freed memory is kept, as in
+`python -m fastmeta train`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 import torch
 
 import fastmeta as fm
+from fastmeta._allocator import keep_freed_memory
 from fastmeta._timing import interleave, ratio
 
 TASKS, WAYS, SIZE = 2, 5, 84
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     seconds = interleave(meta_steps(), options.rounds)
     for name, times in seconds.items():
         print(f"{name:8} {statistics.median(times):6.2f} s")

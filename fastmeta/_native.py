@@ -29,7 +29,7 @@ CONVOLUTION = "task_conv2d"
 BATCH_NORM = "task_batch_norm"
 PROGRAM = "task_program"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-WIDE_DTYPES = (torch.float32, torch.float64)
+WIDE_DTYPES = (torch.float32, torch.float64)  # of the batch norm and the task program
 BACKENDS = ("native", "torch")
 
 
@@ -40,15 +40,10 @@ def _has_kernel(op: str, device: str) -> bool:
     return _C is not None and has(f"fastmeta::{name}", device.upper())
 
 
-def _dtypes(op: str, device: str) -> tuple[torch.dtype, ...]:
-    only_wide = op in (BATCH_NORM, PROGRAM) or (op, device) == (CONVOLUTION, "cpu")
-    return WIDE_DTYPES if only_wide else DTYPES
-
-
 # What follows is traced by torch.compile: plain tables and globals, which it guards on.
 NAMES = (*OPS, CONVOLUTION, BATCH_NORM, PROGRAM)
 KERNELS = {
-    (op, device): _dtypes(op, device)
+    (op, device): WIDE_DTYPES if op in (BATCH_NORM, PROGRAM) else DTYPES
     for op in NAMES
     for device in ("cpu", "cuda")
     if _has_kernel(op, device)

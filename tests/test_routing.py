@@ -106,6 +106,16 @@ def test_norms_by_running_statistics_are_not_routed(device, calls):
     assert calls.count("task_conv2d") == 3 * calls.count("task_batch_norm") > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_are_routed_but_for_bfloat16_on_a_cpu(dtype, device, calls):
+    engine, batch = engine_and_batch("dense", device, dtype)
+    loss, *_ = engine.meta_gradient(*batch)
+    assert bool(calls) == ((device, dtype) != ("cpu", torch.bfloat16))
+    with fm.use_backend("torch"):
+        expected, *_ = engine.meta_gradient(*batch)
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=2e-2)
+
+
 def test_norms_of_images_of_one_pixel(device):
     """Whose layout is both; under vmap group norm refuses one of the two."""
     torch.manual_seed(3)

@@ -14,14 +14,16 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vjp, vmap
 
 import fastmeta as fm
-from tests.cases import TASK_CONV2D, Maker, as_function
+from tests.cases import TASK_CONV2D, Maker, as_function, conv_case
 from tests.conftest import EMULATED
-from tests.test_ops import BACKENDS, assert_near
+from tests.test_ops import BACKENDS, assert_near, value_and_grads
 
 needs_kernels = pytest.mark.skipif(
     not fm.build_info()["native"], reason="the native extension was not built"
 )
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+# Whose copies in float32 are made by all threads.
+LARGE = conv_case("large", 1, 10, 18, 20, (14, 14), (3, 3), padding=1)
 each_case = pytest.mark.parametrize("case", TASK_CONV2D, ids=str)
 
 
@@ -137,8 +139,21 @@ def test_half_types_are_summed_in_float32(dtype, backend, device):
     with fm.use_backend(backend):
         out = fm.task_conv2d(x, weight)
     assert_near(out, loop(x.float(), weight.float()), 0.51 * torch.finfo(dtype).eps)
-    has_kernels = device == "cuda" or EMULATED
-    assert fm.backend_of("task_conv2d", device, dtype) == ("native" if has_kernels else "torch")
+    assert fm.backend_of("task_conv2d", device, dtype) == BACKENDS[0]
+
+
+@needs_kernels
+@pytest.mark.skipif(EMULATED, reason="tensor cores sum in another order than float32's kernels")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [*TASK_CONV2D, LARGE], ids=str)
+def test_half_types_on_a_cpu_are_float32_rounded_once(case, dtype):
+    """The output, its bias included, and the gradients of images and weights."""
+    args, options = case(dtype)
+    actual = value_and_grads(case, args, options)
+    expected = value_and_grads(case, tuple(a.float() for a in args), options, dtype)
+    for a, e in zip(actual[:3], expected[:3], strict=True):
+        rounding = torch.finfo(dtype).eps / 2 * e.abs() + 2e-6 * e.abs().max()
+        assert ((a.float() - e).abs() <= rounding).all()
 
 
 @needs_kernels

@@ -24,7 +24,6 @@ Convolution<void> convolution(const TaskConvCall& call) {
 }
 
 struct OnCuda {
-  static constexpr bool kHasHalfTypes = true;
   static void check_size(const ConvShape& shape) { check_counts_in_int(shape, "task_conv2d"); }
 
   static at::Tensor channels_last(const at::Tensor& x) { return fastmeta::channels_last(x); }

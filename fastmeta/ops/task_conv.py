@@ -135,10 +135,10 @@ def task_conv2d(
 
     The same as ``torch.nn.functional.conv2d`` of every task, run together. Differentiable any
     number of times, forward and reverse; works under torch.func and torch.compile. The compiled
-    kernels take float32 and float64, on CUDA also bfloat16 and float16; other dtypes are computed
-    in plain PyTorch. Half types are summed in float32 and rounded once. float32 on CUDA is TF32
-    where ``torch.backends.cudnn.allow_tf32`` allows it. Results are channels-last in memory
-    where the images are, which takes no copies, and else contiguous.
+    kernels take float32, float64, bfloat16 and float16; half types are summed in float32 and
+    rounded once. float32 on CUDA is TF32 where ``torch.backends.cudnn.allow_tf32`` allows it.
+    Results are channels-last in memory where the images are, which takes no copies, and else
+    contiguous.
 
     On a CPU, 3 x 3 kernels that move by one over many channels, in numbers that fill its vectors,
     are computed by minimal filtering (Lavin, Gray 2016, arXiv 1509.09308): 2.25 times fewer
