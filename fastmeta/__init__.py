@@ -3,12 +3,13 @@
 ops         inner_update, prototypes, pairwise_distance, prototype_loss, task_conv2d,
             task_linear, hvp
 learners    MAML, ProtoNet: `meta_loss` and `adapt_tasks`
+rules       rules.SGD, rules.Adam, rules.RMSProp, rules.ClipNorm, rules.MetaCurvature, ...
 data        data.Omniglot, data.Glyphs, data.Sinusoid, data.Episodes
 networks    models.Conv4, models.ResNet12, models.MLP, models.PerStepBatchNorm2d
 backends    backend_of, use_backend, build_info
 """
 
-from fastmeta import data, models
+from fastmeta import data, models, rules
 from fastmeta._native import backend_of, build_info, use_backend
 from fastmeta.algorithms.maml import MAML
 from fastmeta.algorithms.protonet import ProtoNet
@@ -36,6 +37,7 @@ __all__ = [
     "pairwise_distance",
     "prototype_loss",
     "prototypes",
+    "rules",
     "task_conv2d",
     "task_linear",
     "use_backend",

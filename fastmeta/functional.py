@@ -12,6 +12,11 @@ so memory is K P a task and the activations of one step, where an unrolled graph
 With a query loss at every step, ``sum_k w_k L_q(theta_k)`` (MAML++: Antoniou 2019), the way back
 starts from ``w_K grad L_q(theta_K)`` and adds ``w_k grad L_q(theta_k)`` to v_k, which takes another
 P a task for each weight that is not 0.
+
+A rule other than plain descent, ``theta_{k+1}, s_{k+1} = U(theta_k, g_k, s_k)``, puts its own
+derivative in the place of ``lr``: with ``(a, b, d s_k, c)`` the vector-Jacobian product of U on
+``(v_{k+1}, d s_{k+1})``, ``v_k = a + H_k b``, and c goes to its learned hyperparameters. The way
+back then takes theta_k, g_k and s_k: K P a task for each of them.
 """
 
 from __future__ import annotations
@@ -20,21 +25,27 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.func import grad, vjp
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastmeta._adjoint import QUERY, SUPPORT, InnerLoop, Tape, take_tasks
+from fastmeta._adjoint import InnerLoop, Tape, take_tasks
 from fastmeta._hvp import MODES, Tensors, central_difference, hvp, tangent
 from fastmeta._inner_step import inner_step
 from fastmeta._losses import with_checked_labels
+from fastmeta._passes import QUERY, SUPPORT, Passes
 from fastmeta._replay import AutocastState
 from fastmeta._stateless import NORM_STATISTICS, Loss, TaskModule
 from fastmeta.arena import Layout
+from fastmeta.rules._base import Rule
+from fastmeta.rules.sgd import PLAIN
+
+if TYPE_CHECKING:
+    from fastmeta._program_passes import ProgramPasses
 
 __all__ = ["FunctionalEngine", "hvp"]
 
@@ -73,6 +84,7 @@ class FunctionalEngine:
         norm_statistics: what batch and instance norms that track running statistics normalise by:
             ``"batch"``, those of the batch always, or ``"running"``, in ``eval()`` the running ones
             as in any module. Neither updates the running ones.
+        rule: what takes the inner steps, see ``fastmeta.rules``; None: plain descent.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of range.
@@ -95,6 +107,7 @@ class FunctionalEngine:
     hvp_mode: str = "reverse"
     task_chunk: int | None = None
     norm_statistics: str = "batch"
+    rule: Rule | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.module, nn.Module):
@@ -108,6 +121,13 @@ class FunctionalEngine:
             raise TypeError(f"first_order: expected a bool, got {self.first_order!r}")
         check_choice("hvp_mode", self.hvp_mode, MODES)
         check_choice("norm_statistics", self.norm_statistics, NORM_STATISTICS)
+        if not (self.rule is None or isinstance(self.rule, Rule)):
+            raise TypeError(f"rule: expected a fastmeta.rules.Rule, got {type(self.rule).__name__}")
+
+    @property
+    def inner_rule(self) -> Rule:
+        """What takes the inner steps."""
+        return PLAIN if self.rule is None else self.rule
 
     def parameters(self) -> Tensor:
         """The module's own trainable parameters as an arena ``[P]``, a differentiable copy."""
@@ -142,10 +162,11 @@ class FunctionalEngine:
         data = dict(zip(SUPPORT, (support_x, support_y), strict=True))
         loop, tasks, step = self._prepare(theta, lr, data)
         if self.steps == 0:
-            return theta.expand(tasks, loop.layout.numel)
+            return theta.expand(tasks, loop.passes.layout.numel)
         sources = {"theta": theta, "lr": step, **data}
         parts = (_take_all(sources, rows) for rows in self._chunks(tasks))
-        chunks = [_Adapt.apply(loop, torch.is_grad_enabled(), *part) for part in parts]
+        enabled, learned = torch.is_grad_enabled(), loop.rule_parameters.values()
+        chunks = [_Adapt.apply(loop, enabled, *part, *learned) for part in parts]
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
     @never_traced
@@ -186,7 +207,8 @@ class FunctionalEngine:
         nonzero = {k: weight for k, weight in enumerate(weights, 1) if weight}
         by_step = {self.steps: 0.0, **nonzero} if weights else {self.steps: 1.0}
         options = loop, torch.is_grad_enabled(), self._chunks(tasks), by_step
-        return _MetaLoss.apply(*options, theta, step, *data.values())
+        inputs = theta, step, *data.values(), *loop.rule_parameters.values()
+        return _MetaLoss.apply(*options, *inputs)
 
     @never_traced
     def meta_gradient(
@@ -197,15 +219,16 @@ class FunctionalEngine:
         query_x: Tensor,
         query_y: Tensor,
         step_weights: Sequence[float] | Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensors]:
         """The meta-loss from the module's own parameters, with its gradient.
 
         Args:
             lr, support_x, support_y, query_x, query_y, step_weights: as for ``meta_loss``.
 
         Returns:
-            loss (scalar), outputs ``[T, Q, ...]``, the gradient to the parameters ``[P]``, and that
-            to ``lr``, if it is a tensor that requires one, in its shape. None has a graph.
+            loss (scalar), outputs ``[T, Q, ...]``, the gradient to the parameters ``[P]``, that to
+            ``lr``, if it is a tensor that requires one, in its shape, and those to the rule's
+            parameters that do, by name. None has a graph.
 
         Raises:
             TypeError, ValueError, RuntimeError: as for ``meta_loss``.
@@ -217,10 +240,13 @@ class FunctionalEngine:
             sources.append(lr)
         data = support_x, support_y, query_x, query_y
         data = (t.detach() if isinstance(t, Tensor) else t for t in data)
+        learned = {n: p for n, p in self.inner_rule.named_parameters() if p.requires_grad}
         with torch.enable_grad():
             loss, outputs = self.meta_loss(theta, lr, *data, step_weights)
-        to_theta, *to_lr = torch.autograd.grad(loss, sources)
-        return loss.detach(), outputs, to_theta, to_lr[0] if to_lr else None
+        grads = torch.autograd.grad(loss, [*sources, *learned.values()])
+        to_lr = grads[1] if is_learned(lr) else None
+        to_rule = dict(zip(learned, grads[len(sources) :], strict=True))
+        return loss.detach(), outputs, grads[0], to_lr, to_rule
 
     @never_traced
     def hvp(self, params: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:
@@ -264,15 +290,19 @@ class FunctionalEngine:
         check_arena("theta", layout, theta, tasks)
         if self.steps > 0:
             _refuse_inference_mode("adaptation needs the gradient of the support loss")
+        rule = self.inner_rule
+        rule.check(layout)
+        loop = InnerLoop(self._passes(theta, data), self.steps, self.first_order, rule)
+        return loop, tasks, layout.step_size_array(lr, tasks, self.steps)
+
+    def _passes(self, theta: Tensor, data: Tensors) -> Passes | ProgramPasses:
         losses = {
             name.removesuffix("_y"): with_checked_labels(self.loss, data[name], name)
             for name in data
             if name.endswith("_y")
         }
-        loop = InnerLoop(
-            layout, self.task_module(), losses, self.steps, self.first_order, self.hvp_mode
-        )
-        return loop, tasks, layout.step_size_array(lr, tasks, self.steps)
+        options = self.steps, self.first_order, self.hvp_mode
+        return Passes(Layout.of(self.module), self.task_module(), losses, *options)
 
     def _chunks(self, tasks: int) -> list[slice]:
         size = self.task_chunk or tasks
@@ -320,26 +350,26 @@ class _Adapt(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loop: InnerLoop, enabled: bool, *inputs: Tensor) -> Tensor:
-        sources = {n: x.detach() for n, x in zip(_ADAPT_INPUTS, inputs, strict=True)}
-        ctx.wants = _wanted(ctx, enabled, _ADAPT_INPUTS)
+        ctx.names = *_ADAPT_INPUTS, *loop.rule_parameters
+        sources = {n: x.detach() for n, x in zip(ctx.names, inputs, strict=True)}
+        ctx.wants = _wanted(ctx, enabled, ctx.names)
         theta, tape = loop.run(sources["theta"], sources["lr"], sources, ctx.wants)
         ctx.loop, ctx.randoms, ctx.autocast = loop, tape.randoms, AutocastState(theta.device)
-        ctx.counts = len(sources), len(tape.states), len(tape.grads)
+        leaves, ctx.kept = tree_flatten((sources, tape.thetas, tape.grads, tape.states))
         # The module's constants are saved for their version check alone: the way back reads them.
-        ctx.save_for_backward(*sources.values(), *tape.states, *tape.grads, *loop.call.constants)
+        ctx.save_for_backward(*leaves, *loop.passes.constants)
         return theta
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = iter(ctx.saved_tensors)
-        inputs, states, grads = (list(islice(tensors, count)) for count in ctx.counts)
-        sources = dict(zip(_ADAPT_INPUTS, inputs, strict=True))
-        loop, tape = ctx.loop, Tape(states, ctx.randoms, grads)
+        leaves = ctx.saved_tensors[: ctx.kept.num_leaves]
+        sources, *kept = tree_unflatten(leaves, ctx.kept)
+        loop, tape = ctx.loop, Tape(*kept, ctx.randoms)
         with torch.no_grad(), ctx.autocast.restored():
             grads = loop.adjoint(tape, {loop.steps: v}, sources["lr"], sources, ctx.wants)
         shaped = [
             grads[name].sum_to_size(sources[name].shape) if name in ctx.wants & set(grads) else None
-            for name in _ADAPT_INPUTS
+            for name in ctx.names
         ]
         return None, None, *differentiable_once(shaped)
 
@@ -356,11 +386,12 @@ class _MetaLoss(torch.autograd.Function):
         weights: Mapping[int, float],
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        sources = {n: x.detach() for n, x in zip(_META_LOSS_INPUTS, inputs, strict=True)}
-        theta, step = sources.pop("theta"), sources.pop("lr")
-        wants = _wanted(ctx, enabled, _META_LOSS_INPUTS)
-        loss, outputs, grads = loop.meta_gradient(theta, step, sources, wants, chunks, weights)
-        ctx.save_for_backward(*(grads.get(name) for name in _META_LOSS_INPUTS))
+        names = *_META_LOSS_INPUTS, *loop.rule_parameters
+        theta, step, *data = (x.detach() for x in inputs[: len(_META_LOSS_INPUTS)])
+        data = dict(zip(SUPPORT + QUERY, data, strict=True))
+        wants = _wanted(ctx, enabled, names)
+        loss, outputs, grads = loop.meta_gradient(theta, step, data, wants, chunks, weights)
+        ctx.save_for_backward(*(grads.get(name) for name in names))
         ctx.mark_non_differentiable(outputs)
         return loss, outputs
 
