@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from tests.networks import Tasks, build, classification, regression, regressor, relative_error
+from tests.networks import Tasks, build, classification, regression, relative_error
 from tests.programs import build as build_program
 from tests.programs import tasks_for
 from tests.test_functional import step_sizes
