@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmeta._hvp import Tensors
-from fastmeta._passes import QUERY, SUPPORT, Passes
+from fastmeta._passes import QUERY, SUPPORT, Minibatches, Passes
 from fastmeta._replay import RandomState
 from fastmeta.rules._base import PREFIX, Pullback, Rule, State, Step
 
@@ -49,12 +49,12 @@ class InnerLoop:
     the step sizes as ``[K or 1, T or 1, P or 1]``. All tensors come detached.
 
     Attributes:
-        passes: of the module, or of its task program.
+        passes: of the module, or of its task program; perhaps on minibatches.
         steps, first_order: as in ``FunctionalEngine``.
         rule: what takes the steps.
     """
 
-    passes: Passes | ProgramPasses
+    passes: Passes | ProgramPasses | Minibatches
     steps: int
     first_order: bool
     rule: Rule

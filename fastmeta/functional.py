@@ -34,10 +34,18 @@ from torch.func import grad, vjp
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastmeta._adjoint import InnerLoop, Tape, take_tasks
+from fastmeta._checks import (
+    check_arena,
+    check_choice,
+    check_data,
+    check_integer,
+    checked_rows,
+    refuse_inference_mode,
+)
 from fastmeta._hvp import MODES, Tensors, central_difference, hvp, tangent
 from fastmeta._inner_step import inner_step
 from fastmeta._losses import with_checked_labels
-from fastmeta._passes import QUERY, SUPPORT, Passes
+from fastmeta._passes import QUERY, SUPPORT, Minibatches, Passes
 from fastmeta._replay import AutocastState
 from fastmeta._stateless import NORM_STATISTICS, Loss, TaskModule
 from fastmeta.arena import Layout
@@ -114,9 +122,9 @@ class FunctionalEngine:
             raise TypeError(f"module: expected an nn.Module, got {type(self.module).__name__}")
         if not callable(self.loss):
             raise TypeError(f"loss: expected a callable, got {type(self.loss).__name__}")
-        _check_integer("steps", self.steps, 0)
+        check_integer("steps", self.steps, 0)
         if self.task_chunk is not None:
-            _check_integer("task_chunk", self.task_chunk, 1)
+            check_integer("task_chunk", self.task_chunk, 1)
         if not isinstance(self.first_order, bool):
             raise TypeError(f"first_order: expected a bool, got {self.first_order!r}")
         check_choice("hvp_mode", self.hvp_mode, MODES)
@@ -139,7 +147,12 @@ class FunctionalEngine:
 
     @never_traced
     def adapt(
-        self, theta: Tensor | None, lr: float | Tensor, support_x: Tensor, support_y: Tensor
+        self,
+        theta: Tensor | None,
+        lr: float | Tensor,
+        support_x: Tensor,
+        support_y: Tensor,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """The parameters of every task after K steps.
 
@@ -150,6 +163,8 @@ class FunctionalEngine:
                 matrix a step.
             support_x: ``[T, S, ...]``.
             support_y: ``[T, S, ...]``; int64 labels or floating-point targets.
+            rows: ``[K, B]`` int64: the examples that each step sees, the same of every task; None:
+                all of them at every step.
 
         Returns:
             ``[T, P]``, differentiable once in theta, lr and floating-point support.
@@ -160,7 +175,7 @@ class FunctionalEngine:
         """
         theta = self.parameters() if theta is None else theta
         data = dict(zip(SUPPORT, (support_x, support_y), strict=True))
-        loop, tasks, step = self._prepare(theta, lr, data)
+        loop, tasks, step = self._prepare(theta, lr, data, rows)
         if self.steps == 0:
             return theta.expand(tasks, loop.passes.layout.numel)
         sources = {"theta": theta, "lr": step, **data}
@@ -249,6 +264,36 @@ class FunctionalEngine:
         return loss.detach(), outputs, grads[0], to_lr, to_rule
 
     @never_traced
+    def query_losses(
+        self, params: Tensor, query_x: Tensor, query_y: Tensor, gradient: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Each task's query loss at given parameters, as at those after K steps.
+
+        Args:
+            params: ``[P]`` for all tasks or ``[T, P]``.
+            query_x, query_y: ``[T, Q, ...]``.
+            gradient: whether it is wanted.
+
+        Returns:
+            losses ``[T]``, outputs ``[T, Q, ...]``, and the gradient of each task's loss to its
+            parameters ``[T, P]``. None has a graph.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as for ``adapt``.
+        """
+        data = dict(zip(QUERY, (query_x, query_y), strict=True))
+        wants, parts = {"theta"} if gradient else set(), []
+        with torch.no_grad():
+            loop, tasks, _ = self._prepare(params, 0.0, data)
+            params = params.expand(tasks, loop.passes.layout.numel)
+            for rows in self._chunks(tasks):
+                part = {name: tensor[rows] for name, tensor in data.items()}
+                parts.append(loop.passes.query(self.steps, params[rows], part, wants, 1.0))
+        losses, outputs, grads = zip(*parts, strict=True)
+        to_params = torch.cat([g["theta"] for g in grads]) if gradient else None
+        return torch.cat(losses), torch.cat(outputs), to_params
+
+    @never_traced
     def hvp(self, params: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:
         """The Hessian of each task's loss on ``(x, y)`` times a vector (Pearlmutter 1994).
 
@@ -268,7 +313,7 @@ class FunctionalEngine:
         sources = {"params": params, "vector": vector}
         for name, arena in sources.items():
             check_arena(name, layout, arena, tasks)
-        _refuse_inference_mode("the product needs the gradient of the loss")
+        refuse_inference_mode("the product needs the gradient of the loss")
         call, loss = self.task_module(), with_checked_labels(self.loss, y, "y")
         products = []
         with call.conditions(), inner_step(0):
@@ -283,19 +328,24 @@ class FunctionalEngine:
         return torch.cat(products)
 
     def _prepare(
-        self, theta: Tensor, lr: float | Tensor, data: Tensors
+        self, theta: Tensor, lr: float | Tensor, data: Tensors, rows: Tensor | None = None
     ) -> tuple[InnerLoop, int, Tensor]:
         layout = Layout.of(self.module)
         tasks = check_data(layout, data)
         check_arena("theta", layout, theta, tasks)
         if self.steps > 0:
-            _refuse_inference_mode("adaptation needs the gradient of the support loss")
+            refuse_inference_mode("adaptation needs the gradient of the support loss")
         rule = self.inner_rule
         rule.check(layout)
-        loop = InnerLoop(self._passes(theta, data), self.steps, self.first_order, rule)
+        whole = rule.is_plain and rows is None and len(data) > len(QUERY)
+        passes = self._passes(theta, data, whole)
+        if rows is not None:
+            passes = Minibatches(passes, checked_rows(rows, self.steps, data["support_x"]))
+        loop = InnerLoop(passes, self.steps, self.first_order, rule)
         return loop, tasks, layout.step_size_array(lr, tasks, self.steps)
 
-    def _passes(self, theta: Tensor, data: Tensors) -> Passes | ProgramPasses:
+    def _passes(self, theta: Tensor, data: Tensors, whole: bool) -> Passes | ProgramPasses:
+        """What inner loops are made of; ``whole``: one that a program has in one call, if any."""
         losses = {
             name.removesuffix("_y"): with_checked_labels(self.loss, data[name], name)
             for name in data
@@ -437,60 +487,3 @@ def _take_all(sources: Tensors, rows: slice) -> list[Tensor]:
 
 def is_learned(lr: float | Tensor) -> bool:
     return isinstance(lr, Tensor) and lr.requires_grad
-
-
-def _check_integer(name: str, value: int, lowest: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < lowest:
-        raise ValueError(f"{name}: expected at least {lowest}, got {value}")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
-
-
-def _refuse_inference_mode(reason: str) -> None:
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(f"{reason}, which inference mode forbids; use torch.no_grad()")
-
-
-def check_arena(name: str, layout: Layout, arena: Tensor, tasks: int) -> None:
-    if not isinstance(arena, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(arena).__name__}")
-    if arena.shape not in ((layout.numel,), (tasks, layout.numel)):
-        raise ValueError(
-            f"{name}: expected shape [{layout.numel}] or [{tasks}, {layout.numel}], "
-            f"got {list(arena.shape)}"
-        )
-    if arena.dtype != layout.dtype:
-        raise TypeError(f"{name}: expected dtype {layout.dtype}, got {arena.dtype}")
-    if arena.device != layout.device:
-        raise ValueError(f"{name}: expected device {layout.device}, got {arena.device}")
-
-
-def check_data(layout: Layout, data: Tensors) -> int:
-    """The number of tasks in inputs and targets, which alternate."""
-    for name, tensor in data.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.ndim < 2 or 0 in tensor.shape[:2]:
-            raise ValueError(
-                f"{name}: expected shape [T, examples, ...] with at least one task and one "
-                f"example, got {list(tensor.shape)}"
-            )
-        if tensor.device != layout.device:
-            raise ValueError(f"{name}: expected device {layout.device}, got {tensor.device}")
-    tasks = len(next(iter(data.values())))
-    pairs = iter(data.items())
-    for (x_name, x), (y_name, y) in zip(pairs, pairs, strict=True):
-        for name, tensor in ((x_name, x), (y_name, y)):
-            if tensor.shape[:2] != (tasks, x.shape[1]):
-                raise ValueError(
-                    f"{name}: expected shape [{tasks}, {x.shape[1]}, ...], got {list(tensor.shape)}"
-                )
-        mixed = x.is_floating_point() and x.dtype != layout.dtype
-        if mixed and not torch.is_autocast_enabled(layout.device.type):
-            raise TypeError(f"{x_name}: expected dtype {layout.dtype}, got {x.dtype}")
-    return tasks

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastmeta._checks import check_arena, check_choice, check_data
 from fastmeta._code import LossKind
 from fastmeta._graphs import DEVICE_TYPE, Graphs, check_option
 from fastmeta._hvp import Tensors
@@ -28,9 +29,6 @@ from fastmeta._trace import Refusal
 from fastmeta.arena import Layout
 from fastmeta.functional import (
     FunctionalEngine,
-    check_arena,
-    check_choice,
-    check_data,
     is_learned,
     never_traced,
     read_step_weights,
@@ -244,7 +242,12 @@ class ProgramEngine(FunctionalEngine):
 
     @never_traced
     def adapt(
-        self, theta: Tensor | None, lr: float | Tensor, support_x: Tensor, support_y: Tensor
+        self,
+        theta: Tensor | None,
+        lr: float | Tensor,
+        support_x: Tensor,
+        support_y: Tensor,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """The parameters of every task after K steps, as ``FunctionalEngine.adapt`` says.
 
@@ -252,10 +255,10 @@ class ProgramEngine(FunctionalEngine):
             ValueError: besides, where a program is ``required`` and there is none.
         """
         data = support_x, support_y
-        plain = self.inner_rule.is_plain
-        call = self._call(theta, dict(zip(SUPPORT, data, strict=True))) if plain else None
+        whole = self.inner_rule.is_plain and rows is None
+        call = self._call(theta, dict(zip(SUPPORT, data, strict=True))) if whole else None
         if call is None or self.steps == 0:
-            return super().adapt(theta, lr, *data)
+            return super().adapt(theta, lr, *data, rows)
         step = call.program.layout.step_size_array(lr, call.tasks, self.steps)
         start = call.program.adapted if theta is None else (theta,)
         if torch.is_grad_enabled():
@@ -420,9 +423,10 @@ class ProgramEngine(FunctionalEngine):
                 raise ValueError(f"there is no task program: {refusal}") from None
             return None
 
-    def _passes(self, theta: Tensor, data: Tensors) -> Passes | ProgramPasses:
-        call = None if self.inner_rule.is_plain else self._call(theta, data)
-        return super()._passes(theta, data) if call is None else ProgramPasses(call)
+    def _passes(self, theta: Tensor, data: Tensors, whole: bool) -> Passes | ProgramPasses:
+        # A whole call that comes here has found no program, and need not look for it again.
+        call = None if whole else self._call(theta, data)
+        return super()._passes(theta, data, whole) if call is None else ProgramPasses(call)
 
     def _prepared(self, theta: Tensor | None, data: Tensors, weights: Sequence[float]) -> Call:
         plan = self.programs.plan(self._lowered(), data)

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmeta._checks import check_choice
 from fastmeta._graphs import check_option
 from fastmeta.algorithms._clone import clone_module, replace_parameters, shallow_copy
 from fastmeta.algorithms._explain import explain
 from fastmeta.algorithms._results import AdaptedTasks, MetaGradient
 from fastmeta.arena import Layout
-from fastmeta.functional import FunctionalEngine, check_choice
+from fastmeta.functional import FunctionalEngine
 from fastmeta.ops.inner_update import inner_update
 from fastmeta.program import MEMORY, Programs
 from fastmeta.rules import Rule
