@@ -2,7 +2,8 @@
 
 ops         inner_update, prototypes, pairwise_distance, prototype_loss, task_conv2d,
             task_linear, hvp
-learners    MAML, ProtoNet: `meta_loss` and `adapt_tasks`
+learners    MAML, FOMAML, MetaSGD, MAMLPlusPlus, MetaCurvature, ProtoNet:
+            `meta_loss` and `adapt_tasks`
 rules       rules.SGD, rules.Adam, rules.RMSProp, rules.ClipNorm, rules.MetaCurvature, ...
 data        data.Omniglot, data.Glyphs, data.Sinusoid, data.Episodes
 networks    models.Conv4, models.ResNet12, models.MLP, models.PerStepBatchNorm2d
@@ -11,7 +12,11 @@ backends    backend_of, use_backend, build_info
 
 from fastmeta import data, models, rules
 from fastmeta._native import backend_of, build_info, use_backend
+from fastmeta.algorithms.fomaml import FOMAML
 from fastmeta.algorithms.maml import MAML
+from fastmeta.algorithms.mamlpp import MAMLPlusPlus
+from fastmeta.algorithms.metacurvature import MetaCurvature
+from fastmeta.algorithms.metasgd import MetaSGD
 from fastmeta.algorithms.protonet import ProtoNet
 from fastmeta.functional import hvp
 from fastmeta.ops import (
@@ -26,7 +31,11 @@ from fastmeta.ops import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "FOMAML",
     "MAML",
+    "MAMLPlusPlus",
+    "MetaCurvature",
+    "MetaSGD",
     "ProtoNet",
     "backend_of",
     "build_info",

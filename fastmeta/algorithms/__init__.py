@@ -1,6 +1,19 @@
 """The learners: thin front ends over the engines, one algorithm a file."""
 
+from fastmeta.algorithms.fomaml import FOMAML
 from fastmeta.algorithms.maml import MAML, AdaptedTasks, MetaGradient
+from fastmeta.algorithms.mamlpp import MAMLPlusPlus
+from fastmeta.algorithms.metacurvature import MetaCurvature
+from fastmeta.algorithms.metasgd import MetaSGD
 from fastmeta.algorithms.protonet import ProtoNet
 
-__all__ = ["MAML", "AdaptedTasks", "MetaGradient", "ProtoNet"]
+__all__ = [
+    "FOMAML",
+    "MAML",
+    "AdaptedTasks",
+    "MAMLPlusPlus",
+    "MetaCurvature",
+    "MetaGradient",
+    "MetaSGD",
+    "ProtoNet",
+]
