@@ -2,7 +2,7 @@
 
 ops         inner_update, prototypes, pairwise_distance, prototype_loss, task_conv2d,
             task_linear, hvp
-learners    MAML, FOMAML, MetaSGD, MAMLPlusPlus, MetaCurvature, ProtoNet:
+learners    MAML, FOMAML, Reptile, MetaSGD, MAMLPlusPlus, MetaCurvature, IMAML, ProtoNet:
             `meta_loss` and `adapt_tasks`
 rules       rules.SGD, rules.Adam, rules.RMSProp, rules.ClipNorm, rules.MetaCurvature, ...
 data        data.Omniglot, data.Glyphs, data.Sinusoid, data.Episodes
@@ -13,11 +13,13 @@ backends    backend_of, use_backend, build_info
 from fastmeta import data, models, rules
 from fastmeta._native import backend_of, build_info, use_backend
 from fastmeta.algorithms.fomaml import FOMAML
+from fastmeta.algorithms.imaml import IMAML
 from fastmeta.algorithms.maml import MAML
 from fastmeta.algorithms.mamlpp import MAMLPlusPlus
 from fastmeta.algorithms.metacurvature import MetaCurvature
 from fastmeta.algorithms.metasgd import MetaSGD
 from fastmeta.algorithms.protonet import ProtoNet
+from fastmeta.algorithms.reptile import Reptile
 from fastmeta.functional import hvp
 from fastmeta.ops import (
     inner_update,
@@ -32,11 +34,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FOMAML",
+    "IMAML",
     "MAML",
     "MAMLPlusPlus",
     "MetaCurvature",
     "MetaSGD",
     "ProtoNet",
+    "Reptile",
     "backend_of",
     "build_info",
     "data",

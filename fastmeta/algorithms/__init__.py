@@ -1,14 +1,17 @@
 """The learners: thin front ends over the engines, one algorithm a file."""
 
 from fastmeta.algorithms.fomaml import FOMAML
+from fastmeta.algorithms.imaml import IMAML
 from fastmeta.algorithms.maml import MAML, AdaptedTasks, MetaGradient
 from fastmeta.algorithms.mamlpp import MAMLPlusPlus
 from fastmeta.algorithms.metacurvature import MetaCurvature
 from fastmeta.algorithms.metasgd import MetaSGD
 from fastmeta.algorithms.protonet import ProtoNet
+from fastmeta.algorithms.reptile import Reptile
 
 __all__ = [
     "FOMAML",
+    "IMAML",
     "MAML",
     "AdaptedTasks",
     "MAMLPlusPlus",
@@ -16,4 +19,5 @@ __all__ = [
     "MetaGradient",
     "MetaSGD",
     "ProtoNet",
+    "Reptile",
 ]
