@@ -137,6 +137,11 @@ class FunctionalEngine:
         """What takes the inner steps."""
         return PLAIN if self.rule is None else self.rule
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the inner steps are plain descent."""
+        return self.rule is None or self.rule.is_plain
+
     def parameters(self) -> Tensor:
         """The module's own trainable parameters as an arena ``[P]``, a differentiable copy."""
         return Layout.of(self.module).flatten(dict(self.module.named_parameters()))
@@ -337,7 +342,7 @@ class FunctionalEngine:
             refuse_inference_mode("adaptation needs the gradient of the support loss")
         rule = self.inner_rule
         rule.check(layout)
-        whole = rule.is_plain and rows is None and len(data) > len(QUERY)
+        whole = self.is_plain and rows is None and "support_x" in data
         passes = self._passes(theta, data, whole)
         if rows is not None:
             passes = Minibatches(passes, checked_rows(rows, self.steps, data["support_x"]))

@@ -255,7 +255,7 @@ class ProgramEngine(FunctionalEngine):
             ValueError: besides, where a program is ``required`` and there is none.
         """
         data = support_x, support_y
-        whole = self.inner_rule.is_plain and rows is None
+        whole = self.is_plain and rows is None
         call = self._call(theta, dict(zip(SUPPORT, data, strict=True))) if whole else None
         if call is None or self.steps == 0:
             return super().adapt(theta, lr, *data, rows)
@@ -378,7 +378,7 @@ class ProgramEngine(FunctionalEngine):
         """Why the meta-gradients of a program are not replayed from CUDA graphs; or nothing."""
         if isinstance(program, str):
             return f"there is no task program: {program}"
-        if not self.inner_rule.is_plain:
+        if not self.is_plain:
             return f"the inner rule is {self.inner_rule.title}, which steps between the calls"
         layout = program.layout
         if layout.device.type != DEVICE_TYPE:
@@ -394,7 +394,7 @@ class ProgramEngine(FunctionalEngine):
     ) -> Call | None:
         """The call of a whole meta-gradient, with graphs where they are wanted, if there is one."""
         named = dict(zip(SUPPORT + QUERY, data, strict=True))
-        call = self._call(theta, named, weights) if self.inner_rule.is_plain else None
+        call = self._call(theta, named, weights) if self.is_plain else None
         if self.cuda_graph is False or (call is None and self.cuda_graph == "auto"):
             return call
         why = self.why_no_graph(self.program(named) if call is None else call.program)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -14,6 +15,8 @@ import fastmeta as fm
 from fastmeta.algorithms._conjugate_gradients import conjugate_gradients
 from fastmeta.functional import FunctionalEngine
 from tests.networks import Tasks, regression, regressor, relative_error
+from tests.programs import build as build_program
+from tests.programs import tasks_for
 from tests.test_learners import EXACT, K, engine, gradient, problem
 
 __all__ = ["engine", "problem"]  # fixtures
@@ -252,6 +255,32 @@ def test_bad_options_of_imaml(options, error, message):
 
 
 # Those with a meta-gradient of their own
+
+
+@pytest.mark.parametrize("make", [fm.Reptile, fm.IMAML])
+def test_their_tasks_can_run_in_chunks(make, problem, engine):
+    net, tasks = problem
+    whole, parts = (
+        gradient(make(net, 0.1, K, engine=engine, task_chunk=chunk), tasks) for chunk in (None, 2)
+    )
+    assert relative_error(parts, whole) < 1e-12
+
+
+@pytest.mark.parametrize("rule", [None, fm.rules.SGD(0.5)], ids=["plain", "momentum"])
+def test_query_losses_at_given_parameters(rule, engine, device):
+    """As after K steps, for networks with parameters of each step too."""
+    net = build_program("norms_of_each_step", device)
+    tasks = tasks_for("norms_of_each_step", "mse", device)
+    learner = fm.MAML(net, 0.1, K, loss=F.mse_loss, rule=rule, engine=engine, task_chunk=2)
+    params = learner.adapt_tasks(*tasks[:2]).params.detach().requires_grad_()
+    losses, outputs, grads = learner._engine(K).query_losses(params, *tasks[2:], gradient=True)
+    plain = fm.MAML(net, 0.1, K, loss=F.mse_loss, engine="functional").adapt_tasks(*tasks[:2])
+    expected = dataclasses.replace(plain, params=params)(tasks.query_x)
+    own = (expected - tasks.query_y).square().mean((1, 2))
+    assert relative_error(outputs, expected) < EXACT
+    assert relative_error(losses, own) < EXACT
+    assert relative_error(grads, torch.autograd.grad(own.sum(), params)[0]) < EXACT
+    assert learner._engine(K).query_losses(params, *tasks[2:])[2] is None
 
 
 @pytest.mark.parametrize("make", [fm.Reptile, fm.IMAML])
