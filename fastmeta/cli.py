@@ -143,11 +143,11 @@ def _add_train(commands: Any) -> None:
 
 def _add_inner_loop(parser: argparse.ArgumentParser) -> None:
     maml = parser.add_argument_group("MAML and its relatives")
-    usual = "inner steps in training (1, MAML++ and Reptile 5, iMAML 16)"
+    usual = "inner steps in training (1; FOMAML, MAML++ and Reptile 5; iMAML 16)"
     maml.add_argument("--steps", type=int, metavar="K", help=usual)
     usual = "and in evaluation (--steps, Reptile 50)"
     maml.add_argument("--eval-steps", type=int, metavar="K", help=usual)
-    usual = "inner step size (0.4, MAML++ and iMAML 0.1, sinusoid 0.01, Reptile 0.001)"
+    usual = "inner step size (0.4; FOMAML, MAML++, iMAML 0.1; sinusoid 0.01; Reptile 0.001)"
     maml.add_argument("--inner-lr", type=float, metavar="A", help=usual)
     learned = "MAML, FOMAML: learn the inner step size"
     maml.add_argument("--learn-lr", action="store_true", help=learned)

@@ -51,6 +51,7 @@ OPTIONS = {
 _OF_SOME = tuple(dict.fromkeys(name for names in OPTIONS.values() for name in names))
 # Usual values that differ from MAML's.
 _USUAL: dict[str, dict[str, Any]] = {
+    "fomaml": {"steps": 5, "inner_lr": 0.1},
     "reptile": {"steps": 5, "eval_steps": 50, "inner_lr": 0.001, "inner_batch": 10},
     "mamlpp": {
         **{"steps": 5, "inner_lr": 0.1},
@@ -79,11 +80,12 @@ class TrainConfig:
         pool: images: how Conv4 halves them, ``"max"`` pooling or ``"stride"``, 3.7 times less work.
         train_ways: protonet: classes a training task (``ways``); more make better embeddings.
         metric: protonet: ``"sqeuclidean"``, ``"euclidean"``, ``"cosine"`` or ``"dot"``.
-        steps: all but protonet: inner steps in training (1; mamlpp and reptile 5, imaml 16).
+        steps: all but protonet: inner steps in training (1; fomaml, mamlpp and reptile 5; imaml
+            16).
         eval_steps: all but protonet: inner steps in evaluation (``steps``; reptile 50); with mamlpp
             at most ``steps``.
         inner_lr: all but protonet: step size of the inner loop, where it starts if it is learned
-            (0.4; mamlpp and imaml 0.1; sinusoid 0.01; reptile 0.001, that of Adam).
+            (0.4; fomaml, mamlpp and imaml 0.1; sinusoid 0.01; reptile 0.001, that of Adam).
         first_order: maml, metasgd, metacurvature: leave the second derivatives out.
         learn_lr: maml, fomaml: learn the inner step size, from ``inner_lr`` on.
         inner_batch: reptile: examples of an inner step in training (10).
