@@ -18,6 +18,9 @@ class BlockChannel {
   __device__ BlockChannel(const BatchNormShape& shape, const void* x, double eps)
       : shape_(shape),
         begin_(shape.begin(blockIdx.x)),
+        first_{threadIdx.x / shape.positions, threadIdx.x % shape.positions},
+        step_{kThreads / shape.positions, kThreads % shape.positions},
+        share_(1 / count()),
         x_(static_cast<const value_t*>(x)),
         xh_(normaliser(static_cast<value_t>(eps))) {}
 
@@ -28,8 +31,14 @@ class BlockChannel {
   // Calls f(place) for each number of this thread.
   template <typename F>
   __device__ void each(const F& f) const {
-    for (int64_t i = threadIdx.x; i < shape_.count(); i += kThreads) {
-      f(begin_ + i / shape_.positions * shape_.image_stride() + i % shape_.positions);
+    for (Place at = first_; at.image < shape_.images;) {
+      f(begin_ + at.image * shape_.image_stride() + at.position);
+      at.image += step_.image;
+      at.position += step_.position;
+      if (at.position >= shape_.positions) {
+        at.position -= shape_.positions;
+        ++at.image;
+      }
     }
   }
 
@@ -48,7 +57,7 @@ class BlockChannel {
     for (int k = 0; k < kCount; ++k) {
       means[k] = 0;
       for (int warp = 0; warp < kWarps; ++warp) means[k] += parts[k][warp];
-      means[k] /= count();
+      means[k] *= share_;
     }
   }
 
@@ -63,8 +72,15 @@ class BlockChannel {
     return {mean[0], variance[0], eps};
   }
 
+  struct Place {
+    int64_t image, position;
+  };
+
   const BatchNormShape& shape_;
   int64_t begin_;
+  Place first_,
+      step_;       // of a thread; a division in the loop is a call that spills
+  value_t share_;  // of a number in a mean
   const value_t* x_;
   Normaliser<value_t> xh_;
 };
