@@ -1,4 +1,4 @@
-"""Batch norm of each task: against torch's, derivatives, edges, errors, and the raw kernels."""
+"""Batch norm of each task: against torch's, edges, errors, and the raw kernels."""
 
 # ruff: noqa: E501 (for a table that reads best with one entry a line)
 
@@ -9,19 +9,17 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd import gradcheck, gradgradcheck
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import vjp
 
 import fastmeta as fm
 from fastmeta import reference
-from tests.cases import TASK_BATCH_NORM, Maker, as_function
+from tests.cases import TASK_BATCH_NORM, Maker
 from tests.test_ops import BACKENDS, assert_near
 
 needs_kernels = pytest.mark.skipif(
     not fm.build_info()["native"], reason="the native extension was not built"
 )
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_small_case = pytest.mark.parametrize("case", [c for c in TASK_BATCH_NORM if c.small], ids=str)
 
 
 def loop(x, weight=None, bias=None, eps=1e-5):
@@ -55,40 +53,6 @@ def test_a_large_mean_costs_no_digits(backend, device):
         out = fm.task_batch_norm(x, eps=1e-12)
     # What rounding of the mean, half a unit of 1, is to deviations of 0.01.
     assert_near(out, loop(x.double(), eps=1e-12), 100 * torch.finfo(torch.float32).eps)
-
-
-@each_backend
-@each_small_case
-def test_third_derivative(case, backend, device):
-    function, inputs = as_function(case, *case(torch.float64, device))
-    inputs = tuple(x.requires_grad_() for x in inputs)
-
-    def second(*leaves):
-        value = function(*leaves).tanh().sum()
-        first = torch.autograd.grad(value, leaves, create_graph=True)
-        return torch.autograd.grad(sum(g.sin().sum() for g in first), leaves, create_graph=True)
-
-    with fm.use_backend(backend):
-        assert gradcheck(second, inputs, fast_mode=True)
-
-
-@needs_kernels
-@each_small_case
-def test_derivatives_of_a_vmapped_call(case, device):
-    """As the functional engine takes them: vmap inside, first and second derivative around it."""
-    function, inputs = as_function(case, *case(torch.float64, device))
-    samples = tuple(torch.stack([x, x.cos()]).requires_grad_() for x in inputs)
-
-    def total(*samples):
-        return vmap(function)(*samples).sin().sum()
-
-    assert gradcheck(vmap(function), samples, check_forward_ad=True, fast_mode=True)
-    assert gradgradcheck(vmap(function), samples, fast_mode=True)
-    vectors = tuple(x.detach().sin() for x in samples)
-    gradients = grad(total, argnums=tuple(range(len(samples))))
-    forward = jvp(gradients, samples, vectors)[1]
-    reverse = vjp(gradients, *samples)[1](vectors)
-    torch.testing.assert_close(forward, reverse, rtol=1e-9, atol=1e-10)
 
 
 @needs_kernels

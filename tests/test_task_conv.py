@@ -1,4 +1,6 @@
-"""Convolution and linear layers of each task: shapes, layouts, derivatives, and the raw kernels."""
+"""Convolution and linear layers of each task: shapes, layouts, derivatives (those of batch norm too),
+and the raw kernels.
+"""
 
 # ruff: noqa: E501 (for a table that reads best with one entry a line)
 
@@ -14,7 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vjp, vmap
 
 import fastmeta as fm
-from tests.cases import TASK_CONV2D, Maker, as_function, conv_case
+from tests.cases import TASK_BATCH_NORM, TASK_CONV2D, Maker, as_function, conv_case
 from tests.conftest import EMULATED
 from tests.test_ops import BACKENDS, assert_near, value_and_grads
 
@@ -25,6 +27,9 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 # Whose copies in float32 are made by all threads.
 LARGE = conv_case("large", 1, 10, 18, 20, (14, 14), (3, 3), padding=1)
 each_case = pytest.mark.parametrize("case", TASK_CONV2D, ids=str)
+each_small_layer = pytest.mark.parametrize(
+    "case", [c for c in (*TASK_CONV2D, *TASK_BATCH_NORM) if c.small], ids=str
+)
 
 
 def loop(x, weight, bias=None, **options):
@@ -46,7 +51,7 @@ def test_it_is_torchs_convolution_of_every_task(case, backend, device):
 
 
 @each_backend
-@pytest.mark.parametrize("case", [c for c in TASK_CONV2D if c.small], ids=str)
+@each_small_layer
 def test_third_derivative(case, backend, device):
     """The second derivative's own derivative, against finite differences."""
     function, inputs = as_function(case, *case(torch.float64, device))
@@ -62,7 +67,7 @@ def test_third_derivative(case, backend, device):
 
 
 @needs_kernels
-@pytest.mark.parametrize("case", [c for c in TASK_CONV2D if c.small], ids=str)
+@each_small_layer
 def test_derivatives_of_a_vmapped_call(case, device):
     """As the functional engine takes them: vmap inside, first and second derivative around it."""
     function, inputs = as_function(case, *case(torch.float64, device))

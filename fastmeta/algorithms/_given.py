@@ -51,7 +51,8 @@ class GivenGradient(MAML):
     def _gradient(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
+        """The loss, the outputs on the queries, and the gradient ``[P]``."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its gradient is")
 
 
 class _Given(torch.autograd.Function):

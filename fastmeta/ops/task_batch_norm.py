@@ -17,10 +17,6 @@ from fastmeta.ops._raw import callable_of, contiguous_like, folding, is_native, 
 Formula = Callable[..., Any]
 
 
-def _value(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return torch.ops.fastmeta.task_batch_norm(x, weight, bias, eps)
-
-
 def _gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
     return torch.ops.fastmeta.task_batch_norm_backward(grad, x, weight, eps)
 
@@ -61,7 +57,7 @@ class BatchNorm(Function):
 
     @staticmethod
     def forward(x, weight, bias, eps):
-        return _value(x, weight, bias, eps)
+        return torch.ops.fastmeta.task_batch_norm(x, weight, bias, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
