@@ -1,7 +1,7 @@
 """fastmeta: meta-learning for PyTorch, batched over tasks, on compiled kernels.
 
 ops         inner_update, prototypes, pairwise_distance, prototype_loss, task_conv2d,
-            task_linear, hvp
+            task_linear, linear_head, linear_head_hvp, hvp
 learners    MAML, ProtoNet: `meta_loss` and `adapt_tasks`
 data        data.Omniglot, data.Glyphs, data.Sinusoid, data.Episodes
 networks    models.Conv4, models.ResNet12, models.MLP, models.PerStepBatchNorm2d
@@ -15,6 +15,8 @@ from fastmeta.algorithms.protonet import ProtoNet
 from fastmeta.functional import hvp
 from fastmeta.ops import (
     inner_update,
+    linear_head,
+    linear_head_hvp,
     pairwise_distance,
     prototype_loss,
     prototypes,
@@ -32,6 +34,8 @@ __all__ = [
     "data",
     "hvp",
     "inner_update",
+    "linear_head",
+    "linear_head_hvp",
     "models",
     "pairwise_distance",
     "prototype_loss",
