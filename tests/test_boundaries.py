@@ -62,8 +62,8 @@ PROTOTYPES = [
     *((7, 3, d) for n in (32, 64, 128, 256) for d in (n - 8, n - 1, n, n + 1, n + 8)),
 ]
 
-# S, N, D: lanes of examples, tiles of dot products, features of a slice; with a number as step size,
-# whose gradient, a sum over all that cancels, would be nothing but rounding for one way.
+# S, N, D: lanes of examples, tiles of dot products, features of a slice. Step sizes are numbers:
+# the gradient to one is a sum that cancels, for one way nothing but rounding.
 HEADS = [
     *((s, 3, 5) for s in EDGES),
     *((7, n, 5) for n in (1, 4, 5, 6, 10, 11, 32, 33)),
