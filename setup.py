@@ -93,7 +93,9 @@ def compile_flags(chosen_isa: str, cuda: bool) -> list[str]:
             "-Wextra",
             "-Wno-unused-parameter",
             "-Wno-unknown-pragmas",
+            # GCC 12 warns of its own AVX-512 intrinsics.
             "-Wno-maybe-uninitialized",
+            "-Wno-uninitialized",
         ),
         *ISA_FLAGS[chosen_isa],
         *(f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"),

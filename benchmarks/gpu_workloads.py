@@ -222,11 +222,33 @@ def convolutions(sizes: Sizes) -> Iterator[Measure]:
             )
 
 
+def norms(sizes: Sizes) -> Iterator[Measure]:
+    """Of the outputs of the same layer."""
+    t, b, channels, size = sizes.images
+
+    def draw(generator: torch.Generator) -> Inputs:
+        images, rows = (t, b, channels, size, size), (t, channels)
+        device = generator.device
+        shapes = images, rows, rows, images
+        return tuple(torch.randn(s, generator=generator, device=device) for s in shapes)
+
+    def with_gradients(*inputs: torch.Tensor) -> Inputs:
+        *leaves, upstream = (x.detach().requires_grad_() for x in inputs)
+        out = fm.task_batch_norm(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, upstream)
+
+    name = f"T = {t}, B = {b}, {channels} channels, {size} x {size}"
+    contenders = {OURS: with_gradients, "torch backend": in_torch(with_gradients)}
+    what, dtype = "forward + backward", torch.float32
+    yield Measure("task_batch_norm", name, what, dtype, contenders, draw, sizes.rounds, calls=2)
+
+
 def all_measures(sizes: Sizes) -> Iterator[Measure]:
     """What the README shows first."""
     yield from small_losses(sizes)
     yield from programs(sizes.programs, sizes.rounds, sizes.graph)
     yield from convolutions(sizes)
+    yield from norms(sizes)
     yield from image_programs(sizes.image_programs, sizes.rounds)
     yield from updates(sizes)
     yield from big_losses(sizes)

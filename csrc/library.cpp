@@ -53,8 +53,8 @@ TORCH_LIBRARY(fastmeta, m) {
 
   // The three maps of convolution, see convolution/convolution.h: x [T, B, C, H, W],
   // weight [T, O, C / groups, kh, kw], bias [T, O] -> [T, B, O, H', W']; the gradient of that to x,
-  // of height and width `size`, and to the weight. Images are best channels-last in memory, and
-  // results are.
+  // of height and width `size`, and to the weight. Images come out channels-last in memory if they
+  // came in so, which takes no copies, else contiguous.
   m.def(
       "task_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding,"
       " int[2] dilation, int groups) -> Tensor");
@@ -64,6 +64,17 @@ TORCH_LIBRARY(fastmeta, m) {
   m.def(
       "task_conv2d_weight(Tensor grad, Tensor x, int[2] kernel, int[2] stride, int[2] padding,"
       " int[2] dilation, int groups) -> Tensor");
+
+  // x [T, B, C, P], weight, bias [T, C] -> y; and, see batch_norm/batch_norm.h, the gradient of that
+  // and the gradient of the gradient
+  m.def("task_batch_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
+  m.def(
+      "task_batch_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps)"
+      " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "task_batch_norm_backward_backward(Tensor grad_grad_x, Tensor grad_grad_weight,"
+      " Tensor grad_grad_bias, Tensor grad, Tensor x, Tensor weight, float eps)"
+      " -> (Tensor grad_grad, Tensor grad_x, Tensor grad_weight)");
 
   // A network and its loss as a list of instructions: code, see task_program/program.h.
   // theta [P] or [T, P]; frozen [F]; lr [K or 1, T or 1, P or 1]; x [T, B, ...]; y [T, B] int64

@@ -1,17 +1,25 @@
 """fastmeta: meta-learning for PyTorch, batched over tasks, on compiled kernels.
 
 ops         inner_update, prototypes, pairwise_distance, prototype_loss, task_conv2d,
-            task_linear, linear_head, linear_head_hvp, hvp
-learners    MAML, ProtoNet: `meta_loss` and `adapt_tasks`
+            task_batch_norm, task_linear, linear_head, linear_head_hvp, hvp
+learners    MAML, FOMAML, Reptile, MetaSGD, MAMLPlusPlus, MetaCurvature, IMAML, ProtoNet:
+            `meta_loss` and `adapt_tasks`
+rules       rules.SGD, rules.Adam, rules.RMSProp, rules.ClipNorm, rules.MetaCurvature, ...
 data        data.Omniglot, data.Glyphs, data.Sinusoid, data.Episodes
 networks    models.Conv4, models.ResNet12, models.MLP, models.PerStepBatchNorm2d
 backends    backend_of, use_backend, build_info
 """
 
-from fastmeta import data, models
+from fastmeta import data, models, rules
 from fastmeta._native import backend_of, build_info, use_backend
+from fastmeta.algorithms.fomaml import FOMAML
+from fastmeta.algorithms.imaml import IMAML
 from fastmeta.algorithms.maml import MAML
+from fastmeta.algorithms.mamlpp import MAMLPlusPlus
+from fastmeta.algorithms.metacurvature import MetaCurvature
+from fastmeta.algorithms.metasgd import MetaSGD
 from fastmeta.algorithms.protonet import ProtoNet
+from fastmeta.algorithms.reptile import Reptile
 from fastmeta.functional import hvp
 from fastmeta.ops import (
     inner_update,
@@ -20,6 +28,7 @@ from fastmeta.ops import (
     pairwise_distance,
     prototype_loss,
     prototypes,
+    task_batch_norm,
     task_conv2d,
     task_linear,
 )
@@ -27,8 +36,14 @@ from fastmeta.ops import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "FOMAML",
+    "IMAML",
     "MAML",
+    "MAMLPlusPlus",
+    "MetaCurvature",
+    "MetaSGD",
     "ProtoNet",
+    "Reptile",
     "backend_of",
     "build_info",
     "data",
@@ -40,6 +55,8 @@ __all__ = [
     "pairwise_distance",
     "prototype_loss",
     "prototypes",
+    "rules",
+    "task_batch_norm",
     "task_conv2d",
     "task_linear",
     "use_backend",

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastmeta._hvp import Tensors, Total, curvature, gradient
-from fastmeta._inner_step import inner_step
+from fastmeta._hvp import Tensors
+from fastmeta._passes import QUERY, SUPPORT, Minibatches, Passes
 from fastmeta._replay import RandomState
-from fastmeta._stateless import Loss, TaskModule
-from fastmeta.arena import Layout
-from fastmeta.ops.inner_update import inner_update
+from fastmeta.rules._base import PREFIX, Pullback, Rule, State, Step
 
-SUPPORT = ("support_x", "support_y")
-QUERY = ("query_x", "query_y")
-
-# Activations that a reverse Hessian-vector product keeps, in those of a gradient: measured 2.9 on
-# Conv4-64 and 2.8 on an MLP.
-_HVP_ACTIVATIONS = 3
+if TYPE_CHECKING:
+    from fastmeta._program_passes import ProgramPasses
 
 
 @dataclass
@@ -28,14 +23,21 @@ class Tape:
     """What K steps leave behind for the way back.
 
     Attributes:
-        states: theta_0 .. theta_{K-1} ``[T, P]``, for the second order.
+        thetas: theta_0 .. theta_{K-1} ``[T, P]``, for the second order and for the rule.
+        grads: g_0 .. g_{K-1} ``[T, P]``, for the step sizes and for the rule.
+        states: the rule's before each step.
         randoms: the generators before each step, for the second order.
-        grads: g_0 .. g_{K-1} ``[T, P]``, for the step sizes in first order.
     """
 
-    states: list[Tensor] = field(default_factory=list)
-    randoms: list[RandomState] = field(default_factory=list)
+    thetas: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)
+    randoms: list[RandomState | None] = field(default_factory=list)
+
+    def at(self, k: int, lr: Tensor) -> Step:
+        """Where step k started."""
+        kept = (steps[k] if steps else None for steps in (self.thetas, self.grads))
+        return Step(k, *kept, lr, self.states[k] if self.states else ())
 
 
 @dataclass(frozen=True)
@@ -43,22 +45,24 @@ class InnerLoop:
     """The inner loop of the tasks of one call, its adjoint, and the query loss.
 
     ``wants`` names the tensors whose gradient is asked for, among ``theta``, ``lr``, ``support_x``,
-    ``support_y``, ``query_x`` and ``query_y``. ``step`` holds the step sizes as
-    ``[K or 1, T or 1, P or 1]``. All tensors come detached.
+    ``support_y``, ``query_x``, ``query_y`` and the rule's parameters, ``rule.NAME``. ``step`` holds
+    the step sizes as ``[K or 1, T or 1, P or 1]``. All tensors come detached.
 
     Attributes:
-        layout: of the arenas ``[T, P]``.
-        call: the module.
-        losses: the loss by role, ``"support"`` and ``"query"``.
-        steps, first_order, hvp_mode: as in ``FunctionalEngine``.
+        passes: of the module, or of its task program; perhaps on minibatches.
+        steps, first_order: as in ``FunctionalEngine``.
+        rule: what takes the steps.
     """
 
-    layout: Layout
-    call: TaskModule
-    losses: dict[str, Loss]
+    passes: Passes | ProgramPasses | Minibatches
     steps: int
     first_order: bool
-    hvp_mode: str
+    rule: Rule
+
+    @property
+    def rule_parameters(self) -> Tensors:
+        """The rule's learned hyperparameters."""
+        return {f"{PREFIX}{name}": p for name, p in self.rule.named_parameters()}
 
     def run(
         self,
@@ -72,22 +76,24 @@ class InnerLoop:
 
         ``visit(k, theta_k)`` is called on the way, for k = 0 .. K - 1.
         """
-        tape = Tape()
-        theta = theta.expand(len(data["support_x"]), self.layout.numel)
-        total = self._total("support", data)
-        with self.call.conditions():
+        tape, plain = Tape(), self.rule.is_plain
+        theta = theta.expand(len(data["support_x"]), self.passes.layout.numel)
+        state = self.rule.start(theta)
+        goes_back = bool(wants.difference(QUERY, SUPPORT if self.first_order else ()))
+        with self.passes.conditions():
             for k in range(self.steps):
                 if visit is not None:
                     visit(k, theta)
-                if not self.first_order and wants.intersection(("theta", "lr", *SUPPORT)):
-                    tape.states.append(theta)
-                    tape.randoms.append(RandomState(theta.device))
-                with inner_step(k):
-                    grads, _ = gradient(total, self.layout.views(theta), {})
-                arena = self.layout.flatten(grads)
-                if self.first_order and "lr" in wants:
-                    tape.grads.append(arena)
-                theta = inner_update(theta, arena, step[_row(step, k)])
+                if goes_back and not self.first_order:
+                    tape.randoms.append(self.passes.random_state(theta.device))
+                grads = self.passes.gradient(k, theta, data)
+                if goes_back and not (plain and self.first_order):
+                    tape.thetas.append(theta)
+                if goes_back and (not plain or "lr" in wants):
+                    tape.grads.append(grads)
+                if goes_back and state:
+                    tape.states.append(state)
+                theta, state = self.rule.step(Step(k, theta, grads, step[_row(step, k)], state))
         return theta, tape
 
     def adjoint(
@@ -102,66 +108,38 @@ class InnerLoop:
             step, data, wants: as for ``run``.
 
         Returns:
-            name -> gradient: ``theta`` ``[T, P]``; ``lr`` in the shape of ``step``; the support as
-            it is, but not in first order.
+            name -> gradient: ``theta`` ``[T, P]``; ``lr`` in the shape of ``step``; the rule's
+            parameters and the support as they are, the latter not in first order.
         """
         inputs = {} if self.first_order else {n: data[n] for n in SUPPORT if n in wants}
-        result = {name: torch.zeros_like(tensor) for name, tensor in inputs.items()}
-        if "lr" in wants:
-            result["lr"] = torch.zeros_like(step)
+        named = {n: p for n, p in {"lr": step, **self.rule_parameters}.items() if n in wants}
+        result = {name: torch.zeros_like(t) for name, t in (inputs | named).items()}
+        asked = set(named) if self.first_order else {"grads", *named}
         v = pulls[self.steps]
-        with self.call.conditions():
+        state_v = self.rule.start(v)
+        with self.passes.conditions():
             for k in reversed(range(self.steps)):
                 row = _row(step, k)
-                grads, product, mixed = self._step_back(tape, k, step[row], v, data, inputs)
-                if "lr" in result:
-                    result["lr"][row].sub_((grads * v).sum_to_size(step.shape[1:]))
-                for name, tensor in mixed.items():
-                    result[name] += tensor
-                for pull in (product, pulls.get(k)):
+                back = self.rule.vjp(tape.at(k, step[row]), v, state_v, asked)
+                for name, tensor in back.named.items():
+                    target = result["lr"][row] if name == "lr" else result[name]
+                    target += tensor
+                v, state_v = back.theta, back.state
+                for pull in (self._curved(tape, k, back, data, inputs, result), pulls.get(k)):
                     v = v if pull is None else v + pull
         return {**result, "theta": v}
 
-    def _step_back(
-        self, tape: Tape, k: int, step: Tensor, v: Tensor, data: Tensors, inputs: Tensors
-    ) -> tuple[Tensor | None, Tensor | None, Tensors]:
-        """g_k, ``-H_k (step v)`` and the gradient to the inputs; None for what is not needed."""
-        if self.first_order:
-            return (tape.grads[k] if tape.grads else None), None, {}
-        total, params = self._total("support", data), self.layout.views(tape.states[k])
-        # A number comes in float32 where v is of half precision, which the direction has to keep.
-        direction = self.layout.views((-step * v).to(v.dtype))
-        with tape.randoms[k].replay(), inner_step(k):
-            grads, product, mixed = curvature(total, params, direction, inputs, self.hvp_mode)
-        return self.layout.flatten(grads), self.layout.flatten(product), mixed
-
-    def query(
-        self, k: int, theta: Tensor, data: Tensors, wants: set[str], weight: float
-    ) -> tuple[Tensor, Tensor, Tensors]:
-        """The query losses at theta_k, the outputs, and the gradient of ``weight`` times their sum.
-
-        Tasks go in groups that keep no more activations than a Hessian-vector product on the
-        support does, so that a large query set does not set the peak of the memory.
-
-        Returns:
-            losses ``[T]``, outputs ``[T, Q, ...]``, and name -> gradient, if any is wanted: of
-            ``theta`` ``[T, P]`` and of the wanted query tensors.
-        """
-        losses, outputs, grads = [], [], []
-        with self.call.conditions(), inner_step(k):
-            for rows in self._query_groups(data):
-                part = {name: data[name][rows] for name in QUERY}
-                total = self._total("query", part, (losses, outputs), weight)
-                params = self.layout.views(theta[rows])
-                if wants:
-                    inputs = {name: part[name] for name in QUERY if name in wants}
-                    to_params, to_inputs = gradient(total, params, inputs)
-                    grads.append({**to_inputs, "theta": self.layout.flatten(to_params)})
-                else:
-                    total(params, {})
-        names = grads[0] if grads else ()
-        joined = {name: torch.cat([part[name] for part in grads]) for name in names}
-        return torch.cat(losses), torch.cat(outputs), joined
+    def _curved(
+        self, tape: Tape, k: int, back: Pullback, data: Tensors, inputs: Tensors, result: Tensors
+    ) -> Tensor | None:
+        """H_k times what goes back to g_k, whose share in the inputs is added to the result."""
+        if back.grads is None:
+            return None
+        at = k, tape.thetas[k], back.grads
+        product, mixed = self.passes.curvature(*at, data, inputs, tape.randoms[k])
+        for name, tensor in mixed.items():
+            result[name] += tensor
+        return product
 
     def meta_gradient(
         self,
@@ -185,7 +163,8 @@ class InnerLoop:
         """
         sources = {"theta": theta, "lr": step, **data}
         unreached = SUPPORT if self.first_order else ()
-        result = {n: torch.zeros_like(sources[n]) for n in wants if n not in unreached}
+        shapes = {**sources, **self.rule_parameters}
+        result = {n: torch.zeros_like(shapes[n]) for n in wants if n not in unreached}
         losses, outputs = [], []
         for rows in chunks:
             part = {name: take_tasks(name, tensor, rows) for name, tensor in sources.items()}
@@ -203,33 +182,6 @@ class InnerLoop:
         tasks = len(data["query_x"])
         means = {name: total.div_(tasks) for name, total in result.items()}
         return torch.cat(losses).mean(), torch.cat(outputs), means
-
-    def _total(
-        self,
-        role: str,
-        data: Tensors,
-        kept: tuple[list, list] | None = None,
-        weight: float = 1.0,
-    ) -> Total:
-        """The summed loss as a function of parameters and of the inputs that replace ``data``."""
-
-        def total(params: Tensors, inputs: Tensors) -> Tensor:
-            x, y = (inputs.get(name, data[name]) for name in (f"{role}_x", f"{role}_y"))
-            losses, outputs = self.call.losses(params, x, y, self.losses[role])
-            if kept is not None:
-                kept[0].append(losses.detach())
-                kept[1].append(outputs.detach())
-            return losses.sum() if weight == 1 else weight * losses.sum()
-
-        return total
-
-    def _query_groups(self, data: Tensors) -> Iterator[slice]:
-        tasks, queries = data["query_x"].shape[:2]
-        size = tasks
-        if self.steps > 0:
-            passes = 1 if self.first_order else _HVP_ACTIVATIONS
-            size = max(1, passes * tasks * data["support_x"].shape[1] // queries)
-        return (slice(start, start + size) for start in range(0, tasks, size))
 
 
 @dataclass
@@ -262,7 +214,7 @@ class _WeightedQueries:
             return
         weight = self.weights[k]
         wants = self.wants if weight else set()
-        losses, self.outputs, grads = self.loop.query(k, theta, self.data, wants, weight)
+        losses, self.outputs, grads = self.loop.passes.query(k, theta, self.data, wants, weight)
         # A weight of 0 means not asked for: 0 times an infinite loss would be NaN.
         weighted = weight * losses if weight else torch.zeros_like(losses)
         self.losses = weighted if self.losses is None else self.losses + weighted
@@ -277,7 +229,9 @@ def _row(step: Tensor, k: int) -> int:
 
 
 def take_tasks(name: str, tensor: Tensor, rows: slice) -> Tensor:
-    """A chunk of the tasks' rows; parameters and step sizes that tasks share stay whole."""
+    """A chunk of the tasks' rows; what tasks share stays whole."""
+    if name.startswith(PREFIX):
+        return tensor
     if name == "lr":
         return tensor if tensor.shape[1] == 1 else tensor[:, rows]
     return tensor if name == "theta" and tensor.ndim < 2 else tensor[rows]

@@ -97,8 +97,8 @@ def hvp(
 
 def curvature(
     total: Total, params: Tensors, vector: Tensors, inputs: Tensors, mode: str
-) -> tuple[Tensors, Tensors, Tensors]:
-    """Gradient, Hessian-vector product, and the derivative of ``<grad, vector>`` to the inputs.
+) -> tuple[Tensors, Tensors]:
+    """Hessian-vector product, and the derivative of ``<grad, vector>`` to the inputs.
 
     What one step of the adjoint recursion needs, outside ``torch.func`` transforms and without a
     graph of the result.
@@ -110,18 +110,14 @@ def curvature(
         mode: as for ``hvp``.
 
     Returns:
-        ``(g, H vector, d<g, vector>/d inputs)``, each by name.
+        ``(H vector, d<g, vector>/d inputs)``, each by name.
     """
     if mode == "reverse":
         return _pull_back(total, params, vector, inputs)
     if mode == "forward":
         both = grad(total, argnums=(0, 1))
-        gradients, tangents = tangent(lambda p: both(p, inputs), params, vector)
-    else:
-        gradients, tangents = central_difference(
-            lambda p: gradient(total, p, inputs), params, vector
-        )
-    return gradients[0], *tangents
+        return tangent(lambda p: both(p, inputs), params, vector)[1]
+    return central_difference(lambda p: gradient(total, p, inputs), params, vector)[1]
 
 
 def gradient(total: Total, params: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
@@ -190,7 +186,7 @@ def central_difference(
 
 def _pull_back(
     total: Total, params: Tensors, vector: Tensors, inputs: Tensors
-) -> tuple[Tensors, Tensors, Tensors]:
+) -> tuple[Tensors, Tensors]:
     params, inputs = _leaves(params), _leaves(inputs)
     parameters = list(params.values())
     with torch.enable_grad():
@@ -198,8 +194,7 @@ def _pull_back(
         grads = derivative([value], [torch.ones_like(value)], parameters, create_graph=True)
     cotangents = [vector[name] for name in params]
     second = derivative(grads, cotangents, [*parameters, *inputs.values()])
-    first = {name: g.detach() for name, g in zip(params, grads, strict=True)}
-    return first, *_split(second, params, inputs)
+    return _split(second, params, inputs)
 
 
 def _leaves(tensors: Tensors) -> Tensors:

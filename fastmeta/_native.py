@@ -26,9 +26,10 @@ except ImportError as error:
 
 OPS = ("inner_update", "prototypes", "pairwise_distance", "prototype_loss", "linear_head")
 CONVOLUTION = "task_conv2d"
+BATCH_NORM = "task_batch_norm"
 PROGRAM = "task_program"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-PROGRAM_DTYPES = (torch.float32, torch.float64)  # and of the convolution on a CPU
+WIDE_DTYPES = (torch.float32, torch.float64)  # of the batch norm and the task program
 BACKENDS = ("native", "torch")
 
 
@@ -39,14 +40,10 @@ def _has_kernel(op: str, device: str) -> bool:
     return _C is not None and has(f"fastmeta::{name}", device.upper())
 
 
-def _dtypes(op: str, device: str) -> tuple[torch.dtype, ...]:
-    return PROGRAM_DTYPES if op == PROGRAM or (op, device) == (CONVOLUTION, "cpu") else DTYPES
-
-
 # What follows is traced by torch.compile: plain tables and globals, which it guards on.
-NAMES = (*OPS, CONVOLUTION, PROGRAM)
+NAMES = (*OPS, CONVOLUTION, BATCH_NORM, PROGRAM)
 KERNELS = {
-    (op, device): _dtypes(op, device)
+    (op, device): WIDE_DTYPES if op in (BATCH_NORM, PROGRAM) else DTYPES
     for op in NAMES
     for device in ("cpu", "cuda")
     if _has_kernel(op, device)
@@ -123,7 +120,7 @@ def backend_of(
 
     Args:
         op: "inner_update", "prototypes", "pairwise_distance", "prototype_loss", "linear_head",
-            "task_conv2d" or "task_program".
+            "task_conv2d", "task_batch_norm" or "task_program".
         device: a device or its name.
         dtype: the tensors' dtype.
 

@@ -12,7 +12,7 @@ from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastmeta._routing import RoutedConvolutions
+from fastmeta._routing import RoutedLayers
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -147,7 +147,7 @@ class TaskModule:
         def one_task(params: dict[str, Tensor], buffers: dict[str, Tensor], *inputs: Tensor) -> Any:
             def call(x: Tensor) -> Tensor:
                 def run(params: dict[str, Tensor]) -> Tensor:
-                    return self._call({**params, **buffers, **shared}, x, routed=tasks != 1)
+                    return self._call({**params, **buffers, **shared}, x, vmapped=tasks != 1)
 
                 outputs = under_derivative(run, params) if decompose else run(params)
                 if not isinstance(outputs, Tensor):
@@ -168,10 +168,9 @@ class TaskModule:
                 ) from error
             raise
 
-    def _call(self, tensors: dict[str, Tensor], x: Tensor, routed: bool) -> Tensor:
+    def _call(self, tensors: dict[str, Tensor], x: Tensor, vmapped: bool) -> Tensor:
         with ExitStack() as stack:
-            if routed:
-                stack.enter_context(RoutedConvolutions())
+            stack.enter_context(RoutedLayers(vmapped))
             for table, names in self._places:
                 values = {key: tensors[name] for key, name in names.items()}
                 stack.enter_context(_temporarily(table, values))

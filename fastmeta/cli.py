@@ -123,7 +123,7 @@ def _add_train(commands: Any) -> None:
         "--shots", type=int, metavar="K", help="support examples a class (1, sinusoid 10)"
     )
     data.add_argument("--queries", type=int, metavar="Q", help="queries a class (15, sinusoid 10)")
-    usual = "tasks an iteration (ProtoNet 4, MAML 16, sinusoid 25)"
+    usual = "tasks an iteration (ProtoNet 4, others 16, sinusoid 25)"
     data.add_argument("--meta-batch", type=int, metavar="T", help=usual)
     both = parser.add_argument_group("learner")
     both.add_argument(
@@ -133,17 +133,36 @@ def _add_train(commands: Any) -> None:
     both.add_argument("--precision", choices=PRECISIONS, help="of training (float32)")
     both.add_argument("--lr", type=float, metavar="LR", help="outer step size, Adam (0.001)")
     both.add_argument("--lr-halve-every", type=int, metavar="I", help="iterations; 0: constant (0)")
+    usual = "iterations over which the outer step size falls by a cosine; 0: none (MAML++: all)"
+    both.add_argument("--lr-cosine", type=int, metavar="I", help=usual)
     proto = parser.add_argument_group("ProtoNet")
     proto.add_argument("--train-ways", type=int, metavar="N", help="ways in training (--ways)")
     proto.add_argument("--metric", choices=METRICS, help="distance (sqeuclidean)")
-    maml = parser.add_argument_group("MAML")
-    maml.add_argument("--steps", type=int, metavar="K", help="inner steps in training (1)")
-    maml.add_argument("--eval-steps", type=int, metavar="K", help="and in evaluation (--steps)")
-    maml.add_argument(
-        "--inner-lr", type=float, metavar="A", help="inner step size (0.4, sinusoid 0.01)"
-    )
-    maml.add_argument("--learn-lr", action="store_true", help="learn the inner step sizes")
-    maml.add_argument("--first-order", action="store_true", help="leave second derivatives out")
+    _add_inner_loop(parser)
+
+
+def _add_inner_loop(parser: argparse.ArgumentParser) -> None:
+    maml = parser.add_argument_group("MAML and its relatives")
+    usual = "inner steps in training (1; FOMAML, MAML++ and Reptile 5; iMAML 16)"
+    maml.add_argument("--steps", type=int, metavar="K", help=usual)
+    usual = "and in evaluation (--steps, Reptile 50)"
+    maml.add_argument("--eval-steps", type=int, metavar="K", help=usual)
+    usual = "inner step size (0.4; FOMAML, MAML++, iMAML 0.1; sinusoid 0.01; Reptile 0.001)"
+    maml.add_argument("--inner-lr", type=float, metavar="A", help=usual)
+    learned = "MAML, FOMAML: learn the inner step size"
+    maml.add_argument("--learn-lr", action="store_true", help=learned)
+    first = "MAML, Meta-SGD, Meta-Curvature: leave second derivatives out"
+    maml.add_argument("--first-order", action="store_true", help=first)
+    usual = "Reptile: examples of an inner step in training (10)"
+    maml.add_argument("--inner-batch", type=int, metavar="B", help=usual)
+    usual = "MAML++: iterations until the last step's loss is alone (1000)"
+    maml.add_argument("--multi-step-iterations", type=int, metavar="I", help=usual)
+    usual = "MAML++: iterations of first order at the start (0)"
+    maml.add_argument("--first-order-iterations", type=int, metavar="I", help=usual)
+    usual = "iMAML: weight of the distance to the start (2)"
+    maml.add_argument("--regularization", type=float, metavar="LAMBDA", help=usual)
+    usual = "iMAML: iterations of conjugate gradients (5)"
+    maml.add_argument("--cg-steps", type=int, metavar="N", help=usual)
 
 
 def _add_eval(commands: Any) -> None:
@@ -153,7 +172,7 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--ways", type=int, metavar="N", help="classes a task (as trained for)")
     parser.add_argument("--shots", type=int, metavar="K", help="support examples a class")
     parser.add_argument("--queries", type=int, metavar="Q", help="queries a class")
-    parser.add_argument("--steps", type=int, metavar="K", help="MAML: inner steps")
+    parser.add_argument("--steps", type=int, metavar="K", help="all but ProtoNet: inner steps")
     parser.add_argument("--data", metavar="DATA", help="other data than trained on")
     parser.add_argument("--seed", type=int, metavar="SEED", help="of the tasks (0)")
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, ... (as trained on)")

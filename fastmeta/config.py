@@ -14,7 +14,18 @@ import torch
 from fastmeta.data._checks import check_choice, check_count
 from fastmeta.ops._checks import METRICS
 
-ALGORITHMS = ("protonet", "maml")
+# Algorithms in words, as titles have them.
+NAMES = {
+    "protonet": "ProtoNet",
+    "maml": "MAML",
+    "fomaml": "FOMAML",
+    "reptile": "Reptile",
+    "metasgd": "Meta-SGD",
+    "mamlpp": "MAML++",
+    "metacurvature": "Meta-Curvature",
+    "imaml": "iMAML",
+}
+ALGORITHMS = tuple(NAMES)
 PROTOCOLS = ("official", "paper")
 POOLS = ("max", "stride")
 PRECISIONS = ("float32", "bfloat16")
@@ -25,8 +36,29 @@ _UNSET: Any = None
 CHANGEABLE = {
     *("out", "iterations", "time_limit", "checkpoint_every", "eval_tasks", "device", "threads"),
 }
-_PROTONET_ONLY = ("metric", "train_ways")
-_MAML_ONLY = ("steps", "eval_steps", "inner_lr", "first_order", "learn_lr")
+_INNER_LOOP = ("steps", "eval_steps", "inner_lr")
+# What each learner is made with; but for train_ways and eval_steps, by these names.
+OPTIONS = {
+    "protonet": ("metric", "train_ways"),
+    "maml": (*_INNER_LOOP, "first_order", "learn_lr"),
+    "fomaml": (*_INNER_LOOP, "learn_lr"),
+    "reptile": (*_INNER_LOOP, "inner_batch"),
+    "metasgd": (*_INNER_LOOP, "first_order"),
+    "mamlpp": (*_INNER_LOOP, "multi_step_iterations", "first_order_iterations"),
+    "metacurvature": (*_INNER_LOOP, "first_order"),
+    "imaml": (*_INNER_LOOP, "regularization", "cg_steps"),
+}
+_OF_SOME = tuple(dict.fromkeys(name for names in OPTIONS.values() for name in names))
+# Usual values that differ from MAML's.
+_USUAL: dict[str, dict[str, Any]] = {
+    "fomaml": {"steps": 5, "inner_lr": 0.1},
+    "reptile": {"steps": 5, "eval_steps": 50, "inner_lr": 0.001, "inner_batch": 10},
+    "mamlpp": {
+        **{"steps": 5, "inner_lr": 0.1},
+        **{"multi_step_iterations": 1000, "first_order_iterations": 0},
+    },
+    "imaml": {"steps": 16, "inner_lr": 0.1, "regularization": 2.0, "cg_steps": 5},
+}
 
 
 @dataclass(frozen=True)
@@ -36,26 +68,37 @@ class TrainConfig:
     An option left out takes its usual value, where that depends on the data or the algorithm too.
 
     Args:
-        algorithm: ``"protonet"`` or ``"maml"``.
-        data: ``"omniglot:PATH"``, ``"glyphs"`` or ``"sinusoid"`` (regression, MAML only).
+        algorithm: ``"protonet"``, ``"maml"``, or one of MAML's relatives: ``"fomaml"``,
+            ``"reptile"``, ``"metasgd"``, ``"mamlpp"``, ``"metacurvature"``, ``"imaml"``.
+        data: ``"omniglot:PATH"``, ``"glyphs"`` or ``"sinusoid"`` (regression, not for protonet).
         out: the run's folder; it is made.
         ways: classes a task, in evaluation and, but for ``train_ways``, in training (5).
         shots: support examples a class (1; sinusoid 10).
         queries: query examples a class (15; sinusoid 10).
-        meta_batch: tasks an iteration (protonet 4, maml 16; sinusoid 25).
+        meta_batch: tasks an iteration (protonet 4, others 16; sinusoid 25).
         hidden: channels of Conv4's layers (64), or units of the sinusoid network's two (40).
         pool: images: how Conv4 halves them, ``"max"`` pooling or ``"stride"``, 3.7 times less work.
         train_ways: protonet: classes a training task (``ways``); more make better embeddings.
         metric: protonet: ``"sqeuclidean"``, ``"euclidean"``, ``"cosine"`` or ``"dot"``.
-        steps: maml: inner steps in training (1).
-        eval_steps: maml: inner steps in evaluation (``steps``).
-        inner_lr: maml: step size of the inner loop (0.4; sinusoid 0.01).
-        first_order: maml: leave the second derivatives out.
-        learn_lr: maml: learn the inner step sizes, from ``inner_lr`` on.
+        steps: all but protonet: inner steps in training (1; fomaml, mamlpp and reptile 5; imaml
+            16).
+        eval_steps: all but protonet: inner steps in evaluation (``steps``; reptile 50); with mamlpp
+            at most ``steps``.
+        inner_lr: all but protonet: step size of the inner loop, where it starts if it is learned
+            (0.4; fomaml, mamlpp and imaml 0.1; sinusoid 0.01; reptile 0.001, that of Adam).
+        first_order: maml, metasgd, metacurvature: leave the second derivatives out.
+        learn_lr: maml, fomaml: learn the inner step size, from ``inner_lr`` on.
+        inner_batch: reptile: examples of an inner step in training (10).
+        multi_step_iterations: mamlpp: until the last step's loss is alone (1000).
+        first_order_iterations: mamlpp: of first order at the start (0).
+        regularization: imaml: the weight of the distance to the start, lambda (2).
+        cg_steps: imaml: iterations of conjugate gradients (5).
         precision: of training: ``"float32"``, or ``"bfloat16"``: autocast, weights and evaluation
             stay float32. Quick where the hardware multiplies bfloat16 matrices.
         lr: step size of Adam, which does the outer loop.
         lr_halve_every: iterations after which ``lr`` halves, again and again; 0: constant.
+        lr_cosine: iterations over which ``lr`` falls by half a cosine to a hundredth, where it
+            stays (mamlpp: ``iterations``); 0 or None: it does not.
         iterations: outer steps.
         seed: of the initial weights, the episodes and the dropout; 0 to 2**62 - 1.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
@@ -92,9 +135,15 @@ class TrainConfig:
     inner_lr: float | None = None
     first_order: bool = False
     learn_lr: bool = False
+    inner_batch: int | None = None
+    multi_step_iterations: int | None = None
+    first_order_iterations: int | None = None
+    regularization: float | None = None
+    cg_steps: int | None = None
     precision: str = "float32"
     lr: float = 1e-3
     lr_halve_every: int = 0
+    lr_cosine: int | None = None
     iterations: int = 2000
     seed: int = 0
     device: str = "cpu"
@@ -124,8 +173,7 @@ class TrainConfig:
     @property
     def title(self) -> str:
         """The run in words, e.g. ``"ProtoNet on omniglot"``."""
-        name = {"protonet": "ProtoNet", "maml": "MAML"}[self.algorithm]
-        return f"{name} on {self.data.partition(':')[0]}"
+        return f"{NAMES[self.algorithm]} on {self.data.partition(':')[0]}"
 
     @property
     def score(self) -> str:
@@ -137,9 +185,9 @@ class TrainConfig:
             raise ValueError("data: sinusoid is regression, which protonet cannot do; use maml")
         if self.regression and self.pool is not None:
             raise ValueError("pool: the network for sinusoid has no such option")
-        foreign = _MAML_ONLY if self.algorithm == "protonet" else _PROTONET_ONLY
-        for name in foreign:
-            if getattr(self, name) not in (None, False):
+        for name in _OF_SOME:
+            given = getattr(self, name) not in (None, False)
+            if given and name not in OPTIONS[self.algorithm]:
                 raise ValueError(f"{name}: {self.algorithm} has no such option")
 
     def _usual_values(self) -> dict[str, Any]:
@@ -152,9 +200,13 @@ class TrainConfig:
         if self.algorithm == "protonet":
             ways = usual["ways"] if self.ways is None else self.ways
             return usual | {"train_ways": ways, "metric": "sqeuclidean"}
-        steps = 1 if self.steps is None else self.steps
-        inner_lr = 0.01 if self.regression else 0.4
-        return usual | {"steps": steps, "eval_steps": steps, "inner_lr": inner_lr}
+        own = {"steps": 1, "inner_lr": 0.4, **_USUAL.get(self.algorithm, {})}
+        if self.regression and self.algorithm != "reptile":
+            own["inner_lr"] = 0.01
+        if self.algorithm == "mamlpp" and self.lr_halve_every == 0:
+            own["lr_cosine"] = self.iterations
+        own.setdefault("eval_steps", own["steps"] if self.steps is None else self.steps)
+        return usual | own
 
     def _check_values(self) -> None:
         check_count("ways", self.ways, least=1 if self.regression else 2)
@@ -171,6 +223,10 @@ class TrainConfig:
         if not self.regression:
             check_choice("pool", self.pool, POOLS)
         check_positive("lr", self.lr)
+        if self.lr_cosine is not None:
+            check_count("lr_cosine", self.lr_cosine, least=0)
+        if self.lr_cosine and self.lr_halve_every:
+            raise ValueError("lr_cosine: lr_halve_every is given too, and they exclude each other")
         if self.time_limit is not None:
             check_positive("time_limit", self.time_limit)
         check_device(self.device)
@@ -178,9 +234,21 @@ class TrainConfig:
             check_count("train_ways", self.train_ways, least=2)
             check_choice("metric", self.metric, METRICS)
         else:
-            check_count("steps", self.steps, least=1)
-            check_count("eval_steps", self.eval_steps, least=0)
-            check_positive("inner_lr", self.inner_lr)
+            self._check_inner_loop()
+
+    def _check_inner_loop(self) -> None:
+        check_count("steps", self.steps, least=1)
+        check_count("eval_steps", self.eval_steps, least=0)
+        check_positive("inner_lr", self.inner_lr)
+        if self.algorithm == "reptile":
+            check_count("inner_batch", self.inner_batch, least=1)
+        if self.algorithm == "mamlpp":
+            check_count("eval_steps", self.eval_steps, least=0, below=self.steps + 1)
+            check_count("multi_step_iterations", self.multi_step_iterations, least=0)
+            check_count("first_order_iterations", self.first_order_iterations, least=0)
+        if self.algorithm == "imaml":
+            check_positive("regularization", self.regularization)
+            check_count("cg_steps", self.cg_steps, least=0)
 
 
 def check_positive(name: str, value: object) -> None:
@@ -214,17 +282,20 @@ def read_options(out: Path) -> dict[str, Any]:
         options = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    if not isinstance(options, dict) or set(options) != names:
+    fields = dataclasses.fields(TrainConfig)
+    # A run from before an option was there lacks it, and is as if it had been left out.
+    optional = {field.name: None for field in fields if field.default is None}
+    names = {field.name for field in fields}
+    if not isinstance(options, dict) or set(options) | set(optional) != names:
         raise ValueError(f"{path} is damaged: it does not hold the options of a run")
-    return options
+    return optional | options
 
 
 def check_same_run(options: dict[str, Any], begun: dict[str, Any]) -> None:
     """Raise ValueError where ``options`` would turn the run that was ``begun`` into another one."""
     for name, now in options.items():
-        if begun[name] != now and name not in CHANGEABLE:
+        if begun.get(name) != now and name not in CHANGEABLE:
             raise ValueError(
-                f"{name}: the run to resume began with {begun[name]!r}, got {now!r}; "
+                f"{name}: the run to resume began with {begun.get(name)!r}, got {now!r}; "
                 "leave the option as it was, or train anew in another folder"
             )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.checkpoint import write_json
-from fastmeta.config import REGRESSION
+from fastmeta.config import NAMES, REGRESSION
 from fastmeta.data import Episode, Episodes, Source, from_spec
 from fastmeta.runs import EVALUATION, Learner, load_run
 
@@ -120,7 +120,7 @@ class Evaluator:
         """Adapt ``learner`` to every task and score it on the queries, in ``eval()`` mode.
 
         Args:
-            learner: a :class:`fastmeta.MAML` or :class:`fastmeta.ProtoNet`.
+            learner: a :class:`fastmeta.ProtoNet`, :class:`fastmeta.MAML` or relative of it.
             steps: inner steps; ``None``: the learner's own.
 
         Returns:
@@ -170,7 +170,7 @@ def evaluate_run(
         out: the run's folder.
         tasks: number of tasks, at least 2.
         ways, shots, queries: sizes of a task; ``None``: as the run was trained for.
-        steps: inner steps of MAML; ``None``: the run's ``eval_steps``.
+        steps: inner steps of all but a ProtoNet; ``None``: the run's ``eval_steps``.
         data: where tasks come from; ``None``: the evaluation split of the run's own data.
         seed: of the tasks.
         device: where to compute; ``None``: where the run was trained.
@@ -191,8 +191,9 @@ def evaluate_run(
     data = data or config.data
     if (data == REGRESSION) != config.regression:
         raise ValueError(f"data: a run on {config.data} cannot be evaluated on {data}")
-    if config.algorithm == "maml" and ways not in (None, config.ways):
-        raise ValueError(f"ways: this MAML's head has {config.ways} classes, got {ways}")
+    if config.algorithm != "protonet" and ways not in (None, config.ways):
+        name = NAMES[config.algorithm]
+        raise ValueError(f"ways: this {name}'s head has {config.ways} classes, got {ways}")
     if config.algorithm == "protonet" and steps is not None:
         raise ValueError(f"steps: a ProtoNet takes no inner steps, got {steps}")
     ways, shots, queries = (

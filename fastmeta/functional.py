@@ -12,6 +12,11 @@ so memory is K P a task and the activations of one step, where an unrolled graph
 With a query loss at every step, ``sum_k w_k L_q(theta_k)`` (MAML++: Antoniou 2019), the way back
 starts from ``w_K grad L_q(theta_K)`` and adds ``w_k grad L_q(theta_k)`` to v_k, which takes another
 P a task for each weight that is not 0.
+
+A rule other than plain descent, ``theta_{k+1}, s_{k+1} = U(theta_k, g_k, s_k)``, puts its own
+derivative in the place of ``lr``: with ``(a, b, d s_k, c)`` the vector-Jacobian product of U on
+``(v_{k+1}, d s_{k+1})``, ``v_k = a + H_k b``, and c goes to its learned hyperparameters. The way
+back then takes theta_k, g_k and s_k: K P a task for each of them.
 """
 
 from __future__ import annotations
@@ -20,21 +25,35 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.func import grad, vjp
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastmeta._adjoint import QUERY, SUPPORT, InnerLoop, Tape, take_tasks
+from fastmeta._adjoint import InnerLoop, Tape, take_tasks
+from fastmeta._checks import (
+    check_arena,
+    check_choice,
+    check_data,
+    check_integer,
+    checked_rows,
+    refuse_inference_mode,
+)
 from fastmeta._hvp import MODES, Tensors, central_difference, hvp, tangent
 from fastmeta._inner_step import inner_step
 from fastmeta._losses import with_checked_labels
+from fastmeta._passes import QUERY, SUPPORT, Minibatches, Passes
 from fastmeta._replay import AutocastState
 from fastmeta._stateless import NORM_STATISTICS, Loss, TaskModule
 from fastmeta.arena import Layout
+from fastmeta.rules._base import Rule
+from fastmeta.rules.sgd import PLAIN
+
+if TYPE_CHECKING:
+    from fastmeta._program_passes import ProgramPasses
 
 __all__ = ["FunctionalEngine", "hvp"]
 
@@ -73,6 +92,7 @@ class FunctionalEngine:
         norm_statistics: what batch and instance norms that track running statistics normalise by:
             ``"batch"``, those of the batch always, or ``"running"``, in ``eval()`` the running ones
             as in any module. Neither updates the running ones.
+        rule: what takes the inner steps, see ``fastmeta.rules``; None: plain descent.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of range.
@@ -95,19 +115,32 @@ class FunctionalEngine:
     hvp_mode: str = "reverse"
     task_chunk: int | None = None
     norm_statistics: str = "batch"
+    rule: Rule | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.module, nn.Module):
             raise TypeError(f"module: expected an nn.Module, got {type(self.module).__name__}")
         if not callable(self.loss):
             raise TypeError(f"loss: expected a callable, got {type(self.loss).__name__}")
-        _check_integer("steps", self.steps, 0)
+        check_integer("steps", self.steps, 0)
         if self.task_chunk is not None:
-            _check_integer("task_chunk", self.task_chunk, 1)
+            check_integer("task_chunk", self.task_chunk, 1)
         if not isinstance(self.first_order, bool):
             raise TypeError(f"first_order: expected a bool, got {self.first_order!r}")
         check_choice("hvp_mode", self.hvp_mode, MODES)
         check_choice("norm_statistics", self.norm_statistics, NORM_STATISTICS)
+        if not (self.rule is None or isinstance(self.rule, Rule)):
+            raise TypeError(f"rule: expected a fastmeta.rules.Rule, got {type(self.rule).__name__}")
+
+    @property
+    def inner_rule(self) -> Rule:
+        """What takes the inner steps."""
+        return PLAIN if self.rule is None else self.rule
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the inner steps are plain descent."""
+        return self.rule is None or self.rule.is_plain
 
     def parameters(self) -> Tensor:
         """The module's own trainable parameters as an arena ``[P]``, a differentiable copy."""
@@ -119,7 +152,12 @@ class FunctionalEngine:
 
     @never_traced
     def adapt(
-        self, theta: Tensor | None, lr: float | Tensor, support_x: Tensor, support_y: Tensor
+        self,
+        theta: Tensor | None,
+        lr: float | Tensor,
+        support_x: Tensor,
+        support_y: Tensor,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """The parameters of every task after K steps.
 
@@ -130,6 +168,8 @@ class FunctionalEngine:
                 matrix a step.
             support_x: ``[T, S, ...]``.
             support_y: ``[T, S, ...]``; int64 labels or floating-point targets.
+            rows: ``[K, B]`` int64: the examples that each step sees, the same of every task; None:
+                all of them at every step.
 
         Returns:
             ``[T, P]``, differentiable once in theta, lr and floating-point support.
@@ -140,12 +180,13 @@ class FunctionalEngine:
         """
         theta = self.parameters() if theta is None else theta
         data = dict(zip(SUPPORT, (support_x, support_y), strict=True))
-        loop, tasks, step = self._prepare(theta, lr, data)
+        loop, tasks, step = self._prepare(theta, lr, data, rows)
         if self.steps == 0:
-            return theta.expand(tasks, loop.layout.numel)
+            return theta.expand(tasks, loop.passes.layout.numel)
         sources = {"theta": theta, "lr": step, **data}
         parts = (_take_all(sources, rows) for rows in self._chunks(tasks))
-        chunks = [_Adapt.apply(loop, torch.is_grad_enabled(), *part) for part in parts]
+        enabled, learned = torch.is_grad_enabled(), loop.rule_parameters.values()
+        chunks = [_Adapt.apply(loop, enabled, *part, *learned) for part in parts]
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
     @never_traced
@@ -186,7 +227,8 @@ class FunctionalEngine:
         nonzero = {k: weight for k, weight in enumerate(weights, 1) if weight}
         by_step = {self.steps: 0.0, **nonzero} if weights else {self.steps: 1.0}
         options = loop, torch.is_grad_enabled(), self._chunks(tasks), by_step
-        return _MetaLoss.apply(*options, theta, step, *data.values())
+        inputs = theta, step, *data.values(), *loop.rule_parameters.values()
+        return _MetaLoss.apply(*options, *inputs)
 
     @never_traced
     def meta_gradient(
@@ -197,15 +239,16 @@ class FunctionalEngine:
         query_x: Tensor,
         query_y: Tensor,
         step_weights: Sequence[float] | Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensors]:
         """The meta-loss from the module's own parameters, with its gradient.
 
         Args:
             lr, support_x, support_y, query_x, query_y, step_weights: as for ``meta_loss``.
 
         Returns:
-            loss (scalar), outputs ``[T, Q, ...]``, the gradient to the parameters ``[P]``, and that
-            to ``lr``, if it is a tensor that requires one, in its shape. None has a graph.
+            loss (scalar), outputs ``[T, Q, ...]``, the gradient to the parameters ``[P]``, that to
+            ``lr``, if it is a tensor that requires one, in its shape, and those to the rule's
+            parameters that do, by name. None has a graph.
 
         Raises:
             TypeError, ValueError, RuntimeError: as for ``meta_loss``.
@@ -217,10 +260,43 @@ class FunctionalEngine:
             sources.append(lr)
         data = support_x, support_y, query_x, query_y
         data = (t.detach() if isinstance(t, Tensor) else t for t in data)
+        learned = {n: p for n, p in self.inner_rule.named_parameters() if p.requires_grad}
         with torch.enable_grad():
             loss, outputs = self.meta_loss(theta, lr, *data, step_weights)
-        to_theta, *to_lr = torch.autograd.grad(loss, sources)
-        return loss.detach(), outputs, to_theta, to_lr[0] if to_lr else None
+        grads = torch.autograd.grad(loss, [*sources, *learned.values()])
+        to_lr = grads[1] if is_learned(lr) else None
+        to_rule = dict(zip(learned, grads[len(sources) :], strict=True))
+        return loss.detach(), outputs, grads[0], to_lr, to_rule
+
+    @never_traced
+    def query_losses(
+        self, params: Tensor, query_x: Tensor, query_y: Tensor, gradient: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Each task's query loss at given parameters, as at those after K steps.
+
+        Args:
+            params: ``[P]`` for all tasks or ``[T, P]``.
+            query_x, query_y: ``[T, Q, ...]``.
+            gradient: whether it is wanted.
+
+        Returns:
+            losses ``[T]``, outputs ``[T, Q, ...]``, and the gradient of each task's loss to its
+            parameters ``[T, P]``. None has a graph.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as for ``adapt``.
+        """
+        data = dict(zip(QUERY, (query_x, query_y), strict=True))
+        wants, parts = {"theta"} if gradient else set(), []
+        with torch.no_grad():
+            loop, tasks, _ = self._prepare(params, 0.0, data)
+            params = params.expand(tasks, loop.passes.layout.numel)
+            for rows in self._chunks(tasks):
+                part = {name: tensor[rows] for name, tensor in data.items()}
+                parts.append(loop.passes.query(self.steps, params[rows], part, wants, 1.0))
+        losses, outputs, grads = zip(*parts, strict=True)
+        to_params = torch.cat([g["theta"] for g in grads]) if gradient else None
+        return torch.cat(losses), torch.cat(outputs), to_params
 
     @never_traced
     def hvp(self, params: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:
@@ -242,7 +318,7 @@ class FunctionalEngine:
         sources = {"params": params, "vector": vector}
         for name, arena in sources.items():
             check_arena(name, layout, arena, tasks)
-        _refuse_inference_mode("the product needs the gradient of the loss")
+        refuse_inference_mode("the product needs the gradient of the loss")
         call, loss = self.task_module(), with_checked_labels(self.loss, y, "y")
         products = []
         with call.conditions(), inner_step(0):
@@ -257,22 +333,31 @@ class FunctionalEngine:
         return torch.cat(products)
 
     def _prepare(
-        self, theta: Tensor, lr: float | Tensor, data: Tensors
+        self, theta: Tensor, lr: float | Tensor, data: Tensors, rows: Tensor | None = None
     ) -> tuple[InnerLoop, int, Tensor]:
         layout = Layout.of(self.module)
         tasks = check_data(layout, data)
         check_arena("theta", layout, theta, tasks)
         if self.steps > 0:
-            _refuse_inference_mode("adaptation needs the gradient of the support loss")
+            refuse_inference_mode("adaptation needs the gradient of the support loss")
+        rule = self.inner_rule
+        rule.check(layout)
+        whole = self.is_plain and rows is None and "support_x" in data
+        passes = self._passes(theta, data, whole)
+        if rows is not None:
+            passes = Minibatches(passes, checked_rows(rows, self.steps, data["support_x"]))
+        loop = InnerLoop(passes, self.steps, self.first_order, rule)
+        return loop, tasks, layout.step_size_array(lr, tasks, self.steps)
+
+    def _passes(self, theta: Tensor, data: Tensors, whole: bool) -> Passes | ProgramPasses:
+        """What inner loops are made of; ``whole``: one that a program has in one call, if any."""
         losses = {
             name.removesuffix("_y"): with_checked_labels(self.loss, data[name], name)
             for name in data
             if name.endswith("_y")
         }
-        loop = InnerLoop(
-            layout, self.task_module(), losses, self.steps, self.first_order, self.hvp_mode
-        )
-        return loop, tasks, layout.step_size_array(lr, tasks, self.steps)
+        options = self.steps, self.first_order, self.hvp_mode
+        return Passes(Layout.of(self.module), self.task_module(), losses, *options)
 
     def _chunks(self, tasks: int) -> list[slice]:
         size = self.task_chunk or tasks
@@ -320,26 +405,26 @@ class _Adapt(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loop: InnerLoop, enabled: bool, *inputs: Tensor) -> Tensor:
-        sources = {n: x.detach() for n, x in zip(_ADAPT_INPUTS, inputs, strict=True)}
-        ctx.wants = _wanted(ctx, enabled, _ADAPT_INPUTS)
+        ctx.names = *_ADAPT_INPUTS, *loop.rule_parameters
+        sources = {n: x.detach() for n, x in zip(ctx.names, inputs, strict=True)}
+        ctx.wants = _wanted(ctx, enabled, ctx.names)
         theta, tape = loop.run(sources["theta"], sources["lr"], sources, ctx.wants)
         ctx.loop, ctx.randoms, ctx.autocast = loop, tape.randoms, AutocastState(theta.device)
-        ctx.counts = len(sources), len(tape.states), len(tape.grads)
+        leaves, ctx.kept = tree_flatten((sources, tape.thetas, tape.grads, tape.states))
         # The module's constants are saved for their version check alone: the way back reads them.
-        ctx.save_for_backward(*sources.values(), *tape.states, *tape.grads, *loop.call.constants)
+        ctx.save_for_backward(*leaves, *loop.passes.constants)
         return theta
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = iter(ctx.saved_tensors)
-        inputs, states, grads = (list(islice(tensors, count)) for count in ctx.counts)
-        sources = dict(zip(_ADAPT_INPUTS, inputs, strict=True))
-        loop, tape = ctx.loop, Tape(states, ctx.randoms, grads)
+        leaves = ctx.saved_tensors[: ctx.kept.num_leaves]
+        sources, *kept = tree_unflatten(leaves, ctx.kept)
+        loop, tape = ctx.loop, Tape(*kept, ctx.randoms)
         with torch.no_grad(), ctx.autocast.restored():
             grads = loop.adjoint(tape, {loop.steps: v}, sources["lr"], sources, ctx.wants)
         shaped = [
             grads[name].sum_to_size(sources[name].shape) if name in ctx.wants & set(grads) else None
-            for name in _ADAPT_INPUTS
+            for name in ctx.names
         ]
         return None, None, *differentiable_once(shaped)
 
@@ -356,11 +441,12 @@ class _MetaLoss(torch.autograd.Function):
         weights: Mapping[int, float],
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        sources = {n: x.detach() for n, x in zip(_META_LOSS_INPUTS, inputs, strict=True)}
-        theta, step = sources.pop("theta"), sources.pop("lr")
-        wants = _wanted(ctx, enabled, _META_LOSS_INPUTS)
-        loss, outputs, grads = loop.meta_gradient(theta, step, sources, wants, chunks, weights)
-        ctx.save_for_backward(*(grads.get(name) for name in _META_LOSS_INPUTS))
+        names = *_META_LOSS_INPUTS, *loop.rule_parameters
+        theta, step, *data = (x.detach() for x in inputs[: len(_META_LOSS_INPUTS)])
+        data = dict(zip(SUPPORT + QUERY, data, strict=True))
+        wants = _wanted(ctx, enabled, names)
+        loss, outputs, grads = loop.meta_gradient(theta, step, data, wants, chunks, weights)
+        ctx.save_for_backward(*(grads.get(name) for name in names))
         ctx.mark_non_differentiable(outputs)
         return loss, outputs
 
@@ -406,60 +492,3 @@ def _take_all(sources: Tensors, rows: slice) -> list[Tensor]:
 
 def is_learned(lr: float | Tensor) -> bool:
     return isinstance(lr, Tensor) and lr.requires_grad
-
-
-def _check_integer(name: str, value: int, lowest: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < lowest:
-        raise ValueError(f"{name}: expected at least {lowest}, got {value}")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
-
-
-def _refuse_inference_mode(reason: str) -> None:
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(f"{reason}, which inference mode forbids; use torch.no_grad()")
-
-
-def check_arena(name: str, layout: Layout, arena: Tensor, tasks: int) -> None:
-    if not isinstance(arena, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(arena).__name__}")
-    if arena.shape not in ((layout.numel,), (tasks, layout.numel)):
-        raise ValueError(
-            f"{name}: expected shape [{layout.numel}] or [{tasks}, {layout.numel}], "
-            f"got {list(arena.shape)}"
-        )
-    if arena.dtype != layout.dtype:
-        raise TypeError(f"{name}: expected dtype {layout.dtype}, got {arena.dtype}")
-    if arena.device != layout.device:
-        raise ValueError(f"{name}: expected device {layout.device}, got {arena.device}")
-
-
-def check_data(layout: Layout, data: Tensors) -> int:
-    """The number of tasks in inputs and targets, which alternate."""
-    for name, tensor in data.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.ndim < 2 or 0 in tensor.shape[:2]:
-            raise ValueError(
-                f"{name}: expected shape [T, examples, ...] with at least one task and one "
-                f"example, got {list(tensor.shape)}"
-            )
-        if tensor.device != layout.device:
-            raise ValueError(f"{name}: expected device {layout.device}, got {tensor.device}")
-    tasks = len(next(iter(data.values())))
-    pairs = iter(data.items())
-    for (x_name, x), (y_name, y) in zip(pairs, pairs, strict=True):
-        for name, tensor in ((x_name, x), (y_name, y)):
-            if tensor.shape[:2] != (tasks, x.shape[1]):
-                raise ValueError(
-                    f"{name}: expected shape [{tasks}, {x.shape[1]}, ...], got {list(tensor.shape)}"
-                )
-        mixed = x.is_floating_point() and x.dtype != layout.dtype
-        if mixed and not torch.is_autocast_enabled(layout.device.type):
-            raise TypeError(f"{x_name}: expected dtype {layout.dtype}, got {x.dtype}")
-    return tasks

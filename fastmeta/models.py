@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ __all__ = [
     "PerStepBatchNorm2d",
     "ResNet12",
     "inner_step",
+    "with_per_step_norms",
 ]
 
 
@@ -221,3 +223,47 @@ class PerStepBatchNorm1d(_PerStepBatchNorm):
     """``PerStepBatchNorm2d`` for features ``[B, C]`` and sequences ``[B, C, L]``."""
 
     _ndims = (2, 3)
+
+
+def with_per_step_norms(model: nn.Module, steps: int) -> nn.Module:
+    """A copy of a model whose batch norms have a scale and a shift for each inner step.
+
+    Each row starts as the scale and the shift of the norm that it replaces; running statistics are
+    dropped.
+
+    Args:
+        model: any module.
+        steps: inner steps that have a row of their own, see ``PerStepBatchNorm2d``.
+
+    Raises:
+        ValueError: ``model`` has no ``BatchNorm1d`` or ``BatchNorm2d``.
+
+    Example:
+        >>> net = with_per_step_norms(Conv4(8), steps=5)
+        >>> net.features[0][1]
+        PerStepBatchNorm2d(8, steps=5, eps=1e-05)
+    """
+    replaced: dict[int, nn.Module] = {}
+    for module in model.modules():
+        kind = _PER_STEP.get(type(module))
+        if kind is not None:
+            replaced[id(module)] = _with_rows(kind, module, steps)
+    if not replaced:
+        raise ValueError(f"model: {type(model).__name__} has no BatchNorm1d or BatchNorm2d")
+    # What the copy takes for a module's copy is what the memo has under its id.
+    return copy.deepcopy(model, dict(replaced))
+
+
+def _with_rows(kind: type[_PerStepBatchNorm], norm: nn.Module, steps: int) -> nn.Module:
+    rows = kind(norm.num_features, steps, norm.eps)
+    if norm.affine:
+        rows.to(norm.weight.device, norm.weight.dtype)
+        with torch.no_grad():
+            rows.weight.copy_(norm.weight)
+            rows.bias.copy_(norm.bias)
+        rows.weight.requires_grad_(norm.weight.requires_grad)
+        rows.bias.requires_grad_(norm.bias.requires_grad)
+    return rows
+
+
+_PER_STEP = {nn.BatchNorm1d: PerStepBatchNorm1d, nn.BatchNorm2d: PerStepBatchNorm2d}

@@ -16,20 +16,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmeta._adjoint import QUERY, SUPPORT
+from fastmeta._checks import check_arena, check_choice, check_data
 from fastmeta._code import LossKind
 from fastmeta._graphs import DEVICE_TYPE, Graphs, check_option
 from fastmeta._hvp import Tensors
+from fastmeta._passes import QUERY, SUPPORT, Passes
 from fastmeta._prepared import Ready
 from fastmeta._program_call import Adapt, Call
+from fastmeta._program_passes import ProgramPasses
 from fastmeta._stateless import Loss
 from fastmeta._trace import Refusal
 from fastmeta.arena import Layout
 from fastmeta.functional import (
     FunctionalEngine,
-    check_arena,
-    check_choice,
-    check_data,
     is_learned,
     never_traced,
     read_step_weights,
@@ -186,9 +185,10 @@ class ProgramEngine(FunctionalEngine):
     module, the loss, the batch or the backend have no compiled program.
 
     Args:
-        module, loss, steps, first_order, hvp_mode, task_chunk, norm_statistics: as for
+        module, loss, steps, first_order, hvp_mode, task_chunk, norm_statistics, rule: as for
             ``FunctionalEngine``. The program's products are exact:
-            ``hvp_mode="finite_difference"`` is left to it.
+            ``hvp_mode="finite_difference"`` is left to it. A rule other than plain descent takes
+            its steps between compiled calls: a gradient a step, and a product a step back.
         memory: ``"keep"`` the activations of all steps for the way back, ``"recompute"`` them step
             by step, or ``"auto"``: keep them where they take at most twice the room of the K
             parameter vectors, or those of all tasks that are computed at a time 512 MiB.
@@ -242,7 +242,12 @@ class ProgramEngine(FunctionalEngine):
 
     @never_traced
     def adapt(
-        self, theta: Tensor | None, lr: float | Tensor, support_x: Tensor, support_y: Tensor
+        self,
+        theta: Tensor | None,
+        lr: float | Tensor,
+        support_x: Tensor,
+        support_y: Tensor,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """The parameters of every task after K steps, as ``FunctionalEngine.adapt`` says.
 
@@ -250,9 +255,10 @@ class ProgramEngine(FunctionalEngine):
             ValueError: besides, where a program is ``required`` and there is none.
         """
         data = support_x, support_y
-        call = self._call(theta, dict(zip(SUPPORT, data, strict=True)))
+        whole = self.is_plain and rows is None
+        call = self._call(theta, dict(zip(SUPPORT, data, strict=True))) if whole else None
         if call is None or self.steps == 0:
-            return super().adapt(theta, lr, *data)
+            return super().adapt(theta, lr, *data, rows)
         step = call.program.layout.step_size_array(lr, call.tasks, self.steps)
         start = call.program.adapted if theta is None else (theta,)
         if torch.is_grad_enabled():
@@ -299,7 +305,7 @@ class ProgramEngine(FunctionalEngine):
         query_x: Tensor,
         query_y: Tensor,
         step_weights: Sequence[float] | Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensors]:
         """The meta-loss with its gradient, as ``FunctionalEngine.meta_gradient`` says.
 
         Raises:
@@ -316,14 +322,16 @@ class ProgramEngine(FunctionalEngine):
         if not is_learned(lr):
             step = call.program.layout.step_size_array(lr, *sizes)
             result = call.loss_and_gradient(step, data)
-            if call.is_one_compiled and not weights and not isinstance(lr, Tensor):
+            # What is prepared would not notice that a rule has changed.
+            fixed = self.rule is None and not isinstance(lr, Tensor)
+            if call.is_one_compiled and not weights and fixed:
                 self.programs.latest = Latest(lr, call, step, data)
-            return result
+            return *result, {}
         with torch.enable_grad():
             leaf = lr.detach().requires_grad_()
             step = call.program.layout.step_size_array(leaf, *sizes)
         loss, outputs, to_theta, to_step = call.loss_and_gradient(step.detach(), data, True)
-        return loss, outputs, to_theta, torch.autograd.grad(step, leaf, to_step)[0]
+        return loss, outputs, to_theta, torch.autograd.grad(step, leaf, to_step)[0], {}
 
     @never_traced
     def hvp(self, params: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:
@@ -370,6 +378,8 @@ class ProgramEngine(FunctionalEngine):
         """Why the meta-gradients of a program are not replayed from CUDA graphs; or nothing."""
         if isinstance(program, str):
             return f"there is no task program: {program}"
+        if not self.is_plain:
+            return f"the inner rule is {self.inner_rule.title}, which steps between the calls"
         layout = program.layout
         if layout.device.type != DEVICE_TYPE:
             return f"the parameters are on {layout.device.type}"
@@ -382,9 +392,9 @@ class ProgramEngine(FunctionalEngine):
     def _meta_call(
         self, theta: Tensor | None, data: tuple[Tensor, ...], weights: Sequence[float]
     ) -> Call | None:
-        """The call of a meta-gradient: that of ``_call``, with graphs where they are wanted."""
+        """The call of a whole meta-gradient, with graphs where they are wanted, if there is one."""
         named = dict(zip(SUPPORT + QUERY, data, strict=True))
-        call = self._call(theta, named, weights)
+        call = self._call(theta, named, weights) if self.is_plain else None
         if self.cuda_graph is False or (call is None and self.cuda_graph == "auto"):
             return call
         why = self.why_no_graph(self.program(named) if call is None else call.program)
@@ -412,6 +422,11 @@ class ProgramEngine(FunctionalEngine):
             if self.required:
                 raise ValueError(f"there is no task program: {refusal}") from None
             return None
+
+    def _passes(self, theta: Tensor, data: Tensors, whole: bool) -> Passes | ProgramPasses:
+        # A whole call that comes here has found no program, and need not look for it again.
+        call = None if whole else self._call(theta, data)
+        return super()._passes(theta, data, whole) if call is None else ProgramPasses(call)
 
     def _prepared(self, theta: Tensor | None, data: Tensors, weights: Sequence[float]) -> Call:
         plan = self.programs.plan(self._lowered(), data)

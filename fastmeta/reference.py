@@ -175,7 +175,7 @@ def task_conv2d(
 ) -> torch.Tensor:
     """Each task's convolution [T, B, O, H', W'], as one whose groups are the tasks.
 
-    Channels-last in memory, as the compiled one is.
+    Channels-last in memory where x is, as the compiled one is.
     """
     tasks, examples = x.shape[:2]
     wide = accumulation_dtype(x.dtype)
@@ -189,5 +189,30 @@ def task_conv2d(
         options = tuple(stride), tuple(padding), tuple(dilation), tasks * groups
         out = F.conv2d(images, weight.to(wide).flatten(0, 1), biases, *options)
         out = out.unflatten(1, (tasks, weight.shape[1])).transpose(0, 1).to(x.dtype)
-    copy = out.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format)
+    if is_channels_last(x):
+        return as_channels_last(out)
+    return out.clone(memory_format=torch.contiguous_format)
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether images [T, B, C, H, W] are channels-last in memory, and not contiguous too."""
+    by_channels = x.shape[2] > 1 and x.stride(2) == 1 and x.stride(4) == x.shape[2]
+    return by_channels and not x.is_contiguous()
+
+
+def as_channels_last(x: torch.Tensor) -> torch.Tensor:
+    """A copy of the images [T, B, C, H, W]."""
+    copy = x.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format)
     return copy.permute(0, 1, 4, 2, 3)
+
+
+def task_batch_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """x [T, B, C, ...] by the statistics of each task's channels, weight and bias [T, C]."""
+    wide, dims = x.to(accumulation_dtype(x.dtype)), (1, *range(3, x.dim()))
+    shape = (*weight.shape[:1], 1, *weight.shape[1:], *(1 for _ in dims[1:]))
+    centred = wide - wide.mean(dims, keepdim=True)
+    variance = centred.square().mean(dims, keepdim=True)
+    y = weight.view(shape) * (centred * (variance + eps).rsqrt()) + bias.view(shape)
+    return y.to(x.dtype)

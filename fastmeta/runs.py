@@ -10,13 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastmeta.algorithms.maml import MAML
-from fastmeta.algorithms.protonet import ProtoNet
+from fastmeta import algorithms
+from fastmeta.algorithms import MAML, ProtoNet
 from fastmeta.checkpoint import load_checkpoint, write_json
-from fastmeta.config import TrainConfig, read_options
-from fastmeta.models import MLP, Conv4
+from fastmeta.config import OPTIONS, TrainConfig, read_options
+from fastmeta.models import MLP, Conv4, with_per_step_norms
 
 Learner = MAML | ProtoNet
+
+_INNER_LOOP: dict[str, type[MAML]] = {
+    "maml": MAML,
+    "fomaml": algorithms.FOMAML,
+    "reptile": algorithms.Reptile,
+    "metasgd": algorithms.MetaSGD,
+    "mamlpp": algorithms.MAMLPlusPlus,
+    "metacurvature": algorithms.MetaCurvature,
+    "imaml": algorithms.IMAML,
+}
+_NOT_THE_LEARNERS = ("inner_lr", "eval_steps")
 
 CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.json", "metrics.jsonl"
 CURVE, EVALUATION = "curve.png", "eval.json"
@@ -72,19 +83,18 @@ def build_learner(config: TrainConfig, input_shape: list[int]) -> Learner:
         channels, height, width = input_shape
         if height != width:
             raise ValueError(f"data: expected square images, got {height} x {width} pixels")
-        ways = config.ways if config.algorithm == "maml" else None
+        ways = None if config.algorithm == "protonet" else config.ways
         network = Conv4(config.hidden, ways, channels, height, str(config.pool))
     if config.algorithm == "protonet":
         network.to(memory_format=torch.channels_last)  # what convolutions run fastest on
         return ProtoNet(network, metric=str(config.metric)).to(config.device)
-    options: dict[str, Any] = {
-        "lr": config.inner_lr,
-        "steps": config.steps,
-        "first_order": config.first_order,
-        "learn_lr": config.learn_lr,
-        "loss": F.mse_loss if config.regression else F.cross_entropy,
-    }
-    return MAML(network, **options).to(config.device)
+    if config.algorithm == "mamlpp" and not config.regression:
+        network = with_per_step_norms(network, config.steps)
+    own = [name for name in OPTIONS[config.algorithm] if name not in _NOT_THE_LEARNERS]
+    options: dict[str, Any] = {name: getattr(config, name) for name in own}
+    options["loss"] = F.mse_loss if config.regression else F.cross_entropy
+    make = _INNER_LOOP[config.algorithm]
+    return make(network, lr=config.inner_lr, **options).to(config.device)
 
 
 @dataclasses.dataclass(frozen=True)

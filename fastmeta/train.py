@@ -15,6 +15,8 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, StepLR
 from tqdm import tqdm
 
 from fastmeta.checkpoint import (
@@ -39,6 +41,7 @@ from fastmeta.runs import (
     build_learner,
     check_folder,
 )
+from fastmeta.schedules import cosine_schedule
 
 __all__ = ["Result", "TrainConfig", "train"]
 
@@ -52,7 +55,7 @@ class Result:
 
     Attributes:
         config: its options.
-        learner: the trained :class:`fastmeta.ProtoNet` or :class:`fastmeta.MAML`.
+        learner: the trained :class:`fastmeta.ProtoNet`, :class:`fastmeta.MAML` or relative of it.
         iteration: outer steps taken, in all sessions together.
         seconds: training time, in all sessions together.
         stopped: ``"finished"``, ``"time limit"``, ``"SIGINT"`` or ``"SIGTERM"``.
@@ -146,9 +149,7 @@ class _Run:
         self.small = sum(parameter.numel() for parameter in self.parameters) <= _SMALL
         # Fused takes half as long on a small network, and a checkpoint of another kind stays so.
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
-        self.schedule = torch.optim.lr_scheduler.StepLR(
-            self.optimizer, step_size=config.lr_halve_every or 2**62, gamma=0.5
-        )
+        self.schedule = _schedule(self.optimizer, config)
 
     def step(self, episode: Episode) -> dict[str, Any]:
         """Take one outer step; returns its record for the log."""
@@ -201,6 +202,12 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         set_rng_state(state["rng"], torch.device(self.config.device))
+
+
+def _schedule(optimizer: Optimizer, config: TrainConfig) -> LRScheduler:
+    if config.lr_cosine:
+        return cosine_schedule(optimizer, config.lr_cosine)
+    return StepLR(optimizer, step_size=config.lr_halve_every or 2**62, gamma=0.5)
 
 
 def _loop(run: _Run, episodes: Episodes, validator: Evaluator | None, stop: _Stop) -> str:

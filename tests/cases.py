@@ -160,6 +160,16 @@ def head_case(
     return Case("linear_head", name, build, small=t * k * (s + n) * d <= 60)
 
 
+def norm_case(
+    name: str, t: int, b: int, c: int, size: tuple[int, int], affine: bool = True, **options: Any
+) -> Case:
+    def build(make: Maker) -> Arguments:
+        rows = [make.randn(t, c), make.randn(t, c)] if affine else []
+        return (make.randn(t, b, c, *size), *rows), options
+
+    return Case("task_batch_norm", name, build, small=t * b * c * size[0] * size[1] <= 40)
+
+
 def unbatched(case: Case) -> Case:
     def build(make: Maker) -> Arguments:
         args, options = case.build(make)
@@ -263,6 +273,16 @@ LINEAR_HEAD = [
     head_case("cross_entropy", 2, 3, 100, 20, 130, weight_decay=0.1),
 ]
 
+# Past vectors of 4 to 16 numbers, 128 of them, and the 256 threads of a block.
+TASK_BATCH_NORM = [
+    norm_case("2x3x2x2x1", 2, 3, 2, (2, 1)),
+    norm_case("plain", 1, 2, 2, (3, 2), affine=False),
+    unbatched(norm_case("3x2x1x2", 1, 3, 2, (1, 2), eps=0.1)),
+    norm_case("lines", 3, 5, 4, (7, 9)),
+    norm_case("one_pixel", 2, 70, 3, (1, 1)),
+    norm_case("large", 2, 3, 2, (31, 33), eps=1e-3),
+]
+
 CASES = [
     *INNER_UPDATE,
     *PROTOTYPES,
@@ -271,6 +291,7 @@ CASES = [
     *TASK_CONV2D,
     *TASK_LINEAR,
     *LINEAR_HEAD,
+    *TASK_BATCH_NORM,
 ]
 SMALL_CASES = [case for case in CASES if case.small]
 

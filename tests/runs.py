@@ -34,6 +34,12 @@ def maml(out: Path, **options: Any) -> TrainConfig:
     return TrainConfig("maml", "images", str(out), **{**TINY, **options})
 
 
+def relative(algorithm: str, out: Path, **options: Any) -> TrainConfig:
+    """Of a relative of MAML on images, with few steps."""
+    usual = {"steps": 2, "eval_steps": 2, **TINY}
+    return TrainConfig(algorithm, "images", str(out), **{**usual, **options})
+
+
 def run(config: TrainConfig, **how: Any) -> Result:
     return train(config, source=None if config.regression else images(), **how)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
@@ -20,6 +21,15 @@ from fastmeta.config import CHANGEABLE, TrainConfig, check_same_run, read_option
         ("maml", "omniglot:x", {"train_ways": None, "metric": None}),
         ("maml", "sinusoid", {"ways": 1, "shots": 10, "queries": 10, "hidden": 40}),
         ("maml", "sinusoid", {"meta_batch": 25, "inner_lr": 0.01}),
+        ("maml", "glyphs", {"lr_cosine": None, "inner_batch": None, "cg_steps": None}),
+        ("fomaml", "glyphs", {"meta_batch": 16, "steps": 5, "eval_steps": 5, "inner_lr": 0.1}),
+        ("metasgd", "glyphs", {"steps": 1, "eval_steps": 1, "inner_lr": 0.4}),
+        ("metacurvature", "sinusoid", {"steps": 1, "inner_lr": 0.01, "ways": 1}),
+        ("reptile", "glyphs", {"steps": 5, "eval_steps": 50, "inner_lr": 0.001}),
+        ("reptile", "sinusoid", {"inner_lr": 0.001, "inner_batch": 10, "lr_cosine": None}),
+        ("mamlpp", "glyphs", {"steps": 5, "eval_steps": 5, "inner_lr": 0.1, "lr_cosine": 2000}),
+        ("mamlpp", "glyphs", {"multi_step_iterations": 1000, "first_order_iterations": 0}),
+        ("imaml", "glyphs", {"steps": 16, "inner_lr": 0.1, "regularization": 2.0, "cg_steps": 5}),
     ],
 )
 def test_usual_values(algorithm, data, expected):
@@ -31,6 +41,10 @@ def test_usual_values_follow_the_options_given():
     assert TrainConfig("protonet", "glyphs", "out", ways=7).train_ways == 7
     assert TrainConfig("maml", "glyphs", "out", steps=3).eval_steps == 3
     assert TrainConfig("maml", "glyphs", "out", steps=3, eval_steps=0).eval_steps == 0
+    assert TrainConfig("reptile", "glyphs", "out", steps=3).eval_steps == 50
+    assert TrainConfig("mamlpp", "glyphs", "out", iterations=7).lr_cosine == 7
+    assert TrainConfig("mamlpp", "glyphs", "out", lr_cosine=0).lr_cosine == 0
+    assert TrainConfig("mamlpp", "glyphs", "out", lr_halve_every=9).lr_cosine is None
 
 
 def test_a_config_says_what_it_is():
@@ -57,7 +71,7 @@ def test_every_option_but_the_changeable_must_stay():
 @pytest.mark.parametrize(
     ("algorithm", "data", "options", "message"),
     [
-        ("proto", "glyphs", {}, "algorithm: .*protonet, maml, got 'proto'"),
+        ("proto", "glyphs", {}, "algorithm: .*protonet, maml, .*, got 'proto'"),
         ("protonet", "sinusoid", {}, "data: sinusoid is regression"),
         ("maml", "glyphs", {"pool": "mean"}, "pool: .*max, stride, got 'mean'"),
         ("maml", "sinusoid", {"pool": "max"}, "pool: the network for sinusoid has no such option"),
@@ -84,6 +98,22 @@ def test_every_option_but_the_changeable_must_stay():
         ("maml", "glyphs", {"eval_tasks": 1}, "eval_tasks: expected an integer >= 2, got 1"),
         ("maml", "glyphs", {"checkpoint_every": 0}, "checkpoint_every: expected an integer >= 1"),
         ("maml", "glyphs", {"hidden": 0}, "hidden: expected an integer >= 1, got 0"),
+        ("fomaml", "glyphs", {"first_order": True}, "first_order: fomaml has no such option"),
+        ("reptile", "glyphs", {"learn_lr": True}, "learn_lr: reptile has no such option"),
+        ("maml", "glyphs", {"inner_batch": 5}, "inner_batch: maml has no such option"),
+        ("maml", "glyphs", {"cg_steps": 5}, "cg_steps: maml has no such option"),
+        ("imaml", "glyphs", {"multi_step_iterations": 5}, "multi_step_iterations: imaml has no"),
+        ("reptile", "glyphs", {"inner_batch": -1}, "inner_batch: expected an integer >= 1, got -1"),
+        ("mamlpp", "glyphs", {"eval_steps": 6}, "eval_steps: expected an .* >= 0 and < 6, got 6"),
+        ("mamlpp", "glyphs", {"multi_step_iterations": -1}, "multi_step_iterations: expected an"),
+        ("mamlpp", "glyphs", {"first_order_iterations": -1}, "first_order_iterations: expected an"),
+        ("imaml", "glyphs", {"regularization": -2.0}, "regularization: expected a finite number"),
+        ("imaml", "glyphs", {"cg_steps": -1}, "cg_steps: expected an integer >= 0, got -1"),
+        ("maml", "glyphs", {"lr_cosine": -1}, "lr_cosine: expected an integer >= 0, got -1"),
+        (
+            *("maml", "glyphs", {"lr_cosine": 5, "lr_halve_every": 5}),
+            "lr_cosine: lr_halve_every is given too, and they exclude each other",
+        ),
         ("maml", "glyphs", {"meta_batch": 0}, "meta_batch: expected an integer >= 1, got 0"),
     ],
 )
@@ -97,6 +127,18 @@ def test_options_of_the_wrong_type():
         TrainConfig("maml", "glyphs", "out", lr="fast")
     with pytest.raises(TypeError, match="ways: expected an integer"):
         TrainConfig("maml", "glyphs", "out", ways=2.5)
+
+
+def test_a_run_from_before_an_option_was_there_is_read(tmp_path):
+    config = TrainConfig("maml", "glyphs", "out")
+    options = dataclasses.asdict(config)
+    added = ("lr_cosine", "inner_batch", "cg_steps")
+    older = {name: value for name, value in options.items() if name not in added}
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    assert TrainConfig(**read_options(tmp_path)) == config
+    check_same_run(options, older)
+    with pytest.raises(ValueError, match="lr_cosine: the run to resume began with None, got 5"):
+        check_same_run(options | {"lr_cosine": 5}, older)
 
 
 def test_a_damaged_config_is_named(tmp_path):

@@ -269,7 +269,8 @@ def test_every_op_of_the_kernel_check_runs_and_is_right():
     ops = {op for op, _ in every_kernel.calls(torch.float32, "cpu")}
     pairs = {f"{op}{suffix}" for op in fm._native.OPS for suffix in ("", "_backward")}
     convolutions = {f"task_conv2d{suffix}" for suffix in ("", "_input", "_weight")}
-    assert ops == {*pairs, *convolutions, "task_program_meta_gradient"}
+    norms = {f"task_batch_norm{suffix}" for suffix in ("", "_backward", "_backward_backward")}
+    assert ops == {*pairs, *convolutions, *norms, "task_program_meta_gradient"}
 
 
 @needs_native

@@ -118,11 +118,12 @@ def test_a_kind_is_shapes_dtypes_the_key_and_the_precision(monkeypatch):
     assert replays() == [1]
     run(graphs, 0)
     assert replays() == [2]
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = not before
-    run(graphs, 0)
-    torch.backends.cudnn.allow_tf32 = before
-    assert replays() == [2]
+    for setting in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        before = setting.allow_tf32
+        setting.allow_tf32 = not before
+        run(graphs, 0)
+        setting.allow_tf32 = before
+        assert replays() == [2]
 
 
 def test_what_is_captured_stays_while_other_kinds_come():

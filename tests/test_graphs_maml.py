@@ -49,8 +49,8 @@ def by_autograd(maml: fm.MAML, tasks: Tasks) -> list[Tensor]:
 
 
 def as_values(maml: fm.MAML, tasks: Tasks) -> list[Tensor]:
-    result = maml.meta_gradient(*tasks)
-    return [value for value in result if value is not None]
+    loss, outputs, grads, lr_grad, _ = maml.meta_gradient(*tasks)
+    return [value for value in (loss, outputs, grads, lr_grad) if value is not None]
 
 
 def step(maml: fm.MAML) -> None:

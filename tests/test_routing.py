@@ -1,4 +1,4 @@
-"""Convolutions of modules under the functional engine's vmap run on the kernels of task_conv2d."""
+"""Layers of images of any module run on fastmeta's kernels in the functional engine."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ class Net(nn.Module):
     def __init__(self, first: nn.Module):
         super().__init__()
         self.first = first
+        self.norm = nn.BatchNorm2d(16)
         self.weight = nn.Parameter(torch.randn(16, 16, 3, 3) / 12)
         self.bias = nn.Parameter(torch.randn(16))
         self.head = nn.Linear(16, 3)
 
     def forward(self, x):
-        x = self.first(x).sin()
+        x = self.norm(self.first(x)).sin()
         x = F.conv2d(input=x, weight=self.weight, bias=self.bias, padding=1).tanh()
         x = torch.conv2d(x, self.weight, None, 2, 1, 1, 1)
-        return self.head(x.mean((2, 3)))
+        x = F.batch_norm(x, None, None, training=True, eps=0.1)
+        return self.head(x.view(*x.shape[:2], -1).mean(2))
 
 
 FIRSTS = {
@@ -44,14 +46,18 @@ FIRSTS = {
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The routed calls, as they are made."""
+    """The names of the routed calls, as they are made."""
     made = []
 
-    def counted(*args, **kwargs):
-        made.append(kwargs)
-        return fm.task_conv2d(*args, **kwargs)
+    def counted(name):
+        def call(*args, **kwargs):
+            made.append(name)
+            return getattr(fm, name)(*args, **kwargs)
 
-    monkeypatch.setattr(_routing, "task_conv2d", counted)
+        return call
+
+    for name in ("task_conv2d", "task_batch_norm"):
+        monkeypatch.setattr(_routing, name, counted(name))
     return made
 
 
@@ -67,9 +73,10 @@ def engine_and_batch(first, device, dtype=torch.float64, **options):
 @pytest.mark.parametrize("first", FIRSTS)
 def test_the_gradient_is_that_of_torchs_convolutions(first, mode, device, calls):
     engine, batch = engine_and_batch(first, device, hvp_mode=mode)
-    loss, outputs, grads, _ = engine.meta_gradient(*batch)
-    forwards, rest = divmod(len(calls), 2 if first == "grouped" else 3)
+    loss, outputs, grads, *_ = engine.meta_gradient(*batch)
+    forwards, rest = divmod(calls.count("task_conv2d"), 2 if first == "grouped" else 3)
     assert forwards >= 5 and rest == 0  # two steps, there and back, and the queries
+    assert calls.count("task_batch_norm") == 2 * forwards
     calls.clear()
     with fm.use_backend("torch"):
         expected = engine.meta_gradient(*batch)
@@ -80,13 +87,33 @@ def test_the_gradient_is_that_of_torchs_convolutions(first, mode, device, calls)
 
 def test_what_is_not_routed(device, calls):
     engine, (lr, *data) = engine_and_batch("dense", device, torch.float32)
-    single = [tensor[:1] for tensor in data]
-    engine.meta_gradient(lr, *single)  # without vmap a convolution is an ordinary one
     with torch.autocast(device, torch.bfloat16):
         engine.meta_gradient(lr, *data)
     assert not calls
+    single = [tensor[:1] for tensor in data]
+    engine.meta_gradient(lr, *single)  # without vmap a convolution is an ordinary one
+    assert set(calls) == {"task_batch_norm"}
     engine.meta_gradient(lr, *data)
-    assert calls
+    assert "task_conv2d" in calls
+
+
+def test_norms_by_running_statistics_are_not_routed(device, calls):
+    engine, batch = engine_and_batch("dense", device, norm_statistics="running")
+    engine.module.norm.running_var.fill_(4.0)
+    engine.module.eval()
+    assert engine.module.norm.weight.numel() == 16
+    engine.meta_gradient(*batch)
+    assert calls.count("task_conv2d") == 3 * calls.count("task_batch_norm") > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_are_routed_but_for_bfloat16_on_a_cpu(dtype, device, calls):
+    engine, batch = engine_and_batch("dense", device, dtype)
+    loss, *_ = engine.meta_gradient(*batch)
+    assert bool(calls) == ((device, dtype) != ("cpu", torch.bfloat16))
+    with fm.use_backend("torch"):
+        expected, *_ = engine.meta_gradient(*batch)
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_norms_of_images_of_one_pixel(device):

@@ -14,14 +14,16 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vjp, vmap
 
 import fastmeta as fm
-from tests.cases import TASK_CONV2D, Maker, as_function
+from tests.cases import TASK_CONV2D, Maker, as_function, conv_case
 from tests.conftest import EMULATED
-from tests.test_ops import BACKENDS, assert_near
+from tests.test_ops import BACKENDS, assert_near, value_and_grads
 
 needs_kernels = pytest.mark.skipif(
     not fm.build_info()["native"], reason="the native extension was not built"
 )
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+# Whose copies in float32 are made by all threads.
+LARGE = conv_case("large", 1, 10, 18, 20, (14, 14), (3, 3), padding=1)
 each_case = pytest.mark.parametrize("case", TASK_CONV2D, ids=str)
 
 
@@ -78,14 +80,33 @@ def test_derivatives_of_a_vmapped_call(case, device):
     torch.testing.assert_close(forward, reverse, rtol=1e-10, atol=1e-12)
 
 
-@needs_kernels
+@each_backend
 @each_case
-def test_results_are_channels_last_and_such_images_give_the_same_bits(case, device):
+def test_results_have_the_layout_of_the_images(case, backend, device):
     args, options = case(torch.float32, device)
-    x = args[0].movedim(-3, -1).contiguous().movedim(-1, -3)
-    out = case.function(x, *args[1:], **options)
-    assert out.movedim(-3, -1).is_contiguous()
-    assert torch.equal(out, case.function(*args, **options))
+    turned = args[0].movedim(-3, -1).contiguous().movedim(-1, -3)
+    with fm.use_backend(backend):
+        out = case.function(*args, **options)
+        last = case.function(turned, *args[1:], **options)
+    assert_near(last, out, 0 if backend == "native" else 5e-6)
+    assert out.is_contiguous()
+    assert turned.is_contiguous() or last.movedim(-3, -1).is_contiguous()
+
+
+@needs_kernels
+@pytest.mark.parametrize("channels", [1, 16, 19])
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_gradients_have_the_layout_of_their_upstream(channels, layout, device):
+    make = Maker(torch.float32, device)
+    x, weight = make.randn(2, 3, channels, 6, 5), make.randn(2, 18, channels, 3, 3)
+    x, upstream = x.requires_grad_(), make.randn(2, 3, 18, 4, 3)
+    plain = torch.autograd.grad(fm.task_conv2d(x, weight), x, upstream)[0]
+    if layout == "channels-last":
+        upstream = upstream.movedim(2, -1).contiguous().movedim(-1, 2)
+    turned = torch.autograd.grad(fm.task_conv2d(x, weight), x, upstream)[0]
+    assert torch.equal(turned, plain) and plain.is_contiguous()
+    expected = turned.movedim(2, -1) if layout == "channels-last" else turned
+    assert expected.is_contiguous()
 
 
 @each_backend
@@ -118,20 +139,36 @@ def test_half_types_are_summed_in_float32(dtype, backend, device):
     with fm.use_backend(backend):
         out = fm.task_conv2d(x, weight)
     assert_near(out, loop(x.float(), weight.float()), 0.51 * torch.finfo(dtype).eps)
-    has_kernels = device == "cuda" or EMULATED
-    assert fm.backend_of("task_conv2d", device, dtype) == ("native" if has_kernels else "torch")
+    assert fm.backend_of("task_conv2d", device, dtype) == BACKENDS[0]
+
+
+@needs_kernels
+@pytest.mark.skipif(EMULATED, reason="tensor cores sum in another order than float32's kernels")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [*TASK_CONV2D, LARGE], ids=str)
+def test_half_types_on_a_cpu_are_float32_rounded_once(case, dtype):
+    """The output, its bias included, and the gradients of images and weights."""
+    args, options = case(dtype)
+    actual = value_and_grads(case, args, options)
+    expected = value_and_grads(case, tuple(a.float() for a in args), options, dtype)
+    for a, e in zip(actual[:3], expected[:3], strict=True):
+        rounding = torch.finfo(dtype).eps / 2 * e.abs() + 2e-6 * e.abs().max()
+        assert ((a.float() - e).abs() <= rounding).all()
 
 
 @needs_kernels
 @pytest.mark.parametrize("op", ["task_conv2d", "task_conv2d_input", "task_conv2d_weight"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("groups", [1, 6])
-def test_opcheck(op, groups, device):
+def test_opcheck(op, groups, layout, device):
     make = Maker(torch.float32, device)
     x, weight, bias = (
         make.randn(2, 3, 6, 5, 4),
         make.randn(2, 12, 6 // groups, 3, 2),
         make.randn(2, 12),
     )
+    if layout == "channels-last":
+        x = x.movedim(2, -1).contiguous().movedim(-1, 2)
     options = ([2, 1], [1, 0], [1, 2], groups)
     grad = torch.ops.fastmeta.task_conv2d(x, weight, bias, *options)
     args = {

@@ -22,7 +22,7 @@ import fastmeta as fm
 from benchmarks.agreement import TOLERANCE, relative_error
 from benchmarks.gpu.machine import ROOT
 from benchmarks.gpu.outcomes import NOT_AVAILABLE
-from fastmeta._native import CONVOLUTION, KERNELS, PROGRAM_DTYPES
+from fastmeta._native import CONVOLUTION, KERNELS, WIDE_DTYPES
 from fastmeta.lowering import Lowering
 from fastmeta.ops._raw import accumulation_dtype
 
@@ -37,6 +37,7 @@ CONVOLUTIONS = (
     *((33, 2, 8, 70, 9, 8, 1), (66, 2, 12, 20, 9, 8, 1), (2, 3, 6, 7, 6, 7, 1)),
     *((2, 3, 3, 5, 6, 7, 1), (2, 3, 5, 10, 6, 7, 5)),
 )
+NORMS = ((2, 3, 5, 99), (1, 70, 3, 1))  # T, B, C, P
 # A network, the shape of its examples, and the scale of its parameters: one that a block has in its
 # shared memory, one too large for that, and one of images.
 NETWORKS = (
@@ -85,7 +86,13 @@ def calls(dtype: torch.dtype, device: str) -> Iterator[Call]:
         yield "task_conv2d", (x, weight, rows(t, o), *options)
         yield "task_conv2d_input", (z, weight, [h, w], *options)
         yield "task_conv2d_weight", (z, x, [3, 3], *options)
-    for make, shape, scale in NETWORKS if dtype in PROGRAM_DTYPES else ():
+    for t, b, c, p in NORMS if dtype in WIDE_DTYPES else ():
+        v, g, x = rows(t, b, c, p), rows(t, b, c, p), rows(t, b, c, p)
+        weight, bias = rows(t, c), rows(t, c)
+        yield "task_batch_norm", (x, weight, bias, 1e-5)
+        yield "task_batch_norm_backward", (g, x, weight, 1e-5)
+        yield "task_batch_norm_backward_backward", (v, bias, weight, g, x, weight, 1e-5)
+    for make, shape, scale in NETWORKS if dtype in WIDE_DTYPES else ():
         program = Lowering(make(), F.mse_loss).program(shape)
         theta = rows(program.layout.numel) * scale
         lr, examples = (
@@ -109,23 +116,13 @@ def results(op: str, arguments: tuple[Any, ...], device: str) -> list[torch.Tens
     return [x.cpu() for x in ([out] if isinstance(out, torch.Tensor) else out)]
 
 
-def expected(op: str, arguments: tuple[Any, ...]) -> list[torch.Tensor]:
-    """The CPU's, whose convolutions of half types are in float32."""
-    if op.startswith("task_conv2d"):
-        arguments = tuple(
-            a.to(accumulation_dtype(a.dtype)) if isinstance(a, torch.Tensor) else a
-            for a in arguments
-        )
-    return results(op, arguments, "cpu")
-
-
 def run(device: str, report: Callable[[str], None] = print) -> int:
     """Calls every op; returns how many results differ from the CPU's."""
     wrong = count = 0
     for dtype, tolerance in TOLERANCE.items():
         for op, arguments in calls(dtype, device):
             count += 1
-            on_cpu = expected(op, arguments)
+            on_cpu = results(op, arguments, "cpu")
             for actual, e in zip(results(op, arguments, device), on_cpu, strict=True):
                 error = relative_error(actual, e)
                 if not error <= tolerance:

@@ -20,9 +20,6 @@ using LargeWeightTile = ProductTile<64, 128, 8, 8, 8, 3>;
 using ShortWeightTile = ProductTile<32, 128, 8, 4, 8, 2>;   // of few outputs
 using NarrowWeightTile = ProductTile<64, 32, 16, 4, 4, 4>;  // of few channels
 using SmallWeightTile = SmallProduct;
-template <typename T, typename value_t>  // tensor cores are done with a slice sooner
-using DeepTile =
-    ProductTile<T::kRows, T::kColumns, 16 * kInWord<value_t>, T::kM, T::kN, T::kBlocks>;
 
 template <typename value_t>
 struct GridConvolution {

@@ -145,6 +145,7 @@ class CpuConvolution {
   void write_weights(const value_t* packed, bool adds, value_t scale, value_t* room,
                      value_t* dw) const {
     const value_t* sum = packed;
+    if (!adds && scale == 1 && !sums_.is_identity()) return sums_.unpack(packed, dw);
     if (!sums_.is_identity()) {
       sums_.unpack(packed, room);
       sum = room;

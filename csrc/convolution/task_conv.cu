@@ -15,7 +15,8 @@ int launch_as(const Convolution<void>& c, int64_t tasks, bool tf32, void* worksp
   Convolution<value_t> typed{c.shape, c.to, c.examples, numbers<value_t>(c.c)};
   typed.bias = numbers<value_t>(c.bias);
   typed.add(numbers<value_t>(c.a[0]), numbers<value_t>(c.b[0]));
-  GridExecutor<value_t> executor(tasks, static_cast<acc_t<value_t>*>(workspace), stream, tf32);
+  GridExecutor<value_t> executor(tasks, static_cast<acc_t<value_t>*>(workspace), stream,
+                                 {.convolutions = tf32});
   executor.convolution(typed, NoFinish{});
   return executor.error();
 }

@@ -24,10 +24,12 @@ Convolution<void> convolution(const TaskConvCall& call) {
 }
 
 struct OnCuda {
-  static constexpr bool kHasHalfTypes = true;
   static void check_size(const ConvShape& shape) { check_counts_in_int(shape, "task_conv2d"); }
 
   static at::Tensor channels_last(const at::Tensor& x) { return fastmeta::channels_last(x); }
+  static at::Tensor channels_first(const at::Tensor& x) {
+    return x.permute({0, 1, 4, 2, 3}).contiguous();
+  }
   static void run(const TaskConvCall& call, const at::Tensor& like) {
     const c10::cuda::CUDAGuard guard(like.device());
     const auto workspace = scratch(task_conv_workspace(call.dtype), like);

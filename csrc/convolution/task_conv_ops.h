@@ -1,8 +1,8 @@
 // The ops of convolution: tensors to a call of one of the three maps, and the call to what runs it:
 //
 //   Device::channels_last(x)  its images [T, B, C, H, W] as [T, B, H, W, C]
+//   Device::channels_first(x) the way back, to contiguous images
 //   Device::run(call, like)   does the call on the device of the tensor `like`; each size is at least 1
-//   Device::kHasHalfTypes     whether it takes those besides float and double
 //   Device::check_size(shape) raises for a convolution whose sizes its kernels cannot count
 #pragma once
 
@@ -47,7 +47,11 @@ inline TaskArray task_array(const at::Tensor& x) {
 inline at::Tensor channels_last(const at::Tensor& x) {
   return contiguous_tasks(x.permute({0, 1, 3, 4, 2}));
 }
-inline at::Tensor channels_first(const at::Tensor& x) { return x.permute({0, 1, 4, 2, 3}); }
+
+// Whether images [T, B, C, H, W] are channels-last in memory, as what comes of them then is too.
+inline bool is_channels_last(const at::Tensor& x) {
+  return !x.is_contiguous() && x.size(2) > 1 && x.stride(2) == 1 && x.stride(4) == x.size(2);
+}
 
 inline ConvShape checked_conv_shape(at::IntArrayRef size, at::IntArrayRef weight,
                                     at::IntArrayRef stride, at::IntArrayRef padding,
@@ -93,7 +97,7 @@ struct TaskConvOps {
       call.bias = task_array(biases);
     }
     run(call, x);
-    return channels_first(out);
+    return as(x, out);
   }
 
   static Tensor input(const Tensor& grad, const Tensor& weight, Pair size, Pair stride,
@@ -107,7 +111,7 @@ struct TaskConvOps {
     auto out = at::empty({grad.size(0), grad.size(1), shape.height, shape.width, shape.channels},
                          grad.options());
     run(call_of(MapTo::kInput, shape, images, out, weights), grad);
-    return channels_first(out);
+    return as(grad, out);
   }
 
   static Tensor weight(const Tensor& grad, const Tensor& x, Pair kernel, Pair stride, Pair padding,
@@ -127,6 +131,12 @@ struct TaskConvOps {
   }
 
  private:
+  // Images [T, B, H, W, C] as [T, B, C, H, W], in memory as `like` is.
+  static Tensor as(const Tensor& like, const Tensor& images) {
+    return is_channels_last(like) ? images.permute({0, 1, 4, 2, 3})
+                                  : Device::channels_first(images);
+  }
+
   static ConvShape checked_shape(Pair size, Pair weight, Pair stride, Pair padding, Pair dilation,
                                  int64_t groups) {
     const auto shape = checked_conv_shape(size, weight, stride, padding, dilation, groups);
@@ -142,9 +152,7 @@ struct TaskConvOps {
         a_name, " and ", b_name, " must share their tasks, dtype and device, got ", a.sizes(), " ",
         a.scalar_type(), " on ", a.device(), " and ", b.sizes(), " ", b.scalar_type(), " on ",
         b.device());
-    const auto dtype = dtype_of(a);
-    TORCH_CHECK_TYPE(Device::kHasHalfTypes || dtype == Dtype::kFloat || dtype == Dtype::kDouble,
-                     a_name, " must be float32 or float64, got ", a.scalar_type());
+    dtype_of(a);  // raises for a type that is none of the four
   }
 
   static std::array<int64_t, 5> output_size(const Tensor& images, const ConvShape& shape) {

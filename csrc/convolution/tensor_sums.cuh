@@ -8,6 +8,10 @@
 
 namespace fastmeta {
 
+template <typename T, typename value_t>  // tensor cores are done with a slice sooner
+using DeepTile =
+    ProductTile<T::kRows, T::kColumns, 16 * kInWord<value_t>, T::kM, T::kN, T::kBlocks>;
+
 template <typename value_t, typename Tile>
 struct TensorSums {
   static constexpr int kGroup = 2, kWords = Tile::kDepth / kInWord<value_t>;

@@ -5,8 +5,10 @@
 #include <algorithm>
 
 #include "common/multiprocessors.cuh"
+#include "common/tf32.h"
 #include "convolution/depthwise.cuh"
 #include "convolution/launch.cuh"
+#include "convolution/tensor_sums.cuh"
 #include "task_program/grid_images.cuh"
 
 namespace fastmeta {
@@ -56,8 +58,7 @@ class GridExecutor {
            std::max({kMostPartsOfMultiprocessor, kMostConvolutionParts, kMostImageParts});
   }
 
-  // tf32: whether convolutions may round their operands to 10 bits of mantissa.
-  GridExecutor(int64_t tasks, acc_t<value_t>* parts, cudaStream_t stream, bool tf32)
+  GridExecutor(int64_t tasks, acc_t<value_t>* parts, cudaStream_t stream, Tf32 tf32)
       : tasks_(tasks),
         multiprocessors_(multiprocessors()),
         parts_(parts),
@@ -142,12 +143,22 @@ class GridExecutor {
 
   template <typename Tile, typename Finish>
   void product_in(const Product<value_t>& p, const Finish& finish) {
+    constexpr bool has_warp_rows = Tile::kRows >= 8 * Tile::kM;  // as a skinny tile has not
+    if constexpr (std::is_same_v<value_t, float> && has_warp_rows) {
+      using Deep = DeepTile<Tile, float>;
+      if (tf32_.products) return product_by<TensorSums<float, Deep>, Deep>(p, finish);
+    }
+    product_by<ThreadSums<value_t, Tile>, Tile>(p, finish);
+  }
+
+  template <typename Sums, typename Tile, typename Finish>
+  void product_by(const Product<value_t>& p, const Finish& finish) {
     static_assert(Tile::kBlocks == 1 ||
                   Tile::kBlocks * Tile::kRows * Tile::kColumns <= kMostPartsOfMultiprocessor);
     auto g = in_tiles<Tile>(p);
     const int64_t tiles = tasks_ * g.row_tiles * g.column_tiles;
     if (tiles < multiprocessors_) split_sums(g, tiles, multiprocessors_ * Tile::kBlocks, parts_);
-    start(product_kernel<value_t, Tile, Finish>, tiles * g.splits, Tile::kThreads, g, finish);
+    start(product_kernel<Sums, Tile, value_t, Finish>, tiles * g.splits, Tile::kThreads, g, finish);
     if (g.splits > 1) map(p.m * p.n, SumOfParts<value_t, Finish>{g, finish});
   }
 
@@ -171,7 +182,8 @@ class GridExecutor {
   template <typename Finish>
   bool dense(const Convolution<value_t>& c, const Finish& finish) {
     if (error_ != cudaSuccess) return false;
-    const auto done = launch_convolution(c, tasks_, multiprocessors_, parts_, tf32_, stream_);
+    const auto done =
+        launch_convolution(c, tasks_, multiprocessors_, parts_, tf32_.convolutions, stream_);
     error_ = done.error;
     if (done.g.splits > 1) {
       const bool to_weight = c.to == MapTo::kWeight;
@@ -208,7 +220,7 @@ class GridExecutor {
   int64_t tasks_, multiprocessors_;
   acc_t<value_t>* parts_;
   cudaStream_t stream_;
-  bool tf32_;
+  Tf32 tf32_;
   cudaError_t error_ = cudaSuccess;
 };
 

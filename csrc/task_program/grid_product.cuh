@@ -4,7 +4,8 @@
 // or a split; a thread 4 x 4 or 8 x 8 sums in registers. Slices of kDepth pass through two halves of
 // shared memory: while one is summed, the next is on its way in registers. A tile takes
 // kDepth (kRows + kColumns) reads for kDepth kRows kColumns multiplications. Splits, where tiles are
-// too few for the device, are parts that the next launch adds up in their order.
+// too few for the device, are parts that the next launch adds up in their order. float32 is IEEE's,
+// or, in the two larger tiles, TF32 in tensor cores where that is allowed (tensor_sums.cuh).
 #pragma once
 
 #include <algorithm>
@@ -214,15 +215,14 @@ __device__ Sums sums_of_slices(const GridProduct<value_t>& g, const ProductPlace
   return sums;
 }
 
-template <typename Tile, typename value_t>
-__device__ ThreadSums<value_t, Tile> tile_sums(const GridProduct<value_t>& g,
-                                               const ProductPlace<Tile>& place) {
+template <typename Sums, typename Tile, typename value_t>
+__device__ Sums tile_sums(const GridProduct<value_t>& g, const ProductPlace<Tile>& place) {
   const auto& p = g.p;
   OperandSlices<value_t, Tile::kRows, Tile::kDepth, Tile::kThreads> a(p.form != Form::kTN,
                                                                       place.row, p.m, p.k);
   OperandSlices<value_t, Tile::kColumns, Tile::kDepth, Tile::kThreads> b(p.form == Form::kNT,
                                                                          place.column, p.n, p.k);
-  return sums_of_slices<ThreadSums<value_t, Tile>>(g, place, a, b);
+  return sums_of_slices<Sums>(g, place, a, b);
 }
 
 // Where sums go: rows of n numbers.
@@ -290,13 +290,12 @@ struct ProductTarget {
   }
 };
 
-template <typename value_t, typename Tile, typename Finish>
+template <typename Sums, typename Tile, typename value_t, typename Finish>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
     product_kernel(GridProduct<value_t> g, Finish finish) {
-  using Sums = ThreadSums<value_t, Tile>;
   const ProductPlace<Tile> place(g);
   const ProductTarget<value_t> target(g, place.task, place.split);
-  const Sums sums = tile_sums<Tile>(g, place);
+  const Sums sums = tile_sums<Sums>(g, place);
 #pragma unroll
   for (int i = 0; i < Tile::kM; ++i) {
     const int64_t row = place.row + Sums::row(i);

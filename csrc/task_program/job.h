@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "common/tf32.h"
 #include "task_program/task_arrays.h"
 
 namespace fastmeta {
@@ -35,7 +36,7 @@ struct Job {
   Program program;
   MetaOptions options{};
   bool keeps_states = false, gradient = false;
-  bool tf32 = false;  // on CUDA, whether convolutions may round float to 10 bits of mantissa
+  Tf32 tf32;  // on CUDA
 
   const void* theta = nullptr;
   int64_t theta_stride = 0;

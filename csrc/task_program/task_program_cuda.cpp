@@ -1,7 +1,8 @@
 // CUDA implementation of the task program: a block takes a task where it fits into its shared memory,
 // else every step is a launch for all tasks. A label without a class, which nobody refuses while a
-// graph is captured, is that of no output; it changes no other task. Convolutions in float32 are TF32
-// where PyTorch's setting for them, torch.backends.cudnn.allow_tf32, allows it.
+// graph is captured, is that of no output; it changes no other task. Where every step is a launch,
+// float32 is TF32 as PyTorch's settings allow it: torch.backends.cudnn.allow_tf32 for convolutions,
+// torch.backends.cuda.matmul.allow_tf32 for linear layers.
 #include <ATen/Context.h>
 #include <ATen/ops/eq.h>
 #include <ATen/ops/masked_fill.h>
@@ -44,6 +45,13 @@ void check_sizes(const Job& job) {
   }
 }
 
+// allowTF32CuBLAS() raises where the setting was made by its newer name, fp32_precision.
+bool allows_tf32_products() {
+  const auto precision =
+      at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+  return precision == at::Float32Precision::TF32;
+}
+
 struct OnCuda {
   static void check_labels(const at::Tensor& labels, int64_t classes, int64_t ignored,
                            const char* name) {
@@ -60,7 +68,7 @@ struct OnCuda {
   static void run(Job& job, const at::Tensor& theta) {
     const c10::cuda::CUDAGuard guard(theta.device());
     check_sizes(job);
-    job.tf32 = at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
+    job.tf32 = {at::globalContext().allowTF32CuDNN(at::Float32Op::CONV), allows_tf32_products()};
     if (job.dtype == Dtype::kFloat) {
       run_as<float>(job, theta);
     } else {

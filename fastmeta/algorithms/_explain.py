@@ -27,8 +27,9 @@ def _program(engine: ProgramEngine, program: Program) -> str:
     *layers, loss = program.layers
     size = engine.task_chunk
     tasks = "all tasks together" if size is None else f"{size} tasks at a time"
+    calls = "one call for all steps" if engine.is_plain else "one call a step"
     return (
-        f"Task program, one call for all steps: {', '.join(layers)}; {loss} "
+        f"Task program, {calls}: {', '.join(layers)}; {loss} "
         f"({_counted(program.layout)}); {tasks}. "
         f"{_steps(engine, 'exact')} {_where(program.layout, 'task_program')}"
         f"{_graphs(engine, program)}"
@@ -73,7 +74,8 @@ def _steps(engine: FunctionalEngine, products: str) -> str:
         mode = "first order, no Hessian-vector products"
     else:
         mode = f"second order by the adjoint, one {products} Hessian-vector product a step"
-    return f"Inner steps: {engine.steps}, {mode}."
+    rule = "" if engine.is_plain else f" by {engine.inner_rule.title}"
+    return f"Inner steps: {engine.steps}{rule}, {mode}."
 
 
 def _where(layout: Layout, op: str) -> str:

@@ -87,12 +87,14 @@ class MetaGradient(NamedTuple):
         outputs: on the queries after the last step ``[T, Q, N]``.
         grads: gradient to the module's trainable parameters ``[P]``, in the order of ``Layout``.
         lr_grad: gradient to a learned ``lr``, in its shape; otherwise None.
+        rule_grads: gradients to the rule's learned hyperparameters, by name.
     """
 
     loss: Tensor
     outputs: Tensor
     grads: Tensor
     lr_grad: Tensor | None
+    rule_grads: dict[str, Tensor]
 
     def assign_to(self, learner: MAML) -> None:
         """Set ``.grad`` of the learner's parameters, for its optimizer; what was there goes."""
@@ -101,3 +103,5 @@ class MetaGradient(NamedTuple):
             named[name].grad = grad
         if self.lr_grad is not None:
             learner.lr.grad = self.lr_grad
+        for name, grad in self.rule_grads.items():
+            learner.rule.get_parameter(name).grad = grad

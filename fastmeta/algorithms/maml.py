@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmeta._checks import check_choice
 from fastmeta._graphs import check_option
 from fastmeta.algorithms._clone import clone_module, replace_parameters, shallow_copy
 from fastmeta.algorithms._explain import explain
 from fastmeta.algorithms._results import AdaptedTasks, MetaGradient
 from fastmeta.arena import Layout
-from fastmeta.functional import FunctionalEngine, check_choice
+from fastmeta.functional import FunctionalEngine
 from fastmeta.ops.inner_update import inner_update
 from fastmeta.program import MEMORY, Programs
+from fastmeta.rules import Rule
 
 StepSize = float | Tensor | Mapping[str, "float | Tensor"]
 
@@ -47,6 +49,10 @@ class MAML(nn.Module):
             inputs none.
         loss: ``loss(outputs, targets)`` of one task -> scalar, the mean over its examples.
         learn_lr: make ``lr`` a parameter, to be learned with the model's.
+        rule: what an inner step does with the gradient, one of ``fastmeta.rules``: momentum, Adam,
+            clipping, learned preconditioning, ...; None: plain descent. It is moved to the
+            parameters' device. Its learned hyperparameters are parameters of the learner. The
+            task program then runs one call a step instead of one for all.
         task_chunk: tasks that run together, None for all; bounds the memory. 1 runs them one by
             one, without vmap.
         hvp_mode: ``"reverse"``, ``"forward"`` or ``"finite_difference"``, see ``fastmeta.hvp``.
@@ -95,6 +101,7 @@ class MAML(nn.Module):
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         *,
         learn_lr: bool = False,
+        rule: Rule | None = None,
         task_chunk: int | None = None,
         hvp_mode: str = "reverse",
         engine: str = "auto",
@@ -105,7 +112,8 @@ class MAML(nn.Module):
         allow_nograd: bool = False,
     ) -> None:
         super().__init__()
-        FunctionalEngine(model, loss, steps, first_order, hvp_mode, task_chunk, norm_statistics)
+        options = model, loss, steps, first_order, hvp_mode, task_chunk, norm_statistics, rule
+        inner_rule = FunctionalEngine(*options).inner_rule
         check_choice("engine", engine, ENGINES)
         check_choice("memory", memory, MEMORY)
         check_option(cuda_graph)
@@ -125,8 +133,11 @@ class MAML(nn.Module):
         self.cuda_graph = cuda_graph
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
+        layout = Layout.of(model)
+        self.rule = None if rule is None else rule.to(layout.device)
+        inner_rule.check(layout)
         self._programs = Programs()
-        self._set_step_size(_as_step_size(lr, Layout.of(model), steps), learn_lr)
+        self._set_step_size(_as_step_size(lr, layout, steps), learn_lr)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with its current parameters."""
@@ -153,10 +164,10 @@ class MAML(nn.Module):
 
         Returns:
             ``loss``, whose ``backward()`` fills the ``.grad`` of the module's parameters, of a
-            learned ``lr`` and of floating-point inputs that require it; and the detached outputs on
-            the queries after the last step ``[T, Q, N]``. The gradient is taken during this call
-            (unless gradients are disabled) and can be taken once: its own derivative raises a
-            RuntimeError.
+            learned ``lr``, of the rule's and of floating-point inputs that require it; and the
+            detached outputs on the queries after the last step ``[T, Q, N]``. The gradient is taken
+            during this call (unless gradients are disabled) and can be taken once: its own
+            derivative raises a RuntimeError.
 
         Raises:
             TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
@@ -220,16 +231,16 @@ class MAML(nn.Module):
         data = support_x, support_y, query_x, query_y
         again = self._programs.again(self, data) if step_weights is None else None
         if again is not None:
-            return MetaGradient(*again, None)
+            return MetaGradient(*again, None, {})
         engine = self._engine(self.steps)
         # Or a row a step would no longer require a gradient.
         with torch.enable_grad() if isinstance(self.lr, Tensor) else nullcontext():
             lr = self._step_size(self.steps)
-        loss, outputs, grads, lr_grad = engine.meta_gradient(lr, *data, step_weights)
+        loss, outputs, grads, lr_grad, rule_grads = engine.meta_gradient(lr, *data, step_weights)
         self._programs.make_ready(self)
         if lr_grad is not None and lr is not self.lr:
             lr_grad = torch.autograd.grad(lr, self.lr, lr_grad)[0]
-        return MetaGradient(loss, outputs, grads, lr_grad)
+        return MetaGradient(loss, outputs, grads, lr_grad, rule_grads)
 
     def hvp(self, params: Tensor, batch: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
         """The Hessian of each task's loss times a vector (Pearlmutter 1994).
@@ -328,8 +339,13 @@ class MAML(nn.Module):
 
         Raises:
             ValueError: frozen or unused parameters without the option that allows them; step sizes
-                that differ by step.
+                that differ by step; a rule other than plain descent.
         """
+        if not (self.rule is None or self.rule.is_plain):
+            raise ValueError(
+                f"rule: adapt takes plain steps, and this learner's rule is {self.rule.title}; "
+                "adapt_tasks takes its steps"
+            )
         first_order = _default(first_order, self.first_order)
         named = dict(self.module.named_parameters())
         if not _default(allow_nograd, self.allow_nograd):
@@ -356,7 +372,7 @@ class MAML(nn.Module):
     def _engine(self, steps: int) -> FunctionalEngine:
         """What computes: ``adapt``, ``meta_loss``, ``meta_gradient`` and ``hvp``."""
         options = self.module, self.loss, steps, self.first_order, self.hvp_mode, self.task_chunk
-        options = *options, self.norm_statistics
+        options = *options, self.norm_statistics, self.rule
         if self.engine == "functional":
             return FunctionalEngine(*options)
         options = *options, self.memory, self.engine == "program", self.cuda_graph

@@ -6,6 +6,7 @@ from fastmeta.ops.linear_head import linear_head, linear_head_hvp
 from fastmeta.ops.pairwise_distance import pairwise_distance
 from fastmeta.ops.prototype_loss import prototype_loss
 from fastmeta.ops.prototypes import prototypes
+from fastmeta.ops.task_batch_norm import task_batch_norm
 from fastmeta.ops.task_conv import task_conv2d, task_linear
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "pairwise_distance",
     "prototype_loss",
     "prototypes",
+    "task_batch_norm",
     "task_conv2d",
     "task_linear",
     "use_backend",

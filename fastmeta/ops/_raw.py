@@ -27,16 +27,10 @@ def unfold(x: torch.Tensor, size: int) -> torch.Tensor:
     return x.unflatten(0, (size, x.shape[0] // size if size else 0))
 
 
-def register(name: str, fake: Callable[..., Any], vmap: Callable[..., Any] | None = None) -> None:
-    """Registers `fake` and a vmap rule for `torch.ops.fastmeta.<name>`, where it was built.
+def folding(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The vmap rule that folds the vmapped dimension into the tasks, for a function of them."""
 
-    The rule folds the vmapped dimension into the tasks, unless `vmap` does it another way.
-    """
-    if _native._C is None:
-        return
-    op = getattr(torch.ops.fastmeta, name)
-
-    def fold_into_tasks(info: Any, in_dims: tuple, *args: Any) -> tuple:
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
         size = info.batch_size
         folded = (
             fold(arg, dim, size) if isinstance(arg, torch.Tensor) else arg
@@ -47,8 +41,19 @@ def register(name: str, fake: Callable[..., Any], vmap: Callable[..., Any] | Non
             return unfold(out, size), 0
         return tuple(unfold(o, size) for o in out), (0,) * len(out)
 
+    return rule
+
+
+def register(name: str, fake: Callable[..., Any], vmap: Callable[..., Any] | None = None) -> None:
+    """Registers `fake` and a vmap rule for `torch.ops.fastmeta.<name>`, where it was built.
+
+    The rule folds the vmapped dimension into the tasks, unless `vmap` does it another way.
+    """
+    if _native._C is None:
+        return
+    op = getattr(torch.ops.fastmeta, name)
     torch.library.register_fake(f"fastmeta::{name}", fake)
-    torch.library.register_vmap(f"fastmeta::{name}", vmap or fold_into_tasks)
+    torch.library.register_vmap(f"fastmeta::{name}", vmap or folding(op))
 
 
 def traces_transform() -> bool:

@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from fastmeta import reference
 from fastmeta.ops._layers import check_channels, check_layer, padded, pair
-from fastmeta.ops._raw import callable_of, is_native, register
+from fastmeta.ops._raw import callable_of, folding, is_native, register
 
 # What a convolution is besides its tensors: height and width of the images, kernel, stride, padding
 # and dilation, then groups. They go to the autograd function one by one: vmap takes a tuple for a
@@ -42,8 +42,6 @@ def _raw(a: Tensor, b: Tensor, bias: Tensor | None, target: str, *geometry: int)
 
 class Convolution(Function):
     """Each of the three maps; their derivatives of every order are again of the three."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(a, b, bias, target, h, w, kh, kw, sh, sw, ph, pw, dh, dw, groups):  # *geometry
@@ -86,16 +84,21 @@ class Convolution(Function):
 
 
 _apply = callable_of(Convolution)
+# PyTorch's own rule makes a class anew for every call.
+Convolution.vmap = staticmethod(folding(_apply))
 
 
-def _channels_last(like: Tensor, *shape: Any) -> Tensor:
+def _images(like: Tensor, *shape: Any) -> Tensor:
+    """[T, B, C, H, W] in the memory layout of `like`."""
+    if not reference.is_channels_last(like):
+        return like.new_empty(*shape)
     t, b, c, h, w = shape
     return like.new_empty(t, b, h, w, c).permute(0, 1, 4, 2, 3)
 
 
 register(
     "task_conv2d",
-    lambda x, weight, bias, stride, padding, dilation, groups: _channels_last(
+    lambda x, weight, bias, stride, padding, dilation, groups: _images(
         x,
         *x.shape[:2],
         weight.shape[1],
@@ -104,7 +107,7 @@ register(
 )
 register(
     "task_conv2d_input",
-    lambda grad, weight, size, stride, padding, dilation, groups: _channels_last(
+    lambda grad, weight, size, stride, padding, dilation, groups: _images(
         grad, *grad.shape[:2], weight.shape[2] * groups, *size
     ),
 )
@@ -132,10 +135,10 @@ def task_conv2d(
 
     The same as ``torch.nn.functional.conv2d`` of every task, run together. Differentiable any
     number of times, forward and reverse; works under torch.func and torch.compile. The compiled
-    kernels take float32 and float64, on CUDA also bfloat16 and float16; other dtypes are computed
-    in plain PyTorch. Half types are summed in float32 and rounded once. float32 on CUDA is TF32
-    where ``torch.backends.cudnn.allow_tf32`` allows it. Results are channels-last in memory; images
-    that are too are read without a copy.
+    kernels take float32, float64, bfloat16 and float16; half types are summed in float32 and
+    rounded once. float32 on CUDA is TF32 where ``torch.backends.cudnn.allow_tf32`` allows it.
+    Results are channels-last in memory where the images are, which takes no copies, and else
+    contiguous.
 
     On a CPU, 3 x 3 kernels that move by one over many channels, in numbers that fill its vectors,
     are computed by minimal filtering (Lavin, Gray 2016, arXiv 1509.09308): 2.25 times fewer
@@ -199,8 +202,9 @@ def _by_groups(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometr
     weights = weight.unflatten(1, shares).flatten(0, 1)
     biases = None if bias is None else bias.unflatten(1, shares).flatten(0, 1)
     out = _apply(images, weights, biases, "output", *pairs, 1)
-    out = out.unflatten(0, (x.shape[0], groups)).permute(0, 2, 4, 5, 1, 3)
-    return out.flatten(4, 5).permute(0, 1, 4, 2, 3)
+    out = out.unflatten(0, (x.shape[0], groups)).movedim(1, 2)
+    out = out.clone(memory_format=torch.contiguous_format).flatten(2, 3)
+    return reference.as_channels_last(out) if reference.is_channels_last(x) else out
 
 
 def task_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

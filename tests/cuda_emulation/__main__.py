@@ -26,6 +26,7 @@ KERNEL_TESTS = [
     "tests/test_ops.py",
     "tests/test_boundaries.py",
     "tests/test_large_tiles.py",
+    "tests/test_task_batch_norm.py",
     f"{HERE}/test_runtime.py",
     f"{HERE}/test_task_program.py",
     f"{HERE}/test_task_program_images.py",
@@ -80,7 +81,7 @@ RUNS = [
                 *KERNEL_TESTS,
                 "-k",
                 "float64_reference or boundaries or large_tiles or runtime or task_program"
-                " or task_conv or grid_steps",
+                " or task_conv or task_batch_norm or grid_steps",
             ],
         )
         for order in ("reversed", "shuffled")

@@ -47,7 +47,7 @@ struct Halve {
 template <typename value_t>
 int step_of_images(std::string_view step, int64_t tasks, const Images& images, bool whole_batch,
                    value_t* x, value_t* target, value_t* parts) {
-  GridExecutor<value_t> executor(tasks, parts, nullptr, false);
+  GridExecutor<value_t> executor(tasks, parts, nullptr, {});
   const int64_t elements = images.positions() * images.channels;
   const int64_t sums = (whole_batch ? 1 : images.count) * 4 * images.channels;
   const Array<value_t> in{x, elements}, of_elements{target, elements}, of_channels{target, sums};
@@ -75,7 +75,7 @@ int step_of_convolution(const ConvShape& shape, MapTo to, int64_t tasks, int64_t
   c.add({arrays[0], a}, {arrays[1], b});
   if (arrays[2] != nullptr) c.add({arrays[2], a}, {arrays[3], b});
   if (arrays[8] != nullptr) c.moments = {arrays[8], 4 * shape.outputs};
-  GridExecutor<value_t> executor(tasks, parts, nullptr, tf32);
+  GridExecutor<value_t> executor(tasks, parts, nullptr, {.convolutions = tf32});
   executor.convolution(c, Halve<value_t>{c.c, {arrays[7], c.size()}});
   return executor.error();
 }

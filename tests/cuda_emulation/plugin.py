@@ -24,9 +24,6 @@ def load_extension() -> None:
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("fastmeta._C", loader))
     loader.exec_module(module)
     sys.modules["fastmeta._C"] = module
-    from fastmeta import _native  # which finds that module, so not before it is there
-
-    _native.KERNELS[_native.CONVOLUTION, "cpu"] = _native.DTYPES  # as on CUDA
 
 
 def pytest_configure(config) -> None:

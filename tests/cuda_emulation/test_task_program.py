@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastmeta import _program_reference as reference
 from fastmeta.ops.task_program import COMPILED, NAMES
 from tests.cuda_emulation import emulator
+from tests.cuda_emulation.test_task_conv import rounded_to_tf32
 from tests.programs import Raw
-from tests.test_program import STEP_SIZES, Setting, check
+from tests.test_program import STEP_SIZES, Setting, assert_same, check
 
 # Bytes of shared memory: enough for any small task, or for none.
 WAYS = {"block": 227 * 1024, "grid": 1024}
@@ -86,6 +88,49 @@ def test_tiles_of_large_products(name, dtype):
         stack.enter_context(emulator.shared_memory(WAYS["grid"]))
         stack.enter_context(emulator.multiprocessors(multiprocessors))
         check("meta_gradient", *arguments(sizes, 1, examples, dtype))
+
+
+@pytest.fixture(params=["allow_tf32", "fp32_precision"])
+def tf32_products(request):
+    """Allows them, by either name of the setting."""
+    matmul, value = torch.backends.cuda.matmul, {"allow_tf32": True, "fp32_precision": "tf32"}
+    before = getattr(matmul, request.param)
+    yield lambda: setattr(matmul, request.param, value[request.param])
+    setattr(matmul, request.param, before)
+
+
+# Of the examples that a tile has, the large and the small one are for tensor cores.
+TENSOR_TILES = {"large": (40, 1), "small": (20, 1), "small_in_splits": (20, 99), "skinny": (16, 1)}
+
+
+@pytest.mark.parametrize("name", TENSOR_TILES)
+def test_linear_layers_are_tf32_where_the_setting_allows_it(name, tf32_products):
+    """With both operands rounded, the reference gives the same in float64."""
+    examples, multiprocessors = TENSOR_TILES[name]
+    code, theta, frozen, _, x, *_ = arguments((130, 70), 1, examples, torch.float32)
+    theta[130 * 70 :] = 0  # the bias, which is not rounded
+    with ExitStack() as stack:
+        stack.enter_context(emulator.shared_memory(WAYS["grid"]))
+        stack.enter_context(emulator.multiprocessors(multiprocessors))
+        ieee = COMPILED.forward(code, theta, frozen, x)
+        tf32_products()
+        actual = COMPILED.forward(code, theta, frozen, x)
+    if name != "skinny":
+        assert not torch.equal(actual, ieee)
+        theta, x = rounded_to_tf32(theta), rounded_to_tf32(x)
+    expected = reference.forward(code, theta.double(), frozen.double(), x.double())
+    assert_same(actual, expected, 2e-6)
+
+
+def test_all_products_of_a_meta_gradient_in_tf32_are_near_those_in_float32(tf32_products):
+    args = arguments((40, 70, 33), 1, 40, torch.float32)
+    with emulator.shared_memory(WAYS["grid"]):
+        expected = COMPILED.meta_gradient(*args)
+        tf32_products()
+        actual = COMPILED.meta_gradient(*args)
+    for a, e in zip(actual, expected, strict=True):
+        assert_same(a, e, 1e-2)
+        assert not torch.equal(a, e)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

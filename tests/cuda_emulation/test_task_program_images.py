@@ -11,7 +11,7 @@ from fastmeta.ops.task_program import COMPILED, NAMES
 from tests.cuda_emulation import emulator
 from tests.cuda_emulation.test_runtime import no_fill
 from tests.cuda_emulation.test_task_conv import ieee, rounded_to_tf32  # noqa: F401 (a fixture)
-from tests.programs import IMAGES, LOSSES, Raw, build, shape_of
+from tests.programs import IMAGES, LOSSES, Raw, build, shape_of, with_running_statistics
 from tests.test_program import Setting, assert_same, results
 
 TINY = {"tasks": 2, "support": 3, "queries": 2}
@@ -46,6 +46,20 @@ def test_every_launch_of_a_program_of_images_is_checked():
             COMPILED.meta_gradient(*args)
     for a, e in zip(COMPILED.meta_gradient(*args), expected, strict=True):
         assert torch.equal(a, e)
+
+
+def test_norms_on_running_statistics_that_are_not_adapted_make_no_sums():
+    """An adapted one takes three launches more: both sums, and from them a gradient each."""
+
+    def launches_of_gradient(adapted: bool) -> int:
+        net = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 3))
+        net[1].requires_grad_(adapted)
+        raw = Raw.of(with_running_statistics(net), LOSSES["mse"], (1, 3, 3))
+        with emulator.multiprocessors(1), emulator.launches() as launches:
+            COMPILED.gradient(*raw, torch.ones(1, 2, 1, 3, 3), torch.ones(1, 2, 3), False)
+        return len(launches)
+
+    assert launches_of_gradient(adapted=True) == launches_of_gradient(adapted=False) + 3
 
 
 def test_convolutions_and_nothing_else_are_tf32_where_the_setting_allows_it():

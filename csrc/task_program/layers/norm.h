@@ -369,7 +369,9 @@ struct NormLayer {
     const auto l = arrays(false);
     with_form([&](auto form) {
       using Form = decltype(form);
-      exec.column_sums(l.out, l.whole_batch, NormBackwardSums<Form, storage_t>{l}, l.sums);
+      if (needs_sums(static_cast<bool>(grads))) {
+        exec.column_sums(l.out, l.whole_batch, NormBackwardSums<Form, storage_t>{l}, l.sums);
+      }
       means(exec, l, l.sums, l.weight, {}, {});
       if (l.dx) exec.table(l.in, NormBackward<Form, storage_t>{l});
     });
@@ -382,8 +384,10 @@ struct NormLayer {
     const auto l = arrays(true);
     with_form([&](auto form) {
       using Form = decltype(form);
-      exec.column_sums(l.out, l.whole_batch, NormTangentBackwardSums<Form, storage_t>{l},
-                       l.sums_dot);
+      if (needs_sums(true)) {
+        exec.column_sums(l.out, l.whole_batch, NormTangentBackwardSums<Form, storage_t>{l},
+                         l.sums_dot);
+      }
       means(exec, l, l.sums_dot, l.weight, l.sums, l.weight_dot);
       if (l.dx_dot) exec.table(l.in, NormTangentBackward<Form, storage_t>{l});
     });
@@ -469,6 +473,11 @@ struct NormLayer {
 
  private:
   FASTMETA_HOST_DEVICE bool has_given() const { return i.mean != kNoParameter; }
+
+  // On given statistics only the gradients of weight and bias are sums over positions.
+  FASTMETA_HOST_DEVICE bool needs_sums(bool wants_gradients) const {
+    return !has_given() || (wants_gradients && (is_adapted(i.weight) || is_adapted(i.bias)));
+  }
 
   // The row of a weight or bias that the pass at theta_k reads.
   FASTMETA_HOST_DEVICE int64_t of_step(int64_t parameter) const {

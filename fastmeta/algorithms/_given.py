@@ -1,0 +1,69 @@
+"""Learners whose meta-gradient is not that of their meta-loss through the inner loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmeta.algorithms._results import MetaGradient
+from fastmeta.algorithms.maml import MAML
+from fastmeta.functional import differentiable_once
+
+
+class GivenGradient(MAML):
+    """A learner that says what its meta-gradient is; it adapts as MAML does.
+
+    ``_gradient`` gives the loss, the outputs on the queries and the meta-gradient ``[P]``.
+    """
+
+    def meta_loss(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The mean query loss after adaptation, whose ``backward`` hands out the meta-gradient.
+
+        Args:
+            support_x: ``[T, S, ...]``.
+            support_y: ``[T, S]`` int64 labels, or floating-point targets ``[T, S, ...]``.
+            query_x, query_y: the same with Q examples.
+
+        Returns:
+            ``loss`` and the detached outputs on the queries ``[T, Q, N]``. Only the module's
+            parameters get a gradient; it can be taken once.
+
+        Raises:
+            TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
+        """
+        theta = self._engine(self.steps).parameters()
+        with torch.no_grad():
+            loss, outputs, grads = self._gradient(support_x, support_y, query_x, query_y)
+        return _Given.apply(theta, loss, grads), outputs
+
+    def meta_gradient(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> MetaGradient:
+        """The meta-loss and its gradient as values, as ``MAML.meta_gradient``."""
+        with torch.no_grad():
+            result = self._gradient(support_x, support_y, query_x, query_y)
+        return MetaGradient(*result, None, {})
+
+    def _gradient(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class _Given(torch.autograd.Function):
+    """A loss whose gradient to theta is given."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, loss: Tensor, grads: Tensor) -> Tensor:
+        ctx.save_for_backward(grads)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = grad_loss * ctx.saved_tensors[0]
+        return *differentiable_once([grads]), None, None

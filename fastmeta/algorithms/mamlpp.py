@@ -1,0 +1,134 @@
+"""MAML++: what makes MAML train stably with several inner steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fastmeta._checks import check_integer
+from fastmeta.algorithms._results import MetaGradient
+from fastmeta.algorithms.maml import MAML
+from fastmeta.arena import Layout
+from fastmeta.functional import FunctionalEngine
+from fastmeta.schedules import cosine_schedule
+
+
+class MAMLPlusPlus(MAML):
+    """MAML++ (Antoniou et al. 2019, arXiv 1810.09502).
+
+    - Learned step sizes of each layer and inner step (LSLR), ``lr [K, L]``:
+      ``theta_{k+1} = theta_k - lr_k * grad L_s(theta_k)``.
+    - Multi-step loss, ``sum_k w_k L_q(theta_k)``, annealed to the last step's alone: with
+      ``t = min(1, iteration / multi_step_iterations)``, ``w_k = (1 - t) / K`` for k < K and
+      ``w_K = (1 - t) / K + t``.
+    - Derivative-order annealing: first order for the first ``first_order_iterations``.
+    - Batch norm with a scale and a shift of each step: the model's, see
+      ``fastmeta.models.with_per_step_norms``.
+    - A cosine schedule of the outer step size: ``schedule``.
+
+    ``iteration`` counts the meta-losses and meta-gradients in training mode with gradients enabled;
+    it is part of the state dict, so a training that is resumed goes on where it was.
+
+    Args:
+        model: as for ``MAML``.
+        lr: what all step sizes start as.
+        steps: inner steps K, at least 1; 5 as in the paper. Adaptation takes at most as many.
+        loss: as for ``MAML``.
+        multi_step_iterations: until the last step's loss is alone; 0: from the start. 5,000 is 10
+            of the paper's epochs of 500.
+        first_order_iterations: of first order at the start; 0: none. 25,000 is 50 of the paper's
+            epochs.
+        options: all other options of ``MAML`` but ``learn_lr`` and ``first_order``.
+
+    Attributes:
+        iteration: meta-losses behind the learner.
+
+    Raises:
+        TypeError, ValueError: as ``MAML``; numbers of iterations or steps out of range.
+
+    Example:
+        >>> import torch
+        >>> import fastmeta as fm
+        >>> net = fm.models.with_per_step_norms(fm.models.Conv4(8), steps=5)
+        >>> learner = fm.MAMLPlusPlus(net, multi_step_iterations=1000, first_order_iterations=0)
+        >>> optimizer = torch.optim.Adam(learner.parameters(), 1e-3)
+        >>> schedule = learner.schedule(optimizer, 2000)
+        >>> x, y = torch.randn(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
+        >>> loss, logits = learner.meta_loss(x, y, x, y)
+        >>> loss.backward()
+        >>> learner.lr.shape, learner.iteration
+        (torch.Size([5, 18]), 1)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 0.1,
+        steps: int = 5,
+        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        *,
+        multi_step_iterations: int = 5000,
+        first_order_iterations: int = 25000,
+        **options: Any,
+    ) -> None:
+        check_integer("steps", steps, 1)
+        check_integer("multi_step_iterations", multi_step_iterations, 0)
+        check_integer("first_order_iterations", first_order_iterations, 0)
+        if isinstance(lr, bool) or not isinstance(lr, (int, float)):
+            raise TypeError(f"lr: expected a number, got {type(lr).__name__}")
+        layout = Layout.of(model)
+        like = {"dtype": layout.dtype, "device": layout.device}
+        sizes = torch.full((steps, len(layout.names)), float(lr), **like)
+        super().__init__(model, sizes, steps, loss=loss, learn_lr=True, **options)
+        self.multi_step_iterations = multi_step_iterations
+        self.first_order_iterations = first_order_iterations
+        self.iteration = 0
+
+    def step_weights(self) -> list[float] | None:
+        """w_1 .. w_K of the query losses now; None: the last alone."""
+        if self.steps == 1 or self.iteration >= self.multi_step_iterations:
+            return None
+        t = self.iteration / self.multi_step_iterations
+        share = (1 - t) / self.steps
+        return [share] * (self.steps - 1) + [share + t]
+
+    def meta_loss(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The annealed loss of this iteration, as ``MAML.meta_loss`` with ``step_weights()``."""
+        result = super().meta_loss(support_x, support_y, query_x, query_y, self.step_weights())
+        self._count(torch.is_grad_enabled())
+        return result
+
+    def meta_gradient(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> MetaGradient:
+        """That loss with its gradient, as ``MAML.meta_gradient`` with ``step_weights()``."""
+        data = support_x, support_y, query_x, query_y
+        result = super().meta_gradient(*data, self.step_weights())
+        self._count(True)
+        return result
+
+    def schedule(self, optimizer: Optimizer, iterations: int) -> LRScheduler:
+        """The cosine schedule of the outer step size, see ``fastmeta.schedules``."""
+        return cosine_schedule(optimizer, iterations)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.iteration)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.iteration = int(state)
+
+    def _count(self, trains: bool) -> None:
+        if self.training and trains:
+            self.iteration += 1
+
+    def _engine(self, steps: int) -> FunctionalEngine:
+        self.first_order = self.iteration < self.first_order_iterations
+        return super()._engine(steps)

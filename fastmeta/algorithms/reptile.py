@@ -1,0 +1,88 @@
+"""Reptile: towards the parameters that tasks are solved by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmeta._checks import check_integer
+from fastmeta.algorithms._given import GivenGradient
+from fastmeta.rules import Adam, Rule
+
+
+class Reptile(GivenGradient):
+    """Reptile (Nichol et al. 2018, arXiv 1803.02999): no derivative of the inner loop at all.
+
+    ``grad = mean over tasks of (theta_0 - theta_K)``, so that gradient descent with step size
+    epsilon is ``theta <- theta + epsilon mean(theta_K - theta)``, the paper's batched version;
+    meta-batches of one task are its serial version. In training a task's examples are its support
+    and its queries together, of which each inner step sees ``inner_batch``, in an order that
+    PyTorch's generator draws anew for each meta-batch. Adaptation sees the whole support at every
+    step.
+
+    The loss and the outputs of ``meta_loss`` are those on the queries after the inner loop, which
+    has seen them: a sign of life, not of generalisation.
+
+    Args:
+        model: as for ``MAML``.
+        lr: inner step size, 0.001 as in the paper.
+        steps: inner steps K, at least 1; 5 as in the paper. A single one makes this joint training.
+        loss: as for ``MAML``.
+        inner_batch: examples an inner step; None: all of them. 10 as in the paper for one shot.
+        rule: what takes the inner steps; None: ``Adam(betas=(0, 0.999))``, the paper's.
+        options: the options ``task_chunk``, ``engine`` and ``norm_statistics`` of ``MAML``.
+
+    Raises:
+        TypeError, ValueError: as ``MAML``; an ``inner_batch`` that is no positive integer.
+
+    Example:
+        >>> import torch
+        >>> import fastmeta as fm
+        >>> learner = fm.Reptile(torch.nn.Linear(3, 2))
+        >>> outer = torch.optim.SGD(learner.parameters(), lr=1.0)
+        >>> x, y = torch.randn(4, 5, 3), torch.randint(0, 2, (4, 5))
+        >>> loss, logits = learner.meta_loss(x, y, x, y)
+        >>> loss.backward()  # theta_0 - theta_K, mean over tasks
+        >>> outer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor = 1e-3,
+        steps: int = 5,
+        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        *,
+        inner_batch: int | None = 10,
+        rule: Rule | None = None,
+        **options: Any,
+    ) -> None:
+        check_integer("steps", steps, 1)
+        if inner_batch is not None:
+            check_integer("inner_batch", inner_batch, 1)
+        rule = Adam(betas=(0.0, 0.999)) if rule is None else rule
+        super().__init__(model, lr, steps, True, loss, rule=rule, **options)
+        self.inner_batch = inner_batch
+
+    def _gradient(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        engine = self._engine(self.steps)
+        pairs = (support_x, query_x), (support_y, query_y)
+        x, y = (torch.cat(pair, 1) for pair in pairs)
+        rows = self._rows(x.shape[1])
+        adapted = engine.adapt(None, self._step_size(self.steps), x, y, rows)
+        losses, outputs, _ = engine.query_losses(adapted, query_x, query_y)
+        return losses.mean(), outputs, (engine.parameters() - adapted).mean(0)
+
+    def _rows(self, examples: int) -> Tensor | None:
+        """The examples of each step: one shuffle of them all after another."""
+        if self.inner_batch is None or self.inner_batch >= examples:
+            return None
+        needed = self.steps * self.inner_batch
+        shuffles = [torch.randperm(examples) for _ in range(-(-needed // examples))]
+        return torch.cat(shuffles)[:needed].view(self.steps, self.inner_batch)

@@ -1,0 +1,210 @@
+"""Batch norm with a scale and a shift of its own for every task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.utils._pytree import tree_map
+
+from fastmeta import reference
+from fastmeta.ops._checks import check_dims, check_floating, check_together
+from fastmeta.ops._raw import callable_of, contiguous_like, folding, is_native, register
+
+Formula = Callable[..., Any]
+
+
+def _value(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return torch.ops.fastmeta.task_batch_norm(x, weight, bias, eps)
+
+
+def _gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+    return torch.ops.fastmeta.task_batch_norm_backward(grad, x, weight, eps)
+
+
+def _plain_gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+    zeros = torch.zeros_like(weight)
+    inputs = x, weight, zeros
+    return torch.func.vjp(lambda *p: reference.task_batch_norm(*p, eps), *inputs)[1](grad)
+
+
+def _plain_second(*inputs: Any) -> tuple[Tensor, ...]:
+    *directions, grad, x, weight, eps = inputs
+    pull = torch.func.vjp(lambda *p: _plain_gradient(*p, eps), grad, x, weight)[1]
+    return pull(tuple(directions))
+
+
+def _remember(ctx: Any, inputs: tuple) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+def _tangent(formula: Formula, ctx: Any, dots: tuple) -> Any:
+    """That of `formula`, in plain PyTorch; None stands for a tangent of zeros.
+
+    Forward mode does not nest, but the pullback is linear, and the derivative of it the tangent.
+    """
+    inputs = ctx.saved_tensors
+    pairs = zip(dots, inputs, strict=False)  # eps has one too
+    tangents = tuple(torch.zeros_like(x) if dot is None else dot for dot, x in pairs)
+    outputs, pull = torch.func.vjp(lambda *p: formula(*p, ctx.eps), *inputs)
+    nowhere = tree_map(torch.zeros_like, outputs)
+    return torch.func.vjp(pull, nowhere)[1](tangents)[0]
+
+
+class BatchNorm(Function):
+    """y of x [T, B, C, P], weight and bias [T, C]."""
+
+    @staticmethod
+    def forward(x, weight, bias, eps):
+        return _value(x, weight, bias, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _remember(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        # torch.compile has no second derivatives, and loses track of a nested Function.
+        gradient = _gradient if torch.compiler.is_compiling() else BatchNormBackward.apply
+        x, weight, _ = ctx.saved_tensors
+        return *gradient(grad, x, weight, ctx.eps), None
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> Tensor:
+        return _tangent(reference.task_batch_norm, ctx, dots)
+
+
+class BatchNormBackward(Function):
+    """The gradients to x, weight and bias."""
+
+    @staticmethod
+    def forward(grad, x, weight, eps):
+        return _gradient(grad, x, weight, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _remember(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor) -> tuple:
+        return *BatchNormSecond.apply(*directions, *ctx.saved_tensors, ctx.eps), None
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> tuple:
+        return _tangent(_plain_gradient, ctx, dots)
+
+
+class BatchNormSecond(Function):
+    """The gradients of <BatchNormBackward, directions> to grad, x and weight."""
+
+    @staticmethod
+    def forward(grad_grad_x, grad_grad_weight, grad_grad_bias, grad, x, weight, eps):
+        return torch.ops.fastmeta.task_batch_norm_backward_backward(
+            grad_grad_x, grad_grad_weight, grad_grad_bias, grad, x, weight, eps
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _remember(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor) -> tuple:
+        inputs = ctx.saved_tensors
+        pull = torch.func.vjp(lambda *p: _plain_second(*p, ctx.eps), *inputs)[1]
+        return *pull(directions), None
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> tuple:
+        return _tangent(_plain_second, ctx, dots)
+
+
+_apply = callable_of(BatchNorm)
+# PyTorch's own rules make a class anew for every call.
+for cls, of_tasks in (
+    (BatchNorm, _apply),
+    (BatchNormBackward, BatchNormBackward.apply),
+    (BatchNormSecond, BatchNormSecond.apply),
+):
+    cls.vmap = staticmethod(folding(of_tasks))
+
+
+def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(map(contiguous_like, tensors))
+
+
+register("task_batch_norm", lambda x, weight, bias, eps: contiguous_like(x))
+register("task_batch_norm_backward", lambda grad, x, weight, eps: _like(x, weight, weight))
+register(
+    "task_batch_norm_backward_backward",
+    lambda v, w, b, grad, x, weight, eps: _like(x, x, weight),
+)
+
+
+def task_batch_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """Batch norm of each task's images by their own statistics, with the task's scale and shift.
+
+        y[t, b, c] = bias[t, c]
+                     + weight[t, c] (x[t, b, c] - mean[t, c]) / sqrt(variance[t, c] + eps)
+
+    where mean and (biased) variance are those of the channel in the task's batch. The same as
+    ``torch.nn.functional.batch_norm`` of every task with ``training=True`` and without running
+    statistics, run together; its second derivative, which meta-learning takes, is one kernel
+    where PyTorch's is a chain of elementwise ones. Differentiable any number of times, forward and
+    reverse; works under torch.func and torch.compile. The compiled kernels take float32 and
+    float64 and sum in double on a CPU; half types are computed in plain PyTorch, in float32.
+
+    Args:
+        x: images [T, B, C, H, W], or [B, C, H, W] for one task.
+        weight, bias: [T, C], or [C]; same dtype and device. None: ones, and zeros.
+        eps: added to the variance, more than 0.
+
+    Returns:
+        Images in the shape of x, contiguous. T and B may be 0.
+
+    Raises:
+        TypeError: inputs are not floating-point tensors of one dtype.
+        ValueError: shapes do not agree, devices differ, eps is not positive, or a channel has a
+            single number, which has no variance.
+
+    Source: Ioffe, Szegedy 2015 (arXiv 1502.03167).
+
+    >>> x = torch.randn(4, 10, 16, 8, 8)
+    >>> fm.task_batch_norm(x, torch.full((4, 16), 2.0)).std((1, 3, 4)).round(decimals=1).unique()
+    tensor([2.])
+    """
+    _check(x, weight, bias, eps)
+    if x.dim() == 4:
+        rows = (None if row is None else row.unsqueeze(0) for row in (weight, bias))
+        return task_batch_norm(x.unsqueeze(0), *rows, eps).squeeze(0)
+    weight = x.new_ones(x.shape[0], x.shape[2]) if weight is None else weight
+    bias = torch.zeros_like(weight) if bias is None else bias
+    if not is_native("task_batch_norm", x):
+        return reference.task_batch_norm(x, weight, bias, eps).contiguous()
+    return _apply(x.flatten(3), weight, bias, eps).view(x.shape)
+
+
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    check_floating("x", x)
+    check_dims("x", x, "[T, B, C, H, W]")
+    *tasks, examples, channels, height, width = x.shape
+    for name, row in (("weight", weight), ("bias", bias)):
+        if row is None:
+            continue
+        check_floating(name, row)
+        check_together(name, row, "x", x)
+        if list(row.shape) != [*tasks, channels]:
+            raise ValueError(f"{name} must have shape {[*tasks, channels]}, got {list(row.shape)}")
+    if examples * height * width == 1:
+        raise ValueError(
+            f"x must have more than one number a channel, which it has statistics of, "
+            f"got {list(x.shape)}"
+        )
+    if not eps > 0:
+        raise ValueError(f"eps must be more than 0, got {eps!r}")

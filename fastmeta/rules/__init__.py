@@ -1,0 +1,26 @@
+"""Inner rules: what an inner step makes of the parameters and the gradient.
+
+``MAML(model, lr=..., rule=...)`` takes one; every rule has its value and its derivative, so
+that meta-gradients pass through it, and its learned hyperparameters get theirs.
+
+steps           SGD, Adam, RMSProp
+wrapped around  ClipValue, ClipNorm, Proximal, MetaCurvature
+"""
+
+from fastmeta.rules._base import Rule
+from fastmeta.rules.adaptive import Adam, RMSProp
+from fastmeta.rules.clipping import ClipNorm, ClipValue
+from fastmeta.rules.meta_curvature import MetaCurvature
+from fastmeta.rules.proximal import Proximal
+from fastmeta.rules.sgd import SGD
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "ClipNorm",
+    "ClipValue",
+    "MetaCurvature",
+    "Proximal",
+    "RMSProp",
+    "Rule",
+]

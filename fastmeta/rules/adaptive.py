@@ -1,0 +1,120 @@
+"""Rules that divide by the size that gradients have had: Adam and RMSProp."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastmeta.rules._base import (
+    Hyperparameter,
+    Rule,
+    State,
+    decayed,
+    hyperparameter,
+    positive,
+)
+
+
+class Adam(Rule):
+    """Adam (Kingma & Ba 2015, arXiv 1412.6980), differentiable also where gradients are zero.
+
+    ``m_{k+1} = beta1 m_k + (1 - beta1) g_k``, ``s_{k+1} = beta2 s_k + (1 - beta2) g_k^2``, and
+    ``theta_{k+1} = theta_k - lr m' / sqrt(s' + eps)`` with ``m' = m_{k+1} / (1 - beta1^(k+1))``
+    and ``s' = s_{k+1} / (1 - beta2^(k+1))``.
+
+    ``eps`` stands INSIDE the square root, where ``torch.optim.Adam`` adds it outside: at a second
+    moment of zero the derivative of ``sqrt(s)`` is infinite, that of ``sqrt(s + eps)`` is not. A
+    gradient counts as small below ``sqrt(eps)``, 1e-4 by default.
+
+    Args:
+        betas: beta1 and beta2, each 0 to below 1; Reptile takes (0, 0.999).
+        eps: above 0.
+        weight_decay: at least 0: ``g_k + weight_decay theta_k`` stands for the gradient.
+
+        Each number may be an ``nn.Parameter`` ``[]`` or ``[P]`` instead, which is then learned.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Example:
+        >>> import torch
+        >>> import fastmeta as fm
+        >>> maml = fm.MAML(torch.nn.Linear(3, 2), 0.01, 3, rule=fm.rules.Adam())
+        >>> x, y = torch.randn(4, 5, 3), torch.randint(0, 2, (4, 5))
+        >>> maml.meta_loss(x, y, x, y)[0].backward()
+    """
+
+    def __init__(
+        self,
+        betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
+        eps: Hyperparameter = 1e-8,
+        weight_decay: Hyperparameter = 0.0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise TypeError(f"betas: expected a pair of numbers, got {betas!r}")
+        self.beta1 = hyperparameter("betas[0]", betas[0], below=1.0)
+        self.beta2 = hyperparameter("betas[1]", betas[1], below=1.0)
+        self.eps = positive("eps", eps)
+        self.weight_decay = hyperparameter("weight_decay", weight_decay)
+
+    @property
+    def states(self) -> int:
+        return 2
+
+    def update(
+        self, theta: Tensor, grads: Tensor, lr: Tensor, state: State, k: int
+    ) -> tuple[Tensor, State]:
+        grads = decayed(grads, theta, self.weight_decay)
+        first = self.beta1 * state[0] + (1 - self.beta1) * grads
+        second = self.beta2 * state[1] + (1 - self.beta2) * grads.square()
+        mean = first / (1 - self.beta1 ** (k + 1))
+        size = (second / (1 - self.beta2 ** (k + 1)) + self.eps).sqrt()
+        return theta - lr * mean / size, (first, second)
+
+
+class RMSProp(Rule):
+    """RMSProp (Tieleman & Hinton 2012), differentiable also where gradients are zero.
+
+    ``s_{k+1} = alpha s_k + (1 - alpha) g_k^2``, s_0 = 0, and
+    ``theta_{k+1} = theta_k - lr g_k / sqrt(s_{k+1} + eps)``. ``eps`` stands INSIDE the square root,
+    as in ``Adam`` and for the same reason; ``torch.optim.RMSprop`` adds it outside.
+
+    Args:
+        alpha: 0 to below 1.
+        eps: above 0.
+        weight_decay: at least 0: ``g_k + weight_decay theta_k`` stands for the gradient.
+
+        Each number may be an ``nn.Parameter`` ``[]`` or ``[P]`` instead, which is then learned.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Example:
+        >>> import torch
+        >>> import fastmeta as fm
+        >>> maml = fm.MAML(torch.nn.Linear(3, 2), 0.01, 3, rule=fm.rules.RMSProp())
+        >>> x, y = torch.randn(4, 5, 3), torch.randint(0, 2, (4, 5))
+        >>> maml.meta_loss(x, y, x, y)[0].backward()
+    """
+
+    def __init__(
+        self,
+        alpha: Hyperparameter = 0.99,
+        eps: Hyperparameter = 1e-8,
+        weight_decay: Hyperparameter = 0.0,
+    ) -> None:
+        super().__init__()
+        self.alpha = hyperparameter("alpha", alpha, below=1.0)
+        self.eps = positive("eps", eps)
+        self.weight_decay = hyperparameter("weight_decay", weight_decay)
+
+    @property
+    def states(self) -> int:
+        return 1
+
+    def update(
+        self, theta: Tensor, grads: Tensor, lr: Tensor, state: State, k: int
+    ) -> tuple[Tensor, State]:
+        grads = decayed(grads, theta, self.weight_decay)
+        second = self.alpha * state[0] + (1 - self.alpha) * grads.square()
+        return theta - lr * grads / (second + self.eps).sqrt(), (second,)
