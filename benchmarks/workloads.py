@@ -16,6 +16,9 @@ Nobody wants a gradient to the input of the first layer, and it has no tangent: 
 2 f, 2 f and 3 f. A meta-step of T tasks and K inner steps on S examples, with Q queries, is
 
     T (K (gradient of S + product at hand of S) + gradient of Q)
+
+A head alone that is adapted under a body ("head") is one linear layer whose inputs get gradients:
+then a gradient on the queries takes 3 f, and a product 4 f, two for its part that goes to them.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ class Workload:
     """`kind` "meta": theta [P] and tasks -> meta-loss [], its gradient [P].
 
     "hvp": theta and vector [T, P] and a batch of S examples a task -> products [T, P].
+    "head": as "meta" on features, with gradients to those of support and queries besides.
     """
 
     name: str
@@ -49,7 +53,7 @@ class Workload:
 
     def __str__(self) -> str:
         sizes = f"T = {self.tasks}, "
-        if self.kind == "meta":
+        if self.kind != "hvp":
             sizes += f"K = {self.steps}, S = {self.support}, Q = {self.queries}"
         else:
             sizes += f"batch {self.support}"
@@ -63,6 +67,9 @@ class Workload:
         gradient = 2 * first + 3 * rest
         if self.kind == "hvp":
             return self.tasks * self.support * (3 * first + 8 * rest)
+        if self.kind == "head":
+            inner = self.steps * self.support * 6 * first
+            return self.tasks * (inner + self.queries * 3 * first)
         product = 2 * first + 6 * rest
         inner = self.steps * self.support * (gradient + product)
         return self.tasks * (inner + self.queries * gradient)
@@ -91,6 +98,8 @@ _ALL = (
     _meta("omni_mlp", _OMNI, "cross_entropy", 0.4, 32, 1, 5, 75),
     Workload("hvp_mlp_t1", _HVP, "cross_entropy", 1, 128, kind="hvp"),
     Workload("hvp_mlp_t32", _HVP, "cross_entropy", 32, 128, kind="hvp"),
+    _meta("anil", MLP((1600, 5)), "cross_entropy", 0.1, 32, 5, 25, 75, kind="head"),
+    _meta("anil_640", MLP((640, 5)), "cross_entropy", 0.1, 32, 5, 25, 75, kind="head", **_LATER),
     _meta("omni_conv1", Conv4(64, 5), "cross_entropy", 0.4, 32, 1, 5, 75, **_LATER),
     _meta("omni_conv5", Conv4(64, 5), "cross_entropy", 0.4, 8, 5, 5, 75, **_LATER),
     _meta("omni_paper", Conv4(64, 5), "cross_entropy", 0.4, 32, 1, 5, 5, **_LATER),

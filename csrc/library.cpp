@@ -35,6 +35,22 @@ TORCH_LIBRARY(fastmeta, m) {
       "prototype_loss_backward(Tensor weight, Tensor query, Tensor labels, Tensor prototypes,"
       " str metric, float scale) -> (Tensor loss, Tensor grad_query, Tensor grad_prototypes)");
 
+  // x [T, S, D], targets [T, S] int64 labels, or [T, S, N]; weight [T, N, D], bias [T, N];
+  // lr [T, K], float32 for bfloat16 and float16 -> the head after K steps of gradient descent, and
+  // what its backward pass keeps, see linear_head/linear_head.h. What there is not has a last
+  // dimension of 0: the bias, its gradient, that of labels, and that of x to first order or where
+  // it is not asked for.
+  m.def(
+      "linear_head(Tensor x, Tensor targets, Tensor weight, Tensor? bias, Tensor lr, str loss,"
+      " float weight_decay, bool dual)"
+      " -> (Tensor weight, Tensor bias, Tensor predictions, Tensor products)");
+  m.def(
+      "linear_head_backward(Tensor grad_weight, Tensor grad_bias, Tensor x, Tensor targets,"
+      " Tensor weight, Tensor? bias, Tensor lr, Tensor predictions, Tensor products, str loss,"
+      " float weight_decay, bool dual, bool first_order, bool input_grad)"
+      " -> (Tensor grad_x, Tensor grad_targets, Tensor grad_weight, Tensor grad_bias,"
+      " Tensor grad_lr)");
+
   // The three maps of convolution, see convolution/convolution.h: x [T, B, C, H, W],
   // weight [T, O, C / groups, kh, kw], bias [T, O] -> [T, B, O, H', W']; the gradient of that to x,
   // of height and width `size`, and to the weight. Images come out channels-last in memory if they

@@ -1,7 +1,7 @@
 """fastmeta: meta-learning for PyTorch, batched over tasks, on compiled kernels.
 
 ops         inner_update, prototypes, pairwise_distance, prototype_loss, task_conv2d,
-            task_batch_norm, task_linear, hvp
+            task_batch_norm, task_linear, linear_head, linear_head_hvp, hvp
 learners    MAML, FOMAML, Reptile, MetaSGD, MAMLPlusPlus, MetaCurvature, IMAML, ProtoNet:
             `meta_loss` and `adapt_tasks`
 rules       rules.SGD, rules.Adam, rules.RMSProp, rules.ClipNorm, rules.MetaCurvature, ...
@@ -23,6 +23,8 @@ from fastmeta.algorithms.reptile import Reptile
 from fastmeta.functional import hvp
 from fastmeta.ops import (
     inner_update,
+    linear_head,
+    linear_head_hvp,
     pairwise_distance,
     prototype_loss,
     prototypes,
@@ -47,6 +49,8 @@ __all__ = [
     "data",
     "hvp",
     "inner_update",
+    "linear_head",
+    "linear_head_hvp",
     "models",
     "pairwise_distance",
     "prototype_loss",

@@ -24,7 +24,7 @@ except ImportError as error:
     built = "cannot import name '_C'" not in str(error)
     UNAVAILABLE = str(error) if built else "it was installed without the compiled extension"
 
-OPS = ("inner_update", "prototypes", "pairwise_distance", "prototype_loss")
+OPS = ("inner_update", "prototypes", "pairwise_distance", "prototype_loss", "linear_head")
 CONVOLUTION = "task_conv2d"
 BATCH_NORM = "task_batch_norm"
 PROGRAM = "task_program"
@@ -119,8 +119,8 @@ def backend_of(
     """The implementation that `op` runs for tensors of `dtype` on `device`: "native" or "torch".
 
     Args:
-        op: "inner_update", "prototypes", "pairwise_distance", "prototype_loss", "task_conv2d",
-            "task_batch_norm" or "task_program".
+        op: "inner_update", "prototypes", "pairwise_distance", "prototype_loss", "linear_head",
+            "task_conv2d", "task_batch_norm" or "task_program".
         device: a device or its name.
         dtype: the tensors' dtype.
 

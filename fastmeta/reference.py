@@ -115,6 +115,43 @@ def prototype_loss(
     return -at_labels(logits.log_softmax(2), labels)
 
 
+def head_residual(outputs: torch.Tensor, targets: torch.Tensor, loss: str) -> torch.Tensor:
+    """Gradient of each task's mean loss to its outputs [T, S, N]."""
+    examples, ways = outputs.shape[1:]
+    if loss == "mse":
+        return 2 / (examples * ways) * (outputs - targets.to(outputs.dtype))
+    if loss == "logistic":
+        return (outputs.sigmoid() - targets.unsqueeze(2)) / examples
+    wanted = targets.unsqueeze(2) == torch.arange(ways, device=targets.device)
+    return (outputs.softmax(2) - wanted.to(outputs.dtype)) / examples
+
+
+def linear_head(
+    x: torch.Tensor,
+    targets: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lr: torch.Tensor,
+    loss: str,
+    weight_decay: float,
+    first_order: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Heads weight [T, N, D], bias [T, N] or None, after a step for each column of lr [T, K]."""
+    if loss != "mse":
+        check_label_range(targets, 2 if loss == "logistic" else weight.shape[1], "targets")
+    features, w = x.to(lr.dtype), weight.to(lr.dtype, copy=True)
+    b = None if bias is None else bias.to(lr.dtype, copy=True)
+    for rate in lr.T:
+        outputs = features @ w.mT if b is None else features @ w.mT + b.unsqueeze(1)
+        residual = head_residual(outputs, targets, loss)
+        gradient, bias_gradient = residual.mT @ features, residual.sum(1)
+        if first_order:
+            gradient, bias_gradient = gradient.detach(), bias_gradient.detach()
+        w = w - rate[:, None, None] * (gradient + weight_decay * w)
+        b = None if b is None else b - rate[:, None] * (bias_gradient + weight_decay * b)
+    return w.to(weight.dtype), None if bias is None else b.to(bias.dtype)
+
+
 def conv_out_size(
     size: Sequence[int],
     kernel: Sequence[int],

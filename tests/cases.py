@@ -54,7 +54,7 @@ class Case:
 
     @property
     def function(self) -> Callable[..., torch.Tensor]:
-        return getattr(fm, self.op)
+        return joined_head if self.op == "linear_head" else getattr(fm, self.op)
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
@@ -123,6 +123,41 @@ def linear_case(name: str, t: int, b: int, i: int, o: int, bias: bool = True) ->
         return (make.randn(t, b, i), make.randn(t, o, i), *([make.randn(t, o)] if bias else [])), {}
 
     return Case("task_linear", name, build, small=t * (b + o) * i <= 60)
+
+
+def joined_head(x, targets, weight, bias, lr, **options: Any) -> torch.Tensor:
+    """`fm.linear_head` with all floats in order, its weight and bias as one tensor."""
+    weight, bias = fm.linear_head(x, targets, weight, bias, lr=lr, **options)
+    return weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)
+
+
+def head_case(
+    loss: str,
+    t: int,
+    k: int,
+    s: int,
+    n: int,
+    d: int,
+    bias: bool = True,
+    lr: Callable = lambda make, t, k: make.randn(k),
+    **options: Any,
+) -> Case:
+    """Step sizes are small enough that no step amplifies rounding."""
+
+    def build(make: Maker) -> Arguments:
+        x = make.randn(t, s, d)
+        targets = (
+            make.randn(t, s, n)
+            if loss == "mse"
+            else make.labels(2 if loss == "logistic" else n, t, s)
+        )
+        head = make.randn(t, n, d), make.randn(t, n) if bias else None
+        rates = 0.5 * d**-0.5 * abs(lr(make, t, k))
+        return (x, targets, *head, rates), {"steps": k, "loss": loss, **options}
+
+    more = "".join(f"-{name}={value}" for name, value in options.items())
+    name = f"{loss}-{t}x{k}x{s}x{n}x{d}{'' if bias else '-no_bias'}{more}"
+    return Case("linear_head", name, build, small=t * k * (s + n) * d <= 60)
 
 
 def norm_case(
@@ -221,6 +256,23 @@ TASK_LINEAR = [
     linear_case("wide", 3, 40, 70, 65),
 ]
 
+# Past vectors of 8 and 16 examples or features, tiles of 5 x 5 dot products, and a warp.
+FORMS = ("primal", "dual")
+LINEAR_HEAD = [
+    *(head_case("cross_entropy", 2, 2, 3, 2, 2, form=form) for form in FORMS),
+    *(head_case("mse", 1, 2, 3, 2, 2, form=form, weight_decay=0.3) for form in FORMS),
+    *(head_case("logistic", 1, 3, 4, 1, 2, form=form) for form in FORMS),
+    head_case("cross_entropy", 2, 2, 3, 2, 2, bias=False, weight_decay=0.2),
+    head_case("logistic", 2, 1, 3, 1, 2, lr=lambda make, t, k: make.randn(t, k)),
+    head_case("mse", 1, 2, 2, 1, 1, bias=False, lr=lambda make, t, k: make.randn()),
+    unbatched(head_case("cross_entropy", 1, 2, 3, 2, 2)),
+    unbatched(head_case("mse", 2, 1, 3, 2, 2, bias=False)),
+    *(head_case("cross_entropy", 3, 5, 25, 5, 161, form=form) for form in FORMS),
+    *(head_case("mse", 2, 3, 33, 7, 64, bias=False, form=form) for form in FORMS),
+    *(head_case("logistic", 2, 4, 17, 1, 70, form=form) for form in FORMS),
+    head_case("cross_entropy", 2, 3, 100, 20, 130, weight_decay=0.1),
+]
+
 # Past vectors of 4 to 16 numbers, 128 of them, and the 256 threads of a block.
 TASK_BATCH_NORM = [
     norm_case("2x3x2x2x1", 2, 3, 2, (2, 1)),
@@ -238,6 +290,7 @@ CASES = [
     *PROTOTYPE_LOSS,
     *TASK_CONV2D,
     *TASK_LINEAR,
+    *LINEAR_HEAD,
     *TASK_BATCH_NORM,
 ]
 SMALL_CASES = [case for case in CASES if case.small]

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 import fastmeta as fm
-from tests.cases import DTYPES, distance_case, inner_update_case, loss_case, prototypes_case
+from tests.cases import (
+    DTYPES,
+    distance_case,
+    head_case,
+    inner_update_case,
+    loss_case,
+    prototypes_case,
+)
 from tests.test_ops import TOLERANCE, assert_near, value_and_grads
 
 # One less, as many, and one more than there are lanes in a warp and rows or columns in a tile.
@@ -55,6 +62,14 @@ PROTOTYPES = [
     *((7, 3, d) for n in (32, 64, 128, 256) for d in (n - 8, n - 1, n, n + 1, n + 8)),
 ]
 
+# S, N, D: lanes of examples, tiles of dot products, features of a slice. Step sizes are numbers:
+# the gradient to one is a sum that cancels, for one way nothing but rounding.
+HEADS = [
+    *((s, 3, 5) for s in EDGES),
+    *((7, n, 5) for n in (1, 4, 5, 6, 10, 11, 32, 33)),
+    *((6, 3, d) for d in (*EDGES, 127, 128, 129)),
+]
+
 CASES = [
     *(distance_case(metric, *shape) for metric, shape in PAIRS),
     *(loss_case(metric, "none", *shape, scale=0.3) for metric, shape in PAIRS),
@@ -64,6 +79,11 @@ CASES = [
         for name, lr in STEP_SIZES.items()
     ),
     *(prototypes_case(f"{s}x{n}x{d}", 3, s, n, d) for s, n, d in PROTOTYPES),
+    *(
+        head_case("cross_entropy", 2, 3, s, n, d, lr=lambda *_: 0.7, form=form)
+        for s, n, d in HEADS
+        for form in ("primal", "dual")
+    ),
 ]
 
 

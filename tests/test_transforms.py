@@ -160,6 +160,8 @@ def raw_arguments(op: str, device: str) -> tuple:
     make = Maker(torch.float32, device)
     x, y, w = make.randn(2, 4, 3), make.randn(2, 5, 3), make.randn(2, 4)
     labels = make.labels(5, 2, 4)
+    rates, head = make.randn(2, 6), (x, labels, y, make.randn(2, 5))
+    kept = make.randn(2, 6, 5, 4), make.randn(2, 4, 4)
     p, g, lr = make.randn(2, 7), make.randn(2, 7), make.randn(1, 7)
     return {
         "inner_update": (p, g, lr),
@@ -169,6 +171,19 @@ def raw_arguments(op: str, device: str) -> tuple:
         "pairwise_distance": (x, y, "euclidean"),
         "pairwise_distance_backward": (make.randn(2, 4, 5), x, y, "euclidean"),
         "prototype_loss": (x, labels, y, "cosine", 2.0),
+        "linear_head": (*head, rates, "cross_entropy", 0.1, True),
+        "linear_head_backward": (
+            y,
+            head[3],
+            *head,
+            rates,
+            *kept,
+            "cross_entropy",
+            0.1,
+            True,
+            False,
+            True,
+        ),
         "prototype_loss_backward": (w, x, labels, y, "sqeuclidean", 1.0),
     }[op]
 

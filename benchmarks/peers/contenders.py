@@ -14,7 +14,7 @@ OURS = "fastmeta"
 class Contender:
     name: str  # on the command line
     label: str  # in tables
-    kind: str  # of the workloads that it can do, "meta" or "hvp"
+    kind: str  # of the workloads that it can do: "meta", "hvp" or "head"
     build: str  # "module:function" of a `Problem`, imported in the contender's own process
     dtype: str = "float32"
     in_graph: bool = False  # as the replay of a CUDA graph
@@ -60,12 +60,26 @@ _HVP = (
     _row("jax-reverse", "JAX jit, reverse", "hvp", "jax_steps:hvp_reverse"),
     _row("jax", "JAX jit, forward", "hvp", "jax_steps:hvp_forward"),
 )
-CONTENDERS = _META + _HVP
+_HEAD = (
+    _row(OURS, "fastmeta", "head", "head_steps:linear_head"),
+    _row("fastmeta-program", "fastmeta, task program", "head", "head_steps:program"),
+    _row("learn2learn", "learn2learn", "head", "head_steps:learn2learn"),
+    _row("higher", "higher", "head", "head_steps:higher"),
+    _row("torchopt", "TorchOpt", "head", "head_steps:torchopt"),
+    _row("torch-func", "torch.func vmap(grad)", "head", "head_steps:unrolled"),
+    _row("torch-compile", "torch.func, compiled", "head", "head_steps:unrolled_compiled"),
+    _row("jax", "JAX jit(vmap(grad))", "head", "jax_steps:head"),
+)
+CONTENDERS = _META + _HVP + _HEAD
 # What results are compared with: the plainest way, in float64. Not torch.func's, whose vmap of
 # gradients that are differentiated again is wrong for convolutional networks in torch 2.13.
 REFERENCES = {
-    kind: replace(_row("reference", "float64", kind, f"torch_steps:{build}"), dtype="float64")
-    for kind, build in (("meta", "by_task"), ("hvp", "twice"))
+    kind: replace(_row("reference", "float64", kind, build), dtype="float64")
+    for kind, build in (
+        ("meta", "torch_steps:by_task"),
+        ("hvp", "torch_steps:twice"),
+        ("head", "head_steps:by_task"),
+    )
 }
 MATRIX = _row("matrix", "matrix product", "", "matrix:product")
 

@@ -11,7 +11,7 @@ from benchmarks.peers.modules import TASKS, TorchProblem, read_meta, read_produc
 from benchmarks.peers.step import Problem, Step
 
 
-def _facts(explanation: str) -> dict[str, str]:
+def facts_of(explanation: str) -> dict[str, str]:
     info = fm.build_info()
     native = "compiled" if info["native"] else f"plain PyTorch: {info['reason']}"
     return {"fastmeta": f"{fm.__version__}, {native}", "engine": explanation}
@@ -31,7 +31,7 @@ def _as_values(problem: Problem, **options: Any) -> Step:
         result = maml.meta_gradient(*tasks)
         return result.loss, [result.grads]
 
-    return setting.step(run, read_meta, **_facts(maml.explain()))
+    return setting.step(run, read_meta, **facts_of(maml.explain()))
 
 
 def chosen(problem: Problem) -> Step:
@@ -57,7 +57,7 @@ def _by_autograd(problem: Problem, **options: Any) -> Step:
         loss.backward()
         return loss, [p.grad for p in params]
 
-    return setting.step(run, read_meta, **_facts(maml.explain()))
+    return setting.step(run, read_meta, **facts_of(maml.explain()))
 
 
 def autograd(problem: Problem) -> Step:
@@ -76,7 +76,7 @@ def hvp_chosen(problem: Problem) -> Step:
     def run() -> list[Tensor]:
         return [maml.hvp(setting.theta, (x, y), vector)]
 
-    return setting.step(run, read_product, **_facts(maml.explain()))
+    return setting.step(run, read_product, **facts_of(maml.explain()))
 
 
 def hvp_functional(problem: Problem) -> Step:
@@ -87,4 +87,4 @@ def hvp_functional(problem: Problem) -> Step:
     def run() -> list[Tensor]:
         return list(fm.hvp(setting.loss_of, params, v, x, y).values())
 
-    return setting.step(run, read_product, **_facts("fm.hvp, reverse over reverse"))
+    return setting.step(run, read_product, **facts_of("fm.hvp, reverse over reverse"))

@@ -82,8 +82,7 @@ def _prepare(problem: Problem) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
 
 
-def unrolled(problem: Problem) -> Step:
-    _prepare(problem)
+def _meta_loss(problem: Problem) -> Callable[..., Array]:
     workload, loss_of = problem.workload, _loss_of(problem)
 
     def task_loss(params: Params, sx: Array, sy: Array, qx: Array, qy: Array) -> Array:
@@ -95,15 +94,37 @@ def unrolled(problem: Problem) -> Step:
     def meta_loss(params: Params, *tasks: Array) -> Array:
         return jax.vmap(task_loss, (None, 0, 0, 0, 0))(params, *tasks).mean()
 
-    def read(result: tuple[Array, Params]) -> Arrays:
-        loss, gradients = result
-        flat = np.concatenate([np.asarray(g).ravel() for g in gradients])
-        return {"loss": np.asarray(loss), "gradient": flat}
+    return meta_loss
 
+
+def _inputs(problem: Problem) -> tuple[Any, ...]:
     names = ("support_x", "support_y", "query_x", "query_y")
     tasks = (jnp.asarray(problem.arrays[name]) for name in names)
-    inputs = (_split(problem, problem.arrays["theta"]), *tasks)
-    return _step(problem, jax.value_and_grad(meta_loss), inputs, read)
+    return _split(problem, problem.arrays["theta"]), *tasks
+
+
+def _read_meta(loss: Array, gradients: Params) -> Arrays:
+    flat = np.concatenate([np.asarray(g).ravel() for g in gradients])
+    return {"loss": np.asarray(loss), "gradient": flat}
+
+
+def unrolled(problem: Problem) -> Step:
+    _prepare(problem)
+    function = jax.value_and_grad(_meta_loss(problem))
+    return _step(problem, function, _inputs(problem), lambda result: _read_meta(*result))
+
+
+def head(problem: Problem) -> Step:
+    """`unrolled` with gradients to the features of support and queries."""
+    _prepare(problem)
+
+    def read(result: tuple[Array, tuple[Any, Array, Array]]) -> Arrays:
+        loss, (gradients, support, query) = result
+        of_features = {"support": np.asarray(support), "query": np.asarray(query)}
+        return {**_read_meta(loss, gradients), **of_features}
+
+    function = jax.value_and_grad(_meta_loss(problem), (0, 1, 3))
+    return _step(problem, function, _inputs(problem), read)
 
 
 def _hvp_step(problem: Problem, product: Callable[..., Params]) -> Step:

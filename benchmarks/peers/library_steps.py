@@ -36,14 +36,16 @@ def _loop(setting: TorchProblem, net: nn.Module, task_loss: TaskLoss, **facts: s
     return setting.step(run, read_meta, **facts)
 
 
-def learn2learn(problem: Problem) -> Step:
+Prepared = tuple[TaskLoss, dict[str, str]]  # and the library's version
+
+
+def _learn2learn(setting: TorchProblem, net: nn.Module) -> Prepared:
     """The MAML class of learn2learn; of the package only its module, see `fetch`."""
     from learn2learn._version import __version__
     from learn2learn.algorithms.maml import MAML
 
-    setting = TorchProblem(problem)
-    net, steps = setting.loaded(), problem.workload.steps
-    maml = MAML(net, lr=problem.workload.lr)
+    steps = setting.workload.steps
+    maml = MAML(net, lr=setting.workload.lr)
 
     def task_loss(sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
         learner = maml.clone()
@@ -51,15 +53,14 @@ def learn2learn(problem: Problem) -> Step:
             learner.adapt(setting.loss(learner(sx), sy))
         return setting.loss(learner(qx), qy)
 
-    return _loop(setting, net, task_loss, learn2learn=__version__)
+    return task_loss, {"learn2learn": __version__}
 
 
-def higher(problem: Problem) -> Step:
+def _higher(setting: TorchProblem, net: nn.Module) -> Prepared:
     import higher
 
-    setting = TorchProblem(problem)
-    net, steps = setting.loaded(), problem.workload.steps
-    inner = torch.optim.SGD(net.parameters(), lr=problem.workload.lr)
+    steps = setting.workload.steps
+    inner = torch.optim.SGD(net.parameters(), lr=setting.workload.lr)
 
     def task_loss(sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
         with higher.innerloop_ctx(net, inner, copy_initial_weights=False) as (fast, optimizer):
@@ -67,15 +68,14 @@ def higher(problem: Problem) -> Step:
                 optimizer.step(setting.loss(fast(sx), sy))
             return setting.loss(fast(qx), qy)
 
-    return _loop(setting, net, task_loss, higher=version("higher"))
+    return task_loss, {"higher": version("higher")}
 
 
-def torchopt(problem: Problem) -> Step:
+def _torchopt(setting: TorchProblem, net: nn.Module) -> Prepared:
     import torchopt
 
-    setting = TorchProblem(problem)
-    net, steps = setting.loaded(), problem.workload.steps
-    inner = torchopt.MetaSGD(net, lr=problem.workload.lr)
+    steps = setting.workload.steps
+    inner = torchopt.MetaSGD(net, lr=setting.workload.lr)
     initial = torchopt.extract_state_dict(net, by="reference")
     inner_initial = torchopt.extract_state_dict(inner, by="reference")
 
@@ -87,4 +87,26 @@ def torchopt(problem: Problem) -> Step:
         torchopt.recover_state_dict(inner, inner_initial)
         return loss
 
-    return _loop(setting, net, task_loss, torchopt=version("torchopt"))
+    return task_loss, {"torchopt": version("torchopt")}
+
+
+LIBRARIES = {"learn2learn": _learn2learn, "higher": _higher, "torchopt": _torchopt}
+
+
+def _step(problem: Problem, name: str) -> Step:
+    setting = TorchProblem(problem)
+    net = setting.loaded()
+    task_loss, facts = LIBRARIES[name](setting, net)
+    return _loop(setting, net, task_loss, **facts)
+
+
+def learn2learn(problem: Problem) -> Step:
+    return _step(problem, "learn2learn")
+
+
+def higher(problem: Problem) -> Step:
+    return _step(problem, "higher")
+
+
+def torchopt(problem: Problem) -> Step:
+    return _step(problem, "torchopt")

@@ -31,8 +31,8 @@ def _product(problem: TorchProblem) -> Any:
     return product
 
 
-def _unrolled(problem: TorchProblem) -> Meta:
-    """vmap(grad) through K unrolled steps, differentiated as it stands."""
+def unrolled_loss(problem: TorchProblem) -> Any:
+    """(theta by name, *tasks) -> meta-loss, by vmap(grad) through K unrolled steps."""
     workload = problem.workload
 
     def task_loss(params: Params, sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
@@ -42,7 +42,12 @@ def _unrolled(problem: TorchProblem) -> Meta:
         return problem.loss_of(params, qx, qy)
 
     of_all = over_tasks(task_loss, workload.tasks, (None, 0, 0, 0, 0))
-    return grad_and_value(lambda params, *tasks: of_all(params, *tasks).mean())
+    return lambda params, *tasks: of_all(params, *tasks).mean()
+
+
+def _unrolled(problem: TorchProblem) -> Meta:
+    """The unrolled loss, differentiated as it stands."""
+    return grad_and_value(unrolled_loss(problem))
 
 
 def _adjoint(problem: TorchProblem) -> Meta:
@@ -81,7 +86,7 @@ def _meta_step(problem: TorchProblem, function: Meta) -> Step:
     return problem.step(run, read_meta)
 
 
-def _compiled(function: Any) -> Any:
+def compiled(function: Any) -> Any:
     return torch.compile(function, dynamic=False)
 
 
@@ -92,7 +97,7 @@ def unrolled(problem: Problem) -> Step:
 
 def unrolled_compiled(problem: Problem) -> Step:
     setting = TorchProblem(problem)
-    return _meta_step(setting, _compiled(_unrolled(setting)))
+    return _meta_step(setting, compiled(_unrolled(setting)))
 
 
 def adjoint(problem: Problem) -> Step:
@@ -102,29 +107,36 @@ def adjoint(problem: Problem) -> Step:
 
 def adjoint_compiled(problem: Problem) -> Step:
     setting = TorchProblem(problem)
-    return _meta_step(setting, _compiled(_adjoint(setting)))
+    return _meta_step(setting, compiled(_adjoint(setting)))
 
 
-def by_task(problem: Problem) -> Step:
-    """One unrolled graph a task, without torch.func: what the others are compared with."""
-    setting = TorchProblem(problem)
-    params = setting.split(setting.theta.requires_grad_())
-    tasks = list(zip(*(setting.data[name] for name in TASKS), strict=True))
+def by_task_loss(problem: TorchProblem, params: Params) -> Any:
+    """A task's loss after K steps from `params`, an unrolled graph without torch.func."""
+    workload = problem.workload
 
     def task_loss(sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
         fast = params
-        for _ in range(problem.workload.steps):
-            loss = setting.loss_of(fast, sx, sy)
+        for _ in range(workload.steps):
+            loss = problem.loss_of(fast, sx, sy)
             gradients = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
             pairs = zip(fast.items(), gradients, strict=True)
-            fast = {name: p - problem.workload.lr * g for (name, p), g in pairs}
-        return setting.loss_of(fast, qx, qy) / len(tasks)
+            fast = {name: p - workload.lr * g for (name, p), g in pairs}
+        return problem.loss_of(fast, qx, qy)
+
+    return task_loss
+
+
+def by_task(problem: Problem) -> Step:
+    """One graph a task: what the others are compared with."""
+    setting = TorchProblem(problem)
+    task_loss = by_task_loss(setting, setting.split(setting.theta.requires_grad_()))
+    tasks = list(zip(*(setting.data[name] for name in TASKS), strict=True))
 
     def run() -> tuple[Tensor, list[Tensor]]:
         setting.theta.grad = None
         losses = []
         for task in tasks:
-            loss = task_loss(*task)
+            loss = task_loss(*task) / len(tasks)
             loss.backward(retain_graph=True)  # theta's own pieces are every task's
             losses.append(loss.detach())
         return torch.stack(losses).sum(), [setting.theta.grad]
@@ -169,12 +181,12 @@ def forward(problem: Problem) -> Step:
 
 def reverse_compiled(problem: Problem) -> Step:
     setting = TorchProblem(problem)
-    return _hvp_step(setting, _compiled(_reverse(setting)))
+    return _hvp_step(setting, compiled(_reverse(setting)))
 
 
 def forward_compiled(problem: Problem) -> Step:
     setting = TorchProblem(problem)
-    return _hvp_step(setting, _compiled(_forward(setting)))
+    return _hvp_step(setting, compiled(_forward(setting)))
 
 
 def twice(problem: Problem) -> Step:

@@ -61,4 +61,9 @@ inline at::Tensor with_contiguous_rows(const at::Tensor& x) {
   return x.numel() == 0 || x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
 }
 
+// `x` itself where each task's part is contiguous (the task dimension may be expanded), else a copy.
+inline at::Tensor with_contiguous_tasks(const at::Tensor& x) {
+  return x.numel() == 0 || x.select(0, 0).is_contiguous() ? x : x.contiguous();
+}
+
 }  // namespace fastmeta

@@ -2,6 +2,7 @@
 
 from fastmeta._native import backend_of, build_info, use_backend
 from fastmeta.ops.inner_update import inner_update
+from fastmeta.ops.linear_head import linear_head, linear_head_hvp
 from fastmeta.ops.pairwise_distance import pairwise_distance
 from fastmeta.ops.prototype_loss import prototype_loss
 from fastmeta.ops.prototypes import prototypes
@@ -12,6 +13,8 @@ __all__ = [
     "backend_of",
     "build_info",
     "inner_update",
+    "linear_head",
+    "linear_head_hvp",
     "pairwise_distance",
     "prototype_loss",
     "prototypes",
