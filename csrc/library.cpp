@@ -51,6 +51,19 @@ TORCH_LIBRARY(fastmeta, m) {
       " -> (Tensor grad_x, Tensor grad_targets, Tensor grad_weight, Tensor grad_bias,"
       " Tensor grad_lr)");
 
+  // The head of linear_head, its mean loss on queries [T, Q, D] and their targets, the outputs there,
+  // and all gradients of the mean over tasks of that loss; CPU alone. Without input_grad x and query
+  // get none.
+  m.def(
+      "linear_head_loss(Tensor x, Tensor targets, Tensor weight, Tensor? bias, Tensor lr,"
+      " Tensor query, Tensor query_targets, str loss, float weight_decay, bool dual,"
+      " bool first_order, bool input_grad)"
+      " -> (Tensor loss, Tensor outputs, Tensor grad_x, Tensor grad_targets, Tensor grad_weight,"
+      " Tensor grad_bias, Tensor grad_lr, Tensor grad_query, Tensor grad_query_targets)");
+
+  // a [T, M, K] or transposed, b [T, K, N] or transposed, not both -> [T, M, N]; CPU alone
+  m.def("task_product(Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> Tensor");
+
   // The three maps of convolution, see convolution/convolution.h: x [T, B, C, H, W],
   // weight [T, O, C / groups, kh, kw], bias [T, O] -> [T, B, O, H', W']; the gradient of that to x,
   // of height and width `size`, and to the weight. Images come out channels-last in memory if they

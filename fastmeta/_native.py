@@ -28,8 +28,10 @@ OPS = ("inner_update", "prototypes", "pairwise_distance", "prototype_loss", "lin
 CONVOLUTION = "task_conv2d"
 BATCH_NORM = "task_batch_norm"
 PROGRAM = "task_program"
+# Of a CPU alone: elsewhere these are other ops, one after another.
+PRODUCT, HEAD_LOSS = "task_product", "linear_head_loss"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-WIDE_DTYPES = (torch.float32, torch.float64)  # of the batch norm and the task program
+WIDE_DTYPES = (torch.float32, torch.float64)  # of all but OPS and the convolution
 BACKENDS = ("native", "torch")
 
 
@@ -43,8 +45,8 @@ def _has_kernel(op: str, device: str) -> bool:
 # What follows is traced by torch.compile: plain tables and globals, which it guards on.
 NAMES = (*OPS, CONVOLUTION, BATCH_NORM, PROGRAM)
 KERNELS = {
-    (op, device): WIDE_DTYPES if op in (BATCH_NORM, PROGRAM) else DTYPES
-    for op in NAMES
+    (op, device): WIDE_DTYPES if op in (BATCH_NORM, PROGRAM, PRODUCT) else DTYPES
+    for op in (*NAMES, PRODUCT, HEAD_LOSS)
     for device in ("cpu", "cuda")
     if _has_kernel(op, device)
 }
@@ -74,7 +76,8 @@ def use_backend(backend: str) -> Iterator[None]:
         _forced = before
 
 
-def _requested() -> str | None:
+def requested() -> str | None:
+    """The backend that the context or the environment asks for, if any."""
     value = _forced or os.environ.get("FASTMETA_BACKEND")
     return _checked_backend(value, "FASTMETA_BACKEND") if value else None
 
@@ -100,9 +103,9 @@ def _warn(reason: str) -> None:
 
 
 def _select(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
-    requested = _requested()
-    reason = "" if requested == "torch" else _missing(op, device, dtype)
-    return ("torch" if requested == "torch" or reason else "native"), reason
+    wanted = requested()
+    reason = "" if wanted == "torch" else _missing(op, device, dtype)
+    return ("torch" if wanted == "torch" or reason else "native"), reason
 
 
 def is_native(op: str, x: torch.Tensor) -> bool:

@@ -254,6 +254,9 @@ TASK_LINEAR = [
     linear_case("no_bias", 2, 3, 4, 5, bias=False),
     unbatched(linear_case("3x4x5", 1, 3, 4, 5)),
     linear_case("wide", 3, 40, 70, 65),
+    linear_case("tasks", 4, 2, 3, 2),
+    linear_case("narrow", 5, 27, 161, 6),
+    linear_case("large", 4, 70, 33, 66, bias=False),
 ]
 
 # Past vectors of 8 and 16 examples or features, tiles of 5 x 5 dot products, and a warp.

@@ -4,6 +4,7 @@
 
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <utility>
 
@@ -23,20 +24,31 @@ class RegisterGemm {
   static void run(int64_t m, int64_t n, int64_t depth, const Operand<value_t>& a, const value_t* b,
                   value_t* c, bool adds) {
     const int64_t row = a.transposed ? 1 : a.stride, next = a.transposed ? a.stride : 1;
-    for (int64_t j = 0; j < n; j += kVectors * kWidth) {
-      const Columns columns{n, depth, row, next, a.data, b + j, c + j, adds};
-      const int64_t vectors = (n - j) / kWidth;
-      if (vectors >= kVectors) {
-        columns.template run<kVectors>(m);
-      } else {
-        columns.run_rest(m, vectors, std::make_integer_sequence<int, kVectors>{});
+    // Rows of C, or of B, are passed from end to end where the other matrix stays in the cache.
+    const bool wide = n > kVectors * kWidth;
+    const int64_t parts = wide && is_small(depth, n) ? ceil_div(m, int64_t(kRows)) : 1;
+    const int64_t slices =
+        wide && is_small(m, n) ? std::max(ceil_div(depth, kSlice), int64_t(1)) : 1;
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t begin = m * i / parts, end = m * (i + 1) / parts;
+      for (int64_t k = 0; k < slices; ++k) {
+        const int64_t first = depth * k / slices, last = depth * (k + 1) / slices;
+        const value_t* from_a = a.data + begin * row + first * next;
+        run_columns(
+            end - begin, n,
+            {n, last - first, row, next, from_a, b + first * n, c + begin * n, adds || k > 0});
       }
     }
   }
 
  private:
   // 24 vectors of sums of 32 registers, or 12 of 16.
+  static constexpr int64_t kSmall = 64 << 10, kSlice = 16;
   static constexpr int kRows = 6, kVectors = sizeof(Vec) == 64 ? 4 : 2;
+
+  static bool is_small(int64_t rows, int64_t columns) {
+    return rows * columns * int64_t(sizeof(value_t)) <= kSmall;
+  }
 
   struct Columns {
     int64_t stride, depth;
@@ -96,6 +108,20 @@ class RegisterGemm {
       }
     }
   };
+
+  // `columns` are the first ones, and all n of them run.
+  static void run_columns(int64_t m, int64_t n, Columns columns) {
+    for (int64_t j = 0; j < n; j += kVectors * kWidth) {
+      const int64_t vectors = (n - j) / kWidth;
+      if (vectors >= kVectors) {
+        columns.template run<kVectors>(m);
+      } else {
+        columns.run_rest(m, vectors, std::make_integer_sequence<int, kVectors>{});
+      }
+      columns.b += kVectors * kWidth;
+      columns.c += kVectors * kWidth;
+    }
+  }
 };
 
 // C [m, n] (+)= op(A) B, b and c row-major and contiguous: in registers, or by the BLAS where n is no

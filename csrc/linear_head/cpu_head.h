@@ -132,6 +132,26 @@ class CpuHead {
     }
   }
 
+  // The mean loss of the task's head on its examples, and `scale_by` times its gradients.
+  value_t loss(const HeadTask<value_t>& task, value_t scale_by, value_t* outputs,
+               const HeadGradients<value_t>& grad) {
+    set_wanted(task);
+    outputs_of(task.x, task.weight, task.bias, start_.data());
+    write_examples(start_.data(), outputs);
+    const value_t found = loss_.value(start_.data(), wanted_.data(), factor_.data());
+    loss_.predict(start_.data());
+    loss_.residual(start_.data(), wanted_.data(), factor_.data(), product_.data());
+    scale(scale_by, product_.data(), product_.data(), lanes_);
+    times_examples(product_.data(), task.x, grad.weight, false);
+    for (int64_t n = 0; o_.has_bias && n < s_.ways; ++n) grad.bias[n] = row_sum(product_.data(), n);
+    if (grad.x != nullptr) examples_times(product_.data(), s_.ways, task.weight, grad.x, false);
+    if (grad.targets != nullptr) {
+      scale(-1, product_.data(), product_.data(), lanes_);
+      write_examples(product_.data(), grad.targets);
+    }
+    return found;
+  }
+
  private:
   static Buffer<value_t> zeros(int64_t count) {
     Buffer<value_t> buffer(count);

@@ -26,6 +26,19 @@ class HeadLossLanes {
     }
   }
 
+  // The mean loss of outputs z: the sum over examples of factors f [width] times each one's loss,
+  // of which that of squares is half of f.
+  value_t value(const value_t* z, const value_t* wanted, const value_t* factor) const {
+    Vec sum(value_t(0));
+    for (int64_t i = 0; i < width_; i += Vec::size()) {
+      const Vec loss = loss_ == HeadLoss::kMse        ? squares(z + i, wanted + i)
+                       : loss_ == HeadLoss::kLogistic ? softplus(z + i, wanted + i)
+                                                      : log_loss(z + i, wanted + i);
+      sum = at::vec::fmadd(Vec::loadu(factor + i), loss, sum);
+    }
+    return at::vec::vec_reduce_all<value_t>([](Vec x, Vec y) { return x + y; }, sum);
+  }
+
   // f (p - y), factors f [width].
   void residual(const value_t* p, const value_t* wanted, const value_t* factor,
                 value_t* out) const {
@@ -60,15 +73,46 @@ class HeadLossLanes {
   }
 
  private:
+  Vec squares(const value_t* z, const value_t* wanted) const {
+    Vec sum(value_t(0));
+    for (int64_t n = 0; n < ways_; ++n) {
+      const Vec difference = Vec::loadu(z + n * width_) - Vec::loadu(wanted + n * width_);
+      sum = at::vec::fmadd(difference, difference, sum);
+    }
+    return sum * Vec(value_t(0.5));
+  }
+  // log(1 + exp z) - y z.
+  Vec softplus(const value_t* z, const value_t* wanted) const {
+    const Vec output = Vec::loadu(z), zero(value_t(0));
+    const Vec tail = output.abs().neg().exp().log1p();
+    return at::vec::maximum(output, zero) + tail - Vec::loadu(wanted) * output;
+  }
+  // log(sum of exp z) - z of the label.
+  Vec log_loss(const value_t* z, const value_t* wanted) const {
+    const Vec largest = max(z);
+    Vec sum(value_t(0)), at_label(value_t(0));
+    for (int64_t n = 0; n < ways_; ++n) {
+      const Vec above = Vec::loadu(z + n * width_) - largest;
+      sum = sum + above.exp();
+      at_label = at::vec::fmadd(Vec::loadu(wanted + n * width_), above, at_label);
+    }
+    return sum.log() - at_label;
+  }
+
+  Vec max(const value_t* z) const {
+    Vec largest = Vec::loadu(z);
+    for (int64_t n = 1; n < ways_; ++n) {
+      largest = at::vec::maximum(largest, Vec::loadu(z + n * width_));
+    }
+    return largest;
+  }
   void sigmoid(value_t* z) const {
     const Vec one(value_t(1));
     (one / (one + Vec::loadu(z).neg().exp())).store(z);
   }
   void softmax(value_t* z) const {
-    Vec largest = Vec::loadu(z), sum(value_t(0));
-    for (int64_t n = 1; n < ways_; ++n) {
-      largest = at::vec::maximum(largest, Vec::loadu(z + n * width_));
-    }
+    const Vec largest = max(z);
+    Vec sum(value_t(0));
     for (int64_t n = 0; n < ways_; ++n) {
       const Vec e = (Vec::loadu(z + n * width_) - largest).exp();
       e.store(z + n * width_);

@@ -12,6 +12,7 @@ from torch.autograd import Function
 from fastmeta import reference
 from fastmeta.ops._checks import check_option
 from fastmeta.ops._head import Head, checked_head, checked_number, checked_steps, step_sizes
+from fastmeta.ops._product import product
 from fastmeta.ops._raw import callable_of, contiguous_like, is_native, register
 from fastmeta.ops.task_conv import task_linear
 
@@ -240,7 +241,18 @@ _head = callable_of(LinearHead)
 _backward = callable_of(LinearHeadBackward)
 
 
-def _is_dual(form: str, head: Head, steps: int) -> bool:
+def adapted_head(
+    head: Head, rates: Tensor, loss: str, weight_decay: float, first_order: bool, dual: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`linear_head` of checked arguments."""
+    options = loss, weight_decay, first_order
+    if not is_native("linear_head", head.x):
+        return reference.linear_head(*head, rates, *options)
+    weight, bias, *_ = _head(*head, rates, *options, dual)
+    return weight, None if head.bias is None else bias
+
+
+def is_dual(form: str, head: Head, steps: int) -> bool:
     """Whether the dual takes fewer operations for the head and all of its gradients.
 
     They are S D (3/2 S + 6 N) + 3 K N S^2, against 6 K N S D.
@@ -313,11 +325,7 @@ def linear_head(
     check_option("form", form, FORMS)
     options = Options(loss, checked_number("weight_decay", weight_decay), bool(first_order))
     rates = step_sizes(lr, checked_steps(steps), head.x)
-    if is_native("linear_head", x):
-        out = _head(*head, rates, *options, _is_dual(form, head, steps))
-        found = out[0], None if bias is None else out[1]
-    else:
-        found = reference.linear_head(*head, rates, *options)
+    found = adapted_head(head, rates, *options, is_dual(form, head, steps))
     if x.dim() == 2:
         return found[0].squeeze(0), None if bias is None else found[1].squeeze(0)
     return found
@@ -376,11 +384,11 @@ def linear_head_hvp(
         )
     z_dot = task_linear(head.x, vector.weight, vector.bias)
     residual_dot = _curvature(task_linear(head.x, head.weight, head.bias), z_dot, loss)
-    product = torch.bmm(residual_dot.mT, head.x) + weight_decay * vector.weight
+    of_weight = product(residual_dot, head.x, transpose_a=True) + weight_decay * vector.weight
     of_bias = None if bias is None else residual_dot.sum(1) + weight_decay * vector.bias
     if x.dim() == 2:
-        return product.squeeze(0), None if of_bias is None else of_bias.squeeze(0)
-    return product, of_bias
+        return of_weight.squeeze(0), None if of_bias is None else of_bias.squeeze(0)
+    return of_weight, of_bias
 
 
 def _curvature(outputs: Tensor, z_dot: Tensor, loss: str) -> Tensor:
