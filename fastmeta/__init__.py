@@ -2,8 +2,8 @@
 
 ops         inner_update, prototypes, pairwise_distance, prototype_loss, task_conv2d,
             task_batch_norm, task_linear, linear_head, linear_head_hvp, hvp
-learners    MAML, FOMAML, Reptile, MetaSGD, MAMLPlusPlus, MetaCurvature, IMAML, ProtoNet:
-            `meta_loss` and `adapt_tasks`
+learners    MAML, FOMAML, ANIL, Reptile, MetaSGD, MAMLPlusPlus, MetaCurvature, IMAML,
+            ProtoNet: `meta_loss` and `adapt_tasks`
 rules       rules.SGD, rules.Adam, rules.RMSProp, rules.ClipNorm, rules.MetaCurvature, ...
 data        data.Omniglot, data.Glyphs, data.Sinusoid, data.Episodes
 networks    models.Conv4, models.ResNet12, models.MLP, models.PerStepBatchNorm2d
@@ -12,6 +12,7 @@ backends    backend_of, use_backend, build_info
 
 from fastmeta import data, models, rules
 from fastmeta._native import backend_of, build_info, use_backend
+from fastmeta.algorithms.anil import ANIL
 from fastmeta.algorithms.fomaml import FOMAML
 from fastmeta.algorithms.imaml import IMAML
 from fastmeta.algorithms.maml import MAML
@@ -36,6 +37,7 @@ from fastmeta.ops import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ANIL",
     "FOMAML",
     "IMAML",
     "MAML",

@@ -25,7 +25,7 @@ class RoutedLayers(TorchFunctionMode):
     the hardware can.
 
     Args:
-        vmapped: over tasks. If not, convolutions stay as they are too.
+        vmapped: over tasks with weights of their own. If not, convolutions stay as they are too.
 
     Example:
         >>> import torch

@@ -44,7 +44,7 @@ def under_derivative(fn: Callable[[Any], Tensor], params: Any) -> Tensor:
 
 
 class TaskModule:
-    """A module as a function of parameters, one set a task.
+    """A module as a function of parameters, one set a task; tasks share those that are left out.
 
     Takes a snapshot of the module's training flags, so that a step can be run again later as it
     ran. Batch and instance norms use batch statistics, in training and evaluation alike, or, with
@@ -80,8 +80,8 @@ class TaskModule:
         self._task_buffers = {name: b for name, b in buffers.items() if b.is_floating_point()}
         self._shared_buffers = {n: b for n, b in buffers.items() if n not in self._task_buffers}
         self._frozen = [p for p in module.parameters() if not p.requires_grad]
-        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        names = {id(tensor): name for name, tensor in (buffers | trainable).items()}
+        self._trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        names = {id(tensor): name for name, tensor in (buffers | self._trainable).items()}
         # Where each tensor is registered. A tensor registered twice (tied weights, a submodule in
         # two places) is replaced in both, which torch.func.functional_call fails to undo.
         tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
@@ -116,7 +116,10 @@ class TaskModule:
             yield
 
     def outputs(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """The outputs ``[T, S, ...]`` for parameters ``[T, *shape]`` and x ``[T, S, ...]``."""
+        """The outputs ``[T, S, ...]`` for parameters ``[T, *shape]`` and x ``[T, S, ...]``.
+
+        Those that ``params`` lacks are the module's own, the same of every task.
+        """
         return self._mapped(lambda call, x: call(x), params, x)
 
     def losses(
@@ -143,11 +146,18 @@ class TaskModule:
         }
         shared = {name: b.clone() for name, b in self._shared_buffers.items()}
         decompose = bool(self._recurrent) and tasks != 1
+        if decompose:
+            # The parts write one task's numbers into what they make of shared weights.
+            own = {n: p.expand(tasks, *p.shape) for n, p in self._trainable.items()}
+            params = {**own, **params}
+        # With weights that the tasks share, PyTorch's convolutions take the tasks as one batch.
+        own_weights = tasks != 1 and bool(params)
 
         def one_task(params: dict[str, Tensor], buffers: dict[str, Tensor], *inputs: Tensor) -> Any:
             def call(x: Tensor) -> Tensor:
                 def run(params: dict[str, Tensor]) -> Tensor:
-                    return self._call({**params, **buffers, **shared}, x, vmapped=tasks != 1)
+                    tensors = {**self._trainable, **params, **buffers, **shared}
+                    return self._call(tensors, x, own_weights)
 
                 outputs = under_derivative(run, params) if decompose else run(params)
                 if not isinstance(outputs, Tensor):
@@ -168,9 +178,9 @@ class TaskModule:
                 ) from error
             raise
 
-    def _call(self, tensors: dict[str, Tensor], x: Tensor, vmapped: bool) -> Tensor:
+    def _call(self, tensors: dict[str, Tensor], x: Tensor, own_weights: bool) -> Tensor:
         with ExitStack() as stack:
-            stack.enter_context(RoutedLayers(vmapped))
+            stack.enter_context(RoutedLayers(own_weights))
             for table, names in self._places:
                 values = {key: tensors[name] for key, name in names.items()}
                 stack.enter_context(_temporarily(table, values))

@@ -143,15 +143,15 @@ def _add_train(commands: Any) -> None:
 
 def _add_inner_loop(parser: argparse.ArgumentParser) -> None:
     maml = parser.add_argument_group("MAML and its relatives")
-    usual = "inner steps in training (1; FOMAML, MAML++ and Reptile 5; iMAML 16)"
+    usual = "inner steps in training (1; FOMAML, ANIL, MAML++ and Reptile 5; iMAML 16)"
     maml.add_argument("--steps", type=int, metavar="K", help=usual)
     usual = "and in evaluation (--steps, Reptile 50)"
     maml.add_argument("--eval-steps", type=int, metavar="K", help=usual)
-    usual = "inner step size (0.4; FOMAML, MAML++, iMAML 0.1; sinusoid 0.01; Reptile 0.001)"
+    usual = "inner step size (0.4; FOMAML, ANIL, MAML++, iMAML 0.1; sinusoid 0.01; Reptile 0.001)"
     maml.add_argument("--inner-lr", type=float, metavar="A", help=usual)
-    learned = "MAML, FOMAML: learn the inner step size"
+    learned = "MAML, FOMAML, ANIL: learn the inner step size"
     maml.add_argument("--learn-lr", action="store_true", help=learned)
-    first = "MAML, Meta-SGD, Meta-Curvature: leave second derivatives out"
+    first = "MAML, ANIL, Meta-SGD, Meta-Curvature: leave second derivatives out"
     maml.add_argument("--first-order", action="store_true", help=first)
     usual = "Reptile: examples of an inner step in training (10)"
     maml.add_argument("--inner-batch", type=int, metavar="B", help=usual)

@@ -19,6 +19,7 @@ NAMES = {
     "protonet": "ProtoNet",
     "maml": "MAML",
     "fomaml": "FOMAML",
+    "anil": "ANIL",
     "reptile": "Reptile",
     "metasgd": "Meta-SGD",
     "mamlpp": "MAML++",
@@ -42,6 +43,7 @@ OPTIONS = {
     "protonet": ("metric", "train_ways"),
     "maml": (*_INNER_LOOP, "first_order", "learn_lr"),
     "fomaml": (*_INNER_LOOP, "learn_lr"),
+    "anil": (*_INNER_LOOP, "first_order", "learn_lr"),
     "reptile": (*_INNER_LOOP, "inner_batch"),
     "metasgd": (*_INNER_LOOP, "first_order"),
     "mamlpp": (*_INNER_LOOP, "multi_step_iterations", "first_order_iterations"),
@@ -52,6 +54,7 @@ _OF_SOME = tuple(dict.fromkeys(name for names in OPTIONS.values() for name in na
 # Usual values that differ from MAML's.
 _USUAL: dict[str, dict[str, Any]] = {
     "fomaml": {"steps": 5, "inner_lr": 0.1},
+    "anil": {"steps": 5, "inner_lr": 0.1},
     "reptile": {"steps": 5, "eval_steps": 50, "inner_lr": 0.001, "inner_batch": 10},
     "mamlpp": {
         **{"steps": 5, "inner_lr": 0.1},
@@ -68,7 +71,7 @@ class TrainConfig:
     An option left out takes its usual value, where that depends on the data or the algorithm too.
 
     Args:
-        algorithm: ``"protonet"``, ``"maml"``, or one of MAML's relatives: ``"fomaml"``,
+        algorithm: ``"protonet"``, ``"maml"``, or one of MAML's relatives: ``"fomaml"``, ``"anil"``,
             ``"reptile"``, ``"metasgd"``, ``"mamlpp"``, ``"metacurvature"``, ``"imaml"``.
         data: ``"omniglot:PATH"``, ``"glyphs"`` or ``"sinusoid"`` (regression, not for protonet).
         out: the run's folder; it is made.
@@ -80,14 +83,14 @@ class TrainConfig:
         pool: images: how Conv4 halves them, ``"max"`` pooling or ``"stride"``, 3.7 times less work.
         train_ways: protonet: classes a training task (``ways``); more make better embeddings.
         metric: protonet: ``"sqeuclidean"``, ``"euclidean"``, ``"cosine"`` or ``"dot"``.
-        steps: all but protonet: inner steps in training (1; fomaml, mamlpp and reptile 5; imaml
-            16).
+        steps: all but protonet: inner steps in training (1; fomaml, anil, mamlpp and reptile 5;
+            imaml 16).
         eval_steps: all but protonet: inner steps in evaluation (``steps``; reptile 50); with mamlpp
             at most ``steps``.
         inner_lr: all but protonet: step size of the inner loop, where it starts if it is learned
-            (0.4; fomaml, mamlpp and imaml 0.1; sinusoid 0.01; reptile 0.001, that of Adam).
-        first_order: maml, metasgd, metacurvature: leave the second derivatives out.
-        learn_lr: maml, fomaml: learn the inner step size, from ``inner_lr`` on.
+            (0.4; fomaml, anil, mamlpp and imaml 0.1; sinusoid 0.01; reptile 0.001, that of Adam).
+        first_order: maml, anil, metasgd, metacurvature: leave the second derivatives out.
+        learn_lr: maml, fomaml, anil: learn the inner step size, from ``inner_lr`` on.
         inner_batch: reptile: examples of an inner step in training (10).
         multi_step_iterations: mamlpp: until the last step's loss is alone (1000).
         first_order_iterations: mamlpp: of first order at the start (0).

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastmeta import algorithms
-from fastmeta.algorithms import MAML, ProtoNet
+from fastmeta.algorithms import ANIL, MAML, ProtoNet
 from fastmeta.checkpoint import load_checkpoint, write_json
 from fastmeta.config import OPTIONS, TrainConfig, read_options
 from fastmeta.models import MLP, Conv4, with_per_step_norms
 
-Learner = MAML | ProtoNet
+Learner = MAML | ANIL | ProtoNet
 
 _INNER_LOOP: dict[str, type[MAML]] = {
     "maml": MAML,
@@ -77,24 +77,40 @@ def build_learner(config: TrainConfig, input_shape: list[int]) -> Learner:
     Raises:
         ValueError: images that are not square.
     """
-    if config.regression:
-        network: nn.Module = MLP([*input_shape, config.hidden, config.hidden, 1])
-    else:
-        channels, height, width = input_shape
-        if height != width:
-            raise ValueError(f"data: expected square images, got {height} x {width} pixels")
-        ways = None if config.algorithm == "protonet" else config.ways
-        network = Conv4(config.hidden, ways, channels, height, str(config.pool))
     if config.algorithm == "protonet":
+        network = _conv4(config, input_shape, None)
         network.to(memory_format=torch.channels_last)  # what convolutions run fastest on
         return ProtoNet(network, metric=str(config.metric)).to(config.device)
-    if config.algorithm == "mamlpp" and not config.regression:
-        network = with_per_step_norms(network, config.steps)
     own = [name for name in OPTIONS[config.algorithm] if name not in _NOT_THE_LEARNERS]
     options: dict[str, Any] = {name: getattr(config, name) for name in own}
     options["loss"] = F.mse_loss if config.regression else F.cross_entropy
-    make = _INNER_LOOP[config.algorithm]
+    if config.algorithm == "anil":
+        parts = _body_and_head(config, input_shape)
+        return ANIL(*parts, lr=config.inner_lr, **options).to(config.device)
+    make, network = _INNER_LOOP[config.algorithm], _network(config, input_shape)
     return make(network, lr=config.inner_lr, **options).to(config.device)
+
+
+def _network(config: TrainConfig, input_shape: list[int]) -> nn.Module:
+    if config.regression:
+        return MLP([*input_shape, config.hidden, config.hidden, 1])
+    network = _conv4(config, input_shape, config.ways)
+    return with_per_step_norms(network, config.steps) if config.algorithm == "mamlpp" else network
+
+
+def _body_and_head(config: TrainConfig, input_shape: list[int]) -> tuple[nn.Module, nn.Linear]:
+    if config.regression:
+        body = nn.Sequential(MLP([*input_shape, config.hidden, config.hidden]), nn.ReLU())
+        return body, nn.Linear(config.hidden, 1)
+    body = _conv4(config, input_shape, None)
+    return body, nn.Linear(body.embedding_size, config.ways)
+
+
+def _conv4(config: TrainConfig, input_shape: list[int], ways: int | None) -> Conv4:
+    channels, height, width = input_shape
+    if height != width:
+        raise ValueError(f"data: expected square images, got {height} x {width} pixels")
+    return Conv4(config.hidden, ways, channels, height, str(config.pool))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from fastmeta.config import CHANGEABLE, TrainConfig, check_same_run, read_option
         ("maml", "sinusoid", {"meta_batch": 25, "inner_lr": 0.01}),
         ("maml", "glyphs", {"lr_cosine": None, "inner_batch": None, "cg_steps": None}),
         ("fomaml", "glyphs", {"meta_batch": 16, "steps": 5, "eval_steps": 5, "inner_lr": 0.1}),
+        ("anil", "glyphs", {"meta_batch": 16, "steps": 5, "eval_steps": 5, "inner_lr": 0.1}),
         ("metasgd", "glyphs", {"steps": 1, "eval_steps": 1, "inner_lr": 0.4}),
         ("metacurvature", "sinusoid", {"steps": 1, "inner_lr": 0.01, "ways": 1}),
         ("reptile", "glyphs", {"steps": 5, "eval_steps": 50, "inner_lr": 0.001}),

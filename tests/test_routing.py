@@ -9,6 +9,7 @@ from torch import nn
 
 import fastmeta as fm
 from fastmeta import _routing
+from fastmeta._stateless import TaskModule
 from fastmeta.functional import FunctionalEngine
 
 pytestmark = pytest.mark.skipif(
@@ -95,6 +96,22 @@ def test_what_is_not_routed(device, calls):
     assert set(calls) == {"task_batch_norm"}
     engine.meta_gradient(lr, *data)
     assert "task_conv2d" in calls
+
+
+def test_with_weights_that_the_tasks_share_norms_alone_are_routed(device, calls):
+    torch.manual_seed(3)
+    net = Net(FIRSTS["dense"]()).double().to(device)
+    x = torch.randn(3, 4, 16, 9, 8, dtype=torch.float64, device=device)
+    call = TaskModule(net)
+    with call.conditions():
+        outputs = call.outputs({}, x)
+    assert calls == ["task_batch_norm"] * 2
+    expected = torch.stack([net(images) for images in x])
+    torch.testing.assert_close(outputs, expected, rtol=1e-10, atol=1e-12)
+    found, wanted = (
+        torch.autograd.grad(y.sin().sum(), list(net.parameters())) for y in (outputs, expected)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_norms_by_running_statistics_are_not_routed(device, calls):

@@ -16,6 +16,7 @@ from tests.runs import equal, relative, run, without_seconds
 
 CLASSES = {
     "fomaml": fm.FOMAML,
+    "anil": fm.ANIL,
     "reptile": fm.Reptile,
     "metasgd": fm.MetaSGD,
     "mamlpp": fm.MAMLPlusPlus,
@@ -35,6 +36,8 @@ def test_the_learner_is_the_algorithm_s(algorithm, tmp_path):
 
 OPTIONS = [
     ("fomaml", {"learn_lr": True}, lambda learner: isinstance(learner.lr, torch.nn.Parameter)),
+    ("anil", {"learn_lr": True}, lambda learner: isinstance(learner.lr, torch.nn.Parameter)),
+    ("anil", {"first_order": True}, lambda learner: learner.first_order),
     ("metasgd", {"first_order": True}, lambda learner: learner.first_order),
     ("metacurvature", {"first_order": True}, lambda learner: learner.first_order),
     ("reptile", {"inner_batch": 3}, lambda learner: learner.inner_batch == 3),
@@ -59,6 +62,17 @@ def test_only_maml_plus_plus_has_norms_of_each_step(tmp_path):
         assert (torch.nn.BatchNorm2d in kinds) is (algorithm != "mamlpp")
     config = TrainConfig("mamlpp", "sinusoid", str(tmp_path))
     assert build_learner(config, [1]).steps == 5  # without norms
+
+
+def test_anil_s_body_is_the_network_without_its_last_layer(tmp_path):
+    anil = build_learner(relative("anil", tmp_path), [1, 16, 16])
+    assert (anil.head.in_features, anil.head.out_features) == (4, 5)
+    regression = build_learner(TrainConfig("anil", "sinusoid", str(tmp_path)), [1])
+    maml = build_learner(TrainConfig("maml", "sinusoid", str(tmp_path)), [1])
+    for parameter, like in zip(regression.parameters(), maml.parameters(), strict=True):
+        parameter.data.copy_(like)
+    x = torch.randn(7, 1)
+    assert torch.equal(regression(x), maml(x))
 
 
 @each

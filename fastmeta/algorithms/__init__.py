@@ -1,5 +1,6 @@
 """The learners: thin front ends over the engines, one algorithm a file."""
 
+from fastmeta.algorithms.anil import ANIL
 from fastmeta.algorithms.fomaml import FOMAML
 from fastmeta.algorithms.imaml import IMAML
 from fastmeta.algorithms.maml import MAML, AdaptedTasks, MetaGradient
@@ -10,6 +11,7 @@ from fastmeta.algorithms.protonet import ProtoNet
 from fastmeta.algorithms.reptile import Reptile
 
 __all__ = [
+    "ANIL",
     "FOMAML",
     "IMAML",
     "MAML",

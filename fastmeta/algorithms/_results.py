@@ -1,4 +1,4 @@
-"""What MAML hands out: modules adapted to tasks, and a meta-gradient."""
+"""What learners hand out: modules adapted to tasks, and a meta-gradient."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fastmeta.functional import FunctionalEngine
 from fastmeta.program import ProgramEngine
 
 if TYPE_CHECKING:
+    from fastmeta.algorithms.anil import ANIL
     from fastmeta.algorithms.maml import MAML
 
 
@@ -53,12 +54,7 @@ class AdaptedTasks:
             TypeError: ``query_x`` is no tensor.
             ValueError: it has another number of tasks.
         """
-        if not isinstance(query_x, Tensor):
-            raise TypeError(f"query_x: expected a tensor, got {type(query_x).__name__}")
-        if query_x.ndim < 2 or len(query_x) != len(self):
-            raise ValueError(
-                f"query_x: expected shape [{len(self)}, Q, ...], got {list(query_x.shape)}"
-            )
+        check_queries(query_x, len(self))
         if isinstance(self.engine, ProgramEngine):
             outputs = self.engine.outputs(self.params, query_x)
             if outputs is not None:
@@ -79,6 +75,13 @@ class AdaptedTasks:
         return self.layout.views(self.params[index])
 
 
+def check_queries(query_x: Tensor, tasks: int) -> None:
+    if not isinstance(query_x, Tensor):
+        raise TypeError(f"query_x: expected a tensor, got {type(query_x).__name__}")
+    if query_x.ndim < 2 or len(query_x) != tasks:
+        raise ValueError(f"query_x: expected shape [{tasks}, Q, ...], got {list(query_x.shape)}")
+
+
 class MetaGradient(NamedTuple):
     """A meta-loss and its gradient, without a graph.
 
@@ -96,7 +99,7 @@ class MetaGradient(NamedTuple):
     lr_grad: Tensor | None
     rule_grads: dict[str, Tensor]
 
-    def assign_to(self, learner: MAML) -> None:
+    def assign_to(self, learner: MAML | ANIL) -> None:
         """Set ``.grad`` of the learner's parameters, for its optimizer; what was there goes."""
         named = dict(learner.module.named_parameters())
         for name, grad in Layout.of(learner.module).views(self.grads).items():

@@ -1,0 +1,393 @@
+"""ANIL: an inner loop for the head alone, on the features of a body that the tasks share."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmeta._checks import check_choice, check_data, check_integer
+from fastmeta._stateless import NORM_STATISTICS, TaskModule
+from fastmeta.algorithms._results import MetaGradient, check_queries
+from fastmeta.arena import Layout
+from fastmeta.functional import is_learned, never_traced
+from fastmeta.lowering import lower_loss
+from fastmeta.ops import backend_of
+from fastmeta.ops._checks import check_floating, check_labels, check_together
+from fastmeta.ops._head import checked_number
+from fastmeta.ops.linear_head import FORMS, linear_head
+from fastmeta.ops.task_conv import task_linear
+from fastmeta.reference import check_label_range
+
+_LOSSES = {
+    lower_loss(function)[0]: name
+    for function, name in (
+        (F.cross_entropy, "cross_entropy"),
+        (F.mse_loss, "mse"),
+        (F.binary_cross_entropy_with_logits, "logistic"),
+    )
+}
+
+
+class ANIL(nn.Module):
+    """ANIL, "almost no inner loop" (Raghu et al. 2020, arXiv 1909.09157): adapts the head alone.
+
+        W_{k+1} = W_k - lr grad_W L_s(W_k f(x_s))        f the body, W the head, K times
+
+    The meta-gradient of the mean over tasks of L_q(W_K f(x_q)) is exact: it reaches the head's
+    start through the inner steps, and the body through the queries and the support alike. All steps
+    of all tasks are one call of ``fastmeta.linear_head``; the body sees each example once.
+
+    The body's batch norms go by the batch of each task, as those of ``MAML`` do.
+
+    Args:
+        body: any module of one input and one output, the features ``[B, D]``. It may be frozen
+            (``requires_grad=False``), or ``nn.Identity()`` where features are the inputs.
+        head: ``nn.Linear(D, N)`` with or without a bias, its parameters trainable.
+        lr: inner step size: a number, or a tensor or ``nn.Parameter`` ``[]``, or ``[K]``, one
+            number a step.
+        steps: inner gradient steps K; 0 adapts nothing.
+        loss: ``F.cross_entropy``, ``F.mse_loss`` or, for a head of one output,
+            ``F.binary_cross_entropy_with_logits``, or the module of one of these, all without
+            options.
+        first_order: leave the second derivatives out (FOMAML): the body then learns from the
+            queries alone. Step sizes still get a gradient, the support inputs none.
+        learn_lr: make ``lr`` a parameter, to be learned with the others.
+        weight_decay: adds that times the head's parameters to their inner gradients.
+        form: of the inner loop, ``"auto"``, ``"primal"`` or ``"dual"``, see
+            ``fastmeta.linear_head``.
+        task_chunk: tasks whose examples pass the body together, None for all; 1 runs them one by
+            one, for bodies that vmap cannot take.
+        norm_statistics: ``"batch"`` or ``"running"``, as for ``MAML``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range, by name.
+
+    Example:
+        >>> import torch
+        >>> import fastmeta as fm
+        >>> body = fm.models.Conv4(hidden=8, ways=None)
+        >>> anil = fm.ANIL(body, torch.nn.Linear(body.embedding_size, 5), lr=0.1, steps=5)
+        >>> x, y = torch.rand(4, 5, 1, 28, 28), torch.arange(5).repeat(4, 1)
+        >>> loss, logits = anil.meta_loss(x, y, x, y)
+        >>> loss.backward()
+        >>> logits.shape, anil.head.weight.grad.shape
+        (torch.Size([4, 5, 5]), torch.Size([5, 8]))
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        head: nn.Linear,
+        lr: float | Tensor = 0.1,
+        steps: int = 5,
+        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        *,
+        first_order: bool = False,
+        learn_lr: bool = False,
+        weight_decay: float = 0.0,
+        form: str = "auto",
+        task_chunk: int | None = None,
+        norm_statistics: str = "batch",
+    ) -> None:
+        super().__init__()
+        if not isinstance(body, nn.Module):
+            raise TypeError(f"body: expected an nn.Module, got {type(body).__name__}")
+        if not isinstance(head, nn.Linear):
+            raise TypeError(f"head: expected an nn.Linear, got {type(head).__name__}")
+        check_integer("steps", steps, 0)
+        if not isinstance(first_order, bool):
+            raise TypeError(f"first_order: expected a bool, got {first_order!r}")
+        check_choice("form", form, FORMS)
+        if task_chunk is not None:
+            check_integer("task_chunk", task_chunk, 1)
+        check_choice("norm_statistics", norm_statistics, NORM_STATISTICS)
+        self.module = nn.Sequential(OrderedDict(body=body, head=head))
+        self.steps = steps
+        self.loss = loss
+        self.first_order = first_order
+        self.weight_decay = checked_number("weight_decay", weight_decay)
+        self.form = form
+        self.task_chunk = task_chunk
+        self.norm_statistics = norm_statistics
+        self._inner_loss = _named(loss, head.out_features)
+        self._set_step_size(lr, learn_lr)
+        _layout(head)
+
+    @property
+    def body(self) -> nn.Module:
+        """The body; ``module`` is body and head, one behind the other."""
+        return self.module.body
+
+    @property
+    def head(self) -> nn.Linear:
+        """The head, where every task starts."""
+        return self.module.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs of body and head, with their current parameters."""
+        return self.module(x)
+
+    def meta_loss(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The mean over tasks of the query loss after adaptation to the support.
+
+        Args:
+            support_x: ``[T, S, ...]``.
+            support_y: int64 labels ``[T, S]`` for the cross entropy; targets ``[T, S, N]`` of the
+                head's dtype for the squared error; 0 or 1 in ``[T, S, 1]``, of that dtype too, for
+                the binary cross entropy.
+            query_x, query_y: the same with Q examples; targets of the binary cross entropy may lie
+                between 0 and 1.
+
+        Returns:
+            ``loss``, an ordinary result of autograd, which can be differentiated any number of
+            times where the body can; and the detached outputs on the queries ``[T, Q, N]``.
+
+        Raises:
+            TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
+        """
+        data = {"support_x": support_x, "support_y": support_y}
+        check_data(_layout(self.head), {**data, "query_x": query_x, "query_y": query_y})
+        self._check_targets("query_y", query_y)
+        outputs = self._outputs(query_x, *self._adapt(support_x, support_y, self.steps))
+        # Every task has Q queries: the mean over all is the mean over tasks of their means.
+        loss = self.loss(outputs.flatten(0, 1), query_y.flatten(0, 1))
+        return loss, outputs.detach()
+
+    def adapt_tasks(
+        self, support_x: Tensor, support_y: Tensor, steps: int | None = None
+    ) -> AdaptedHeads:
+        """The head adapted to every task.
+
+        Args:
+            support_x, support_y: as for ``meta_loss``.
+            steps: inner steps; None for the learner's own. Where ``lr`` has a number a step, the
+                first ``steps`` of them are used, and there can be no more steps than numbers.
+
+        Returns:
+            ``AdaptedHeads``: call it on queries ``[T, Q, ...]``; its ``params`` are ``[T, P]``.
+
+        Raises:
+            TypeError, ValueError: as for ``meta_loss``.
+        """
+        steps = self.steps if steps is None else steps
+        check_integer("steps", steps, 0)
+        layout = _layout(self.head)
+        check_data(layout, {"support_x": support_x, "support_y": support_y})
+        weight, bias = self._adapt(support_x, support_y, steps)
+        tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        return AdaptedHeads(layout.flatten(tensors), layout, self)
+
+    def meta_gradient(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> MetaGradient:
+        """The meta-loss and its gradient as values: ``meta_loss`` and ``backward`` in one call.
+
+        Args:
+            support_x, support_y, query_x, query_y: as for ``meta_loss``; they get no gradient.
+
+        Returns:
+            ``grads`` are those of ``module``, body and head ``[P]``: of all trainable parameters,
+            zeros for those that the loss does not depend on.
+
+        Raises:
+            TypeError, ValueError: as for ``meta_loss``.
+
+        Example:
+            >>> import torch
+            >>> anil = ANIL(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+            >>> x, y = torch.randn(4, 5, 3), torch.randint(0, 2, (4, 5))
+            >>> result = anil.meta_gradient(x, y, x, y)
+            >>> result.grads.shape
+            torch.Size([26])
+            >>> result.assign_to(anil)  # as loss.backward() does on gradients of None
+            >>> anil.body.weight.grad.shape
+            torch.Size([4, 3])
+        """
+        layout, named = Layout.of(self.module), dict(self.module.named_parameters())
+        learned = [self.lr] if is_learned(self.lr) else []
+        sources = [*(named[name] for name in layout.names), *learned]
+        data = support_x, support_y, query_x, query_y
+        with torch.enable_grad():
+            loss, outputs = self.meta_loss(
+                *(t.detach() if isinstance(t, Tensor) else t for t in data)
+            )
+        grads = torch.autograd.grad(loss, sources, materialize_grads=True)
+        flat = layout.flatten(dict(zip(layout.names, grads, strict=False)))
+        return MetaGradient(loss.detach(), outputs, flat, grads[-1] if learned else None, {})
+
+    def explain(self) -> str:
+        """What computes, in a few sentences."""
+        weight, chunk = self.head.weight, self.task_chunk
+        backend = backend_of("linear_head", weight.device, weight.dtype)
+        together = {None: "all tasks vmapped together", 1: "tasks one at a time, without vmap"}
+        trained = sum(p.numel() for p in self.body.parameters() if p.requires_grad)
+        order = "first order" if self.first_order else "second order, exact"
+        return (
+            f"ANIL. The body ({type(self.body).__name__}, {trained} trained parameters): "
+            f"{together.get(chunk, f'tasks vmapped {chunk} at a time')}, "
+            f"norms by {self.norm_statistics} statistics. The head "
+            f"({self.head.in_features} features, {self.head.out_features} outputs): "
+            f"inner steps: {self.steps} of {self._inner_loss}, {self.form} form, {order}, all in "
+            f"one linear_head by the {backend} backend on {weight.device.type} in "
+            f"{str(weight.dtype).removeprefix('torch.')}."
+        )
+
+    def _adapt(
+        self, support_x: Tensor, support_y: Tensor, steps: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Each task's weight ``[T, N, D]`` and bias ``[T, N]``."""
+        self._check_targets("support_y", support_y)
+        logistic = self._inner_loss == "logistic"
+        targets = _binary_labels(support_y) if logistic else support_y
+        # In first order nothing goes back to the features, and no graph of them is kept.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.first_order):
+            features = self._features(support_x)
+        return linear_head(
+            features,
+            targets,
+            self.head.weight,
+            self.head.bias,
+            lr=self._step_sizes(steps),
+            steps=steps,
+            loss=self._inner_loss,
+            weight_decay=self.weight_decay,
+            form=self.form,
+            first_order=self.first_order,
+        )
+
+    def _outputs(self, query_x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return task_linear(self._features(query_x), weight, bias)
+
+    @never_traced
+    def _features(self, x: Tensor) -> Tensor:
+        """``[T, B, ...]`` -> ``[T, B, D]``, in the head's dtype whatever autocast made them."""
+        call = TaskModule(self.body, self.norm_statistics)
+        with call.conditions():
+            parts = [call.outputs({}, part) for part in x.split(self.task_chunk or len(x))]
+        features = parts[0] if len(parts) == 1 else torch.cat(parts)
+        expected = (*x.shape[:2], self.head.in_features)
+        if features.shape != expected:
+            raise ValueError(
+                f"body: expected features {list(expected[1:])} of a task, as head takes "
+                f"{expected[-1]}, got {list(features.shape[1:])}"
+            )
+        return features.to(self.head.weight.dtype)
+
+    def _check_targets(self, name: str, y: Tensor) -> None:
+        weight, ways = self.head.weight, self.head.out_features
+        if self._inner_loss == "cross_entropy":
+            check_labels(name, y, y.shape[:2], weight.device)
+            check_label_range(y, ways, name)
+            return
+        check_floating(name, y)
+        check_together(name, y, "head", weight)
+        if y.shape[2:] != (ways,):
+            raise ValueError(f"{name}: expected shape [T, examples, {ways}], got {list(y.shape)}")
+
+    def _step_sizes(self, steps: int) -> float | Tensor:
+        lr = self.lr
+        if not isinstance(lr, Tensor) or lr.ndim == 0:
+            return lr
+        if steps > len(lr):
+            raise ValueError(
+                f"steps: expected at most {len(lr)}, as lr has a number for each of {len(lr)} "
+                f"steps, got {steps}"
+            )
+        return lr[:steps]
+
+    def _set_step_size(self, lr: float | Tensor, learn: bool) -> None:
+        _check_step_size(lr, self.steps)
+        weight = self.head.weight
+        if learn and not isinstance(lr, nn.Parameter):
+            value = torch.as_tensor(lr, dtype=weight.dtype, device=weight.device)
+            lr = nn.Parameter(value.detach().clone())
+        if isinstance(lr, Tensor) and not isinstance(lr, nn.Parameter):
+            self.register_buffer("lr", lr.to(weight.device, weight.dtype))
+        else:
+            self.lr = lr
+
+
+@dataclass(frozen=True)
+class AdaptedHeads:
+    """A head adapted to T tasks, behind the body that they share.
+
+    Attributes:
+        params: the head's parameters of every task ``[T, P]``, in the order of ``layout``;
+            differentiable, also in the body's.
+        layout: their names and shapes.
+        learner: the :class:`ANIL` whose body sees the queries.
+    """
+
+    params: Tensor
+    layout: Layout
+    learner: ANIL
+
+    def __call__(self, query_x: Tensor) -> Tensor:
+        """Outputs of each task's head on its queries, ``[T, Q, ...]`` -> ``[T, Q, N]``.
+
+        Raises:
+            TypeError: ``query_x`` is no tensor.
+            ValueError: it has another number of tasks.
+        """
+        check_queries(query_x, len(self))
+        params = self.layout.views(self.params)
+        return self.learner._outputs(query_x, params["weight"], params.get("bias"))
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+    def task(self, index: int) -> dict[str, Tensor]:
+        """The head's parameters of one task by name, for ``functional_call`` on the head."""
+        return self.layout.views(self.params[index])
+
+
+def _named(loss: Any, ways: int) -> str:
+    """What ``linear_head`` calls a loss."""
+    if not callable(loss):
+        raise TypeError(f"loss: expected a callable, got {type(loss).__name__}")
+    name = _LOSSES.get(lower_loss(loss)[0])
+    if name is None:
+        raise ValueError(
+            "loss: expected F.cross_entropy, F.mse_loss or F.binary_cross_entropy_with_logits, or "
+            f"the module of one of these, without options, got {loss!r}"
+        )
+    if name == "logistic" and ways != 1:
+        raise ValueError(f"loss: binary cross entropy takes a head of one output, got {ways}")
+    return name
+
+
+def _layout(head: nn.Linear) -> Layout:
+    frozen = [name for name, p in head.named_parameters() if not p.requires_grad]
+    if frozen:
+        raise ValueError(f"head: expected trainable parameters to adapt, got frozen ones, {frozen}")
+    return Layout.of(head)
+
+
+def _check_step_size(lr: float | Tensor, steps: int) -> None:
+    expected = f"lr: expected a finite number or a tensor [] or [K] with K = {steps}"
+    if isinstance(lr, Tensor):
+        if not lr.is_floating_point():
+            raise TypeError(f"lr: expected a floating-point tensor, got {lr.dtype}")
+        if lr.shape not in ((), (steps,)):
+            raise ValueError(f"{expected}, got {list(lr.shape)}")
+    elif not isinstance(lr, (int, float)) or isinstance(lr, bool):
+        raise TypeError(f"{expected}, got {type(lr).__name__}")
+    elif not math.isfinite(lr):
+        raise ValueError(f"{expected}, got {lr}")
+
+
+def _binary_labels(support_y: Tensor) -> Tensor:
+    """Targets ``[T, S, 1]`` -> labels ``[T, S]``."""
+    labels = support_y.squeeze(2).long()
+    if not (labels == support_y.squeeze(2)).all():
+        raise ValueError("support_y: expected 0 or 1 for the binary cross entropy")
+    return labels
