@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,9 @@ def compare(
     learner that diverges does not.
 
     Args:
-        configs: the learners' options, e.g. of :func:`fastmeta.comparison_plan.plan`; a folder for
-            each, and the same data, protocol, ways and shots. The time limit is for each learner.
+        configs: the options of learners, each algorithm once, as
+            :func:`fastmeta.comparison_plan.plan` makes them; the same data, protocol, ways and
+            shots. The time limit is for each learner.
         out: folder of the comparison.
         tasks: number of evaluation tasks, at least 2; ``None``: 600, or as the comparison to
             resume was begun with.
@@ -77,14 +78,16 @@ def compare(
         >>> [entry.iteration for entry in compare(configs, out, tasks=10).entries]
         [3, 3]
     """
-    entries = [Entry(*pair) for pair in zip(configs, _labels(configs), strict=True)]
-    _check_agreement(configs)
+    _check_agreement("configs", configs)
+    if twice := _twice(config.algorithm for config in configs):
+        raise ValueError(f"configs: {twice} stands there more than once")
+    entries = [Entry(config, NAMES[config.algorithm]) for config in configs]
     _check_folders(entries, out, resume, overwrite)
     begun = read_record(out) if resume else {"tasks": _TASKS, "learners": []}
     tasks = begun["tasks"] if tasks is None else tasks
     _check_tasks(entries, tasks)
     if resume:
-        records = {record["label"]: record for record in begun["learners"]}
+        records = {record["algorithm"]: record for record in begun["learners"]}
         entries = [_restored(entry, records, tasks) for entry in entries]
     else:
         for name in (RECORD, TABLE, PICTURE):  # before the runs that they tell of
@@ -141,17 +144,15 @@ def compare_runs(
         comparison = compare_runs([Path("runs/maml"), Path("runs/fomaml")], Path("comparison"))
         print(comparison.table())
     """
-    if not runs:
-        raise ValueError("runs: expected at least one folder, got none")
     loaded = [load_run(run, device) for run in runs]
     configs = [run.config for run in loaded]
-    if twice := [out for out, count in Counter(c.out for c in configs).items() if count > 1]:
-        raise ValueError(f"runs: {twice[0]} stands there more than once")
+    _check_agreement("runs", configs)
+    if twice := _twice(config.out for config in configs):
+        raise ValueError(f"runs: {twice} stands there more than once")
     entries = [
         Entry(run.config, label, run.iteration, run.seconds, _ending(run))
         for run, label in zip(loaded, _labels(configs), strict=True)
     ]
-    _check_agreement(configs)
     _check_out(out, overwrite)
     _check_scoring(entries, tasks, queries)
     out.mkdir(parents=True, exist_ok=True)
@@ -164,6 +165,11 @@ def compare_runs(
     return comparison
 
 
+def _twice(names: Iterable[str]) -> str | None:
+    """The first name that is there more than once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
 def _labels(configs: Sequence[TrainConfig]) -> list[str]:
     """Names of the algorithms, with the folder where there are several of one."""
     counts = Counter(config.algorithm for config in configs)
@@ -171,13 +177,15 @@ def _labels(configs: Sequence[TrainConfig]) -> list[str]:
     return [f"{name} ({out})" if count > 1 else name for name, out, count in names]
 
 
-def _check_agreement(configs: Sequence[TrainConfig]) -> None:
+def _check_agreement(name: str, configs: Sequence[TrainConfig]) -> None:
+    if not configs:
+        raise ValueError(f"{name}: expected at least one, got none")
     first = configs[0]
-    for other, name in product(configs[1:], SAME):
-        ours, theirs = getattr(first, name), getattr(other, name)
+    for other, option in product(configs[1:], SAME):
+        ours, theirs = getattr(first, option), getattr(other, option)
         if ours != theirs:
             raise ValueError(
-                f"{name}: runs of a comparison have the same, {first.out} has {ours!r}, "
+                f"{option}: runs of a comparison have the same, {first.out} has {ours!r}, "
                 f"{other.out} has {theirs!r}"
             )
 
@@ -223,7 +231,7 @@ def _check_scoring(entries: Sequence[Entry], tasks: int, queries: int | None = N
 
 def _restored(entry: Entry, records: Mapping[str, dict[str, Any]], tasks: int) -> Entry:
     """The entry as far as its run and its record have come."""
-    config, record = entry.config, records.get(entry.label)
+    config, record = entry.config, records.get(entry.config.algorithm)
     out = Path(config.out)
     if record is None or not (out / CONFIG).exists():
         return entry

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,8 +32,8 @@ def plan(
         common: options of all learners, as for :class:`fastmeta.config.TrainConfig`.
 
     Raises:
-        ValueError: a learner stands there twice, or options belong to none of them; and with the
-            learner's name, what :class:`fastmeta.config.TrainConfig` raises, TypeError too.
+        ValueError: options of a learner that is not there; and with the learner's name, what
+            :class:`fastmeta.config.TrainConfig` raises, TypeError too.
 
     Example:
         >>> configs = plan(Path("runs"), "glyphs", ["maml", "fomaml"], {"maml": {"steps": 2}})
@@ -44,8 +43,6 @@ def plan(
     own = own or {}
     if algorithms is None:
         algorithms = [a for a in ALGORITHMS if not (a == "protonet" and data == REGRESSION)]
-    if twice := [name for name, count in Counter(algorithms).items() if count > 1]:
-        raise ValueError(f"algorithms: {twice[0]} stands there more than once")
     if unused := [name for name in own if name not in algorithms]:
         raise ValueError(f"set: {unused[0]} is not compared, only {', '.join(algorithms)}")
     return [

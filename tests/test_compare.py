@@ -1,4 +1,4 @@
-"""A comparison: what it leaves, how it goes on after it was killed, and what cannot be compared."""
+"""A comparison of learners: what it leaves, which folders it guards, and learners that diverge."""
 
 from __future__ import annotations
 
@@ -12,104 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
-from fastmeta import cli, comparison, curves, evaluation
+from fastmeta import cli
 from fastmeta import compare as comparing
 from fastmeta import train as training
-from fastmeta.algorithms import MAML
 from fastmeta.checkpoint import load_checkpoint, read_metrics
 from fastmeta.commands import train_command
-from fastmeta.compare import compare, compare_runs
+from fastmeta.compare import compare
 from fastmeta.comparison_plan import plan, resumed_plan
-from fastmeta.config import TrainConfig, read_options
-from tests.runs import TINY, images, without_seconds
+from fastmeta.config import read_options
+from tests.comparisons import NAMES, Killed, kill, learners, record, run, sinusoid, timeless
+from tests.runs import TINY
 
-NAMES = ["maml", "reptile", "fomaml"]
-
-
-@pytest.fixture
-def from_memory(monkeypatch):
-    """Data come from memory, whatever they are called."""
-    for module in (training, evaluation, comparing):
-        monkeypatch.setattr(module, "from_spec", lambda *_: images())
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    """Pictures are empty files: drawing takes most of the time of so small a comparison."""
-    monkeypatch.setattr(training, "draw_curves", lambda path, *_: path.touch())
-    monkeypatch.setattr(comparison, "draw_comparison", lambda path, *_: path.touch())
-
-
-@pytest.fixture
-def figures(monkeypatch, undrawn) -> list[Figure]:
-    """The pictures of comparisons, which are drawn after all, in order."""
-    monkeypatch.setattr(comparison, "draw_comparison", curves.draw_comparison)
-    saved = []
-    savefig = Figure.savefig
-
-    def keep(figure, *args, **kwargs):
-        saved.append(figure)
-        savefig(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return saved
-
-
-@pytest.fixture
-def at_call(monkeypatch):
-    """Have something happen when the outer loss is asked for the nth time from now."""
-    meta_loss = MAML.meta_loss
-
-    def arrange(number, happen):
-        calls = iter(range(1, 10**9))
-
-        def spy(self, *episode):
-            if next(calls) == number:
-                happen()
-            return meta_loss(self, *episode)
-
-        monkeypatch.setattr(MAML, "meta_loss", spy)
-
-    return arrange
-
-
-class Killed(BaseException):
-    """What a process that is killed does not live to see."""
-
-
-def kill() -> None:
-    raise Killed
-
-
-def sinusoid(out: Path, names=NAMES, own=None, **options):
-    return plan(out, "sinusoid", names, own, **{**TINY, **options})
-
-
-def run(out: Path, names=NAMES, **options):
-    return compare(sinusoid(out, names, **options), out, tasks=10)
-
-
-def record(out: Path) -> dict:
-    return json.loads((out / "comparison.json").read_text())
-
-
-def learners(out: Path) -> dict[str, dict]:
-    return {learner["algorithm"]: learner for learner in record(out)["learners"]}
-
-
-def timeless(out: Path) -> list[dict]:
-    """The learners' records without times and folders, and what their runs hold."""
-    found = []
-    for learner in record(out)["learners"]:
-        folder = Path(learner["options"]["out"])
-        state = load_checkpoint(folder / "checkpoint.pt")["learner"]
-        learner["options"].pop("out"), learner.pop("command")
-        learner.pop("seconds"), learner.pop("seconds_per_iteration")
-        metrics = without_seconds(read_metrics(folder / "metrics.jsonl"))
-        found.append({"record": learner, "metrics": metrics, "state": repr(state)})
-    return found
+pytest_plugins = ("tests.comparison_fixtures",)
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 # What it leaves
@@ -234,135 +150,6 @@ def test_threads_are_for_the_scoring_too(tmp_path, monkeypatch):
     assert (seen, torch.get_num_threads()) == ([before + 1], before)
 
 
-# Killed and resumed
-
-
-@pytest.mark.parametrize("number", [1, 2, 6, 8])
-def test_a_killed_comparison_goes_on(tmp_path, at_call, number):
-    run(tmp_path / "whole", names=["maml", "fomaml"], checkpoint_every=2)
-    at_call(number, kill)
-    with pytest.raises(Killed):
-        run(tmp_path / "killed", names=["maml", "fomaml"], checkpoint_every=2)
-    at_call(0, kill)
-    done = [bool(learner["evaluation"]) for learner in record(tmp_path / "killed")["learners"]]
-    assert done == [number > 4, False]
-    for name in ("comparison.md", "comparison.png"):
-        assert (tmp_path / "killed" / name).exists() is done[0]
-    compare(resumed_plan(tmp_path / "killed"), tmp_path / "killed", resume=True)
-    assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
-
-
-def test_a_finished_learner_is_left_alone(tmp_path, at_call, monkeypatch):
-    run(tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
-    at_call(1, kill)
-    monkeypatch.setattr(comparing, "evaluate_run", lambda *_, **__: kill())
-    compare(sinusoid(tmp_path), tmp_path, tasks=10, resume=True)
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
-
-
-def test_killed_while_scoring_it_is_scored(tmp_path, monkeypatch, at_call):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(comparing, "evaluate_run", lambda *_, **__: kill())
-        run(tmp_path, names=["maml"])
-    assert learners(tmp_path)["maml"]["stopped"] == "finished"
-    at_call(1, kill)  # nothing is trained
-    compare(sinusoid(tmp_path, ["maml"]), tmp_path, tasks=10, resume=True)
-    assert learners(tmp_path)["maml"]["evaluation"]["tasks"] == 10
-
-
-def test_other_tasks_score_anew(tmp_path):
-    run(tmp_path, names=["maml"])
-    compare(sinusoid(tmp_path, ["maml"]), tmp_path, tasks=12, resume=True)
-    assert record(tmp_path)["tasks"] == learners(tmp_path)["maml"]["evaluation"]["tasks"] == 12
-
-
-def test_a_signal_ends_the_comparison_with_a_checkpoint(tmp_path, at_call):
-    names = ["maml", "fomaml", "metasgd"]
-    run(tmp_path / "whole", names)
-    at_call(6, lambda: signal.raise_signal(signal.SIGTERM))
-    stopped = run(tmp_path / "stopped", names)
-    at_call(0, kill)
-    assert stopped.stopped_by == signal.SIGTERM
-    assert [entry.iteration for entry in stopped.entries] == [4, 2, 0]
-    assert [entry.stopped for entry in stopped.entries] == ["finished", "SIGTERM", ""]
-    assert "not finished" in stopped.table()
-    out = tmp_path / "stopped"
-    resumed = compare(resumed_plan(out), out, tasks=10, resume=True)
-    assert resumed.stopped_by is None
-    assert timeless(out) == timeless(tmp_path / "whole")
-
-
-def test_more_iterations_go_on(tmp_path):
-    run(tmp_path / "a", names=["maml"])
-    run(tmp_path / "b", names=["maml"], iterations=6)
-    configs = resumed_plan(tmp_path / "a", iterations=6)
-    compare(configs, tmp_path / "a", tasks=10, resume=True)
-    assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
-    with pytest.raises(ValueError, match="iterations: MAML has taken 6 already, got 5"):
-        compare(resumed_plan(tmp_path / "a", iterations=5), tmp_path / "a", tasks=10, resume=True)
-
-
-def test_a_run_that_was_trained_on_is_scored_anew(tmp_path):
-    run(tmp_path, names=["maml"])
-    options = {**read_options(tmp_path / "maml"), "iterations": 5}
-    training.train(TrainConfig(**options), resume=True)
-    configs = resumed_plan(tmp_path, iterations=5)
-    compare(configs, tmp_path, tasks=10, resume=True)
-    assert learners(tmp_path)["maml"]["evaluation"]["iteration"] == 5
-
-
-def test_a_run_that_was_deleted_is_made_again(tmp_path):
-    run(tmp_path / "a")
-    run(tmp_path / "b")
-    for file in (tmp_path / "a" / "reptile").iterdir():
-        file.unlink()
-    compare(resumed_plan(tmp_path / "a"), tmp_path / "a", tasks=10, resume=True)
-    assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
-
-
-LIMITED = {"iterations": 10**9, "time_limit": 0.3 / 60}
-
-
-def test_the_time_limit_is_each_learner_s(tmp_path):
-    found = run(tmp_path, names=["maml", "fomaml"], **LIMITED)
-    assert [entry.stopped for entry in found.entries] == ["time limit"] * 2
-    assert all(entry.iteration > 0 and entry.seconds < 0.5 for entry in found.entries)
-    assert all(entry.evaluation for entry in found.entries)
-
-
-def test_time_that_was_trained_counts(tmp_path, at_call, monkeypatch):
-    limits = []
-    train = comparing.train
-    monkeypatch.setattr(
-        comparing,
-        "train",
-        lambda config, **how: (limits.append(config.time_limit), train(config, **how))[1],
-    )
-    at_call(20, lambda: signal.raise_signal(signal.SIGINT))
-    spent = run(tmp_path, names=["maml"], **LIMITED).entries[0].seconds
-    compare(resumed_plan(tmp_path), tmp_path, tasks=10, resume=True)
-    assert limits == [LIMITED["time_limit"], pytest.approx((0.3 - spent) / 60)]
-    assert learners(tmp_path)["maml"]["stopped"] == "time limit"
-    assert read_options(tmp_path / "maml")["time_limit"] == LIMITED["time_limit"]
-    compare(resumed_plan(tmp_path), tmp_path, tasks=10, resume=True)
-    assert len(limits) == 2  # its time is up
-    compare(resumed_plan(tmp_path, time_limit=0.4 / 60), tmp_path, tasks=10, resume=True)
-    assert len(limits) == 3
-
-
-def test_what_a_resumed_comparison_must_keep(tmp_path):
-    run(tmp_path)
-    for options, message in [
-        ({"lr": 0.5}, "maml: lr: the run to resume began with 0.001, got 0.5"),
-        ({"algorithms": ["maml"]}, "algorithms: the comparison to resume has maml, reptile"),
-        ({"own": {"imaml": {"steps": 2}}}, "set: imaml is not compared, only maml, reptile"),
-        ({"own": {"fomaml": {"steps": 2}}}, "fomaml: steps: the run to resume began with 5, got 2"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            compare(resumed_plan(tmp_path, **options), tmp_path, tasks=10, resume=True)
-
-
 # Folders
 
 
@@ -459,109 +246,6 @@ def test_diverging_in_evaluation_is_told(tmp_path):
     assert "tasks have no finite score after 300 inner steps" in entry.error
     assert "MAML diverged: " in found.table()
     assert found.entries[1].evaluation
-
-
-# Runs that exist
-
-
-@pytest.fixture
-def runs(tmp_path) -> list[Path]:
-    folders = []
-    for config in sinusoid(tmp_path / "runs", ["maml", "fomaml"]):
-        training.train(config)
-        folders.append(Path(config.out))
-    return folders
-
-
-def test_runs_that_exist_are_compared(tmp_path, runs, figures):
-    states = [(run / "checkpoint.pt").read_bytes() for run in runs]
-    found = compare_runs(runs, tmp_path / "out", tasks=10)
-    run(tmp_path / "trained", names=["maml", "fomaml"])
-    assert record(tmp_path / "out")["trained"] is False
-    assert timeless(tmp_path / "out") == timeless(tmp_path / "trained")
-    assert states == [(run / "checkpoint.pt").read_bytes() for run in runs]
-    page = (tmp_path / "out" / "comparison.md").read_text()
-    assert found.table() in page
-    assert f"--out {runs[0]}\n" in page
-    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["MAML", "FOMAML"]
-    with pytest.raises(ValueError, match="trains nothing, its runs exist"):
-        resumed_plan(tmp_path / "out")
-    with pytest.raises(FileExistsError, match="already holds a comparison"):
-        compare_runs(runs, tmp_path / "out")
-    compare_runs(runs[:1], tmp_path / "out", tasks=10, overwrite=True)
-    assert list(learners(tmp_path / "out")) == ["maml"]
-
-
-def test_the_options_of_the_scoring_arrive(tmp_path, runs, monkeypatch):
-    asked = []
-    evaluate = comparing.evaluate_run
-    monkeypatch.setattr(
-        comparing, "evaluate_run", lambda out, **how: (asked.append(how), evaluate(out, **how))[1]
-    )
-    options = ["--tasks", "5", "--queries", "7", "--device", "cpu:0"]
-    out = ["--out", str(tmp_path / "out")]
-    assert cli.main(["compare", "--runs", *map(str, runs), *options, *out]) == 0
-    assert asked == [{"tasks": 5, "queries": 7, "device": "cpu:0"}] * 2
-    assert "Mean over 5 evaluation tasks with 7 queries," in (
-        (tmp_path / "out" / "comparison.md").read_text()
-    )
-
-
-def test_runs_of_other_queries_are_told_apart(tmp_path, runs):
-    training.train(sinusoid(tmp_path / "more", ["maml"], queries=4)[0])
-    found = compare_runs([*runs, tmp_path / "more" / "maml"], tmp_path / "out", tasks=5)
-    labels = [f"MAML ({tmp_path}/{where}/maml)" for where in ("runs", "more")]
-    assert [entry.label for entry in found.entries] == [labels[0], "FOMAML", labels[1]]
-    assert "with 3 or 4 queries," in found.table()
-
-
-def test_a_run_s_log_behind_its_checkpoint_does_not_count(tmp_path, at_call, figures):
-    at_call(4, kill)
-    with pytest.raises(Killed):
-        training.train(sinusoid(tmp_path, ["maml"], checkpoint_every=2)[0])
-    (entry,) = compare_runs([tmp_path / "maml"], tmp_path / "out", tasks=5).entries
-    assert (entry.iteration, entry.stopped) == (2, "")
-    assert len(figures[0].axes[0].lines[0].get_xdata()) == 2
-
-
-@pytest.mark.parametrize(
-    ("option", "values"),
-    [
-        ("data", ("images", "others")),
-        ("protocol", ("official", "paper")),
-        ("ways", (3, 4)),
-        ("shots", (1, 2)),
-    ],
-)
-def test_runs_on_other_tasks_cannot_be_compared(tmp_path, from_memory, option, values):
-    folders = [tmp_path / str(value) for value in values]
-    for folder, value in zip(folders, values, strict=True):
-        options = {"data": "images", **TINY, "iterations": 1, option: value}
-        training.train(TrainConfig("maml", out=str(folder), **options))
-    message = (
-        f"{option}: runs of a comparison have the same, {folders[0]} has {values[0]!r}, "
-        f"{folders[1]} has {values[1]!r}"
-    )
-    with pytest.raises(ValueError, match=re.escape(message)):
-        compare_runs(folders, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_runs_that_cannot_be_compared_are_told(tmp_path, runs, capsys):
-    out = ["--out", str(tmp_path / "out")]
-    for options, message in [
-        ([str(runs[0]), str(runs[0])], f"runs: {runs[0]} stands there more than once"),
-        ([str(runs[0]), str(tmp_path)], f"{tmp_path} holds no training run"),
-        ([str(runs[0]), "--tasks", "1"], "tasks: expected at least 2"),
-        ([str(runs[0]), "--lr", "0.1"], "lr: the runs in --runs are there, and not trained"),
-        ([str(runs[0]), "--resume"], "resume: the runs in --runs are there, and not trained"),
-        ([str(runs[0]), "--threads", "0"], "threads: expected an integer >= 1, got 0"),
-    ]:
-        assert cli.main(["compare", "--runs", *options, *out]) == 2
-        assert message in capsys.readouterr().err
-        assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="runs: expected at least one folder, got none"):
-        compare_runs([], tmp_path / "out")
 
 
 # The command

@@ -131,7 +131,7 @@ def test_a_wrong_setting_is_told(text, message):
         ("--set maml.steps=0", "maml: steps: expected an integer >= 1, got 0"),
         ("--set protonet.metric=l1", "protonet: metric: expected one of sqeuclidean"),
         ("--algorithms fomaml --set maml.steps=2", "set: maml is not compared, only fomaml"),
-        ("--algorithms maml maml", "algorithms: maml stands there more than once"),
+        ("--algorithms maml maml", "configs: maml stands there more than once"),
         ("--shots 0", "protonet: shots: expected an integer >= 1, got 0"),
         ("--tasks 1", "tasks: expected at least 2"),
         ("--ways 100000", "protonet: ways: expected at most the"),
