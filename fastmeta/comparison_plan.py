@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from fastmeta.comparison import read_record
-from fastmeta.config import ALGORITHMS, OPTIONS, REGRESSION, TrainConfig
+from fastmeta.config import ALGORITHMS, OPTIONS, TrainConfig
 
 SAME = ("data", "protocol", "ways", "shots")  # what the learners of a comparison share
 _NOT_ONE_S = {"algorithm", "out", *SAME}
@@ -42,9 +42,8 @@ def plan(
     """
     own = own or {}
     if algorithms is None:
-        algorithms = [a for a in ALGORITHMS if not (a == "protonet" and data == REGRESSION)]
-    if unused := [name for name in own if name not in algorithms]:
-        raise ValueError(f"set: {unused[0]} is not compared, only {', '.join(algorithms)}")
+        algorithms = [name for name in ALGORITHMS if _can_learn(name, data)]
+    _check_own(own, algorithms)
     return [
         _config(name, data=data, out=str(out / name), **{**common, **own.get(name, {})})
         for name in algorithms
@@ -71,11 +70,11 @@ def resumed_plan(
             f"algorithms: the comparison to resume has {', '.join(begun)}, "
             f"got {', '.join(algorithms)}"
         )
-    if unused := [name for name in own or {} if name not in begun]:
-        raise ValueError(f"set: {unused[0]} is not compared, only {', '.join(begun)}")
+    own = own or {}
+    _check_own(own, begun)
     given = common if data is None else {"data": data, **common}
     return [
-        _config(**{**options, **given, **(own or {}).get(name, {}), "out": str(out / name)})
+        _config(**{**options, **given, **own.get(name, {}), "out": str(out / name)})
         for name, options in begun.items()
     ]
 
@@ -115,6 +114,20 @@ def _settings(algorithm: str) -> dict[str, type]:
     hints = get_type_hints(TrainConfig)
     hints = {name: (get_args(hint) or (hint,))[0] for name, hint in hints.items()}
     return {name: hints[name] for name in hints if name not in _NOT_ONE_S | of_others}
+
+
+def _can_learn(algorithm: str, data: str) -> bool:
+    try:
+        TrainConfig(algorithm, data, out="")
+    except ValueError:
+        return False
+    return True
+
+
+def _check_own(own: Iterable[str], compared: Iterable[str]) -> None:
+    known = tuple(compared)
+    if unused := [name for name in own if name not in known]:
+        raise ValueError(f"set: {unused[0]} is not compared, only {', '.join(known)}")
 
 
 def _config(algorithm: str, **options: Any) -> TrainConfig:
