@@ -1,4 +1,7 @@
-"""Fair timings on a noisy machine: contenders take turns, and only their ratios are quoted."""
+"""Fair timings on a noisy machine: contenders take turns, and only their ratios are quoted.
+
+And a duration in words, for people.
+"""
 
 from __future__ import annotations
 
@@ -21,3 +24,9 @@ def interleave(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 def ratio(slow: list[float], fast: list[float]) -> float:
     """Median over rounds of how many times as fast the second one was."""
     return statistics.median(s / f for s, f in zip(slow, fast, strict=True))
+
+
+def duration(seconds: float) -> str:
+    """``"3 min 20 s"``, or ``"20.1 s"`` where it is less than a minute."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

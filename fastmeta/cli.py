@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastmeta train|eval|info|demo``."""
+"""The command line: ``python -m fastmeta train|eval|compare|info|demo``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import torch
 import fastmeta as fm
 from fastmeta._allocator import keep_freed_memory
 from fastmeta._native import DTYPES, OPS
+from fastmeta._timing import duration
 from fastmeta.config import (
     ALGORITHMS,
     POOLS,
@@ -74,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_eval(commands)
+    _add_compare(commands)
     _add_command(commands, "info", _info, "say what is built and which backend each op uses")
     demo = _add_command(commands, "demo", _demo, "meta-train twice, compare speed, in 2.5 minutes")
     demo.add_argument("--out", metavar="DIR", required=True, help="folder for runs and picture")
@@ -97,12 +100,21 @@ def _add_command(commands: Any, name: str, run: Any, summary: str) -> argparse.A
 
 def _add_train(commands: Any) -> None:
     parser = _add_command(commands, "train", _train, "meta-train a learner")
-    parser.epilog = "In parentheses: what an option is when it is left out."
     parser.add_argument("algorithm", choices=ALGORITHMS)
-    run = parser.add_argument_group("run")
-    run.add_argument("--out", metavar="DIR", required=True, help="folder of the run")
-    run.add_argument("--resume", action="store_true", help="go on where the run in DIR stopped")
-    run.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
+    _add_common(parser, "run")
+    proto = parser.add_argument_group("ProtoNet")
+    proto.add_argument("--train-ways", type=int, metavar="N", help="ways in training (--ways)")
+    proto.add_argument("--metric", choices=METRICS, help="distance (sqeuclidean)")
+    _add_inner_loop(parser)
+
+
+def _add_common(parser: argparse.ArgumentParser, what: str) -> None:
+    """The options that do not belong to some learners alone; ``what`` is in the folder."""
+    parser.epilog = "In parentheses: what an option is when it is left out."
+    run = parser.add_argument_group(what)
+    run.add_argument("--out", metavar="DIR", required=True, help=f"folder of the {what}")
+    run.add_argument("--resume", action="store_true", help=f"go on where the {what} in DIR stopped")
+    run.add_argument("--overwrite", action="store_true", help=f"replace the {what} in DIR")
     run.add_argument("--iterations", type=int, metavar="I", help="outer steps (2000)")
     run.add_argument("--time-limit", type=float, metavar="MIN", help="stop after MIN minutes")
     run.add_argument(
@@ -135,10 +147,6 @@ def _add_train(commands: Any) -> None:
     both.add_argument("--lr-halve-every", type=int, metavar="I", help="iterations; 0: constant (0)")
     usual = "iterations over which the outer step size falls by a cosine; 0: none (MAML++: all)"
     both.add_argument("--lr-cosine", type=int, metavar="I", help=usual)
-    proto = parser.add_argument_group("ProtoNet")
-    proto.add_argument("--train-ways", type=int, metavar="N", help="ways in training (--ways)")
-    proto.add_argument("--metric", choices=METRICS, help="distance (sqeuclidean)")
-    _add_inner_loop(parser)
 
 
 def _add_inner_loop(parser: argparse.ArgumentParser) -> None:
@@ -179,6 +187,21 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--threads", type=int, metavar="THREADS", help="CPU threads")
 
 
+def _add_compare(commands: Any) -> None:
+    summary = "meta-train learners on the same tasks, score them, draw a table and a picture"
+    parser = _add_command(commands, "compare", _compare, summary)
+    usual = f"{', '.join(ALGORITHMS)} (all that the data allow)"
+    parser.add_argument(
+        "--algorithms", nargs="+", choices=ALGORITHMS, metavar="ALGORITHM", help=usual
+    )
+    usual = "an option of one learner, such as maml.steps=2 or maml.learn_lr=true; repeatable"
+    parser.add_argument("--set", action="append", metavar="ALGORITHM.OPTION=VALUE", help=usual)
+    usual = "compare the runs in these folders instead, and train nothing"
+    parser.add_argument("--runs", nargs="+", type=Path, metavar="RUN", help=usual)
+    parser.add_argument("--tasks", type=int, metavar="T", help="evaluation tasks (600)")
+    _add_common(parser, "comparison")
+
+
 def _train(given: dict[str, Any]) -> int:
     from fastmeta.train import train
 
@@ -187,8 +210,7 @@ def _train(given: dict[str, Any]) -> int:
         begun = read_options(Path(given["out"]))
         check_same_run(given, begun)
         given = begun | given
-    if "data" not in given:
-        raise ValueError("data: give --data omniglot:PATH, glyphs or sinusoid")
+    _need_data(given)
     result = train(TrainConfig(**given), resume=resume, overwrite=overwrite)
     print(_summary(result))
     if result.stopped.startswith("SIG"):
@@ -199,7 +221,7 @@ def _train(given: dict[str, Any]) -> int:
 def _summary(result: Result) -> str:
     config, last = result.config, result.metrics[-100:]
     head = f"{config.title}: {result.iteration:,} of {config.iterations:,} iterations"
-    head += f" in {_duration(result.seconds)}"
+    head += f" in {duration(result.seconds)}"
     if result.stopped != "finished":
         head += f", stopped by {result.stopped.replace('time', 'the time')}"
     lines = [f"{head}."]
@@ -215,18 +237,57 @@ def _summary(result: Result) -> str:
     return "\n".join(lines)
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
 def _eval(given: dict[str, Any]) -> int:
     from fastmeta.evaluation import evaluate_run
 
-    if "threads" in given:
-        torch.set_num_threads(check_count("threads", given.pop("threads"), least=1))
+    _set_threads(given)
     print(evaluate_run(Path(given.pop("out")), **given))
     return 0
+
+
+def _set_threads(given: dict[str, Any]) -> None:
+    if "threads" in given:
+        torch.set_num_threads(check_count("threads", given.pop("threads"), least=1))
+
+
+def _compare(given: dict[str, Any]) -> int:
+    from fastmeta.compare import compare, compare_runs
+    from fastmeta.comparison import PICTURE, TABLE
+
+    out = Path(given.pop("out"))
+    how = {name: given.pop(name) for name in ("tasks", "overwrite") if name in given}
+    how["report"] = partial(print, flush=True)
+    if "runs" in given:
+        if wrong := sorted(set(given) - {"runs", "queries", "device", "threads"}):
+            raise ValueError(f"{wrong[0]}: the runs in --runs are there, and not trained")
+        _set_threads(given)
+        comparison = compare_runs(given.pop("runs"), out, **how, **given)
+    else:
+        resume = given.pop("resume", False)
+        comparison = compare(_planned(out, resume, given), out, resume=resume, **how)
+    print(f"\n{comparison.table()}\n\nTable and commands: {out}/{TABLE}, picture: {out}/{PICTURE}")
+    if number := comparison.stopped_by:
+        again = f"python -m fastmeta compare --out {out} --resume"
+        print(f"Stopped by {number.name}. Go on with: {again}")
+        return 128 + number
+    return 2 if any(entry.error for entry in comparison.entries) else 0
+
+
+def _planned(out: Path, resume: bool, given: dict[str, Any]) -> list[TrainConfig]:
+    """The configs of a comparison's learners; one that goes on needs no options."""
+    from fastmeta.comparison_plan import parse_setting, plan, resumed_plan
+
+    own: dict[str, dict[str, Any]] = {}
+    for algorithm, option, value in map(parse_setting, given.pop("set", [])):
+        own.setdefault(algorithm, {})[option] = value
+    if not resume:
+        _need_data(given)
+    return (resumed_plan if resume else plan)(out, own=own, **given)
+
+
+def _need_data(given: dict[str, Any]) -> None:
+    if "data" not in given:
+        raise ValueError("data: give --data omniglot:PATH, glyphs or sinusoid")
 
 
 def _info(_: dict[str, Any]) -> int:

@@ -1,8 +1,8 @@
-"""Learning curves as a picture: smoothed line, raw line behind it, points of the validation."""
+"""Learning curves as pictures: of runs with all there is, and of many learners side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastmeta.checkpoint import write_atomically
+from fastmeta.evaluation import Evaluation
 
 _X_LABELS = {"iteration": "Iteration", "seconds": "Training time [s]"}
 _Y_LABELS = {"accuracy": "Query accuracy [%]", "mse": "Query mean squared error"}
 _WINDOWS = 40  # the running means that smooth a line reach over this fraction of the run
+_WINDOWS_OF_MANY = 12  # the same, where lines of many runs would hide each other
+_LINES, _COLOURS = ("-", "--", "-.", ":"), 10
 _SHOWN = 99  # percent of a run's errors that lie on the axis: a few spikes would fill it alone
 
 
@@ -62,6 +65,90 @@ def draw_curves(path: Path, curves: Sequence[Curve], score: str, x: str = "itera
     axes = figure.subplots()
     for index, curve in enumerate(curves):
         _draw(axes, curve, score, x, f"C{index}")
+    _finish(axes, curves, score, x)
+    axes.legend(frameon=False, loc="lower right" if score == "accuracy" else "upper right")
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def draw_comparison(
+    path: Path,
+    curves: Sequence[Curve],
+    found: Sequence[Evaluation | None],
+    score: str,
+) -> None:
+    """Write the learning curves of many learners, and how they scored in the end, as one PNG.
+
+    On the left the smoothed curves against training time; on the right a point a learner with its
+    interval, the best on top. A learner has the same colour in both.
+
+    Args:
+        path: the file; it is replaced atomically.
+        curves: one a learner; ``training`` is said where it is not empty.
+        found: the score of each learner; ``None``: it has none.
+        score: ``"accuracy"`` or ``"mse"``.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> metrics = [{"iteration": i, "seconds": 0.1 * i, "mse": 1 / i} for i in range(1, 50)]
+        >>> path = Path(tempfile.mkdtemp()) / "comparison.png"
+        >>> found = Evaluation("mse", mean=0.3, interval=0.01, tasks=100)
+        >>> draw_comparison(path, [Curve("MAML", metrics, "")], [found], "mse")
+        >>> path.read_bytes()[1:4]
+        b'PNG'
+    """
+    figure = Figure(figsize=(11, 4.8), dpi=160, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    scale = _scale(score)
+    for curve, style in zip(curves, _styles(), strict=False):
+        at, raw = _column(curve.metrics, "seconds"), scale * _column(curve.metrics, score)
+        label = ", ".join(filter(None, (curve.label, curve.training)))
+        left.plot(at, _smoothed(raw, _WINDOWS_OF_MANY), linewidth=1.6, label=label, **style)
+    _finish(left, curves, score, "seconds")
+    left.set_title("Training, smoothed")
+    figure.legend(loc="outside lower center", ncols=min(5, max(1, len(curves))), frameon=False)
+    _draw_scores(right, curves, found, score)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def _draw_scores(
+    axes: Axes,
+    curves: Sequence[Curve],
+    found: Sequence[Evaluation | None],
+    score: str,
+) -> None:
+    scale = _scale(score)
+    rows = [
+        (of, f"{curve.label}\n{of.digits}", style["color"])
+        for curve, of, style in zip(curves, found, _styles(), strict=False)
+        if of is not None
+    ]
+    rows.sort(key=lambda row: row[0].mean, reverse=score == "mse")  # the best last, and on top
+    for height, (of, _, colour) in enumerate(rows):
+        mean, interval = scale * of.mean, scale * of.interval
+        axes.errorbar(mean, height, xerr=interval, fmt="o", color=colour, capsize=4, markersize=6)
+    axes.set_yticks(range(len(rows)), [name for _, name, _ in rows])
+    axes.set_ylim(-0.6, max(1, len(rows)) - 0.4)
+    axes.set_xlabel(_Y_LABELS[score])
+    axes.set_title("Evaluation, with 95 % intervals")
+    _tidy(axes)
+
+
+def _styles() -> Iterator[dict[str, str]]:
+    """Lines that can be told apart: the ten colours, drawn in another way each time around."""
+    return (
+        {"color": f"C{colour}", "linestyle": way} for way in _LINES for colour in range(_COLOURS)
+    )
+
+
+def _scale(score: str) -> int:
+    return 100 if score == "accuracy" else 1
+
+
+def _finish(axes: Axes, curves: Sequence[Curve], score: str, x: str) -> None:
+    """Labels, limits and grid of an axis with learning curves."""
     axes.set_xlabel(_X_LABELS[x])
     axes.set_ylabel(_Y_LABELS[score])
     axes.set_xlim(left=0)
@@ -70,11 +157,13 @@ def draw_curves(path: Path, curves: Sequence[Curve], score: str, x: str = "itera
         axes.set_ylim(top=101)
     else:
         axes.set_ylim(0, _error_limit(curves, score))
+    _tidy(axes)
+
+
+def _tidy(axes: Axes) -> None:
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right" if score == "accuracy" else "upper right")
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -92,7 +181,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _draw(axes: Axes, curve: Curve, score: str, x: str, colour: str) -> None:
-    scale = 100 if score == "accuracy" else 1
+    scale = _scale(score)
     at, raw = _column(curve.metrics, x), scale * _column(curve.metrics, score)
     axes.plot(at, raw, color=colour, alpha=0.2, linewidth=0.8)
     axes.plot(
@@ -122,8 +211,8 @@ def _error_limit(curves: Sequence[Curve], score: str) -> float | None:
     return 1.05 * max(ends) or None
 
 
-def _smoothed(raw: np.ndarray) -> np.ndarray:
-    window = max(1, len(raw) // _WINDOWS)
+def _smoothed(raw: np.ndarray, windows: int = _WINDOWS) -> np.ndarray:
+    window = max(1, len(raw) // windows)
     return smooth(smooth(raw, window), window)
 
 

@@ -39,9 +39,14 @@ class Evaluation:
     tasks: int
 
     def __str__(self) -> str:
+        return f"accuracy {self.digits} %" if self.score == "accuracy" else f"MSE {self.digits}"
+
+    @property
+    def digits(self) -> str:
+        """Mean and interval as people read them: of an accuracy, in percent."""
         if self.score == "accuracy":
-            return f"accuracy {100 * self.mean:.2f} ± {100 * self.interval:.2f} %"
-        return f"MSE {self.mean:.3f} ± {self.interval:.3f}"
+            return f"{100 * self.mean:.2f} ± {100 * self.interval:.2f}"
+        return f"{self.mean:.3f} ± {self.interval:.3f}"
 
 
 @dataclass(frozen=True)

@@ -121,11 +121,13 @@ class TrainedRun:
         config: its options.
         learner: its learner.
         iteration: outer steps behind it.
+        seconds: of training behind it.
     """
 
     config: TrainConfig
     learner: Learner
     iteration: int
+    seconds: float
 
 
 def load_run(out: Path, device: str | None = None) -> TrainedRun:
@@ -147,4 +149,4 @@ def load_run(out: Path, device: str | None = None) -> TrainedRun:
     state = load_checkpoint(path)
     learner = build_learner(config, state["input_shape"])
     learner.load_state_dict(state["learner"])
-    return TrainedRun(config, learner, state["iteration"])
+    return TrainedRun(config, learner, state["iteration"], state["seconds"])

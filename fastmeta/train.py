@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -165,7 +165,8 @@ class _Run:
             )
         loss.backward()
         lr = self.optimizer.param_groups[0]["lr"]
-        with _one_thread() if self.small else nullcontext():
+        # Fused Adam wakes all threads anew for every single tensor.
+        with cpu_threads(1 if self.small else None):
             self.optimizer.step()
         self.schedule.step()
         self.iteration += 1
@@ -286,25 +287,26 @@ def _settings(config: TrainConfig) -> Iterator[None]:
     device, cudnn = torch.device(config.device), torch.backends.cudnn
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        stack.enter_context(cpu_threads(config.threads))
         for flag, value in (("deterministic", True), ("benchmark", False)):
             stack.callback(setattr, cudnn, flag, getattr(cudnn, flag))
             setattr(cudnn, flag, value)
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         yield
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep PyTorch to one thread: fused Adam wakes all of them anew for every single tensor."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Let PyTorch use ``count`` CPU threads inside; ``None``: as many as before."""
+    if count is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 class _Stop:
