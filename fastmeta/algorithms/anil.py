@@ -20,8 +20,9 @@ from fastmeta.functional import is_learned, never_traced
 from fastmeta.lowering import lower_loss
 from fastmeta.ops import backend_of
 from fastmeta.ops._checks import check_floating, check_labels, check_together
-from fastmeta.ops._head import checked_number
-from fastmeta.ops.linear_head import FORMS, linear_head
+from fastmeta.ops._head import checked_head, checked_number, step_sizes
+from fastmeta.ops._head_loss import head_loss
+from fastmeta.ops.linear_head import FORMS, is_dual, linear_head
 from fastmeta.ops.task_conv import task_linear
 from fastmeta.reference import check_label_range
 
@@ -144,8 +145,7 @@ class ANIL(nn.Module):
             support_y: int64 labels ``[T, S]`` for the cross entropy; targets ``[T, S, N]`` of the
                 head's dtype for the squared error; 0 or 1 in ``[T, S, 1]``, of that dtype too, for
                 the binary cross entropy.
-            query_x, query_y: the same with Q examples; targets of the binary cross entropy may lie
-                between 0 and 1.
+            query_x, query_y: the same with Q examples.
 
         Returns:
             ``loss``, an ordinary result of autograd, which can be differentiated any number of
@@ -156,11 +156,15 @@ class ANIL(nn.Module):
         """
         data = {"support_x": support_x, "support_y": support_y}
         check_data(_layout(self.head), {**data, "query_x": query_x, "query_y": query_y})
-        self._check_targets("query_y", query_y)
-        outputs = self._outputs(query_x, *self._adapt(support_x, support_y, self.steps))
-        # Every task has Q queries: the mean over all is the mean over tasks of their means.
-        loss = self.loss(outputs.flatten(0, 1), query_y.flatten(0, 1))
-        return loss, outputs.detach()
+        targets, query_targets = (
+            self._targets(name, y) for name, y in (("support_y", support_y), ("query_y", query_y))
+        )
+        features, parts = self._support_features(support_x), (self.head.weight, self.head.bias)
+        head = checked_head(features, targets, *parts, self._inner_loss)
+        rates = step_sizes(self._step_sizes(self.steps), self.steps, features)
+        dual = is_dual(self.form, head, self.steps)
+        options = self._inner_loss, self.weight_decay, self.first_order, dual
+        return head_loss(head, rates, self._features(query_x), query_targets, options)
 
     def adapt_tasks(
         self, support_x: Tensor, support_y: Tensor, steps: int | None = None
@@ -245,12 +249,8 @@ class ANIL(nn.Module):
         self, support_x: Tensor, support_y: Tensor, steps: int
     ) -> tuple[Tensor, Tensor | None]:
         """Each task's weight ``[T, N, D]`` and bias ``[T, N]``."""
-        self._check_targets("support_y", support_y)
-        logistic = self._inner_loss == "logistic"
-        targets = _binary_labels(support_y) if logistic else support_y
-        # In first order nothing goes back to the features, and no graph of them is kept.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.first_order):
-            features = self._features(support_x)
+        targets = self._targets("support_y", support_y)
+        features = self._support_features(support_x)
         return linear_head(
             features,
             targets,
@@ -263,6 +263,11 @@ class ANIL(nn.Module):
             form=self.form,
             first_order=self.first_order,
         )
+
+    def _support_features(self, x: Tensor) -> Tensor:
+        # In first order nothing goes back to the features, and no graph of them is kept.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.first_order):
+            return self._features(x)
 
     def _outputs(self, query_x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return task_linear(self._features(query_x), weight, bias)
@@ -282,16 +287,18 @@ class ANIL(nn.Module):
             )
         return features.to(self.head.weight.dtype)
 
-    def _check_targets(self, name: str, y: Tensor) -> None:
+    def _targets(self, name: str, y: Tensor) -> Tensor:
+        """Labels or targets, checked, as ``linear_head`` takes them."""
         weight, ways = self.head.weight, self.head.out_features
         if self._inner_loss == "cross_entropy":
             check_labels(name, y, y.shape[:2], weight.device)
             check_label_range(y, ways, name)
-            return
+            return y
         check_floating(name, y)
         check_together(name, y, "head", weight)
         if y.shape[2:] != (ways,):
             raise ValueError(f"{name}: expected shape [T, examples, {ways}], got {list(y.shape)}")
+        return _binary_labels(name, y) if self._inner_loss == "logistic" else y
 
     def _step_sizes(self, steps: int) -> float | Tensor:
         lr = self.lr
@@ -385,9 +392,9 @@ def _check_step_size(lr: float | Tensor, steps: int) -> None:
         raise ValueError(f"{expected}, got {lr}")
 
 
-def _binary_labels(support_y: Tensor) -> Tensor:
-    """Targets ``[T, S, 1]`` -> labels ``[T, S]``."""
-    labels = support_y.squeeze(2).long()
-    if not (labels == support_y.squeeze(2)).all():
-        raise ValueError("support_y: expected 0 or 1 for the binary cross entropy")
+def _binary_labels(name: str, y: Tensor) -> Tensor:
+    """Targets ``[T, examples, 1]`` -> labels ``[T, examples]``."""
+    labels = y.squeeze(2).long()
+    if not (labels == y.squeeze(2)).all():
+        raise ValueError(f"{name}: expected 0 or 1 for the binary cross entropy")
     return labels
