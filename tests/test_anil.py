@@ -440,7 +440,7 @@ X, Y = torch.zeros(2, 4, 3), torch.zeros(2, 4, dtype=torch.long)
         ((X[:0], Y[:0], X[:0], Y[:0]), ValueError, "support_x: .* at least one task and one"),
         ((X[:, :0], Y[:, :0], X, Y), ValueError, "support_x: .* at least one task and one"),
         ((X, Y, X[:, :0], Y[:, :0]), ValueError, "query_x: .* at least one task and one"),
-        ((X, Y, X[:1], Y[:1]), ValueError, r"query_x: expected shape \[2, 1?4, ...\]"),
+        ((X, Y, X[:1], Y[:1]), ValueError, r"query_x: expected shape \[2, 4, ...\]"),
         ((X, Y[:, :3], X, Y), ValueError, r"support_y: expected shape \[2, 4, ...\]"),
         (("x", Y, X, Y), TypeError, "support_x: expected a tensor, got str"),
         ((X.double(), Y, X, Y), TypeError, "support_x: expected dtype torch.float32"),

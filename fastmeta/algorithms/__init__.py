@@ -1,6 +1,6 @@
 """The learners: thin front ends over the engines, one algorithm a file."""
 
-from fastmeta.algorithms.anil import ANIL
+from fastmeta.algorithms.anil import ANIL, AdaptedHeads
 from fastmeta.algorithms.fomaml import FOMAML
 from fastmeta.algorithms.imaml import IMAML
 from fastmeta.algorithms.maml import MAML, AdaptedTasks, MetaGradient
@@ -15,6 +15,7 @@ __all__ = [
     "FOMAML",
     "IMAML",
     "MAML",
+    "AdaptedHeads",
     "AdaptedTasks",
     "MAMLPlusPlus",
     "MetaCurvature",

@@ -332,6 +332,15 @@ class AdaptedHeads:
             differentiable, also in the body's.
         layout: their names and shapes.
         learner: the :class:`ANIL` whose body sees the queries.
+
+    Example:
+        >>> import torch
+        >>> anil = ANIL(torch.nn.Identity(), torch.nn.Linear(3, 2))
+        >>> adapted = anil.adapt_tasks(torch.randn(4, 5, 3), torch.randint(0, 2, (4, 5)))
+        >>> adapted(torch.randn(4, 7, 3)).shape, adapted.params.shape, len(adapted)
+        (torch.Size([4, 7, 2]), torch.Size([4, 8]), 4)
+        >>> adapted.task(0)["bias"].shape
+        torch.Size([2])
     """
 
     params: Tensor
