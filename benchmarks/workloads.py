@@ -98,7 +98,7 @@ _ALL = (
     _meta("omni_mlp", _OMNI, "cross_entropy", 0.4, 32, 1, 5, 75),
     Workload("hvp_mlp_t1", _HVP, "cross_entropy", 1, 128, kind="hvp"),
     Workload("hvp_mlp_t32", _HVP, "cross_entropy", 32, 128, kind="hvp"),
-    _meta("anil", MLP((1600, 5)), "cross_entropy", 0.1, 32, 5, 25, 75, kind="head"),
+    _meta("anil", MLP((1600, 5)), "cross_entropy", 0.1, 32, 5, 25, 75, kind="head", **_LATER),
     _meta("anil_640", MLP((640, 5)), "cross_entropy", 0.1, 32, 5, 25, 75, kind="head", **_LATER),
     _meta("omni_conv1", Conv4(64, 5), "cross_entropy", 0.4, 32, 1, 5, 75, **_LATER),
     _meta("omni_conv5", Conv4(64, 5), "cross_entropy", 0.4, 8, 5, 5, 75, **_LATER),

@@ -61,7 +61,8 @@ _HVP = (
     _row("jax", "JAX jit, forward", "hvp", "jax_steps:hvp_forward"),
 )
 _HEAD = (
-    _row(OURS, "fastmeta", "head", "head_steps:linear_head"),
+    _row(OURS, "fastmeta", "head", "head_steps:anil"),
+    _row("fastmeta-op", "fastmeta, linear_head", "head", "head_steps:linear_head"),
     _row("fastmeta-program", "fastmeta, task program", "head", "head_steps:program"),
     _row("learn2learn", "learn2learn", "head", "head_steps:learn2learn"),
     _row("higher", "higher", "head", "head_steps:higher"),

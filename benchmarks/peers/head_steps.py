@@ -35,6 +35,35 @@ def _read(result: Result) -> Arrays:
     return found
 
 
+def anil(problem: Problem) -> Step:
+    """The learner on features: its body is the identity."""
+    setting = TorchProblem(problem)
+    head = setting.loaded()[-1]
+    options = {"lr": setting.workload.lr, "steps": setting.workload.steps, "loss": setting.loss}
+    learner = fm.ANIL(torch.nn.Identity(), head, **options)
+    return _by_meta_loss(setting, learner)
+
+
+def program(problem: Problem) -> Step:
+    """MAML of the head as a module: the task program."""
+    setting = TorchProblem(problem)
+    options = {"lr": setting.workload.lr, "steps": setting.workload.steps, "loss": setting.loss}
+    return _by_meta_loss(setting, fm.MAML(setting.loaded(), **options))
+
+
+def _by_meta_loss(setting: TorchProblem, learner: fm.MAML | fm.ANIL) -> Step:
+    support_x, support_y, query_x, query_y = (setting.data[name] for name in TASKS)
+    head = [*learner.module.parameters()]
+    leaves = [*head, support_x.requires_grad_(), query_x.requires_grad_()]
+
+    def run() -> Result:
+        loss, _ = learner.meta_loss(support_x, support_y, query_x, query_y)
+        *gradients, support, query = torch.autograd.grad(loss, leaves)
+        return loss, gradients, support, query
+
+    return setting.step(run, _read, **facts_of(learner.explain()))
+
+
 def linear_head(problem: Problem) -> Step:
     """`fm.linear_head` and `fm.task_linear` under autograd."""
     setting = TorchProblem(problem)
@@ -52,22 +81,6 @@ def linear_head(problem: Problem) -> Step:
         return loss, [weight_grad, bias_grad], *features
 
     return setting.step(run, _read, **facts_of("linear_head"))
-
-
-def program(problem: Problem) -> Step:
-    """MAML of the head as a module: the task program."""
-    setting = TorchProblem(problem)
-    workload = setting.workload
-    maml = fm.MAML(setting.loaded(), workload.lr, workload.steps, loss=setting.loss)
-    support_x, support_y, query_x, query_y = (setting.data[name] for name in TASKS)
-    leaves = [*maml.module.parameters(), support_x.requires_grad_(), query_x.requires_grad_()]
-
-    def run() -> Result:
-        loss, _ = maml.meta_loss(support_x, support_y, query_x, query_y)
-        *gradients, support, query = torch.autograd.grad(loss, leaves)
-        return loss, gradients, support, query
-
-    return setting.step(run, _read, **facts_of(maml.explain()))
 
 
 def _whole(problem: Problem, wrap: Callable[[Any], Any]) -> Step:

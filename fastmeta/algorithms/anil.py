@@ -276,9 +276,12 @@ class ANIL(nn.Module):
     def _features(self, x: Tensor) -> Tensor:
         """``[T, B, ...]`` -> ``[T, B, D]``, in the head's dtype whatever autocast made them."""
         call = TaskModule(self.body, self.norm_statistics)
+        chunk = self.task_chunk
+        whole = chunk is None or chunk >= len(x)  # the gradient of a part is a copy
+        parts = [x] if whole else x.split(chunk)
         with call.conditions():
-            parts = [call.outputs({}, part) for part in x.split(self.task_chunk or len(x))]
-        features = parts[0] if len(parts) == 1 else torch.cat(parts)
+            outputs = [call.outputs({}, part) for part in parts]
+        features = outputs[0] if whole else torch.cat(outputs)
         expected = (*x.shape[:2], self.head.in_features)
         if features.shape != expected:
             raise ValueError(
