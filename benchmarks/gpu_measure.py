@@ -33,6 +33,7 @@ class Sizes:
     support: tuple[int, int, int, int] = (256, 100, 20, 1600)  # T, S, N, D of prototypes
     pairs: tuple[int, int, int, int] = (8, 4096, 4096, 512)  # T, Q, N, D of pairwise_distance
     images: tuple[int, int, int, int] = (32, 75, 64, 14)  # T, B, C, H = W of task_conv2d
+    head: tuple[int, int, int, int, int, int] = (32, 5, 25, 75, 5, 1600)  # T, K, S, Q, N, D of anil
     programs: tuple[Workload, ...] = tuple(
         WORKLOADS[name] for name in ("sin1", "sin5", "omni_mlp", "hvp_mlp_t1")
     )

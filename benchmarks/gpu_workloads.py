@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 
 import fastmeta as fm
 from benchmarks.gpu_measure import OURS, Contender, Inputs, Measure, Sizes, in_torch
@@ -243,10 +244,40 @@ def norms(sizes: Sizes) -> Iterator[Measure]:
     yield Measure("task_batch_norm", name, what, dtype, contenders, draw, sizes.rounds, calls=2)
 
 
+def heads(sizes: Sizes) -> Iterator[Measure]:
+    """anil: the inner steps, the loss on the queries, and its gradients."""
+    t, steps, s, q, n, d = sizes.head
+
+    def draw(generator: torch.Generator) -> Inputs:
+        device = generator.device
+        support, query = (unit_rows(generator, torch.float32, t, rows, d) for rows in (s, q))
+        labels = (torch.arange(rows, device=device).remainder(n).repeat(t, 1) for rows in (s, q))
+        weight = torch.randn(n, d, generator=generator, device=device)
+        return support, query, weight, torch.zeros(n, device=device), *labels
+
+    def value(
+        support: torch.Tensor, query: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
+        labels: torch.Tensor, query_labels: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        head = fm.linear_head(support, labels, weight, bias, lr=0.1, steps=steps)
+        outputs = fm.task_linear(query, *head)
+        return F.cross_entropy(outputs.flatten(0, 1), query_labels.flatten())
+
+    ours = differentiated(value, 0, 1, 2, 3)
+    contenders = {OURS: ours, "torch backend": in_torch(ours)}
+    for calls, in_graph in ((sizes.graph, False), (sizes.graph, True)):
+        yield Measure(
+            *("linear_head", "anil", "meta-step", torch.float32, contenders, draw, sizes.rounds),
+            calls=calls,
+            in_graph=in_graph,
+        )
+
+
 def all_measures(sizes: Sizes) -> Iterator[Measure]:
     """What the README shows first."""
     yield from small_losses(sizes)
     yield from programs(sizes.programs, sizes.rounds, sizes.graph)
+    yield from heads(sizes)
     yield from convolutions(sizes)
     yield from norms(sizes)
     yield from image_programs(sizes.image_programs, sizes.rounds)

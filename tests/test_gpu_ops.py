@@ -30,6 +30,7 @@ TINY = Sizes(
     support=(2, 6, 3, 4),
     pairs=(2, 5, 4, 3),
     images=(2, 3, 2, 5),
+    head=(2, 2, 4, 3, 2, 5),
     programs=(
         Workload("sin1", MLP((1, 3, 1)), "mse", 2, 4, 3, 1, 0.1),
         Workload("hvp_mlp_t1", MLP((4, 3, 2)), "cross_entropy", 1, 4, kind="hvp"),

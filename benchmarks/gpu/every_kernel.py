@@ -31,6 +31,7 @@ METRICS = ("euclidean", "cosine")  # differences with a root, and products with 
 PAIRS = ((2, 7, 65, 17), (1, 20, 3, 32), (256, 3, 65, 5), (1, 1100, 65, 8))
 UPDATES = ((3, 1023), (2, 64))  # T, P: single values, and whole accesses
 SUPPORTS = ((2, 40, 5, 33), (2, 40, 5, 64))  # T, S, N, D, likewise
+HEADS = (("cross_entropy", 5), ("mse", 5), ("logistic", 1))  # losses and ways
 # T, B, C, O, H, W, groups, of 3 x 3 kernels: large tiles, narrow ones, small ones and split sums;
 # a small number of channels; depthwise.
 CONVOLUTIONS = (
@@ -75,6 +76,18 @@ def calls(dtype: torch.dtype, device: str) -> Iterator[Call]:
             yield "prototype_loss", (x, target, y, metric, 0.5)
             weight = rows(t, q, dtype=wide)
             yield "prototype_loss_backward", (weight, x, target, y, metric, 0.5)
+
+    for loss, n in HEADS:
+        for dual in (False, True):
+            t, s, d, steps = 2, 7, 33, 3
+            targets = rows(t, s, n) if loss == "mse" else labels(max(2, n), t, s)
+            head = rows(t, s, d), targets, rows(t, n, d), rows(t, n)
+            options = (rows(t, steps, dtype=wide).abs() / 100, loss, 0.1, dual)
+            yield "linear_head", (*head, *options)
+            *adapted, predictions, products = torch.ops.fastmeta.linear_head(*head, *options)
+            lr, *rest = options
+            kept = lr, predictions, products
+            yield "linear_head_backward", (*adapted, *head, *kept, *rest, False, True)
 
     def images(t: int, b: int, c: int, h: int, w: int) -> torch.Tensor:
         return rows(t, b, h, w, c).permute(0, 1, 4, 2, 3)  # as the kernels read them

@@ -96,6 +96,10 @@ SHOWN = (
     _program("sin5", "meta-step", "at most 25 us"),
     _program("omni_mlp", "meta-step"),
     _program("hvp_mlp_t1", "Hessian-vector product"),
+    Shown(
+        *("linear_head, anil, meta-step, a call in a CUDA graph", "anil", "meta-step"),
+        *("float32", "graph of 20", _time, "at most 20 us"),
+    ),
     *(_images(w, p) for w in ("omni_paper", "omni_20w", "mini_conv5") for p in ("float32", "tf32")),
     *(_convolution(w, p) for w in ("forward", "forward + backward") for p in NAMES),
     _big("float32"),

@@ -128,7 +128,7 @@ def markdown(report: Report, picture: str) -> str:
     shown = ("processor", "threads", "torch", "jax", "learn2learn", "higher", "torchopt")
     names = {"processor": "", "threads": "threads "}
     told = ", ".join(f"{names.get(k, f'{k} ')}{facts[k]}" for k in shown if k in facts)
-    kinds = [kind for kind in ("meta", "hvp") if _results(report, kind)]
+    kinds = dict.fromkeys(result["kind"] for result in report["workloads"].values())
     parts = [
         f"{told}; float32. Median time of a step, and in brackets how many times {OURS}'s it is:",
         *(_of_kind(report, kind) for kind in kinds),
