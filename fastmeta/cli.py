@@ -171,6 +171,8 @@ def _add_inner_loop(parser: argparse.ArgumentParser) -> None:
     maml.add_argument("--regularization", type=float, metavar="LAMBDA", help=usual)
     usual = "iMAML: iterations of conjugate gradients (5)"
     maml.add_argument("--cg-steps", type=int, metavar="N", help=usual)
+    usual = "iMAML: added to the diagonal that they solve with (1)"
+    maml.add_argument("--cg-damping", type=float, metavar="DELTA", help=usual)
 
 
 def _add_eval(commands: Any) -> None:

@@ -48,7 +48,7 @@ OPTIONS = {
     "metasgd": (*_INNER_LOOP, "first_order"),
     "mamlpp": (*_INNER_LOOP, "multi_step_iterations", "first_order_iterations"),
     "metacurvature": (*_INNER_LOOP, "first_order"),
-    "imaml": (*_INNER_LOOP, "regularization", "cg_steps"),
+    "imaml": (*_INNER_LOOP, "regularization", "cg_steps", "cg_damping"),
 }
 _OF_SOME = tuple(dict.fromkeys(name for names in OPTIONS.values() for name in names))
 # Usual values that differ from MAML's.
@@ -60,7 +60,10 @@ _USUAL: dict[str, dict[str, Any]] = {
         **{"steps": 5, "inner_lr": 0.1},
         **{"multi_step_iterations": 1000, "first_order_iterations": 0},
     },
-    "imaml": {"steps": 16, "inner_lr": 0.1, "regularization": 2.0, "cg_steps": 5},
+    "imaml": {
+        **{"steps": 16, "inner_lr": 0.1},
+        **{"regularization": 2.0, "cg_steps": 5, "cg_damping": 1.0},
+    },
 }
 
 
@@ -96,6 +99,7 @@ class TrainConfig:
         first_order_iterations: mamlpp: of first order at the start (0).
         regularization: imaml: the weight of the distance to the start, lambda (2).
         cg_steps: imaml: iterations of conjugate gradients (5).
+        cg_damping: imaml: added to the diagonal that they solve with (1).
         precision: of training: ``"float32"``, or ``"bfloat16"``: autocast, weights and evaluation
             stay float32. Quick where the hardware multiplies bfloat16 matrices.
         lr: step size of Adam, which does the outer loop.
@@ -143,6 +147,7 @@ class TrainConfig:
     first_order_iterations: int | None = None
     regularization: float | None = None
     cg_steps: int | None = None
+    cg_damping: float | None = None
     precision: str = "float32"
     lr: float = 1e-3
     lr_halve_every: int = 0
@@ -252,6 +257,8 @@ class TrainConfig:
         if self.algorithm == "imaml":
             check_positive("regularization", self.regularization)
             check_count("cg_steps", self.cg_steps, least=0)
+            if self.cg_damping != 0:
+                check_positive("cg_damping", self.cg_damping)
 
 
 def check_positive(name: str, value: object) -> None:

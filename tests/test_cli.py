@@ -63,6 +63,7 @@ OPTIONS = [
     ("mamlpp", "--first-order-iterations 60", {"first_order_iterations": 60}),
     ("imaml", "--regularization 0.5", {"regularization": 0.5}),
     ("imaml", "--cg-steps 3", {"cg_steps": 3}),
+    ("imaml", "--cg-damping 0.5", {"cg_damping": 0.5}),
     ("maml", "--iterations 8", {"iterations": 8}),
     ("maml", "--seed 5", {"seed": 5}),
     ("maml", "--device cpu:0", {"device": "cpu:0"}),

@@ -30,7 +30,7 @@ from fastmeta.config import CHANGEABLE, TrainConfig, check_same_run, read_option
         ("reptile", "sinusoid", {"inner_lr": 0.001, "inner_batch": 10, "lr_cosine": None}),
         ("mamlpp", "glyphs", {"steps": 5, "eval_steps": 5, "inner_lr": 0.1, "lr_cosine": 2000}),
         ("mamlpp", "glyphs", {"multi_step_iterations": 1000, "first_order_iterations": 0}),
-        ("imaml", "glyphs", {"steps": 16, "inner_lr": 0.1, "regularization": 2.0, "cg_steps": 5}),
+        ("imaml", "glyphs", {"steps": 16, "regularization": 2.0, "cg_steps": 5, "cg_damping": 1}),
     ],
 )
 def test_usual_values(algorithm, data, expected):
@@ -110,6 +110,7 @@ def test_every_option_but_the_changeable_must_stay():
         ("mamlpp", "glyphs", {"first_order_iterations": -1}, "first_order_iterations: expected an"),
         ("imaml", "glyphs", {"regularization": -2.0}, "regularization: expected a finite number"),
         ("imaml", "glyphs", {"cg_steps": -1}, "cg_steps: expected an integer >= 0, got -1"),
+        ("imaml", "glyphs", {"cg_damping": -1}, "cg_damping: expected a finite number above 0"),
         ("maml", "glyphs", {"lr_cosine": -1}, "lr_cosine: expected an integer >= 0, got -1"),
         (
             *("maml", "glyphs", {"lr_cosine": 5, "lr_halve_every": 5}),
@@ -133,7 +134,7 @@ def test_options_of_the_wrong_type():
 def test_a_run_from_before_an_option_was_there_is_read(tmp_path):
     config = TrainConfig("maml", "glyphs", "out")
     options = dataclasses.asdict(config)
-    added = ("lr_cosine", "inner_batch", "cg_steps")
+    added = ("lr_cosine", "inner_batch", "cg_steps", "cg_damping")
     older = {name: value for name, value in options.items() if name not in added}
     (tmp_path / "config.json").write_text(json.dumps(older))
     assert TrainConfig(**read_options(tmp_path)) == config

@@ -185,7 +185,7 @@ def linear_tasks(device) -> tuple[nn.Module, Tasks]:
     return net, Tasks(make(4, 6, 3), make(4, 6, 1), make(4, 5, 3), make(4, 5, 1))
 
 
-def hypergradient(net: nn.Module, tasks: Tasks, strength: float) -> Tensor:
+def hypergradient(net: nn.Module, tasks: Tasks, strength: float, damping: float) -> Tensor:
     """In closed form: ``theta* = (H + lambda)^-1 (H b + lambda theta)`` of each task."""
     start, grads = net.weight.detach()[0], []
     for sx, sy, qx, qy in zip(*tasks, strict=True):
@@ -193,16 +193,19 @@ def hypergradient(net: nn.Module, tasks: Tasks, strength: float) -> Tensor:
         system = hessian + strength * torch.eye(3, dtype=torch.float64, device=sx.device)
         theta = torch.linalg.solve(system, 2 * sx.T @ sy[:, 0] / len(sx) + strength * start)
         outer = 2 * qx.T @ (qx @ theta - qy[:, 0]) / len(qx)
-        grads.append(strength * torch.linalg.solve(system, outer))
+        damped = system + damping * strength * torch.eye(3, dtype=torch.float64, device=sx.device)
+        grads.append(strength * torch.linalg.solve(damped, outer))
     return torch.stack(grads).mean(0)
 
 
 @pytest.mark.parametrize("strength", [0.5, 2.0])
-def test_imaml_on_a_quadratic_is_the_closed_form(strength, engine, device):
+@pytest.mark.parametrize("damping", [0.0, 1.5])
+def test_imaml_on_a_quadratic_is_the_closed_form(damping, strength, engine, device):
     net, tasks = linear_tasks(device)
-    options = {"regularization": strength, "cg_steps": 3, "engine": engine}
+    options = {"regularization": strength, "cg_steps": 3, "cg_damping": damping, "engine": engine}
     learner = fm.IMAML(net, 0.1, 600, F.mse_loss, **options)
-    assert relative_error(gradient(learner, tasks), hypergradient(net, tasks, strength)) < EXACT
+    expected = hypergradient(net, tasks, strength, damping)
+    assert relative_error(gradient(learner, tasks), expected) < EXACT
 
 
 def test_imaml_adapts_to_the_regularised_loss(engine, device):
@@ -247,6 +250,8 @@ def test_conjugate_gradients_stop_where_there_is_nothing_to_do():
         ({"regularization": "2"}, TypeError, "regularization: expected a number, got str"),
         ({"cg_steps": -1}, ValueError, "cg_steps: expected at least 0, got -1"),
         ({"cg_steps": 1.5}, TypeError, "cg_steps: expected an integer, got 1.5"),
+        ({"cg_damping": -0.5}, ValueError, "cg_damping must be at least 0, got -0.5"),
+        ({"cg_damping": "1"}, TypeError, "cg_damping must be a number, got str"),
     ],
 )
 def test_bad_options_of_imaml(options, error, message):

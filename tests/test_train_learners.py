@@ -45,6 +45,7 @@ OPTIONS = [
     ("mamlpp", {"first_order_iterations": 7}, lambda learner: learner.first_order_iterations == 7),
     ("imaml", {"regularization": 0.5}, lambda learner: learner.regularization == 0.5),
     ("imaml", {"cg_steps": 2}, lambda learner: learner.cg_steps == 2),
+    ("imaml", {"cg_damping": 0.5}, lambda learner: learner.cg_damping == 0.5),
 ]
 
 

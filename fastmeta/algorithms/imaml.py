@@ -13,6 +13,7 @@ from fastmeta._checks import check_integer
 from fastmeta.algorithms._conjugate_gradients import conjugate_gradients
 from fastmeta.algorithms._given import GivenGradient
 from fastmeta.algorithms.maml import StepSize
+from fastmeta.ops._head import checked_number
 from fastmeta.rules import Proximal, Rule
 
 
@@ -31,6 +32,9 @@ class IMAML(GivenGradient):
         loss: as for ``MAML``.
         regularization: the paper's lambda, above 0; 2.0 as in the paper for Omniglot.
         cg_steps: products of a meta-gradient, at least 0; 5 as in the paper. 0 is first order.
+        cg_damping: delta >= 0, solves ``(I + delta I + H / lambda) v = grad L_q(theta*)``, which a
+            Hessian of negative curvature leaves solvable; 0. The authors' code has 1.0 and, beside
+            it, 10 added to lambda.
         rule: what takes the inner steps with the gradient of the regularised loss; None: plain
             descent.
         options: the options ``task_chunk``, ``hvp_mode``, ``engine`` and ``norm_statistics`` of
@@ -57,6 +61,7 @@ class IMAML(GivenGradient):
         *,
         regularization: float = 2.0,
         cg_steps: int = 5,
+        cg_damping: float = 0.0,
         rule: Rule | None = None,
         **options: Any,
     ) -> None:
@@ -71,7 +76,8 @@ class IMAML(GivenGradient):
             )
         proximal = Proximal(regularization, rule)
         super().__init__(model, lr, steps, loss=loss, rule=proximal, **options)
-        self.regularization, self.cg_steps = regularization, cg_steps
+        self.regularization = regularization
+        self.cg_steps, self.cg_damping = cg_steps, checked_number("cg_damping", cg_damping)
 
     def _gradient(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
@@ -82,7 +88,8 @@ class IMAML(GivenGradient):
         losses, outputs, grads = engine.query_losses(adapted, query_x, query_y, gradient=True)
 
         def product(v: Tensor) -> Tensor:
-            return v + engine.hvp(adapted, support_x, support_y, v) / self.regularization
+            curved = engine.hvp(adapted, support_x, support_y, v) / self.regularization
+            return (1 + self.cg_damping) * v + curved
 
         if self.cg_steps > 0:
             grads = conjugate_gradients(product, grads, self.cg_steps)
