@@ -86,7 +86,7 @@ def test_non_contiguous_and_expanded_inputs(case, device):
     )
     plain = value_and_grads(case, args, options)
     for a, b in zip(value_and_grads(case, strided, options), plain, strict=True):
-        assert torch.equal(a, b)
+        assert_same_bits(case, a, b, device)
     if case.name.endswith("unbatched"):
         return
     expanded = tuple(
@@ -94,7 +94,15 @@ def test_non_contiguous_and_expanded_inputs(case, device):
     )
     copied = tuple(a.contiguous() if torch.is_tensor(a) else a for a in expanded)
     function = case.function
-    assert torch.equal(function(*expanded, **options), function(*copied, **options))
+    assert_same_bits(case, function(*expanded, **options), function(*copied, **options), device)
+
+
+def assert_same_bits(case: Case, a: torch.Tensor, b: torch.Tensor, device: str) -> None:
+    """But for rounding where the product is PyTorch's, whose order of sums may go by the layout."""
+    if case.op == "task_linear" and (fm._native.PRODUCT, device) not in fm._native.KERNELS:
+        assert_near(a, b, TOLERANCE[a.dtype])
+    else:
+        assert torch.equal(a, b)
 
 
 @each_case

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import doctest
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 import fastmeta as fm
+from fastmeta import cli
+from fastmeta.config import TrainConfig
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 PUBLIC = [getattr(fm, name) for name in fm.__all__ if callable(getattr(fm, name))]
@@ -21,6 +24,22 @@ def test_python_of_the_readme_runs_in_order():
     namespace: dict = {}
     for block in blocks:
         exec(block, namespace)
+
+
+def commands_of_the_readme() -> list[list[str]]:
+    """The arguments of every ``python -m fastmeta``."""
+    text = README.replace("\\\n", " ")
+    lines = re.findall(r"^python -m fastmeta (.*)$", text, re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("arguments", commands_of_the_readme(), ids=" ".join)
+def test_command_lines_of_the_readme_are_valid(arguments):
+    given = vars(cli._parser().parse_args(arguments))
+    for name in ("command", "debug"):
+        given.pop(name)
+    if arguments[0] == "train":
+        assert TrainConfig(**given).algorithm == arguments[1]
 
 
 @pytest.mark.parametrize("thing", PUBLIC, ids=lambda thing: thing.__name__)
