@@ -111,7 +111,7 @@ __device__ void write_grad_x(const Task<scalar_t>& task, const acc_t<scalar_t>* 
   });
 }
 
-// The adjoint of head_kernel, with the same owners. The first warp has the scalars: the gradients of
+// The adjoint of head_kernel, of at least one step, with the same owners. The first warp has the scalars: the gradients of
 // step sizes, and the adjoint e of the share of the start.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kHeadThreads)
@@ -202,7 +202,6 @@ __global__ void __launch_bounds__(kHeadThreads)
     next = swapped;
   }
 
-  __syncthreads();
   combine_examples(task, shares[s.steps], upstream, value_t(1), sum,
                    b.grad_weight + t * task.head());
   for_each(task.o.has_bias ? s.ways : 0, [&](int64_t n) {

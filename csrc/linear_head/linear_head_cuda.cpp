@@ -76,6 +76,7 @@ HeadGradientTensors linear_head_backward_cuda(
     std::string_view loss, double weight_decay, bool dual, bool first_order, bool input_grad) {
   const HeadLoss kind = checked_head_loss(loss);
   const auto s = checked_head_shape(x, targets, weight, bias, lr, kind);
+  TORCH_CHECK(s.steps > 0, "lr must have at least one step");
   check_head_upstream(grad_weight, grad_bias, x, s, bias.has_value());
   check_head_kept(predictions, products, x, s, dual);
   const c10::cuda::CUDAGuard guard(x.device());

@@ -246,7 +246,7 @@ def adapted_head(
 ) -> tuple[Tensor, Tensor | None]:
     """`linear_head` of checked arguments."""
     options = loss, weight_decay, first_order
-    if not is_native("linear_head", head.x):
+    if not is_native("linear_head", head.x) or rates.shape[1] == 0:  # nothing to be done natively
         return reference.linear_head(*head, rates, *options)
     weight, bias, *_ = _head(*head, rates, *options, dual)
     return weight, None if head.bias is None else bias

@@ -24,7 +24,8 @@ SELECTED = (
     "(float64_reference and torch.float32) or keep_their_digits or small_tiles_walk "
     "or no_launch_has_no_blocks or every_barrier"
 )
-MISSED = re.compile("with no barrier between|which no thread has written")
+# The emulator watches shared memory. What goes wrong in global memory shows in the values.
+MISSED = re.compile(r"with no barrier between|which no thread has written|assert \S+ <= \(")
 
 
 def test_there_are_barriers_to_remove():
