@@ -119,35 +119,37 @@ __global__ void __launch_bounds__(kHeadThreads)
   using value_t = acc_t<scalar_t>;
   const auto task = tasks[blockIdx.x];
   const auto& s = task.s;
-  const int64_t lanes = task.lanes(), t = blockIdx.x;
+  const int t = blockIdx.x, lanes = static_cast<int>(task.lanes());
+  const int steps = static_cast<int>(s.steps), support = static_cast<int>(s.support);
+  const int ways = static_cast<int>(s.ways);
   auto scratch = scratch_of_block(b.global_scratch, backward_scratch<value_t>(s, task.o.dual));
-  value_t* coefficients = scratch.take((s.steps + 1) * lanes);
-  value_t *residuals = scratch.take(s.steps * lanes), *adjoints = scratch.take(s.steps * lanes);
+  value_t* coefficients = scratch.take((steps + 1) * lanes);
+  value_t *residuals = scratch.take(steps * lanes), *adjoints = scratch.take(steps * lanes);
   value_t *adjoint = scratch.take(lanes), *next = scratch.take(lanes);
   value_t *sum = scratch.take(lanes), *start = scratch.take(lanes);
-  value_t *shares = scratch.take(s.steps + 1), *gram = nullptr, *pairs = nullptr;
+  value_t *shares = scratch.take(steps + 1), *gram = nullptr, *pairs = nullptr;
   if (task.o.dual) {
-    gram = scratch.take(s.support * s.support);
-    pairs = scratch.take(s.support * s.support);
-    for_each(s.support * s.support, [&](int64_t i) { gram[i] = task.products[i]; });
+    gram = scratch.take(support * support);
+    pairs = scratch.take(support * support);
+    for_each(support * support, [&](int i) { gram[i] = task.products[i]; });
   }
-  value_t* paths = b.paths == nullptr ? nullptr : b.paths + t * s.steps * task.head();
+  value_t* paths = b.paths == nullptr ? nullptr : b.paths + t * steps * task.head();
   const scalar_t* upstream = b.weight + t * task.head();
-  const scalar_t* upstream_bias = task.o.has_bias ? b.bias + t * s.ways : nullptr;
+  const scalar_t* upstream_bias = task.o.has_bias ? b.bias + t * ways : nullptr;
   const bool is_first_warp = threadIdx.x < kWarp, decays = task.weight_decay != 0;
 
   outputs_of(task, upstream, upstream_bias, adjoint);
   if (decays) outputs_of(task, task.weight, task.bias, start);
   if (threadIdx.x == 0) {
     shares[0] = 1;
-    for (int64_t k = 0; k < s.steps; ++k) shares[k + 1] = task.decay(k) * shares[k];
+    for (int k = 0; k < steps; ++k) shares[k + 1] = task.decay(k) * shares[k];
   }
-  for_each(s.support, [&](int64_t i) {
-    for (int64_t n = 0; n < s.ways; ++n) {
-      const int64_t at = n * s.support + i;
+  for_each(support, [&](int i) {
+    for (int n = 0; n < ways; ++n) {
+      const int at = n * support + i;
       const value_t wanted = task.wanted(n, i);
       sum[at] = coefficients[at] = 0;
-      for (int64_t k = 0; k < s.steps; ++k) {
+      for (int k = 0; k < steps; ++k) {
         const value_t g = task.factor * (task.predictions[k * lanes + at] - wanted);
         residuals[k * lanes + at] = g;
         coefficients[(k + 1) * lanes + at] =
@@ -158,10 +160,10 @@ __global__ void __launch_bounds__(kHeadThreads)
   value_t start_adjoint = 0;
   if (is_first_warp && decays) {
     start_adjoint = warp_dot(task.head(), upstream, task.weight);
-    if (task.o.has_bias) start_adjoint += warp_dot(s.ways, upstream_bias, task.bias);
+    if (task.o.has_bias) start_adjoint += warp_dot(ways, upstream_bias, task.bias);
   }
 
-  for (int64_t k = s.steps - 1; k >= 0; --k) {
+  for (int k = steps - 1; k >= 0; --k) {
     __syncthreads();
     const value_t *c = coefficients + k * lanes, *g = residuals + k * lanes;
     value_t* y = adjoints + k * lanes;
@@ -171,14 +173,14 @@ __global__ void __launch_bounds__(kHeadThreads)
         of_lr -= task.weight_decay * (warp_dot(lanes, adjoint, c) + shares[k] * start_adjoint);
         start_adjoint *= task.decay(k);
       }
-      if (threadIdx.x == 0) b.grad_lr[t * s.steps + k] = of_lr;
+      if (threadIdx.x == 0) b.grad_lr[t * steps + k] = of_lr;
     }
-    for_each(s.support, [&](int64_t i) {
+    for_each(support, [&](int i) {
       if (!b.first_order) {
         curve(task, task.predictions + k * lanes, -task.lr[k], adjoint, y, i);
       }
-      for (int64_t n = 0; n < s.ways; ++n) {
-        const int64_t at = n * s.support + i;
+      for (int n = 0; n < ways; ++n) {
+        const int at = n * support + i;
         if (b.first_order) y[at] = 0;
         sum[at] += shares[k] * y[at];
       }
@@ -187,7 +189,7 @@ __global__ void __launch_bounds__(kHeadThreads)
     if (is_first_warp && decays) start_adjoint += warp_dot(lanes, y, start);
     if (k == 0) break;
     if (b.first_order) {
-      for_each(lanes, [&](int64_t i) { next[i] = task.decay(k) * adjoint[i]; });
+      for_each(lanes, [&](int i) { next[i] = task.decay(k) * adjoint[i]; });
     } else {
       value_t* path = paths == nullptr ? nullptr : paths + k * task.head();
       if (!task.o.dual) {
@@ -202,32 +204,31 @@ __global__ void __launch_bounds__(kHeadThreads)
     next = swapped;
   }
 
-  combine_examples(task, shares[s.steps], upstream, value_t(1), sum,
-                   b.grad_weight + t * task.head());
-  for_each(task.o.has_bias ? s.ways : 0, [&](int64_t n) {
+  combine_examples(task, shares[steps], upstream, value_t(1), sum, b.grad_weight + t * task.head());
+  for_each(task.o.has_bias ? ways : 0, [&](int64_t n) {
     const value_t bias =
-        shares[s.steps] * widen(upstream_bias[n]) + row_sum(sum + n * s.support, s.support);
-    b.grad_bias[t * s.ways + n] = narrow<scalar_t>(bias);
+        shares[steps] * widen(upstream_bias[n]) + row_sum(sum + n * support, support);
+    b.grad_bias[t * ways + n] = narrow<scalar_t>(bias);
   });
-  for_each(b.grad_targets == nullptr ? 0 : lanes, [&](int64_t at) {
-    const int64_t n = at / s.support, i = at % s.support;
+  for_each(b.grad_targets == nullptr ? 0 : lanes, [&](int at) {
+    const int n = at / support, i = at % support;
     value_t of_targets = 0;
-    for (int64_t k = 0; k < s.steps; ++k) of_targets -= adjoints[k * lanes + at];
-    b.grad_targets[(t * s.support + i) * s.ways + n] = narrow<scalar_t>(of_targets);
+    for (int k = 0; k < steps; ++k) of_targets -= adjoints[k * lanes + at];
+    b.grad_targets[(t * support + i) * ways + n] = narrow<scalar_t>(of_targets);
   });
   if (b.grad_x == nullptr) return;
-  for_each(pairs == nullptr ? 0 : s.support * s.support, [&](int64_t at) {
-    const int64_t i = at / s.support, j = at % s.support;
+  for_each(pairs == nullptr ? 0 : support * support, [&](int at) {
+    const int i = at / support, j = at % support;
     value_t pair = 0;
-    for (int64_t r = s.ways; r < s.steps * s.ways; ++r) {
-      const value_t *y = adjoints + r * s.support, *c = coefficients + r * s.support;
+    for (int r = ways; r < steps * ways; ++r) {
+      const value_t *y = adjoints + r * support, *c = coefficients + r * support;
       pair += y[i] * c[j] + c[i] * y[j];
     }
     pairs[at] = pair;
   });
   __syncthreads();
   write_grad_x(task, sum, coefficients, adjoints, pairs, paths, upstream,
-               b.grad_x + t * s.support * s.features);
+               b.grad_x + t * support * s.features);
 }
 
 template <typename scalar_t>
