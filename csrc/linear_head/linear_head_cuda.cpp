@@ -3,6 +3,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -23,6 +24,14 @@ Arguments prepared(const LinearHeadShape& shape, HeadLoss loss, const at::Tensor
                    const at::Tensor& targets, const at::Tensor& weight,
                    const std::optional<at::Tensor>& bias, const at::Tensor& lr, double weight_decay,
                    bool dual) {
+  const auto count_in_int = [](const char* what, int64_t size) {
+    TORCH_CHECK(size <= std::numeric_limits<int>::max(), what, " must be below 2^31 on CUDA, got ",
+                size);
+  };
+  count_in_int("steps x ways x examples", (shape.steps + 1) * shape.ways * shape.support);
+  count_in_int("examples x examples", shape.support * shape.support);
+  count_in_int("tasks x examples x ways", shape.tasks * shape.support * shape.ways);
+  count_in_int("tasks x steps", shape.tasks * shape.steps);
   Arguments a{x.contiguous(),
               targets.contiguous(),
               with_contiguous_tasks(weight),
