@@ -76,7 +76,7 @@ def use_backend(backend: str) -> Iterator[None]:
         _forced = before
 
 
-def requested() -> str | None:
+def _requested() -> str | None:
     """The backend that the context or the environment asks for, if any."""
     value = _forced or os.environ.get("FASTMETA_BACKEND")
     return _checked_backend(value, "FASTMETA_BACKEND") if value else None
@@ -103,9 +103,15 @@ def _warn(reason: str) -> None:
 
 
 def _select(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
-    wanted = requested()
-    reason = "" if wanted == "torch" else _missing(op, device, dtype)
-    return ("torch" if wanted == "torch" or reason else "native"), reason
+    requested = _requested()
+    reason = "" if requested == "torch" else _missing(op, device, dtype)
+    return ("torch" if requested == "torch" or reason else "native"), reason
+
+
+def is_available(op: str, x: torch.Tensor) -> bool:
+    """Whether `op`, in whose place others run without a warning, has a kernel and may run it."""
+    built = x.dtype in KERNELS.get((op, x.device.type), ())
+    return built and _requested() != "torch"
 
 
 def is_native(op: str, x: torch.Tensor) -> bool:

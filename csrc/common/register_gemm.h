@@ -42,8 +42,9 @@ class RegisterGemm {
   }
 
  private:
+  static constexpr int64_t kSmall = 64 << 10;  // bytes that stay in the cache
+  static constexpr int64_t kSlice = 16;        // rows of B at a time
   // 24 vectors of sums of 32 registers, or 12 of 16.
-  static constexpr int64_t kSmall = 64 << 10, kSlice = 16;
   static constexpr int kRows = 6, kVectors = sizeof(Vec) == 64 ? 4 : 2;
 
   static bool is_small(int64_t rows, int64_t columns) {

@@ -122,5 +122,4 @@ def _takes(x: Tensor) -> bool:
     """Whether the kernel is there for `x`, and a gradient may be asked for; no transform traces."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    native = (HEAD_LOSS, x.device.type) in _native.KERNELS and _native.requested() != "torch"
-    return native and torch.is_grad_enabled()
+    return torch.is_grad_enabled() and _native.is_available(HEAD_LOSS, x)

@@ -78,10 +78,9 @@ register(PRODUCT, _fake)
 
 def has_kernel(x: Tensor) -> bool:
     """Whether the compiled product takes `x`; where not, `torch.bmm` is what is meant to run."""
-    built = (PRODUCT, x.device.type) in _native.KERNELS
-    if not built or x.dtype not in _native.WIDE_DTYPES or traces_transform():
+    if traces_transform() or torch.is_autocast_enabled("cpu"):
         return False
-    return _native.requested() != "torch" and not torch.is_autocast_enabled("cpu")
+    return _native.is_available(PRODUCT, x)
 
 
 def product(a: Tensor, b: Tensor, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:
