@@ -21,6 +21,7 @@ from fastmeta._native import DTYPES, OPS
 from fastmeta._timing import duration
 from fastmeta.config import (
     ALGORITHMS,
+    OPTIMIZERS,
     POOLS,
     PRECISIONS,
     PROTOCOLS,
@@ -143,9 +144,11 @@ def _add_common(parser: argparse.ArgumentParser, what: str) -> None:
     )
     both.add_argument("--pool", choices=POOLS, help="how Conv4 halves images (max)")
     both.add_argument("--precision", choices=PRECISIONS, help="of training (float32)")
-    both.add_argument("--lr", type=float, metavar="LR", help="outer step size, Adam (0.001)")
+    usual = "of the outer loop (adam, Reptile sgd)"
+    both.add_argument("--optimizer", choices=tuple(OPTIMIZERS), help=usual)
+    both.add_argument("--lr", type=float, metavar="LR", help="outer step size (adam 0.001, sgd 1)")
     both.add_argument("--lr-halve-every", type=int, metavar="I", help="iterations; 0: constant (0)")
-    usual = "iterations over which the outer step size falls by a cosine; 0: none (MAML++: all)"
+    usual = "iterations over which the step size falls by a cosine; 0: none (MAML++, Reptile: all)"
     both.add_argument("--lr-cosine", type=int, metavar="I", help=usual)
 
 

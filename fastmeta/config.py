@@ -30,6 +30,7 @@ ALGORITHMS = tuple(NAMES)
 PROTOCOLS = ("official", "paper")
 POOLS = ("max", "stride")
 PRECISIONS = ("float32", "bfloat16")
+OPTIMIZERS = {"adam": 1e-3, "sgd": 1.0}  # and their usual step sizes
 REGRESSION = "sinusoid"
 _UNSET: Any = None
 
@@ -37,6 +38,7 @@ _UNSET: Any = None
 CHANGEABLE = {
     *("out", "iterations", "time_limit", "checkpoint_every", "eval_tasks", "device", "threads"),
 }
+_BEFORE = {"optimizer": "adam"}  # what all runs had before there was a choice
 _INNER_LOOP = ("steps", "eval_steps", "inner_lr")
 # What each learner is made with; but for train_ways and eval_steps, by these names.
 OPTIONS = {
@@ -102,10 +104,11 @@ class TrainConfig:
         cg_damping: imaml: added to the diagonal that they solve with (1).
         precision: of training: ``"float32"``, or ``"bfloat16"``: autocast, weights and evaluation
             stay float32. Quick where the hardware multiplies bfloat16 matrices.
-        lr: step size of Adam, which does the outer loop.
+        optimizer: of the outer loop: ``"adam"`` or ``"sgd"`` (adam; reptile sgd).
+        lr: step size of the outer loop (adam 0.001, sgd 1).
         lr_halve_every: iterations after which ``lr`` halves, again and again; 0: constant.
         lr_cosine: iterations over which ``lr`` falls by half a cosine to a hundredth, where it
-            stays (mamlpp: ``iterations``); 0 or None: it does not.
+            stays (mamlpp, and sgd with reptile: ``iterations``); 0 or None: it does not.
         iterations: outer steps.
         seed: of the initial weights, the episodes and the dropout; 0 to 2**62 - 1.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
@@ -149,7 +152,8 @@ class TrainConfig:
     cg_steps: int | None = None
     cg_damping: float | None = None
     precision: str = "float32"
-    lr: float = 1e-3
+    optimizer: str | None = None
+    lr: float = _UNSET
     lr_halve_every: int = 0
     lr_cosine: int | None = None
     iterations: int = 2000
@@ -205,16 +209,25 @@ class TrainConfig:
         else:
             usual = {"ways": 5, "shots": 1, "queries": 15, "hidden": 64, "pool": "max"}
             usual["meta_batch"] = 4 if self.algorithm == "protonet" else 16
+        usual |= self._usual_outer_loop()
         if self.algorithm == "protonet":
             ways = usual["ways"] if self.ways is None else self.ways
             return usual | {"train_ways": ways, "metric": "sqeuclidean"}
         own = {"steps": 1, "inner_lr": 0.4, **_USUAL.get(self.algorithm, {})}
         if self.regression and self.algorithm != "reptile":
             own["inner_lr"] = 0.01
-        if self.algorithm == "mamlpp" and self.lr_halve_every == 0:
-            own["lr_cosine"] = self.iterations
         own.setdefault("eval_steps", own["steps"] if self.steps is None else self.steps)
         return usual | own
+
+    def _usual_outer_loop(self) -> dict[str, Any]:
+        usual = "sgd" if self.algorithm == "reptile" else "adam"
+        optimizer = usual if self.optimizer is None else self.optimizer
+        check_choice("optimizer", optimizer, tuple(OPTIMIZERS))
+        outer: dict[str, Any] = {"optimizer": optimizer, "lr": OPTIMIZERS[optimizer]}
+        falls = self.algorithm == "mamlpp" or (self.algorithm, optimizer) == ("reptile", "sgd")
+        if falls and self.lr_halve_every == 0:
+            outer["lr_cosine"] = self.iterations
+        return outer
 
     def _check_values(self) -> None:
         check_count("ways", self.ways, least=1 if self.regression else 2)
@@ -294,7 +307,7 @@ def read_options(out: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from error
     fields = dataclasses.fields(TrainConfig)
     # A run from before an option was there lacks it, and is as if it had been left out.
-    optional = {field.name: None for field in fields if field.default is None}
+    optional = {field.name: None for field in fields if field.default is None} | _BEFORE
     names = {field.name for field in fields}
     if not isinstance(options, dict) or set(options) | set(optional) != names:
         raise ValueError(f"{path} is damaged: it does not hold the options of a run")
@@ -304,8 +317,9 @@ def read_options(out: Path) -> dict[str, Any]:
 def check_same_run(options: dict[str, Any], begun: dict[str, Any]) -> None:
     """Raise ValueError where ``options`` would turn the run that was ``begun`` into another one."""
     for name, now in options.items():
-        if begun.get(name) != now and name not in CHANGEABLE:
+        before = begun.get(name, _BEFORE.get(name))
+        if before != now and name not in CHANGEABLE:
             raise ValueError(
-                f"{name}: the run to resume began with {begun.get(name)!r}, got {now!r}; "
+                f"{name}: the run to resume began with {before!r}, got {now!r}; "
                 "leave the option as it was, or train anew in another folder"
             )

@@ -148,7 +148,8 @@ class _Run:
         self.parameters = list(self.learner.parameters())
         self.small = sum(parameter.numel() for parameter in self.parameters) <= _SMALL
         # Fused takes half as long on a small network, and a checkpoint of another kind stays so.
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
+        kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
+        self.optimizer = kind(self.parameters, lr=config.lr, fused=True)
         self.schedule = _schedule(self.optimizer, config)
 
     def step(self, episode: Episode) -> dict[str, Any]:
@@ -165,7 +166,7 @@ class _Run:
             )
         loss.backward()
         lr = self.optimizer.param_groups[0]["lr"]
-        # Fused Adam wakes all threads anew for every single tensor.
+        # A fused optimizer wakes all threads anew for every single tensor.
         with cpu_threads(1 if self.small else None):
             self.optimizer.step()
         self.schedule.step()

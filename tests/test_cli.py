@@ -57,6 +57,7 @@ OPTIONS = [
     ("maml", "--learn-lr", {"learn_lr": True}),
     ("maml", "--lr 0.01", {"lr": 0.01}),
     ("maml", "--lr-halve-every 50", {"lr_halve_every": 50}),
+    ("maml", "--optimizer sgd", {"optimizer": "sgd"}),
     ("maml", "--lr-cosine 70", {"lr_cosine": 70}),
     ("reptile", "--inner-batch 5", {"inner_batch": 5}),
     ("mamlpp", "--multi-step-iterations 50", {"multi_step_iterations": 50}),

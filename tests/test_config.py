@@ -27,7 +27,9 @@ from fastmeta.config import CHANGEABLE, TrainConfig, check_same_run, read_option
         ("metasgd", "glyphs", {"steps": 1, "eval_steps": 1, "inner_lr": 0.4}),
         ("metacurvature", "sinusoid", {"steps": 1, "inner_lr": 0.01, "ways": 1}),
         ("reptile", "glyphs", {"steps": 5, "eval_steps": 50, "inner_lr": 0.001}),
-        ("reptile", "sinusoid", {"inner_lr": 0.001, "inner_batch": 10, "lr_cosine": None}),
+        ("reptile", "sinusoid", {"inner_lr": 0.001, "inner_batch": 10}),
+        ("reptile", "glyphs", {"optimizer": "sgd", "lr": 1.0, "lr_cosine": 2000}),
+        ("protonet", "glyphs", {"optimizer": "adam", "lr": 0.001, "lr_cosine": None}),
         ("mamlpp", "glyphs", {"steps": 5, "eval_steps": 5, "inner_lr": 0.1, "lr_cosine": 2000}),
         ("mamlpp", "glyphs", {"multi_step_iterations": 1000, "first_order_iterations": 0}),
         ("imaml", "glyphs", {"steps": 16, "regularization": 2.0, "cg_steps": 5, "cg_damping": 1}),
@@ -46,6 +48,10 @@ def test_usual_values_follow_the_options_given():
     assert TrainConfig("mamlpp", "glyphs", "out", iterations=7).lr_cosine == 7
     assert TrainConfig("mamlpp", "glyphs", "out", lr_cosine=0).lr_cosine == 0
     assert TrainConfig("mamlpp", "glyphs", "out", lr_halve_every=9).lr_cosine is None
+    assert TrainConfig("maml", "glyphs", "out", optimizer="sgd").lr == 1.0
+    assert TrainConfig("maml", "glyphs", "out", optimizer="sgd").lr_cosine is None
+    adam = TrainConfig("reptile", "glyphs", "out", optimizer="adam")
+    assert (adam.lr, adam.lr_cosine) == (0.001, None)
 
 
 def test_a_config_says_what_it_is():
@@ -134,13 +140,19 @@ def test_options_of_the_wrong_type():
 def test_a_run_from_before_an_option_was_there_is_read(tmp_path):
     config = TrainConfig("maml", "glyphs", "out")
     options = dataclasses.asdict(config)
-    added = ("lr_cosine", "inner_batch", "cg_steps", "cg_damping")
+    added = ("lr_cosine", "inner_batch", "cg_steps", "cg_damping", "optimizer")
     older = {name: value for name, value in options.items() if name not in added}
     (tmp_path / "config.json").write_text(json.dumps(older))
     assert TrainConfig(**read_options(tmp_path)) == config
     check_same_run(options, older)
     with pytest.raises(ValueError, match="lr_cosine: the run to resume began with None, got 5"):
         check_same_run(options | {"lr_cosine": 5}, older)
+    with pytest.raises(ValueError, match="optimizer: the run to resume began with 'adam', got 'sg"):
+        check_same_run(options | {"optimizer": "sgd"}, older)
+    reptile = dataclasses.asdict(TrainConfig("reptile", "glyphs", "out", optimizer="adam"))
+    del reptile["optimizer"]
+    (tmp_path / "config.json").write_text(json.dumps(reptile))
+    assert TrainConfig(**read_options(tmp_path)).optimizer == "adam"
 
 
 def test_a_damaged_config_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""The outer step is Adam's, whichever implementation of it runs, on however many threads."""
+"""The outer step is Adam's or SGD's, whichever implementation runs, on however many threads."""
 
 from __future__ import annotations
 
@@ -57,3 +57,14 @@ def test_one_thread_takes_a_small_learner_s_outer_step(tmp_path, monkeypatch, li
     assert seen == [stepping] * 4
     monkeypatch.undo()
     assert equal(few, run(sinusoid(tmp_path / "usual", threads=3)))
+
+
+def test_the_outer_step_is_sgd_where_asked_for(tmp_path):
+    start = run(sinusoid(tmp_path / "start", iterations=0))
+    moved = [
+        run(sinusoid(tmp_path / name, iterations=1, optimizer="sgd", lr=lr))
+        for name, lr in (("once", 0.01), ("twice", 0.02))
+    ]
+    for begun, once, twice in zip(weights(start), *map(weights, moved), strict=True):
+        assert not torch.equal(begun, once)
+        torch.testing.assert_close(twice - begun, 2 * (once - begun), rtol=1e-3, atol=1e-6)
