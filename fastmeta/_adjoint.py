@@ -94,6 +94,7 @@ class InnerLoop:
                 if goes_back and state:
                     tape.states.append(state)
                 theta, state = self.rule.step(Step(k, theta, grads, step[_row(step, k)], state))
+        self.rule.finish(state, self.steps)
         return theta, tape
 
     def adjoint(
@@ -116,7 +117,7 @@ class InnerLoop:
         result = {name: torch.zeros_like(t) for name, t in (inputs | named).items()}
         asked = set(named) if self.first_order else {"grads", *named}
         v = pulls[self.steps]
-        state_v = self.rule.start(v)
+        state_v = Rule.start(self.rule, v)  # zeros: nothing differentiable reads the last state
         with self.passes.conditions():
             for k in reversed(range(self.steps)):
                 row = _row(step, k)

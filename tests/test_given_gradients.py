@@ -105,7 +105,6 @@ def test_the_examples_of_each_step_of_reptile(problem):
     assert reptile(problem[0], inner_batch=None)._rows(11) is None
     usual = fm.Reptile(problem[0])
     assert (usual.inner_batch, usual.steps, usual.lr, usual.first_order) == (10, 5, 1e-3, True)
-    assert (usual.rule.beta1, usual.rule.beta2) == (0.0, 0.999)
 
 
 def test_reptile_adapts_to_the_support_alone(problem):
@@ -291,7 +290,7 @@ def test_query_losses_at_given_parameters(rule, engine, device):
 @pytest.mark.parametrize("make", [fm.Reptile, fm.IMAML])
 def test_given_gradients(make, problem):
     net, tasks = problem
-    learner = make(net, 0.1, K)
+    learner = make(net, 0.1, K, rule=fm.rules.Adam((0.0, 0.999)))  # that carries nothing on
     torch.manual_seed(0)
     once = gradient(learner, tasks).clone()
     torch.manual_seed(0)

@@ -114,6 +114,21 @@ def proximal() -> Case:
     return Case(rule, update, {"strength": strength, "rule.momentum": mu})
 
 
+def carried_adam(net: nn.Module) -> Case:
+    """In the middle of a training, and inside another rule with a state of its own."""
+    carried, strength = fm.rules.CarriedAdam(net, 0.9, 1e-3), number(0.7)
+    generator = torch.Generator().manual_seed(9)
+    carried.second.copy_(0.01 * torch.rand(len(carried.second), generator=generator))
+    carried.taken.fill_(7)
+
+    def update(theta, g, lr, state, k):
+        g = g + strength * (theta - state.setdefault("start", theta))
+        state["s"] = 0.9 * state.get("s", carried.second) + 0.1 * g**2
+        return theta - lr * g * (state["s"] / (1 - 0.9 ** (8 + k)) + 1e-3) ** -0.5
+
+    return Case(fm.rules.Proximal(strength, carried), update, {"strength": strength})
+
+
 def meta_curvature(net: nn.Module) -> Case:
     rule, layout = fm.rules.MetaCurvature(net), Layout.of(net)
     generator = torch.Generator().manual_seed(9)
@@ -145,6 +160,7 @@ CASES: dict[str, Callable[[nn.Module], Case]] = {
     "clip_norm": lambda net: clipped_norm(),
     "proximal": lambda net: proximal(),
     "meta_curvature": meta_curvature,
+    "carried_adam": carried_adam,
 }
 
 

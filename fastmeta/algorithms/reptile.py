@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmeta._checks import check_integer
 from fastmeta.algorithms._given import GivenGradient
-from fastmeta.rules import Adam, Rule
+from fastmeta.rules import CarriedAdam, Rule
 
 
 class Reptile(GivenGradient):
@@ -33,7 +33,8 @@ class Reptile(GivenGradient):
         steps: inner steps K, at least 1; 5 as in the paper. A single one makes this joint training.
         loss: as for ``MAML``.
         inner_batch: examples an inner step; None: all of them. 10 as in the paper for one shot.
-        rule: what takes the inner steps; None: ``Adam(betas=(0, 0.999))``, the paper's.
+        rule: what takes the inner steps; None: ``CarriedAdam(model)``, Adam with beta1 = 0 that
+            goes on from meta-batch to meta-batch, as in the paper's own code.
         options: the options ``task_chunk``, ``engine`` and ``norm_statistics`` of ``MAML``.
 
     Raises:
@@ -64,7 +65,7 @@ class Reptile(GivenGradient):
         check_integer("steps", steps, 1)
         if inner_batch is not None:
             check_integer("inner_batch", inner_batch, 1)
-        rule = Adam(betas=(0.0, 0.999)) if rule is None else rule
+        rule = CarriedAdam(model) if rule is None else rule
         super().__init__(model, lr, steps, True, loss, rule=rule, **options)
         self.inner_batch = inner_batch
 
@@ -75,7 +76,8 @@ class Reptile(GivenGradient):
         pairs = (support_x, query_x), (support_y, query_y)
         x, y = (torch.cat(pair, 1) for pair in pairs)
         rows = self._rows(x.shape[1])
-        adapted = engine.adapt(None, self._step_size(self.steps), x, y, rows)
+        with engine.inner_rule.carrying():
+            adapted = engine.adapt(None, self._step_size(self.steps), x, y, rows)
         losses, outputs, _ = engine.query_losses(adapted, query_x, query_y)
         return losses.mean(), outputs, (engine.parameters() - adapted).mean(0)
 

@@ -3,12 +3,12 @@
 ``MAML(model, lr=..., rule=...)`` takes one; every rule has its value and its derivative, so
 that meta-gradients pass through it, and its learned hyperparameters get theirs.
 
-steps           SGD, Adam, RMSProp
+steps           SGD, Adam, CarriedAdam, RMSProp
 wrapped around  ClipValue, ClipNorm, Proximal, MetaCurvature
 """
 
 from fastmeta.rules._base import Rule
-from fastmeta.rules.adaptive import Adam, RMSProp
+from fastmeta.rules.adaptive import Adam, CarriedAdam, RMSProp
 from fastmeta.rules.clipping import ClipNorm, ClipValue
 from fastmeta.rules.meta_curvature import MetaCurvature
 from fastmeta.rules.proximal import Proximal
@@ -17,6 +17,7 @@ from fastmeta.rules.sgd import SGD
 __all__ = [
     "SGD",
     "Adam",
+    "CarriedAdam",
     "ClipNorm",
     "ClipValue",
     "MetaCurvature",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -106,6 +107,13 @@ class Rule(nn.Module):
         dtype = accumulation_dtype(theta.dtype)
         return tuple(torch.zeros_like(theta, dtype=dtype) for _ in range(self.states))
 
+    def finish(self, state: State, steps: int) -> None:
+        """Called with the state after the last of ``steps`` steps; most rules forget it."""
+
+    def carrying(self) -> AbstractContextManager[None]:
+        """Inner loops that end within it are those that a rule with a memory remembers."""
+        return nullcontext()
+
     def step(self, at: Step) -> tuple[Tensor, State]:
         """``update`` in the precision of updates; theta comes back in its own."""
         dtype = accumulation_dtype(at.theta.dtype)
@@ -162,6 +170,17 @@ class Wrapped(Rule):
         super().check(layout)
         self.rule.check(layout)
 
+    def start(self, theta: Tensor) -> State:
+        own = super().start(theta)
+        inner = self.rule.start(theta)
+        return own[: len(own) - len(inner)] + inner
+
+    def finish(self, state: State, steps: int) -> None:
+        self.rule.finish(state[len(state) - self.rule.states :], steps)
+
+    def carrying(self) -> AbstractContextManager[None]:
+        return self.rule.carrying()
+
     def transformed(self, grads: Tensor) -> Tensor:
         """What the rule inside gets for the gradient ``[T, P]``."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it changes")
@@ -191,6 +210,15 @@ def hyperparameter(
     if not least <= value < below:
         raise ValueError(f"{name}: expected a number in [{least:g}, {below:g}), got {value}")
     return float(value)
+
+
+def check_made_for(made_for: Layout, layout: Layout, rule: str) -> None:
+    """Raise ValueError where a rule with tensors of its own meets other parameters than its."""
+    if (layout.names, layout.shapes) != (made_for.names, made_for.shapes):
+        raise ValueError(
+            f"rule: {rule} was made for other trainable parameters than the model has; "
+            f"expected {list(made_for.names)}, got {list(layout.names)}"
+        )
 
 
 def positive(name: str, value: Hyperparameter) -> Hyperparameter:

@@ -1,13 +1,20 @@
-"""Rules that divide by the size that gradients have had: Adam and RMSProp."""
+"""Rules that divide by the size that gradients have had: Adam, also carried, and RMSProp."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
+from torch import Tensor, nn
+
+from fastmeta.arena import Layout
+from fastmeta.ops._raw import accumulation_dtype
 from fastmeta.rules._base import (
     Hyperparameter,
     Rule,
     State,
+    check_made_for,
     decayed,
     hyperparameter,
     positive,
@@ -70,6 +77,89 @@ class Adam(Rule):
         mean = first / (1 - self.beta1 ** (k + 1))
         size = (second / (1 - self.beta2 ** (k + 1)) + self.eps).sqrt()
         return theta - lr * mean / size, (first, second)
+
+
+class CarriedAdam(Rule):
+    """Adam with beta1 = 0 whose second moment goes on from one meta-batch to the next.
+
+    The steps are ``Adam``'s, but a task begins with the mean over tasks of the second moments that
+    the meta-batch before ended with, not with zero, and the correction of the bias counts the steps
+    of all meta-batches. Adam begun anew goes ``lr`` far along its first gradient, however small;
+    this one goes less far the smaller gradients have become. So does the code published with
+    Reptile (Nichol et al. 2018), where one optimizer goes through all tasks.
+
+    A learner says which inner loops are carried on: ``Reptile.meta_loss`` and ``meta_gradient``.
+    Elsewhere, as in ``adapt_tasks``, inner loops start from the carried moment and leave it as it
+    is. Nothing is differentiated through it.
+
+    Args:
+        module: whose trainable parameters it steps.
+        beta2: 0 to below 1.
+        eps: above 0, inside the square root.
+
+    Attributes:
+        second: the carried moment ``[P]``, a buffer; zeros at first.
+        taken: the steps that it has seen, a buffer.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Example:
+        >>> import torch
+        >>> import fastmeta as fm
+        >>> net = torch.nn.Linear(3, 2)
+        >>> learner = fm.Reptile(net, steps=3, rule=fm.rules.CarriedAdam(net))
+        >>> x, y = torch.randn(4, 5, 3), torch.randint(0, 2, (4, 5))
+        >>> loss, logits = learner.meta_loss(x, y, x, y)
+        >>> learner.rule.taken.item(), bool((learner.rule.second > 0).all())
+        (3, True)
+    """
+
+    second: Tensor
+    taken: Tensor
+
+    def __init__(self, module: nn.Module, beta2: float = 0.999, eps: float = 1e-8) -> None:
+        super().__init__()
+        self._layout = layout = Layout.of(module)
+        self.beta2 = hyperparameter("beta2", beta2, below=1.0)
+        self.eps = positive("eps", eps)
+        size = layout.numel
+        dtype = accumulation_dtype(layout.dtype)
+        self.register_buffer("second", torch.zeros(size, dtype=dtype, device=layout.device))
+        self.register_buffer("taken", torch.zeros((), dtype=torch.int64, device=layout.device))
+        self._ends: list[tuple[int, Tensor]] | None = None
+
+    @property
+    def states(self) -> int:
+        return 1
+
+    def check(self, layout: Layout) -> None:
+        check_made_for(self._layout, layout, "CarriedAdam")
+
+    def start(self, theta: Tensor) -> State:
+        return (self.second.expand_as(theta),)
+
+    def update(
+        self, theta: Tensor, grads: Tensor, lr: Tensor, state: State, k: int
+    ) -> tuple[Tensor, State]:
+        second = self.beta2 * state[0] + (1 - self.beta2) * grads.square()
+        unbiased = second / (1 - self.beta2 ** (self.taken + (k + 1)).double())
+        return theta - lr * grads / (unbiased + self.eps).sqrt(), (second,)
+
+    def finish(self, state: State, steps: int) -> None:
+        if self._ends is not None:
+            self._ends.append((steps, state[0]))
+
+    @contextmanager
+    def carrying(self) -> Iterator[None]:
+        self._ends = ends = []
+        try:
+            yield
+        finally:
+            self._ends = None
+        if ends:
+            self.second.copy_(torch.cat([second for _, second in ends]).mean(0))
+            self.taken += max(steps for steps, _ in ends)
 
 
 class RMSProp(Rule):

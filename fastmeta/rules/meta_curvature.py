@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.arena import Layout
-from fastmeta.rules._base import Rule, Wrapped
+from fastmeta.rules._base import Rule, Wrapped, check_made_for
 from fastmeta.rules.sgd import SGD
 
 
@@ -51,11 +51,7 @@ class MetaCurvature(Wrapped):
         )
 
     def check(self, layout: Layout) -> None:
-        if (layout.names, layout.shapes) != (self._layout.names, self._layout.shapes):
-            raise ValueError(
-                "rule: MetaCurvature was made for other trainable parameters than the model has; "
-                f"expected {list(self._layout.names)}, got {list(layout.names)}"
-            )
+        check_made_for(self._layout, layout, "MetaCurvature")
         super().check(layout)
 
     def transformed(self, grads: Tensor) -> Tensor:
