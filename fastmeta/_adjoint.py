@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from fastmeta.rules._base import PREFIX, Pullback, Rule, State, Step
 
 if TYPE_CHECKING:
     from fastmeta._program_passes import ProgramPasses
+
+
+_LEFT_OUT = cast("Tensor", None)  # for a plain step, whose derivative does not look at it
 
 
 @dataclass
@@ -36,8 +39,8 @@ class Tape:
 
     def at(self, k: int, lr: Tensor) -> Step:
         """Where step k started."""
-        kept = (steps[k] if steps else None for steps in (self.thetas, self.grads))
-        return Step(k, *kept, lr, self.states[k] if self.states else ())
+        theta, grads = (steps[k] if steps else _LEFT_OUT for steps in (self.thetas, self.grads))
+        return Step(k, theta, grads, lr, self.states[k] if self.states else ())
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,9 @@ class InnerLoop:
         """H_k times what goes back to g_k, whose share in the inputs is added to the result."""
         if back.grads is None:
             return None
+        random: Any = tape.randoms[k]
         at = k, tape.thetas[k], back.grads
-        product, mixed = self.passes.curvature(*at, data, inputs, tape.randoms[k])
+        product, mixed = self.passes.curvature(*at, data, inputs, random)
         for name, tensor in mixed.items():
             result[name] += tensor
         return product
@@ -166,7 +170,8 @@ class InnerLoop:
         unreached = SUPPORT if self.first_order else ()
         shapes = {**sources, **self.rule_parameters}
         result = {n: torch.zeros_like(shapes[n]) for n in wants if n not in unreached}
-        losses, outputs = [], []
+        losses: list[Any] = []  # tensors, as the weights have K
+        outputs: list[Any] = []
         for rows in chunks:
             part = {name: take_tasks(name, tensor, rows) for name, tensor in sources.items()}
             queries = _WeightedQueries(self, part, wants, weights)

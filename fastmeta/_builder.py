@@ -184,16 +184,19 @@ class Builder:
             raise Refusal("model has no layers")
         return self.channels_first(output)
 
-    def _call(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         where, handlers = caller(node), self._handlers
+        target: Any = node.target
+        handler: Handler | None
         if node.op == "call_module":
-            layer = self.trace.attribute(node.target)
+            layer = self.trace.attribute(target)
             what, known = f"is a {type(layer).__name__}", handlers.layers.get(type(layer))
             handler = known and partial(known, layer=layer)
         else:
-            name = getattr(node.target, "__name__", node.target)
+            name = getattr(target, "__name__", target)
+            table: Mapping[Any, Handler]
             table = handlers.methods if node.op == "call_method" else handlers.functions
-            what, handler = f"calls {name}", table.get(node.target)
+            what, handler = f"calls {name}", table.get(target)
         if handler is None:
             raise Refusal(f"{where} {what}, which the program does not have yet")
         try:

@@ -103,7 +103,7 @@ class Graphs:
         self._latest: Hashable = None
         self._in_a_row = 0
         self._stream: torch.cuda.Stream | None = None
-        self._done: torch.cuda.Event | None = None
+        self._done: Any = None  # an event, as soon as there is a stream
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -141,7 +141,8 @@ class Graphs:
         """
         if _is_watched() or is_being_captured(inputs[0]):
             return function(*inputs)
-        precisions = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+        precisions: tuple[Any, ...]
+        precisions = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
         key = (
             key,
             tuple((x.shape, x.dtype) for x in inputs),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -16,10 +16,32 @@ from fastmeta._stateless import differentiable_kernels, map_tasks, under_derivat
 
 MODES = ("reverse", "forward", "finite_difference")
 
+Tree = TypeVar("Tree")
+
 # Parameters and inputs of all tasks by name, tensors [T, ...].
 Tensors = dict[str, Tensor]
 # The summed loss of all tasks. As tasks do not mix, its derivatives are each task's own.
 Total = Callable[[Tensors, Tensors], Tensor]
+
+
+@overload
+def hvp(
+    loss_fn: Callable[..., Tensor],
+    params: Tensor,
+    vector: Tensor,
+    *batch: Tensor,
+    mode: str = "reverse",
+) -> Tensor: ...
+
+
+@overload
+def hvp(
+    loss_fn: Callable[..., Tensor],
+    params: Tree,
+    vector: Any,
+    *batch: Tensor,
+    mode: str = "reverse",
+) -> Tree: ...
 
 
 def hvp(
@@ -157,7 +179,8 @@ def tangent(gradients: Callable[[Any], Any], params: Any, vector: Any) -> tuple[
     normalisation layer saves.
     """
     dense = tree_map(torch.Tensor.contiguous, (params, vector))
-    return jvp(gradients, dense[:1], dense[1:])
+    value, along, *_ = jvp(gradients, dense[:1], dense[1:])
+    return value, along
 
 
 def central_difference(

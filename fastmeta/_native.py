@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 try:
-    from fastmeta import _C
+    from fastmeta import _C as _C  # type: ignore[attr-defined]
 
     UNAVAILABLE = ""
 except ImportError as error:
@@ -29,7 +29,8 @@ CONVOLUTION = "task_conv2d"
 BATCH_NORM = "task_batch_norm"
 PROGRAM = "task_program"
 # Of a CPU alone: elsewhere these are other ops, one after another.
-PRODUCT, HEAD_LOSS = "task_product", "linear_head_loss"
+PRODUCT: str = "task_product"
+HEAD_LOSS: str = "linear_head_loss"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WIDE_DTYPES = (torch.float32, torch.float64)  # of all but OPS and the convolution
 BACKENDS = ("native", "torch")

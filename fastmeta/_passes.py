@@ -19,8 +19,8 @@ from fastmeta.arena import Layout
 if TYPE_CHECKING:
     from fastmeta._program_passes import ProgramPasses
 
-SUPPORT = ("support_x", "support_y")
-QUERY = ("query_x", "query_y")
+SUPPORT: tuple[str, ...] = ("support_x", "support_y")
+QUERY: tuple[str, ...] = ("query_x", "query_y")
 
 # Activations that a reverse Hessian-vector product keeps, in those of a gradient: measured 2.9 on
 # Conv4-64 and 2.8 on an MLP.
@@ -99,7 +99,9 @@ class Passes:
             losses ``[T]``, outputs ``[T, Q, ...]``, and name -> gradient, if any is wanted: of
             ``theta`` ``[T, P]`` and of the wanted query tensors.
         """
-        losses, outputs, grads = [], [], []
+        losses: list[Tensor] = []
+        outputs: list[Tensor] = []
+        grads: list[Tensors] = []
         with self.conditions(), inner_step(k):
             for rows in self._query_groups(data):
                 part = {name: data[name][rows] for name in QUERY}
@@ -119,7 +121,7 @@ class Passes:
         self,
         role: str,
         data: Tensors,
-        kept: tuple[list, list] | None = None,
+        kept: tuple[list[Tensor], list[Tensor]] | None = None,
         weight: float = 1.0,
     ) -> Total:
         """The summed loss as a function of parameters and of the inputs that replace ``data``."""

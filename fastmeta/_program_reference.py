@@ -7,7 +7,8 @@ ops of the same names (csrc/library.cpp).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
 from fastmeta._code import Activation, Code, Instruction, LossCode, LossKind, Opcode, PoolKind
+
+TaskLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def forward(code: Tensor, theta: Tensor, frozen: Tensor, x: Tensor) -> Tensor:
@@ -79,7 +82,8 @@ def adapt_backward(
     with torch.enable_grad():
         end = _unrolled(code, theta, frozen, lr, x, y, steps, first_order)[-1]
         value = (end * grad_out).sum()
-    return _grads(value, {theta: True, lr: lr_grad, x: input_grad})
+    to_theta, to_lr, to_x = _grads(value, {theta: True, lr: lr_grad, x: input_grad})
+    return to_theta, to_lr, to_x
 
 
 def meta_gradient(
@@ -99,7 +103,7 @@ def meta_gradient(
     lr_grad: bool,
     support_grad: bool,
     query_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The meta-loss, the outputs on the queries, and the gradient to theta, lr and the inputs."""
     leaves = (theta, lr, support_x, query_x)
     theta, lr, support_x, query_x = (tensor.detach().requires_grad_() for tensor in leaves)
@@ -113,7 +117,8 @@ def meta_gradient(
         losses, outputs = query_loss(steps)
         if step_weights:
             each = (query_loss(k)[0] for k in range(1, steps + 1))
-            losses = sum(w * loss for w, loss in zip(step_weights, each, strict=True))
+            weighted = (w * loss for w, loss in zip(step_weights, each, strict=True))
+            losses = sum(weighted, torch.zeros_like(losses))
         loss = losses.mean()
     wanted = {theta: gradient, lr: lr_grad, support_x: support_grad, query_x: query_grad}
     return loss.detach(), outputs.detach(), *_grads(loss, wanted)
@@ -150,12 +155,13 @@ def _each(theta: Tensor, x: Tensor) -> Tensor:
     return theta.expand(len(x), theta.shape[-1])
 
 
-def _task_loss(program: Code, frozen: Tensor, k: int = 0):
+def _task_loss(program: Code, frozen: Tensor, k: int = 0) -> TaskLoss:
     """At theta_k."""
+    loss = cast("LossCode", program.loss)
 
     def task_loss(theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         outputs = _outputs(program, theta, frozen, x, k)
-        return _loss(program.loss, outputs, y), outputs
+        return _loss(loss, outputs, y), outputs
 
     return task_loss
 
@@ -181,6 +187,7 @@ def _run(
         return _pool(x, *ins.args)
     if ins.opcode == Opcode.TRANSPOSE:
         return x.unflatten(1, ins.args).transpose(1, 2)
+    weight: Any
     weight, bias = (
         _parameter(at, shape, theta, frozen)
         for at, shape in zip((ins.weight, ins.bias), _parameter_shapes(ins), strict=True)
@@ -230,7 +237,7 @@ def _norm(
     variance: Tensor | None,
 ) -> Tensor:
     rows = x.unflatten(1, (-1, channels))
-    if mean is not None:
+    if mean is not None and variance is not None:
         return (rows - mean) / (variance + eps).sqrt()
     if groups == 0:
         return _normalised(rows, (0, 1), eps)
@@ -306,12 +313,14 @@ def _activation(x: Tensor, kind: int, a: float, b: float) -> Tensor:
 def _loss(code: LossCode, outputs: Tensor, y: Tensor) -> Tensor:
     reduction = "mean" if code.mean else "sum"
     if code.kind == LossKind.CROSS_ENTROPY:
-        options = {"label_smoothing": code.a, "ignore_index": code.b}
-        return code.scale * F.cross_entropy(outputs, y, reduction=reduction, **options)
+        loss = F.cross_entropy(
+            outputs, y, ignore_index=code.b, reduction=reduction, label_smoothing=code.a
+        )
+        return code.scale * loss
     y = y.reshape(outputs.shape)
     if code.kind == LossKind.HUBER:
         return code.scale * F.huber_loss(outputs, y, reduction=reduction, delta=code.a)
-    functions = {
+    functions: dict[LossKind, Callable[..., Tensor]] = {
         LossKind.MSE: F.mse_loss,
         LossKind.BCE_WITH_LOGITS: F.binary_cross_entropy_with_logits,
         LossKind.L1: F.l1_loss,

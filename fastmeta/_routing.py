@@ -37,7 +37,7 @@ class RoutedLayers(TorchFunctionMode):
 
     def __init__(self, vmapped: bool) -> None:
         super().__init__()
-        self._routes = {F.batch_norm: _batch_norm}
+        self._routes: dict[Any, Callable[..., Any]] = {F.batch_norm: _batch_norm}
         if vmapped:
             self._routes[F.conv2d] = _conv2d
 

@@ -133,5 +133,7 @@ class _Root(nn.Module):
         super().__init__()
         setattr(self, _MODULE, module)
 
+    module: nn.Module
+
     def forward(self, x: Tensor) -> Tensor:
         return self.module(x)

@@ -15,7 +15,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _STANDARD = frozenset(nn.Module().__dict__)
 _TABLES = ("_parameters", "_buffers", "_modules")  # by name, in order, and by identity
 _WATCHED = ("training", *_HOOKS)
-_GLOBAL_HOOKS = (
+_GLOBAL_HOOKS: tuple[dict[Any, Any], ...] = (
     every_module._global_forward_hooks,
     every_module._global_forward_pre_hooks,
     every_module._global_backward_hooks,

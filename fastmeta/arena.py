@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from fastmeta.ops._raw import accumulation_dtype
 
@@ -175,7 +175,8 @@ class Layout:
     def _check_step_size_shape(self, lr: Tensor, tasks: int, steps: int) -> None:
         parameters, elements = len(self.names), self.numel
         a_step = [(k, t) for k in (1, steps) for t in (1, tasks)]
-        leads = {1: [()], 2: [(tasks,)], 3: a_step}.get(lr.ndim, [])
+        of_dims: dict[int, Sequence[tuple[int, ...]]] = {1: [()], 2: [(tasks,)], 3: a_step}
+        leads = of_dims.get(lr.ndim, [])
         if lr.shape[:-1] not in leads or lr.shape[-1] not in (1, parameters, elements):
             raise ValueError(
                 f"lr: expected a number or shape [], [L], [P], [T, 1], [T, L], [T, P] or, with one "

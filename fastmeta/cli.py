@@ -260,7 +260,9 @@ def _compare(given: dict[str, Any]) -> int:
     from fastmeta.comparison import PICTURE, TABLE
 
     out = Path(given.pop("out"))
-    how = {name: given.pop(name) for name in ("tasks", "overwrite") if name in given}
+    how: dict[str, Any] = {
+        name: given.pop(name) for name in ("tasks", "overwrite") if name in given
+    }
     how["report"] = partial(print, flush=True)
     if "runs" in given:
         if wrong := sorted(set(given) - {"runs", "queries", "device", "threads"}):

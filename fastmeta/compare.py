@@ -83,7 +83,7 @@ def compare(
         raise ValueError(f"configs: {twice} stands there more than once")
     entries = [Entry(config, NAMES[config.algorithm]) for config in configs]
     _check_folders(entries, out, resume, overwrite)
-    begun = read_record(out) if resume else {"tasks": _TASKS, "learners": []}
+    begun: dict[str, Any] = read_record(out) if resume else {"tasks": _TASKS, "learners": []}
     tasks = begun["tasks"] if tasks is None else tasks
     _check_tasks(entries, tasks)
     if resume:

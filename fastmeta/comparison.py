@@ -133,7 +133,9 @@ class Comparison:
         """
         regression = self.entries[0].config.regression
         score = "MSE" if regression else "Accuracy [%]"
-        rows = [("Learner", "Inner steps", "Iterations", "Training time", score)]
+        rows: list[tuple[str, ...]] = [
+            ("Learner", "Inner steps", "Iterations", "Training time", score)
+        ]
         rows += [_row(entry) for entry in self._ranked()]
         return "\n".join([*_aligned(rows), "", *self._notes()])
 

@@ -264,7 +264,7 @@ class TrainConfig:
         if self.algorithm == "reptile":
             check_count("inner_batch", self.inner_batch, least=1)
         if self.algorithm == "mamlpp":
-            check_count("eval_steps", self.eval_steps, least=0, below=self.steps + 1)
+            check_count("eval_steps", self.eval_steps, least=0, below=(self.steps or 0) + 1)
             check_count("multi_step_iterations", self.multi_step_iterations, least=0)
             check_count("first_order_iterations", self.first_order_iterations, least=0)
         if self.algorithm == "imaml":

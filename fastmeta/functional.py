@@ -25,7 +25,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -258,10 +258,13 @@ class FunctionalEngine:
         if is_learned(lr):
             lr = lr.detach().requires_grad_()
             sources.append(lr)
-        data = support_x, support_y, query_x, query_y
-        data = (t.detach() if isinstance(t, Tensor) else t for t in data)
+        support_x, support_y, query_x, query_y = (
+            t.detach() if isinstance(t, Tensor) else t
+            for t in (support_x, support_y, query_x, query_y)
+        )
         learned = {n: p for n, p in self.inner_rule.named_parameters() if p.requires_grad}
         with torch.enable_grad():
+            data = support_x, support_y, query_x, query_y
             loss, outputs = self.meta_loss(theta, lr, *data, step_weights)
         grads = torch.autograd.grad(loss, [*sources, *learned.values()])
         to_lr = grads[1] if is_learned(lr) else None
@@ -343,9 +346,10 @@ class FunctionalEngine:
         rule = self.inner_rule
         rule.check(layout)
         whole = self.is_plain and rows is None and "support_x" in data
-        passes = self._passes(theta, data, whole)
+        every = self._passes(theta, data, whole)
+        passes: Passes | ProgramPasses | Minibatches = every
         if rows is not None:
-            passes = Minibatches(passes, checked_rows(rows, self.steps, data["support_x"]))
+            passes = Minibatches(every, checked_rows(rows, self.steps, data["support_x"]))
         loop = InnerLoop(passes, self.steps, self.first_order, rule)
         return loop, tasks, layout.step_size_array(lr, tasks, self.steps)
 
@@ -418,8 +422,8 @@ class _Adapt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         leaves = ctx.saved_tensors[: ctx.kept.num_leaves]
-        sources, *kept = tree_unflatten(leaves, ctx.kept)
-        loop, tape = ctx.loop, Tape(*kept, ctx.randoms)
+        sources, thetas, slopes, states = tree_unflatten(leaves, ctx.kept)
+        loop, tape = ctx.loop, Tape(thetas, slopes, states, ctx.randoms)
         with torch.no_grad(), ctx.autocast.restored():
             grads = loop.adjoint(tape, {loop.steps: v}, sources["lr"], sources, ctx.wants)
         shaped = [
@@ -442,8 +446,8 @@ class _MetaLoss(torch.autograd.Function):
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
         names = *_META_LOSS_INPUTS, *loop.rule_parameters
-        theta, step, *data = (x.detach() for x in inputs[: len(_META_LOSS_INPUTS)])
-        data = dict(zip(SUPPORT + QUERY, data, strict=True))
+        theta, step, *tensors = (x.detach() for x in inputs[: len(_META_LOSS_INPUTS)])
+        data = dict(zip(SUPPORT + QUERY, tensors, strict=True))
         wants = _wanted(ctx, enabled, names)
         loss, outputs, grads = loop.meta_gradient(theta, step, data, wants, chunks, weights)
         ctx.save_for_backward(*(grads.get(name) for name in names))
@@ -490,5 +494,5 @@ def _take_all(sources: Tensors, rows: slice) -> list[Tensor]:
     return [take_tasks(name, value, rows) for name, value in sources.items()]
 
 
-def is_learned(lr: float | Tensor) -> bool:
+def is_learned(lr: float | Tensor) -> TypeGuard[Tensor]:
     return isinstance(lr, Tensor) and lr.requires_grad

@@ -138,8 +138,9 @@ class Lowering:
         tables = self._watch.tables()
         if tables is None or isinstance(self._loss, FunctionType):
             return tables
-        known = isinstance(self._loss, nn.Module) and is_torchs_own(self._loss)
-        return [*tables, *module_tables(self._loss)] if known else None
+        if isinstance(self._loss, nn.Module) and is_torchs_own(self._loss):
+            return [*tables, *module_tables(self._loss)]
+        return None
 
     def program(self, shape: tuple[int, ...] | None = None) -> Program | str:
         """The program for examples of a shape (None: of one that fits), or why there is none."""

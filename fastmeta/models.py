@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastmeta._inner_step import current_step, inner_step
 
@@ -246,7 +247,7 @@ def with_per_step_norms(model: nn.Module, steps: int) -> nn.Module:
     replaced: dict[int, nn.Module] = {}
     for module in model.modules():
         kind = _PER_STEP.get(type(module))
-        if kind is not None:
+        if kind is not None and isinstance(module, _BatchNorm):
             replaced[id(module)] = _with_rows(kind, module, steps)
     if not replaced:
         raise ValueError(f"model: {type(model).__name__} has no BatchNorm1d or BatchNorm2d")
@@ -254,7 +255,7 @@ def with_per_step_norms(model: nn.Module, steps: int) -> nn.Module:
     return copy.deepcopy(model, dict(replaced))
 
 
-def _with_rows(kind: type[_PerStepBatchNorm], norm: nn.Module, steps: int) -> nn.Module:
+def _with_rows(kind: type[_PerStepBatchNorm], norm: _BatchNorm, steps: int) -> nn.Module:
     rows = kind(norm.num_features, steps, norm.eps)
     if norm.affine:
         rows.to(norm.weight.device, norm.weight.dtype)
@@ -266,4 +267,7 @@ def _with_rows(kind: type[_PerStepBatchNorm], norm: nn.Module, steps: int) -> nn
     return rows
 
 
-_PER_STEP = {nn.BatchNorm1d: PerStepBatchNorm1d, nn.BatchNorm2d: PerStepBatchNorm2d}
+_PER_STEP: dict[type[nn.Module], type[_PerStepBatchNorm]] = {
+    nn.BatchNorm1d: PerStepBatchNorm1d,
+    nn.BatchNorm2d: PerStepBatchNorm2d,
+}

@@ -76,7 +76,7 @@ class Programs:
 
     def __init__(self) -> None:
         self._lowering: Lowering | None = None
-        self._plans: dict[tuple, Plan | str] = {}
+        self._plans: dict[tuple[Any, ...], Plan | str] = {}
         self._options: tuple[Any, ...] = ()
         self._engine: ProgramEngine | None = None
         self._ready: Ready | None = None
@@ -87,7 +87,8 @@ class Programs:
     def engine(self, *options: Any) -> ProgramEngine:
         """``ProgramEngine(*options)``; the last one where the options are the same."""
         if self._engine is None or options != self._options:
-            self._engine, self._options = ProgramEngine(*options, self), options
+            whole = (*options, self)
+            self._engine, self._options = ProgramEngine(*whole), options
         return self._engine
 
     def again(
@@ -323,8 +324,8 @@ class ProgramEngine(FunctionalEngine):
             step = call.program.layout.step_size_array(lr, *sizes)
             result = call.loss_and_gradient(step, data)
             # What is prepared would not notice that a rule has changed.
-            fixed = self.rule is None and not isinstance(lr, Tensor)
-            if call.is_one_compiled and not weights and fixed:
+            fixed = self.rule is None and not weights
+            if call.is_one_compiled and fixed and not isinstance(lr, Tensor):
                 self.programs.latest = Latest(lr, call, step, data)
             return *result, {}
         with torch.enable_grad():
@@ -398,9 +399,9 @@ class ProgramEngine(FunctionalEngine):
         if self.cuda_graph is False or (call is None and self.cuda_graph == "auto"):
             return call
         why = self.why_no_graph(self.program(named) if call is None else call.program)
-        if not (why or call.is_one_compiled):
+        if not (why or call is None or call.is_one_compiled):
             why = "the program does not run as one compiled call for all tasks"
-        if not why:
+        if call is not None and not why:
             return call._replace(graphs=self.programs.graphs, at_once=self.cuda_graph is True)
         if self.cuda_graph is True:
             raise ValueError(f"cuda_graph=True: {why}")

@@ -149,7 +149,7 @@ def linear_head(
             gradient, bias_gradient = gradient.detach(), bias_gradient.detach()
         w = w - rate[:, None, None] * (gradient + weight_decay * w)
         b = None if b is None else b - rate[:, None] * (bias_gradient + weight_decay * b)
-    return w.to(weight.dtype), None if bias is None else b.to(bias.dtype)
+    return w.to(weight.dtype), None if bias is None or b is None else b.to(bias.dtype)
 
 
 def conv_out_size(

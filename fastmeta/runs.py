@@ -78,30 +78,33 @@ def build_learner(config: TrainConfig, input_shape: list[int]) -> Learner:
         ValueError: images that are not square.
     """
     if config.algorithm == "protonet":
-        network = _conv4(config, input_shape, None)
-        network.to(memory_format=torch.channels_last)  # what convolutions run fastest on
-        return ProtoNet(network, metric=str(config.metric)).to(config.device)
+        encoder: Any = _conv4(config, input_shape, None)
+        encoder.to(memory_format=torch.channels_last)  # what convolutions run fastest on
+        return ProtoNet(encoder, metric=str(config.metric)).to(config.device)
     own = [name for name in OPTIONS[config.algorithm] if name not in _NOT_THE_LEARNERS]
     options: dict[str, Any] = {name: getattr(config, name) for name in own}
+    options["lr"] = config.inner_lr
     options["loss"] = F.mse_loss if config.regression else F.cross_entropy
     if config.algorithm == "anil":
         parts = _body_and_head(config, input_shape)
-        return ANIL(*parts, lr=config.inner_lr, **options).to(config.device)
+        return ANIL(*parts, **options).to(config.device)
     make, network = _INNER_LOOP[config.algorithm], _network(config, input_shape)
-    return make(network, lr=config.inner_lr, **options).to(config.device)
+    return make(network, **options).to(config.device)
 
 
 def _network(config: TrainConfig, input_shape: list[int]) -> nn.Module:
     if config.regression:
         return MLP([*input_shape, config.hidden, config.hidden, 1])
     network = _conv4(config, input_shape, config.ways)
-    return with_per_step_norms(network, config.steps) if config.algorithm == "mamlpp" else network
+    if config.algorithm == "mamlpp" and config.steps is not None:
+        return with_per_step_norms(network, config.steps)
+    return network
 
 
 def _body_and_head(config: TrainConfig, input_shape: list[int]) -> tuple[nn.Module, nn.Linear]:
     if config.regression:
-        body = nn.Sequential(MLP([*input_shape, config.hidden, config.hidden]), nn.ReLU())
-        return body, nn.Linear(config.hidden, 1)
+        features = nn.Sequential(MLP([*input_shape, config.hidden, config.hidden]), nn.ReLU())
+        return features, nn.Linear(config.hidden, 1)
     body = _conv4(config, input_shape, None)
     return body, nn.Linear(body.embedding_size, config.ways)
 

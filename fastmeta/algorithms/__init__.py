@@ -1,9 +1,10 @@
 """The learners: thin front ends over the engines, one algorithm a file."""
 
+from fastmeta.algorithms._results import AdaptedTasks, MetaGradient
 from fastmeta.algorithms.anil import ANIL, AdaptedHeads
 from fastmeta.algorithms.fomaml import FOMAML
 from fastmeta.algorithms.imaml import IMAML
-from fastmeta.algorithms.maml import MAML, AdaptedTasks, MetaGradient
+from fastmeta.algorithms.maml import MAML
 from fastmeta.algorithms.mamlpp import MAMLPlusPlus
 from fastmeta.algorithms.metacurvature import MetaCurvature
 from fastmeta.algorithms.metasgd import MetaSGD

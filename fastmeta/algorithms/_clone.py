@@ -35,9 +35,10 @@ def clone_module(module: Module) -> Module:
 def replace_parameters(module: nn.Module, new: dict[Tensor, Tensor]) -> None:
     """Put new tensors where old ones are registered as parameters, everywhere in the module."""
     for m in module.modules():
-        for name, parameter in m._parameters.items():
+        parameters: dict[str, Any] = m._parameters
+        for name, parameter in parameters.items():
             if parameter is not None and parameter in new:
-                m._parameters[name] = new[parameter]
+                parameters[name] = new[parameter]
 
 
 def shallow_copy(module: Module) -> Module:

@@ -6,8 +6,9 @@ from fastmeta._graphs import CALLS, DEVICE_TYPE
 from fastmeta._hvp import Tensors
 from fastmeta.arena import Layout
 from fastmeta.functional import FunctionalEngine
+from fastmeta.lowering import Program
 from fastmeta.ops import backend_of
-from fastmeta.program import Program, ProgramEngine
+from fastmeta.program import ProgramEngine
 
 
 def explain(engine: FunctionalEngine, data: Tensors | None = None) -> str:

@@ -18,7 +18,7 @@ class GivenGradient(MAML):
     ``_gradient`` gives the loss, the outputs on the queries and the meta-gradient ``[P]``.
     """
 
-    def meta_loss(
+    def meta_loss(  # type: ignore[override]  # there are no step weights
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The mean query loss after adaptation, whose ``backward`` hands out the meta-gradient.
@@ -40,7 +40,7 @@ class GivenGradient(MAML):
             loss, outputs, grads = self._gradient(support_x, support_y, query_x, query_y)
         return _Given.apply(theta, loss, grads), outputs
 
-    def meta_gradient(
+    def meta_gradient(  # type: ignore[override]
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> MetaGradient:
         """The meta-loss and its gradient as values, as ``MAML.meta_gradient``."""

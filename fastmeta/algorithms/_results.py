@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -105,6 +105,6 @@ class MetaGradient(NamedTuple):
         for name, grad in Layout.of(learner.module).views(self.grads).items():
             named[name].grad = grad
         if self.lr_grad is not None:
-            learner.lr.grad = self.lr_grad
+            cast("Tensor", learner.lr).grad = self.lr_grad
         for name, grad in self.rule_grads.items():
-            learner.rule.get_parameter(name).grad = grad
+            cast("nn.Module", learner.rule).get_parameter(name).grad = grad

@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +82,8 @@ class ANIL(nn.Module):
         (torch.Size([4, 5, 5]), torch.Size([5, 8]))
     """
 
+    lr: float | Tensor
+
     def __init__(
         self,
         body: nn.Module,
@@ -124,12 +126,12 @@ class ANIL(nn.Module):
     @property
     def body(self) -> nn.Module:
         """The body; ``module`` is body and head, one behind the other."""
-        return self.module.body
+        return cast("nn.Module", self.module.body)
 
     @property
     def head(self) -> nn.Linear:
         """The head, where every task starts."""
-        return self.module.head
+        return cast("nn.Linear", self.module.head)
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs of body and head, with their current parameters."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,7 +85,8 @@ class IMAML(GivenGradient):
         engine = self._engine(self.steps)
         lr = self._step_size(self.steps)
         adapted = engine.adapt(None, lr, support_x, support_y)
-        losses, outputs, grads = engine.query_losses(adapted, query_x, query_y, gradient=True)
+        found = engine.query_losses(adapted, query_x, query_y, gradient=True)
+        losses, outputs, grads = cast("tuple[Tensor, Tensor, Tensor]", found)
 
         def product(v: Tensor) -> Tensor:
             curved = engine.hvp(adapted, support_x, support_y, v) / self.regularization

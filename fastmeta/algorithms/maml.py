@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from fastmeta.ops.inner_update import inner_update
 from fastmeta.program import MEMORY, Programs
 from fastmeta.rules import Rule
 
+Learner = TypeVar("Learner", bound="MAML")
 StepSize = float | Tensor | Mapping[str, "float | Tensor"]
 
 ENGINES = ("auto", "program", "functional")
@@ -92,6 +93,8 @@ class MAML(nn.Module):
         (torch.Size([4, 5, 2]), torch.Size([2]))
     """
 
+    lr: float | Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -134,7 +137,7 @@ class MAML(nn.Module):
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
         layout = Layout.of(model)
-        self.rule = None if rule is None else rule.to(layout.device)
+        self.rule: Rule | None = None if rule is None else rule.to(layout.device)
         inner_rule.check(layout)
         self._programs = Programs()
         self._set_step_size(_as_step_size(lr, layout, steps), learn_lr)
@@ -239,7 +242,8 @@ class MAML(nn.Module):
         loss, outputs, grads, lr_grad, rule_grads = engine.meta_gradient(lr, *data, step_weights)
         self._programs.make_ready(self)
         if lr_grad is not None and lr is not self.lr:
-            lr_grad = torch.autograd.grad(lr, self.lr, lr_grad)[0]
+            leaf, rows = cast("tuple[Tensor, Tensor]", (self.lr, lr))
+            lr_grad = torch.autograd.grad(rows, leaf, lr_grad)[0]
         return MetaGradient(loss, outputs, grads, lr_grad, rule_grads)
 
     def hvp(self, params: Tensor, batch: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
@@ -286,15 +290,15 @@ class MAML(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument that does not fit.
         """
-        batch = {"support_x": support_x, "support_y": support_y}
+        batch = cast("dict[str, Tensor]", {"support_x": support_x, "support_y": support_y})
         return explain(self._engine(self.steps), None if support_x is None else batch)
 
     def clone(
-        self,
+        self: Learner,
         first_order: bool | None = None,
         allow_unused: bool | None = None,
         allow_nograd: bool | None = None,
-    ) -> MAML:
+    ) -> Learner:
         """A learner for one task, whose parameters are connected to this one's by autograd.
 
         Learn2learn's call. Options that are None are this learner's own. Step sizes are shared with
@@ -365,18 +369,17 @@ class MAML(nn.Module):
             _refuse(unused, "are not used by the loss", "allow_unused")
         steps = _step_sizes(self.lr, layout)
         used = [i for i, g in enumerate(grads) if g is not None]
-        old, slopes, sizes = ([values[i] for i in used] for values in (params, grads, steps))
-        new = inner_update(old, slopes, sizes)
+        old = [params[i] for i in used]
+        new = inner_update(old, [grads[i] for i in used], [steps[i] for i in used])
         replace_parameters(self.module, dict(zip(old, new, strict=True)))
 
     def _engine(self, steps: int) -> FunctionalEngine:
         """What computes: ``adapt``, ``meta_loss``, ``meta_gradient`` and ``hvp``."""
         options = self.module, self.loss, steps, self.first_order, self.hvp_mode, self.task_chunk
-        options = *options, self.norm_statistics, self.rule
+        both = *options, self.norm_statistics, self.rule
         if self.engine == "functional":
-            return FunctionalEngine(*options)
-        options = *options, self.memory, self.engine == "program", self.cuda_graph
-        return self._programs.engine(*options)
+            return FunctionalEngine(*both)
+        return self._programs.engine(*both, self.memory, self.engine == "program", self.cuda_graph)
 
     def _step_size(self, steps: int) -> float | Tensor:
         """``lr`` as the engines take it: one row a step becomes one matrix a step."""
@@ -421,7 +424,7 @@ def _joined(lr: Mapping[str, float | Tensor], layout: Layout) -> Tensor:
     """One number a parameter by name -> ``[L]``."""
     if set(lr) != set(layout.names):
         raise ValueError(f"lr: expected the names {list(layout.names)}, got {list(lr)}")
-    like = {"dtype": layout.dtype, "device": layout.device}
+    like: dict[str, Any] = {"dtype": layout.dtype, "device": layout.device}
     values = [torch.as_tensor(lr[name], **like) for name in layout.names]
     for name, value in zip(layout.names, values, strict=True):
         if value.numel() != 1:
@@ -439,7 +442,7 @@ def _check_shape(lr: Tensor, layout: Layout, steps: int) -> None:
         )
 
 
-def _is_per_step(lr: float | Tensor) -> bool:
+def _is_per_step(lr: float | Tensor) -> TypeGuard[Tensor]:
     return isinstance(lr, Tensor) and lr.ndim == 2
 
 

@@ -83,8 +83,8 @@ class MAMLPlusPlus(MAML):
         if isinstance(lr, bool) or not isinstance(lr, (int, float)):
             raise TypeError(f"lr: expected a number, got {type(lr).__name__}")
         layout = Layout.of(model)
-        like = {"dtype": layout.dtype, "device": layout.device}
-        sizes = torch.full((steps, len(layout.names)), float(lr), **like)
+        shape = steps, len(layout.names)
+        sizes = torch.full(shape, float(lr), dtype=layout.dtype, device=layout.device)
         super().__init__(model, sizes, steps, loss=loss, learn_lr=True, **options)
         self.multi_step_iterations = multi_step_iterations
         self.first_order_iterations = first_order_iterations
@@ -98,7 +98,7 @@ class MAMLPlusPlus(MAML):
         share = (1 - t) / self.steps
         return [share] * (self.steps - 1) + [share + t]
 
-    def meta_loss(
+    def meta_loss(  # type: ignore[override]  # it has step weights of its own
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The annealed loss of this iteration, as ``MAML.meta_loss`` with ``step_weights()``."""
@@ -106,7 +106,7 @@ class MAMLPlusPlus(MAML):
         self._count(torch.is_grad_enabled())
         return result
 
-    def meta_gradient(
+    def meta_gradient(  # type: ignore[override]
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> MetaGradient:
         """That loss with its gradient, as ``MAML.meta_gradient`` with ``step_weights()``."""

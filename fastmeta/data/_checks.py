@@ -35,7 +35,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
 def check_device(device: object) -> torch.device:
     """``device`` as a torch.device; ValueError if torch knows none like it."""
     try:
-        return torch.device(device)  # type: ignore[call-overload, no-any-return]
+        return torch.device(device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"device: expected a device such as 'cpu' or 'cuda:0', got {device!r}"

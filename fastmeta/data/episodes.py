@@ -102,7 +102,7 @@ class Episodes:
 
     def __getitem__(self, index: int) -> Episode:
         counter = check_count("index", index, least=0, below=2**64)
-        rng = np.random.Generator(np.random.Philox(_Key(self.seed, counter)))
+        rng = np.random.Generator(np.random.Philox(_Key(self.seed, counter)))  # type: ignore[arg-type]
         return self.source.sample(rng, self.tasks, self.ways, self.shots, self.queries)
 
     def __iter__(self) -> Iterator[Episode]:

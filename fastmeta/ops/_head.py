@@ -26,7 +26,9 @@ class Head(NamedTuple):
     bias: Tensor | None  # [T, N]
 
 
-def _for_all(name: str, tensor: Tensor, shape: tuple, tasks: int | None, x: Tensor) -> Tensor:
+def _for_all(
+    name: str, tensor: Tensor, shape: tuple[int, ...], tasks: int | None, x: Tensor
+) -> Tensor:
     """`tensor` of `shape`, one for all tasks or with the task dimension in front -> [T, *shape]."""
     check_floating(name, tensor)
     check_together(name, tensor, "x", x)

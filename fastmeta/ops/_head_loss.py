@@ -26,9 +26,19 @@ _SUPPORT = (0, 1)  # of those x and targets, which get nothing to first order
 
 
 def _fake(
-    x, targets, weight, bias, lr, query, query_targets, loss, weight_decay, dual, first_order,
-    input_grad,
-):  # fmt: skip
+    x: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lr: Tensor,
+    query: Tensor,
+    query_targets: Tensor,
+    loss: str,
+    weight_decay: float,
+    dual: bool,
+    first_order: bool,
+    input_grad: bool,
+) -> tuple[Tensor, ...]:
     tasks, examples, features = x.shape
     queries, ways = query.shape[1], weight.shape[1]
     of_targets = ways if loss == "mse" else 0
@@ -70,7 +80,17 @@ class HeadLoss(Function):
     """The mean loss and the outputs, which have no derivative here."""
 
     @staticmethod
-    def forward(ctx: Any, x, targets, weight, bias, lr, query, query_targets, *options: Any):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lr: Tensor,
+        query: Tensor,
+        query_targets: Tensor,
+        *options: Any,
+    ) -> tuple[Tensor, Tensor]:
         loss, weight_decay, first_order, dual = ctx.options = options
         input_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[5]
         losses, outputs, *grads = torch.ops.fastmeta.linear_head_loss(
@@ -82,18 +102,18 @@ class HeadLoss(Function):
         return losses.mean().to(x.dtype), outputs
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple:
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Any, ...]:
         inputs, kept = ctx.saved_tensors[:_INPUTS], ctx.saved_tensors[_INPUTS:]
         needed = [i for i, n in enumerate(ctx.needs_input_grad[:_INPUTS]) if n]
         if torch.is_grad_enabled():  # the gradient is to be differentiated
-            head, rest = Head(*inputs[:4]), inputs[4:]
-            loss, _ = composed(head, *rest, ctx.options)
+            rates, query, query_targets = inputs[4:]
+            loss, _ = composed(Head(*inputs[:4]), rates, query, query_targets, ctx.options)
             wanted = torch.autograd.grad(
                 loss, [inputs[i] for i in needed], grad_loss, create_graph=True, allow_unused=True
             )
         else:
             scale = float(grad_loss)
-            wanted = [kept[i] if scale == 1 else scale * kept[i] for i in needed]
+            wanted = tuple(kept[i] if scale == 1 else scale * kept[i] for i in needed)
         grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         first_order = ctx.options[2]
         for i, grad in zip(needed, wanted, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ def _is_integer(value: object) -> bool:
 
 def pair(name: str, value: int | Sequence[int], least: int) -> Pair:
     """One number for both directions, or one for height and one for width."""
-    values = (value, value) if _is_integer(value) else value
+    values: Any = (value, value) if _is_integer(value) else value
     if not isinstance(values, Sequence) or not all(map(_is_integer, values)):
         raise TypeError(f"{name} must be an int or two ints, got {value!r}")
     if len(values) not in (1, 2) or min(values) < least:

@@ -47,11 +47,11 @@ def hessian_vector_product(
 ) -> Rows:
     """H v of <g, f> for v = `direction`, None meaning zero."""
     v = tuple(_or_zeros(d, r) for d, r in zip(direction, rows, strict=True))
-    _, pullback = torch.func.vjp(lambda x, y: tangent(x, y, *v, *rest), *rows)
+    pullback = torch.func.vjp(lambda x, y: tangent(x, y, *v, *rest), *rows)[1]
     return pullback(g)
 
 
-def save(ctx: Any, tensors: tuple[torch.Tensor, ...], rest: tuple) -> None:
+def save(ctx: Any, tensors: tuple[torch.Tensor, ...], rest: tuple[Any, ...]) -> None:
     labels, ctx.metric, ctx.scale = rest
     ctx.save_for_backward(*tensors, labels)
     ctx.save_for_forward(*tensors, labels)
@@ -69,15 +69,24 @@ def differentiable(op: PairOp) -> Callable[..., torch.Tensor]:
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(grad_out, x, y, labels, metric, scale):
+        def forward(
+            grad_out: torch.Tensor,
+            x: torch.Tensor,
+            y: torch.Tensor,
+            labels: torch.Tensor | None,
+            metric: str,
+            scale: float | None,
+        ) -> Rows:
             return op.backward(grad_out, x, y, labels, metric, scale)
 
         @staticmethod
-        def setup_context(ctx: Any, inputs: tuple, output: Rows) -> None:
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Rows) -> None:
             save(ctx, inputs[:3], inputs[3:])
 
         @staticmethod
-        def backward(ctx: Any, grad_grad_x: torch.Tensor, grad_grad_y: torch.Tensor) -> tuple:
+        def backward(
+            ctx: Any, grad_grad_x: torch.Tensor, grad_grad_y: torch.Tensor
+        ) -> tuple[Any, ...]:
             (g, x, y), rest = saved(ctx)
             direction = (grad_grad_x, grad_grad_y)
             second = hessian_vector_product(op.tangent, g, (x, y), direction, rest)
@@ -94,15 +103,21 @@ def differentiable(op: PairOp) -> Callable[..., torch.Tensor]:
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(x, y, labels, metric, scale):
+        def forward(
+            x: torch.Tensor,
+            y: torch.Tensor,
+            labels: torch.Tensor | None,
+            metric: str,
+            scale: float | None,
+        ) -> torch.Tensor:
             return op.forward(x, y, labels, metric, scale)
 
         @staticmethod
-        def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
             save(ctx, inputs[:2], inputs[2:])
 
         @staticmethod
-        def backward(ctx: Any, grad_out: torch.Tensor) -> tuple:
+        def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
             (x, y), rest = saved(ctx)
             # torch.compile has no second derivatives, and loses track of a nested Function.
             gradient = op.backward if torch.compiler.is_compiling() else backward

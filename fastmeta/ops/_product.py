@@ -30,13 +30,13 @@ class Product(Function):
         return _raw(a, b, transpose_a, transpose_b)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         a, b, *ctx.transposed = inputs
         ctx.save_for_backward(a, b)
         ctx.save_for_forward(a, b)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple:
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         a, b = ctx.saved_tensors
         transpose_a, transpose_b = ctx.transposed
         # torch.compile has no second derivatives, and loses track of a nested Function.

@@ -30,7 +30,7 @@ def unfold(x: torch.Tensor, size: int) -> torch.Tensor:
 def folding(op: Callable[..., Any]) -> Callable[..., Any]:
     """The vmap rule that folds the vmapped dimension into the tasks, for a function of them."""
 
-    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
         size = info.batch_size
         folded = (
             fold(arg, dim, size) if isinstance(arg, torch.Tensor) else arg
@@ -73,7 +73,7 @@ def is_native(op: str, x: torch.Tensor) -> bool:
 
 def callable_of(cls: type[Function]) -> Callable[..., Any]:
     """`cls.apply`, and under torch.compile that of a twin without `jvp`, which it refuses."""
-    twin = type(f"{cls.__name__}Compiled", (cls,), {"jvp": Function.jvp})
+    twin: Any = type(f"{cls.__name__}Compiled", (cls,), {"jvp": Function.jvp})
 
     def apply(*args: Any) -> Any:
         return twin.apply(*args) if torch.compiler.is_compiling() else cls.apply(*args)

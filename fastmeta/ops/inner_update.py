@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch.autograd import Function
@@ -21,6 +21,7 @@ from fastmeta.ops._raw import (
     unfold,
 )
 
+Tree = TypeVar("Tree")
 StepSize = float | torch.Tensor | Mapping[str, Any] | Sequence[Any]
 
 
@@ -39,12 +40,12 @@ class InnerUpdate(Function):
         return torch.ops.fastmeta.inner_update(params, grads, lr)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.save_for_backward(*inputs[1:])
         ctx.save_for_forward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple:
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
         grads, lr = ctx.saved_tensors
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             return grad_out, *inner_update_backward(grad_out, grads, lr)
@@ -67,23 +68,23 @@ class InnerUpdateBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad_out: torch.Tensor, grads: torch.Tensor, lr: torch.Tensor) -> tuple:
+    def forward(grad_out: torch.Tensor, grads: torch.Tensor, lr: torch.Tensor) -> tuple[Any, ...]:
         return torch.ops.fastmeta.inner_update_backward(grad_out, grads, lr)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> tuple:
+    def backward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> tuple[Any, ...]:
         grad_out, grads, lr = ctx.saved_tensors
         to_grad_out = (-lr * a - b * grads).to(grad_out.dtype)
         to_grads = (-b * grad_out).to(grads.dtype)
         return to_grad_out, to_grads, -_sum_to(grad_out * a, lr)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
         grad_out, grads, lr = ctx.saved_tensors
         v, g, step = (
             torch.zeros_like(x) if dot is None else dot
@@ -97,7 +98,9 @@ _update = callable_of(InnerUpdate)
 _native_backward = callable_of(InnerUpdateBackward)
 
 
-def _fold_with_lr(info: Any, in_dims: tuple, first: Any, grads: Any, lr: Any) -> tuple:
+def _fold_with_lr(
+    info: Any, in_dims: tuple[Any, ...], first: Any, grads: Any, lr: Any
+) -> tuple[Any, ...]:
     """Merges a vmapped dimension into the tasks; lr gets a row for each of them."""
     size = info.batch_size
     first, grads = fold(first, in_dims[0], size), fold(grads, in_dims[1], size)
@@ -106,12 +109,12 @@ def _fold_with_lr(info: Any, in_dims: tuple, first: Any, grads: Any, lr: Any) ->
     return first, grads, lr.expand(size, tasks, lr.shape[2]).flatten(0, 1)
 
 
-def _update_vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
+def _update_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
     out = torch.ops.fastmeta.inner_update(*_fold_with_lr(info, in_dims, *args))
     return unfold(out, info.batch_size), 0
 
 
-def _backward_vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
+def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
     lr_rows = args[2].shape[0 if in_dims[2] is None else int(in_dims[2] == 0)]
     folded = _fold_with_lr(info, in_dims, *args)
     grad_grads, grad_lr = torch.ops.fastmeta.inner_update_backward(*folded)
@@ -208,6 +211,20 @@ def _update_leaf(param: torch.Tensor, grad: torch.Tensor, lr: Any) -> torch.Tens
     return _update_arena(param.reshape(1, -1), grad.reshape(1, -1), lr, None).reshape(param.shape)
 
 
+@overload
+def inner_update(
+    params: torch.Tensor,
+    grads: torch.Tensor,
+    lr: StepSize,
+    *,
+    layer_sizes: Sequence[int] | None = None,
+) -> torch.Tensor: ...
+
+
+@overload
+def inner_update(params: Tree, grads: Any, lr: StepSize, *, layer_sizes: None = None) -> Tree: ...
+
+
 def inner_update(
     params: Any, grads: Any, lr: StepSize, *, layer_sizes: Sequence[int] | None = None
 ) -> Any:
@@ -241,7 +258,7 @@ def inner_update(
             [0.9000, 0.8000, 0.7000]])
     """
     if isinstance(params, torch.Tensor):
-        return _update_arena(params, grads, lr, layer_sizes)
+        return _update_arena(params, grads, cast("float | torch.Tensor", lr), layer_sizes)
     if layer_sizes is not None:
         raise ValueError("layer_sizes goes with [T, P] params; give a tree of step sizes instead")
     leaves, tree = pytree.tree_flatten(params)

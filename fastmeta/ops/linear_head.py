@@ -27,7 +27,16 @@ class Options(NamedTuple):
     first_order: bool
 
 
-def _fake(x, targets, weight, bias, lr, loss, weight_decay, dual):
+def _fake(
+    x: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lr: Tensor,
+    loss: str,
+    weight_decay: float,
+    dual: bool,
+) -> tuple[Tensor, ...]:
     tasks, examples, features = x.shape
     ways, steps = weight.shape[1], lr.shape[1]
     products = (tasks, examples, examples) if dual else (tasks, steps, ways, features)
@@ -40,9 +49,21 @@ def _fake(x, targets, weight, bias, lr, loss, weight_decay, dual):
 
 
 def _fake_backward(
-    grad_weight, grad_bias, x, targets, weight, bias, lr, predictions, products, loss,
-    weight_decay, dual, first_order, input_grad,
-):  # fmt: skip
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    x: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lr: Tensor,
+    predictions: Tensor,
+    products: Tensor,
+    loss: str,
+    weight_decay: float,
+    dual: bool,
+    first_order: bool,
+    input_grad: bool,
+) -> tuple[Tensor, ...]:
     tasks, examples, features = x.shape
     return (
         x.new_empty(tasks, examples, features if input_grad and not first_order else 0),
@@ -87,23 +108,25 @@ def _plain_gradients(
     return pullback(upstream)[0]
 
 
-def _tangent(function: Callable[..., Tensors], inputs: tuple, along: tuple) -> Tensors:
+def _tangent(
+    function: Callable[..., Tensors], inputs: tuple[Any, ...], along: tuple[Any, ...]
+) -> Tensors:
     """Derivative of `function` along a direction, as the transpose of its pullback.
 
     A `jvp` of its own cannot run where PyTorch already takes one.
     """
     like = {name: torch.zeros_like(x) for name, x in function(*inputs).items()}
-    _, transpose = torch.func.vjp(lambda u: torch.func.vjp(function, *inputs)[1](u), like)
+    transpose = torch.func.vjp(lambda u: torch.func.vjp(function, *inputs)[1](u), like)[1]
     return transpose(along)[0]
 
 
 def _or_zeros(given: dict[str, Tensor | None], like: Tensors) -> Tensors:
     """One for each of `like`: zeros where none, or an empty one, is given."""
+    found = {name: (given.get(name), x) for name, x in like.items()}
     return {
-        name: torch.zeros_like(x) if given.get(name) is None or given[name].shape != x.shape
-        else given[name]
-        for name, x in like.items()
-    }  # fmt: skip
+        name: torch.zeros_like(x) if one is None or one.shape != x.shape else one
+        for name, (one, x) in found.items()
+    }
 
 
 class LinearHead(Function):
@@ -112,13 +135,23 @@ class LinearHead(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, targets, weight, bias, lr, loss, weight_decay, first_order, dual):
+    def forward(
+        x: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lr: Tensor,
+        loss: str,
+        weight_decay: float,
+        first_order: bool,
+        dual: bool,
+    ) -> tuple[Tensor, ...]:
         return torch.ops.fastmeta.linear_head(
             x, targets, weight, bias, lr, loss, weight_decay, dual
         )
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.options, ctx.dual = Options(*inputs[5:8]), inputs[8]
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
@@ -126,7 +159,7 @@ class LinearHead(Function):
         ctx.save_for_forward(*inputs[:5])
 
     @staticmethod
-    def backward(ctx: Any, grad_weight: Any, grad_bias: Any, *_: Any) -> tuple:
+    def backward(ctx: Any, grad_weight: Any, grad_bias: Any, *_: Any) -> tuple[Any, ...]:
         x, targets, weight, bias, lr, *kept = ctx.saved_tensors
         if grad_weight is None:
             grad_weight = torch.zeros_like(weight)
@@ -148,7 +181,7 @@ class LinearHead(Function):
         return grad_x, grad_targets, *grads, None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
         x, targets, weight, bias, lr = ctx.saved_tensors
         inputs = _inputs(x, targets, weight, bias, lr)
         names = ("x", "targets", "weight", "bias", "lr")
@@ -165,16 +198,28 @@ class LinearHeadBackward(Function):
 
     @staticmethod
     def forward(
-        grad_weight, grad_bias, x, targets, weight, bias, lr, predictions, products, loss,
-        weight_decay, first_order, dual, input_grad,
-    ):  # fmt: skip
+        grad_weight: Tensor,
+        grad_bias: Tensor,
+        x: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lr: Tensor,
+        predictions: Tensor,
+        products: Tensor,
+        loss: str,
+        weight_decay: float,
+        first_order: bool,
+        dual: bool,
+        input_grad: bool,
+    ) -> tuple[Tensor, ...]:
         return _raw_backward(
             grad_weight, grad_bias, x, targets, weight, bias, lr, predictions, products, loss,
             weight_decay, first_order, dual, input_grad,
         )  # fmt: skip
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.options = Options(*inputs[9:12])
         ctx.shapes = [x.shape for x in output]
         ctx.set_materialize_grads(False)
@@ -182,13 +227,13 @@ class LinearHeadBackward(Function):
         ctx.save_for_forward(*inputs[:7])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple:
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         targets = ctx.saved_tensors[3]
         upstream, inputs = _split(*ctx.saved_tensors)
         along = _or_zeros(dict(zip(OUTPUTS, grads, strict=True)), inputs)
-        _, pullback = torch.func.vjp(
+        pullback = torch.func.vjp(
             lambda u, z: _plain_gradients(u, z, targets, ctx.options), upstream, inputs
-        )
+        )[1]
         found, more = pullback(along)
         return (
             found["weight"],
@@ -202,7 +247,7 @@ class LinearHeadBackward(Function):
         )
 
     @staticmethod
-    def jvp(ctx: Any, weight_dot: Any, bias_dot: Any, *tangents: Any) -> tuple:
+    def jvp(ctx: Any, weight_dot: Any, bias_dot: Any, *tangents: Any) -> tuple[Any, ...]:
         targets = ctx.saved_tensors[3]
         upstream, inputs = _split(*ctx.saved_tensors)
         upstream_dot = _or_zeros({"weight": weight_dot, "bias": bias_dot}, upstream)
@@ -223,14 +268,22 @@ class LinearHeadBackward(Function):
 OUTPUTS = ("x", "targets", "weight", "bias", "lr")
 
 
-def _split(grad_weight, grad_bias, x, targets, weight, bias, lr) -> tuple[Tensors, Tensors]:
+def _split(
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    x: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lr: Tensor,
+) -> tuple[Tensors, Tensors]:
     upstream = (
         {"weight": grad_weight} if bias is None else {"weight": grad_weight, "bias": grad_bias}
     )
     return upstream, _inputs(x, targets, weight, bias, lr)
 
 
-def _raw_backward(*args: Any) -> tuple:
+def _raw_backward(*args: Any) -> tuple[Any, ...]:
     *tensors, loss, weight_decay, first_order, dual, input_grad = args
     return torch.ops.fastmeta.linear_head_backward(
         *tensors, loss, weight_decay, dual, first_order, input_grad
@@ -325,10 +378,10 @@ def linear_head(
     check_option("form", form, FORMS)
     options = Options(loss, checked_number("weight_decay", weight_decay), bool(first_order))
     rates = step_sizes(lr, checked_steps(steps), head.x)
-    found = adapted_head(head, rates, *options, is_dual(form, head, steps))
+    w, b = adapted_head(head, rates, *options, is_dual(form, head, steps))
     if x.dim() == 2:
-        return found[0].squeeze(0), None if bias is None else found[1].squeeze(0)
-    return found
+        return w.squeeze(0), None if b is None else b.squeeze(0)
+    return w, b
 
 
 def linear_head_hvp(
@@ -385,7 +438,9 @@ def linear_head_hvp(
     z_dot = task_linear(head.x, vector.weight, vector.bias)
     residual_dot = _curvature(task_linear(head.x, head.weight, head.bias), z_dot, loss)
     of_weight = product(residual_dot, head.x, transpose_a=True) + weight_decay * vector.weight
-    of_bias = None if bias is None else residual_dot.sum(1) + weight_decay * vector.bias
+    of_bias = None
+    if vector.bias is not None:
+        of_bias = residual_dot.sum(1) + weight_decay * vector.bias
     if x.dim() == 2:
         return of_weight.squeeze(0), None if of_bias is None else of_bias.squeeze(0)
     return of_weight, of_bias

@@ -6,7 +6,7 @@ import torch
 
 from fastmeta import reference
 from fastmeta.ops._checks import METRICS, check_option, check_rows
-from fastmeta.ops._pairs import PairOp, differentiable
+from fastmeta.ops._pairs import PairOp, Rows, differentiable
 from fastmeta.ops._raw import contiguous_like, is_native, register
 
 
@@ -17,7 +17,8 @@ def distance_tangent(
     if metric == "dot":
         return -(x_dot @ y.mT) - x @ y_dot.mT
     if metric == "cosine":
-        return distance_tangent(*_normalized(x, x_dot, y, y_dot), "dot")
+        a, b, a_dot, b_dot = _normalized(x, x_dot, y, y_dot)
+        return distance_tangent(a, b, a_dot, b_dot, "dot")
     # Distances do not change when everything moves together: without a common offset, the sums
     # below keep their digits.
     center, center_dot = y.mean(1, keepdim=True), y_dot.mean(1, keepdim=True)
@@ -54,15 +55,32 @@ register(
 )
 
 
-def _forward(x, y, labels, metric, scale):
+def _forward(
+    x: torch.Tensor, y: torch.Tensor, labels: None, metric: str, scale: None
+) -> torch.Tensor:
     return torch.ops.fastmeta.pairwise_distance(x, y, metric)
 
 
-def _backward(grad_distance, x, y, labels, metric, scale):
+def _backward(
+    grad_distance: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    labels: None,
+    metric: str,
+    scale: None,
+) -> Rows:
     return torch.ops.fastmeta.pairwise_distance_backward(grad_distance, x, y, metric)
 
 
-def _tangent(x, y, x_dot, y_dot, labels, metric, scale):
+def _tangent(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    x_dot: torch.Tensor,
+    y_dot: torch.Tensor,
+    labels: None,
+    metric: str,
+    scale: None,
+) -> torch.Tensor:
     return distance_tangent(x, y, x_dot, y_dot, metric)
 
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch.autograd import Function
 
 from fastmeta import reference
 from fastmeta.ops._checks import METRICS, check_labels, check_option, check_rows
-from fastmeta.ops._pairs import PairOp, Rest, differentiable, hessian_vector_product, save, saved
+from fastmeta.ops._pairs import (
+    PairOp,
+    Rest,
+    Rows,
+    differentiable,
+    hessian_vector_product,
+    save,
+    saved,
+)
 from fastmeta.ops._raw import (
     accumulation_dtype,
     contiguous_like,
@@ -49,25 +58,38 @@ def loss_tangent(
 ) -> torch.Tensor:
     """Derivative [T, Q] of each query's loss along query_dot and prototypes_dot."""
     wide = accumulation_dtype(query.dtype)
-    rows = [z.to(wide) for z in (query, prototypes, query_dot, prototypes_dot)]
-    probability = (-scale * reference.pairwise_distance(*rows[:2], metric)).softmax(-1)
-    distance_dot = distance_tangent(*rows, metric)
+    x, y, x_dot, y_dot = (z.to(wide) for z in (query, prototypes, query_dot, prototypes_dot))
+    probability = (-scale * reference.pairwise_distance(x, y, metric)).softmax(-1)
+    distance_dot = distance_tangent(x, y, x_dot, y_dot, metric)
     at_label = reference.at_labels(distance_dot, labels)
     return scale * (at_label - (probability * distance_dot).sum(2))
 
 
-def _loss(query, prototypes, labels, metric, scale):
+def _loss(
+    query: torch.Tensor,
+    prototypes: torch.Tensor,
+    labels: torch.Tensor,
+    metric: str,
+    scale: float,
+) -> torch.Tensor:
     return torch.ops.fastmeta.prototype_loss(query, labels, prototypes, metric, scale)
 
 
-def _gradient(weight, query, prototypes, labels, metric, scale):
+def _gradient(
+    weight: torch.Tensor,
+    query: torch.Tensor,
+    prototypes: torch.Tensor,
+    labels: torch.Tensor,
+    metric: str,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Per-query loss, and the gradient of sum(weight * loss) to query and prototypes."""
     return torch.ops.fastmeta.prototype_loss_backward(
         weight, query, labels, prototypes, metric, scale
     )
 
 
-def _backward(*args):
+def _backward(*args: Any) -> Rows:
     return _gradient(*args)[1:]
 
 
@@ -84,19 +106,26 @@ class WeightedLoss(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query, prototypes, labels, metric, scale, weight):
+    def forward(
+        query: torch.Tensor,
+        prototypes: torch.Tensor,
+        labels: torch.Tensor,
+        metric: str,
+        scale: float,
+        weight: float,
+    ) -> tuple[torch.Tensor, ...]:
         weights = torch.full_like(labels, weight, dtype=accumulation_dtype(query.dtype))
         loss, *gradient = _gradient(weights, query, prototypes, labels, metric, scale)
         return weight * loss.sum(1), *gradient
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.set_materialize_grads(False)
         ctx.weight = inputs[5]
         save(ctx, (*inputs[:2], *output[1:]), inputs[2:5])
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Any, *direction: Any) -> tuple:
+    def backward(ctx: Any, grad_loss: Any, *direction: Any) -> tuple[Any, ...]:
         (query, prototypes, *gradient), rest = saved(ctx)
         grads = [None, None] if grad_loss is None else _scaled(grad_loss, gradient)
         if any(d is not None for d in direction):
@@ -105,7 +134,7 @@ class WeightedLoss(Function):
         return *grads, None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, query_dot: Any, prototypes_dot: Any, *_: Any) -> tuple:
+    def jvp(ctx: Any, query_dot: Any, prototypes_dot: Any, *_: Any) -> tuple[Any, ...]:
         (query, prototypes, *gradient), rest = saved(ctx)
         pairs = zip(gradient, (query_dot, prototypes_dot), strict=True)
         along = [(g * d).sum((1, 2)) for g, d in pairs if d is not None]
@@ -117,15 +146,15 @@ class WeightedLoss(Function):
 class WeightedLossCompiled(WeightedLoss):
     """WeightedLoss for torch.compile, which has no second derivatives and refuses a `jvp`."""
 
-    jvp = Function.jvp
+    jvp = Function.jvp  # type: ignore[assignment]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
         save(ctx, (*inputs[:2], *output[1:]), inputs[2:5])
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple:
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         (_query, _prototypes, *gradient), _rest = saved(ctx)
         return *_times(grad_loss, gradient), None, None, None, None
 
@@ -150,9 +179,14 @@ def _scaled(grad_loss: torch.Tensor, gradient: list[torch.Tensor]) -> list[torch
 
 
 def _second(
-    query: torch.Tensor, prototypes: torch.Tensor, direction: tuple, rest: Rest, weight: float
-) -> tuple:
-    weights = torch.full_like(rest.labels, weight, dtype=accumulation_dtype(query.dtype))
+    query: torch.Tensor,
+    prototypes: torch.Tensor,
+    direction: tuple[Any, ...],
+    rest: Rest,
+    weight: float,
+) -> tuple[Any, ...]:
+    labels = cast("torch.Tensor", rest.labels)
+    weights = torch.full_like(labels, weight, dtype=accumulation_dtype(query.dtype))
     return hessian_vector_product(loss_tangent, weights, (query, prototypes), direction, rest)
 
 
@@ -209,8 +243,10 @@ def prototype_loss(
     if prototypes.shape[-2] == 0:
         raise ValueError("prototypes must have at least one class, got 0")
     if query.dim() == 2:
-        batched = (x.unsqueeze(0) for x in (query, query_labels, prototypes))
-        loss = prototype_loss(*batched, metric=metric, scale=scale, reduction=reduction)
+        query, query_labels, prototypes = (
+            x.unsqueeze(0) for x in (query, query_labels, prototypes)
+        )
+        loss = prototype_loss(query, query_labels, prototypes, metric, scale, reduction)
         return loss.squeeze(0) if reduction == "none" else loss
     rest = (query_labels, metric, float(scale))
     native = is_native("prototype_loss", query)
@@ -227,5 +263,6 @@ def prototype_loss(
         loss = _loss_of_each(query, prototypes, *rest)
     else:
         loss = reference.prototype_loss(query, query_labels, prototypes, metric, float(scale))
-    reduce = {"mean": torch.mean, "sum": torch.sum, "none": torch.Tensor.contiguous}[reduction]
-    return reduce(loss).to(query.dtype)
+    reductions: dict[str, Callable[[torch.Tensor], torch.Tensor]]
+    reductions = {"mean": torch.mean, "sum": torch.sum, "none": torch.Tensor.contiguous}
+    return reductions[reduction](loss).to(query.dtype)

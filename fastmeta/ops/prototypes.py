@@ -22,13 +22,13 @@ class Prototypes(Function):
         return torch.ops.fastmeta.prototypes(x, labels, num_classes)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         _, labels, ctx.num_classes = inputs
         ctx.save_for_backward(labels)
         ctx.save_for_forward(labels)
 
     @staticmethod
-    def backward(ctx: Any, grad_prototypes: torch.Tensor) -> tuple:
+    def backward(ctx: Any, grad_prototypes: torch.Tensor) -> tuple[Any, ...]:
         return _gather(grad_prototypes, *ctx.saved_tensors), None, None
 
     @staticmethod
@@ -46,14 +46,14 @@ class PrototypesBackward(Function):
         return torch.ops.fastmeta.prototypes_backward(grad_prototypes, labels)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         grad_prototypes, labels = inputs
         ctx.num_classes = grad_prototypes.shape[1]
         ctx.save_for_backward(labels)
         ctx.save_for_forward(labels)
 
     @staticmethod
-    def backward(ctx: Any, grad_grad_x: torch.Tensor) -> tuple:
+    def backward(ctx: Any, grad_grad_x: torch.Tensor) -> tuple[Any, ...]:
         return _means(grad_grad_x, *ctx.saved_tensors, ctx.num_classes), None
 
     @staticmethod

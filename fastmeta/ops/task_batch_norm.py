@@ -22,24 +22,23 @@ def _gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tens
 
 
 def _plain_gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
-    zeros = torch.zeros_like(weight)
-    inputs = x, weight, zeros
-    return torch.func.vjp(lambda *p: reference.task_batch_norm(*p, eps), *inputs)[1](grad)
+    inputs = x, weight, torch.zeros_like(weight)
+    return torch.func.vjp(lambda x, w, b: reference.task_batch_norm(x, w, b, eps), *inputs)[1](grad)
 
 
 def _plain_second(*inputs: Any) -> tuple[Tensor, ...]:
     *directions, grad, x, weight, eps = inputs
-    pull = torch.func.vjp(lambda *p: _plain_gradient(*p, eps), grad, x, weight)[1]
+    pull = torch.func.vjp(lambda g, x, w: _plain_gradient(g, x, w, eps), grad, x, weight)[1]
     return pull(tuple(directions))
 
 
-def _remember(ctx: Any, inputs: tuple) -> None:
+def _remember(ctx: Any, inputs: tuple[Any, ...]) -> None:
     *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
 
 
-def _tangent(formula: Formula, ctx: Any, dots: tuple) -> Any:
+def _tangent(formula: Formula, ctx: Any, dots: tuple[Any, ...]) -> Any:
     """That of `formula`, in plain PyTorch; None stands for a tangent of zeros.
 
     Forward mode does not nest, but the pullback is linear, and the derivative of it the tangent.
@@ -47,7 +46,7 @@ def _tangent(formula: Formula, ctx: Any, dots: tuple) -> Any:
     inputs = ctx.saved_tensors
     pairs = zip(dots, inputs, strict=False)  # eps has one too
     tangents = tuple(torch.zeros_like(x) if dot is None else dot for dot, x in pairs)
-    outputs, pull = torch.func.vjp(lambda *p: formula(*p, ctx.eps), *inputs)
+    outputs, pull, *_ = torch.func.vjp(lambda *p: formula(*p, ctx.eps), *inputs)
     nowhere = tree_map(torch.zeros_like, outputs)
     return torch.func.vjp(pull, nowhere)[1](tangents)[0]
 
@@ -56,15 +55,15 @@ class BatchNorm(Function):
     """y of x [T, B, C, P], weight and bias [T, C]."""
 
     @staticmethod
-    def forward(x, weight, bias, eps):
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return torch.ops.fastmeta.task_batch_norm(x, weight, bias, eps)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _remember(ctx, inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         # torch.compile has no second derivatives, and loses track of a nested Function.
         gradient = _gradient if torch.compiler.is_compiling() else BatchNormBackward.apply
         x, weight, _ = ctx.saved_tensors
@@ -79,19 +78,19 @@ class BatchNormBackward(Function):
     """The gradients to x, weight and bias."""
 
     @staticmethod
-    def forward(grad, x, weight, eps):
+    def forward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
         return _gradient(grad, x, weight, eps)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         _remember(ctx, inputs)
 
     @staticmethod
-    def backward(ctx: Any, *directions: Tensor) -> tuple:
+    def backward(ctx: Any, *directions: Tensor) -> tuple[Any, ...]:
         return *BatchNormSecond.apply(*directions, *ctx.saved_tensors, ctx.eps), None
 
     @staticmethod
-    def jvp(ctx: Any, *dots: Any) -> tuple:
+    def jvp(ctx: Any, *dots: Any) -> tuple[Any, ...]:
         return _tangent(_plain_gradient, ctx, dots)
 
 
@@ -99,23 +98,31 @@ class BatchNormSecond(Function):
     """The gradients of <BatchNormBackward, directions> to grad, x and weight."""
 
     @staticmethod
-    def forward(grad_grad_x, grad_grad_weight, grad_grad_bias, grad, x, weight, eps):
+    def forward(
+        grad_grad_x: Tensor,
+        grad_grad_weight: Tensor,
+        grad_grad_bias: Tensor,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
         return torch.ops.fastmeta.task_batch_norm_backward_backward(
             grad_grad_x, grad_grad_weight, grad_grad_bias, grad, x, weight, eps
         )
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         _remember(ctx, inputs)
 
     @staticmethod
-    def backward(ctx: Any, *directions: Tensor) -> tuple:
+    def backward(ctx: Any, *directions: Tensor) -> tuple[Any, ...]:
         inputs = ctx.saved_tensors
         pull = torch.func.vjp(lambda *p: _plain_second(*p, ctx.eps), *inputs)[1]
         return *pull(directions), None
 
     @staticmethod
-    def jvp(ctx: Any, *dots: Any) -> tuple:
+    def jvp(ctx: Any, *dots: Any) -> tuple[Any, ...]:
         return _tangent(_plain_second, ctx, dots)
 
 
@@ -126,7 +133,7 @@ for cls, of_tasks in (
     (BatchNormBackward, BatchNormBackward.apply),
     (BatchNormSecond, BatchNormSecond.apply),
 ):
-    cls.vmap = staticmethod(folding(of_tasks))
+    cls.vmap = staticmethod(folding(of_tasks))  # type: ignore[method-assign]
 
 
 def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -177,8 +184,8 @@ def task_batch_norm(
     """
     _check(x, weight, bias, eps)
     if x.dim() == 4:
-        rows = (None if row is None else row.unsqueeze(0) for row in (weight, bias))
-        return task_batch_norm(x.unsqueeze(0), *rows, eps).squeeze(0)
+        weight, bias = (None if row is None else row.unsqueeze(0) for row in (weight, bias))
+        return task_batch_norm(x.unsqueeze(0), weight, bias, eps).squeeze(0)
     weight = x.new_ones(x.shape[0], x.shape[2]) if weight is None else weight
     bias = torch.zeros_like(weight) if bias is None else bias
     if not is_native("task_batch_norm", x):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,20 +45,36 @@ class Convolution(Function):
     """Each of the three maps; their derivatives of every order are again of the three."""
 
     @staticmethod
-    def forward(a, b, bias, target, h, w, kh, kw, sh, sw, ph, pw, dh, dw, groups):  # *geometry
+    def forward(
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        target: str,
+        h: int,
+        w: int,
+        kh: int,
+        kw: int,
+        sh: int,
+        sw: int,
+        ph: int,
+        pw: int,
+        dh: int,
+        dw: int,
+        groups: int,
+    ) -> Tensor:  # h .. groups are a Geometry
         return _raw(a, b, bias, target, h, w, kh, kw, sh, sw, ph, pw, dh, dw, groups)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         a, b, _, ctx.target, *ctx.geometry = inputs
         ctx.out_shape = output.shape
         ctx.save_for_backward(a, b)
         ctx.save_for_forward(a, b)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         # torch.compile has no second derivatives, and loses track of a nested Function.
-        contract = _raw if torch.compiler.is_compiling() else _apply
+        contract: Callable[..., Tensor] = _raw if torch.compiler.is_compiling() else _apply
         roles = _OTHERS[ctx.target]
         known = dict(zip(roles, ctx.saved_tensors, strict=True))
         known[ctx.target] = upstream
@@ -86,7 +102,7 @@ class Convolution(Function):
 
 _apply = callable_of(Convolution)
 # PyTorch's own rule makes a class anew for every call.
-Convolution.vmap = staticmethod(folding(_apply))
+Convolution.vmap = staticmethod(folding(_apply))  # type: ignore[method-assign]
 
 
 def _images(like: Tensor, *shape: Any) -> Tensor:

@@ -118,7 +118,7 @@ def _meta_gradient(
 def _looped(op: Callable[..., Any]) -> Callable[..., Any]:
     """A vmap rule that calls the op once for each sample: a mean over tasks cannot be parted."""
 
-    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         dims = [dim if isinstance(dim, int) else None for dim in in_dims]
         results = [
             op(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, dims, strict=True)))
@@ -132,7 +132,14 @@ def _looped(op: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-_FAKES = (_forward, _gradient, _hvp, _adapt, _adapt_backward, _meta_gradient)
+_FAKES: tuple[Callable[..., Any], ...] = (
+    _forward,
+    _gradient,
+    _hvp,
+    _adapt,
+    _adapt_backward,
+    _meta_gradient,
+)
 COMPILED = SimpleNamespace()
 if _native._C is not None:
     for _name, _fake in zip(NAMES, _FAKES, strict=True):

@@ -24,12 +24,12 @@ class Step(NamedTuple):
 
     ``theta`` and ``grads`` are ``[T, P]``, the gradient being that of the support loss at theta;
     ``lr`` is ``[T or 1, P or 1]``; ``state`` holds tensors ``[T, P]``. A plain gradient step leaves
-    out of a tape what its derivative does not need.
+    out of a tape what its derivative does not need, and None stands there.
     """
 
     k: int
-    theta: Tensor | None
-    grads: Tensor | None
+    theta: Tensor
+    grads: Tensor
     lr: Tensor
     state: State = ()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +46,7 @@ class MetaCurvature(Wrapped):
     def __init__(self, module: nn.Module, rule: Rule | None = None) -> None:
         super().__init__(SGD() if rule is None else rule)
         self._layout = layout = Layout.of(module)
-        like = {"dtype": layout.dtype, "device": layout.device}
+        like: dict[str, Any] = {"dtype": layout.dtype, "device": layout.device}
         self.factors = nn.ModuleList(
             nn.ParameterList(torch.eye(size, **like) for size in _sizes(shape))
             for shape in layout.shapes
@@ -56,9 +58,10 @@ class MetaCurvature(Wrapped):
 
     def transformed(self, grads: Tensor) -> Tensor:
         views = self._layout.views(grads)
+        of_each = cast("Iterable[nn.ParameterList]", self.factors)
         changed = {
             name: _multiplied(view, factors).view_as(view)
-            for (name, view), factors in zip(views.items(), self.factors, strict=True)
+            for (name, view), factors in zip(views.items(), of_each, strict=True)
         }
         return self._layout.flatten(changed)
 

@@ -43,5 +43,5 @@ class Proximal(Wrapped):
         # The way from theta_0 starts at zero, as states do; theta_0 itself would not.
         moved, *inner = state
         grads = grads + self.strength * moved
-        after, inner = self.rule.update(theta, grads, lr, tuple(inner), k)
-        return after, (moved + (after - theta), *inner)
+        after, later = self.rule.update(theta, grads, lr, tuple(inner), k)
+        return after, (moved + (after - theta), *later)

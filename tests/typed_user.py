@@ -1,0 +1,88 @@
+# mypy: disallow-untyped-calls, warn-return-any
+"""What a typed program gets from the public surface; `test_types.py` checks and runs it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import assert_type
+
+import fastmeta as fm
+from fastmeta.algorithms import AdaptedHeads, AdaptedTasks, MetaGradient
+from fastmeta.data import Episode
+
+
+def ops() -> None:
+    x, labels = torch.randn(2, 6, 4), torch.arange(3).repeat(2, 2)
+    means = assert_type(fm.prototypes(x, labels, 3), Tensor)
+    assert_type(fm.pairwise_distance(x, means, metric="cosine"), Tensor)
+    assert_type(fm.prototype_loss(x, labels, means, reduction="none"), Tensor)
+    weight, bias = fm.linear_head(x, labels, torch.zeros(3, 4), lr=0.1, steps=2)
+    assert_type(weight, Tensor)
+    assert_type(bias, Tensor | None)
+    assert_type(fm.task_linear(x, weight, bias), Tensor)
+    vector = torch.ones(3, 4)
+    product = fm.linear_head_hvp(x, labels, torch.zeros(3, 4), None, vector, None)
+    assert_type(product, tuple[Tensor, Tensor | None])
+    maps, filters = torch.randn(2, 3, 4, 8, 8), torch.randn(2, 5, 4, 3, 3)
+    images = assert_type(fm.task_conv2d(maps, filters, padding="same"), Tensor)
+    assert_type(fm.task_batch_norm(images), Tensor)
+
+
+def trees() -> None:
+    arena = torch.randn(2, 8)
+    assert_type(fm.inner_update(arena, arena, torch.rand(8)), Tensor)
+    tree = {"weight": torch.randn(2, 3), "bias": torch.randn(2)}
+    assert_type(fm.inner_update(tree, tree, 0.1), dict[str, Tensor])
+
+    def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return (params["weight"] * x).sum().exp() + params["bias"] ** 2
+
+    assert_type(fm.hvp(loss, tree, tree, torch.rand(2, 3)), dict[str, Tensor])
+    assert_type(fm.hvp(lambda p: (p**3).sum(), arena, arena, mode="forward"), Tensor)
+
+
+def learners() -> None:
+    episodes = fm.data.Episodes(fm.data.Sinusoid(), ways=1, shots=5, queries=5, tasks=2)
+    episode = assert_type(episodes[0], Episode)
+    batch = episode.support_x, episode.support_y, episode.query_x, episode.query_y
+    maml = fm.MAML(fm.models.MLP([1, 8, 1]), lr=0.01, loss=F.mse_loss)
+    loss, outputs = maml.meta_loss(*batch)
+    assert_type(loss, Tensor)
+    assert_type(outputs, Tensor)
+    result = assert_type(maml.meta_gradient(*batch), MetaGradient)
+    assert_type(result.lr_grad, Tensor | None)
+    adapted = assert_type(maml.adapt_tasks(*batch[:2], steps=3), AdaptedTasks)
+    assert_type(adapted(episode.query_x), Tensor)
+    assert_type(adapted.task(0), dict[str, Tensor])
+    assert_type(maml.explain(), str)
+    assert_type(maml.lr, float | Tensor)
+    assert_type(fm.MetaSGD(nn.Linear(1, 1), loss=F.mse_loss).clone(), fm.MetaSGD)
+    rule = fm.rules.ClipNorm(1.0, fm.rules.Adam())
+    assert_type(fm.MAML(nn.Linear(1, 1), rule=rule).rule, fm.rules.Rule | None)
+    anil = fm.ANIL(nn.Identity(), nn.Linear(1, 1), loss=F.mse_loss)
+    assert_type(anil.head, nn.Linear)
+    assert_type(anil.adapt_tasks(*batch[:2]), AdaptedHeads)
+
+
+def metric_learner() -> None:
+    glyphs = fm.data.Episodes(fm.data.Glyphs(), ways=2, shots=1, queries=1, tasks=2)[0]
+    proto = fm.ProtoNet(fm.models.Conv4(hidden=2, ways=None))
+    loss, logits = proto.meta_loss(*glyphs)
+    assert_type(loss, Tensor)
+    assert_type(logits, Tensor)
+    assert_type(proto.adapt_tasks(glyphs.support_x, glyphs.support_y)(glyphs.query_x), Tensor)
+
+
+def backends() -> None:
+    assert_type(fm.backend_of("prototypes", "cpu", torch.float32), str)
+    with fm.use_backend("torch"):
+        assert_type(fm.__version__, str)
+
+
+ops()
+trees()
+learners()
+metric_learner()
+backends()
