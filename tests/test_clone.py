@@ -288,14 +288,16 @@ def test_hooks_of_a_clone_are_its_own(device):
     assert calls == ["original", "original", "clone"]
 
 
-def test_clones_update_by_inner_update(monkeypatch, device):
-    seen = []
-
-    def spy(params, grads, lr):
-        seen.append(len(params))
-        return [p - lr[0] * g for p, g in zip(params, grads, strict=True)]
-
-    monkeypatch.setattr("fastmeta.algorithms.maml.inner_update", spy)
-    learner = fm.MAML(build("mlp", device), 0.1).clone()
-    learner.adapt(support_loss(learner, classification("mlp", device)))
-    assert seen == [6]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_takes_the_step_size_in_full_and_stays_half(dtype, device):
+    net = nn.Linear(3, 4).to(device, dtype)
+    x, y = (
+        torch.ones(2, 3, device=device, dtype=dtype),
+        torch.zeros(2, 4, device=device, dtype=dtype),
+    )
+    learner = fm.MAML(net, 0.1234, loss=F.mse_loss).clone()
+    loss = F.mse_loss(learner(x), y)
+    (grad,) = torch.autograd.grad(loss, [learner.module.weight], retain_graph=True)
+    learner.adapt(loss)
+    expected = (net.weight.float() - 0.1234 * grad.float()).to(dtype)
+    assert torch.equal(learner.module.weight, expected)

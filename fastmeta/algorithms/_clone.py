@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
+Copy = Callable[[Tensor], Tensor]
 
 
 def clone_module(module: Module) -> Module:
@@ -29,7 +31,23 @@ def clone_module(module: Module) -> Module:
         >>> net.weight.grad
         tensor([[1., 1.]])
     """
-    return _clone(module, {}, {})
+    return copy_module(module)
+
+
+def copy_module(
+    module: Module,
+    parameter: Copy = Tensor.clone,
+    buffer: Copy = Tensor.clone,
+    tensors: dict[Tensor, Tensor] | None = None,
+) -> Module:
+    """A copy of a module with the copies of its tensors that two functions make.
+
+    Args:
+        module: any module; it is not changed.
+        parameter, buffer: what becomes of each parameter and each buffer.
+        tensors: the copies of tensors that have one already; those made here are added.
+    """
+    return _copy(module, parameter, buffer, {} if tensors is None else tensors, {})
 
 
 def replace_parameters(module: nn.Module, new: dict[Tensor, Tensor]) -> None:
@@ -48,18 +66,24 @@ def shallow_copy(module: Module) -> Module:
     return copy
 
 
-def _clone(module: Any, modules: dict[nn.Module, nn.Module], tensors: dict[Tensor, Tensor]) -> Any:
+def _copy(
+    module: Any,
+    parameter: Copy,
+    buffer: Copy,
+    tensors: dict[Tensor, Tensor],
+    modules: dict[nn.Module, nn.Module],
+) -> Any:
     if module is None:
         return None
     if module in modules:
         return modules[module]
     copy = modules[module] = shallow_copy(module)
-    for table in (copy._parameters, copy._buffers):
+    for table, made in ((copy._parameters, parameter), (copy._buffers, buffer)):
         for name, tensor in table.items():
             if tensor is not None:
                 if tensor not in tensors:
-                    tensors[tensor] = tensor.clone()
+                    tensors[tensor] = made(tensor)
                 table[name] = tensors[tensor]
     for name, child in copy._modules.items():
-        copy._modules[name] = _clone(child, modules, tensors)
+        copy._modules[name] = _copy(child, parameter, buffer, tensors, modules)
     return copy

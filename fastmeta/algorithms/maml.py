@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from fastmeta._checks import check_choice
 from fastmeta._graphs import check_option
-from fastmeta.algorithms._clone import clone_module, replace_parameters, shallow_copy
+from fastmeta.algorithms._clone import clone_module, shallow_copy
 from fastmeta.algorithms._explain import explain
+from fastmeta.algorithms._gradients import descend, task_gradients
 from fastmeta.algorithms._results import AdaptedTasks, MetaGradient
 from fastmeta.arena import Layout
 from fastmeta.functional import FunctionalEngine
-from fastmeta.ops.inner_update import inner_update
 from fastmeta.program import MEMORY, Programs
 from fastmeta.rules import Rule
 
@@ -350,28 +350,15 @@ class MAML(nn.Module):
                 f"rule: adapt takes plain steps, and this learner's rule is {self.rule.title}; "
                 "adapt_tasks takes its steps"
             )
-        first_order = _default(first_order, self.first_order)
-        named = dict(self.module.named_parameters())
-        if not _default(allow_nograd, self.allow_nograd):
-            frozen = [name for name, p in named.items() if not p.requires_grad]
-            _refuse(frozen, "do not require gradients", "allow_nograd")
-        layout = Layout.of(self.module)
-        params = [named[name] for name in layout.names]
-        grads = torch.autograd.grad(
+        grads = task_gradients(
+            self.module,
             loss,
-            params,
-            retain_graph=not first_order,
-            create_graph=not first_order,
-            allow_unused=True,
+            _default(first_order, self.first_order),
+            _default(allow_unused, self.allow_unused),
+            _default(allow_nograd, self.allow_nograd),
         )
-        if not _default(allow_unused, self.allow_unused):
-            unused = [name for name, g in zip(layout.names, grads, strict=True) if g is None]
-            _refuse(unused, "are not used by the loss", "allow_unused")
-        steps = _step_sizes(self.lr, layout)
-        used = [i for i, g in enumerate(grads) if g is not None]
-        old = [params[i] for i in used]
-        new = inner_update(old, [grads[i] for i in used], [steps[i] for i in used])
-        replace_parameters(self.module, dict(zip(old, new, strict=True)))
+        steps = _step_sizes(self.lr, Layout.of(self.module))
+        descend(self.module, grads.items(), steps)
 
     def _engine(self, steps: int) -> FunctionalEngine:
         """What computes: ``adapt``, ``meta_loss``, ``meta_gradient`` and ``hvp``."""
@@ -459,11 +446,6 @@ def _step_sizes(lr: float | Tensor, layout: Layout) -> list[float | Tensor]:
     if len(step) == 1:
         return [step.squeeze(0)] * len(layout.names)
     return list(layout.views(step).values())
-
-
-def _refuse(names: list[str], what: str, option: str) -> None:
-    if names:
-        raise ValueError(f"adapt: the parameters {names} {what}; {option}=True leaves them alone")
 
 
 def _default(value: bool | None, otherwise: bool) -> bool:

@@ -152,7 +152,8 @@ class CarriedAdam(Rule):
 
     @contextmanager
     def carrying(self) -> Iterator[None]:
-        self._ends = ends = []
+        ends: list[tuple[int, Tensor]] = []
+        self._ends = ends
         try:
             yield
         finally:
