@@ -47,16 +47,19 @@ def copy_module(
         parameter, buffer: what becomes of each parameter and each buffer.
         tensors: the copies of tensors that have one already; those made here are added.
     """
-    return _copy(module, parameter, buffer, {} if tensors is None else tensors, {})
+    tensors = {} if tensors is None else tensors
+    copy: Module = _copy(module, parameter, buffer, tensors, {})
+    return copy
 
 
-def replace_parameters(module: nn.Module, new: dict[Tensor, Tensor]) -> None:
-    """Put new tensors where old ones are registered as parameters, everywhere in the module."""
+def replace_tensors(module: nn.Module, new: dict[Tensor, Tensor]) -> None:
+    """Put new tensors where old ones are registered, as parameters or buffers, everywhere."""
     for m in module.modules():
-        parameters: dict[str, Any] = m._parameters
-        for name, parameter in parameters.items():
-            if parameter is not None and parameter in new:
-                parameters[name] = new[parameter]
+        tables: tuple[dict[str, Any], ...] = (m._parameters, m._buffers)
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is not None and tensor in new:
+                    table[name] = new[tensor]
 
 
 def shallow_copy(module: Module) -> Module:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fastmeta.algorithms._clone import replace_parameters
+from fastmeta.algorithms._clone import replace_tensors
 
 
 def task_gradients(
@@ -67,7 +67,7 @@ def descend(
     """
     pairs = zip(slopes, step_sizes, strict=True)
     new = {p: _descended(p, grad, lr) for (p, grad), lr in pairs if grad is not None}
-    replace_parameters(module, new)
+    replace_tensors(module, new)
 
 
 def _descended(parameter: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:

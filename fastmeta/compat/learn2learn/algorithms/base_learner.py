@@ -1,0 +1,31 @@
+"""What learners have in common: they stand for the module that they wrap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class BaseLearner(nn.Module):
+    """A wrapper that calls its module, and has the module's attributes where it has none itself.
+
+    Args:
+        module: what is wrapped, as ``.module``.
+    """
+
+    module: Any
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, attr: str) -> Any:
+        try:
+            return super().__getattr__(attr)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), attr)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with its current parameters."""
+        return self.module(*args, **kwargs)

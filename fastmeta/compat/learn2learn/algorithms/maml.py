@@ -1,0 +1,135 @@
+"""MAML as in ``learn2learn.algorithms.maml``: one task at a time, by clone and adapt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from fastmeta.algorithms._clone import Module
+from fastmeta.algorithms._gradients import descend, task_gradients
+from fastmeta.compat.learn2learn.algorithms.base_learner import BaseLearner
+from fastmeta.compat.learn2learn.utils import check_length, clone_module, update_module
+
+
+def maml_update(
+    model: Module, lr: float | Tensor, grads: Sequence[Tensor | None] | None = None
+) -> Module:
+    """Put ``p - lr * grad`` in the place of the model's parameters p, differentiably.
+
+    Args:
+        model: a clone; its own tables of parameters are changed, the tensors in them are not.
+        lr: a number, or a tensor that broadcasts to every parameter.
+        grads: one a parameter, in the order of ``model.parameters()``; None leaves it alone.
+            Without this argument the ``.update`` attributes are added, as by ``update_module``.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: another number of gradients than of parameters.
+
+    Example:
+        >>> import torch
+        >>> import fastmeta.compat.learn2learn as l2l
+        >>> net = torch.nn.Linear(2, 1)
+        >>> clone = l2l.clone_module(net)
+        >>> grads = torch.autograd.grad(clone(torch.ones(1, 2)).sum(), clone.parameters())
+        >>> torch.equal(l2l.algorithms.maml_update(clone, 1.0, grads).bias, net.bias - 1)
+        True
+    """
+    if grads is None:
+        return update_module(model)
+    params = list(model.parameters())
+    check_length("grads", grads, params)
+    descend(model, zip(params, grads, strict=True), [lr] * len(params))
+    return model
+
+
+class MAML(BaseLearner):
+    """learn2learn's MAML (Finn et al. 2017, arXiv 1703.03400).
+
+    ``clone`` makes a task's learner and ``adapt`` takes its gradient steps, unrolled by autograd.
+    ``fastmeta.MAML.meta_loss`` computes the same meta-gradient for all tasks at once, and faster.
+
+    Args:
+        model: any module.
+        lr: inner step size: a number, or a tensor that broadcasts to every parameter; an
+            ``nn.Parameter`` is learned with the model's.
+        first_order: leave the Hessian out (FOMAML).
+        allow_unused: leave parameters alone that a loss does not depend on, where ``adapt`` would
+            otherwise raise. None: as ``allow_nograd``.
+        allow_nograd: leave frozen parameters alone, where ``adapt`` would otherwise raise.
+
+    Example:
+        >>> import torch
+        >>> import fastmeta.compat.learn2learn as l2l
+        >>> X, y, loss = torch.randn(5, 20), torch.randn(5, 10), torch.nn.MSELoss()
+        >>> linear = l2l.algorithms.MAML(torch.nn.Linear(20, 10), lr=0.01)
+        >>> clone = linear.clone()
+        >>> error = loss(clone(X), y)
+        >>> clone.adapt(error)
+        >>> error = loss(clone(X), y)
+        >>> error.backward()
+        >>> linear.module.weight.grad.shape
+        torch.Size([10, 20])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor,
+        first_order: bool = False,
+        allow_unused: bool | None = None,
+        allow_nograd: bool = False,
+    ) -> None:
+        super().__init__(model)
+        self.lr = lr
+        self.first_order = first_order
+        self.allow_nograd = allow_nograd
+        self.allow_unused = allow_nograd if allow_unused is None else allow_unused
+
+    def adapt(
+        self,
+        loss: Tensor,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> None:
+        """One gradient step of a clone on the loss of its task.
+
+        Args:
+            loss: scalar, computed with this learner.
+            first_order, allow_unused, allow_nograd: None for the learner's own.
+
+        Raises:
+            ValueError: frozen or unused parameters without the option that allows them; a loss
+                that was computed without gradients.
+        """
+        slopes = task_gradients(
+            self.module,
+            loss,
+            self.first_order if first_order is None else first_order,
+            self.allow_unused if allow_unused is None else allow_unused,
+            self.allow_nograd if allow_nograd is None else allow_nograd,
+        )
+        descend(self.module, slopes.items(), [self.lr] * len(slopes))
+
+    def clone(
+        self,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> MAML:
+        """A learner for one task, whose parameters are connected to this one's by autograd.
+
+        Args:
+            first_order, allow_unused, allow_nograd: None for this learner's own.
+        """
+        return MAML(
+            clone_module(self.module),
+            self.lr,
+            self.first_order if first_order is None else first_order,
+            self.allow_unused if allow_unused is None else allow_unused,
+            self.allow_nograd if allow_nograd is None else allow_nograd,
+        )
