@@ -1,9 +1,9 @@
-"""Puts learn2learn's MAML class, and nothing else of the package, into this environment.
+"""Puts learn2learn's MAML and MetaSGD classes, and nothing else of it, into this environment.
 
     python -m benchmarks.peers.fetch
 
 The package itself does not build on Python 3.11 or newer. Its source archive unpacks, and the
-module of the class needs two others of it; without the `__init__` of the packages that hold them
+modules of the classes need two others of it; without the `__init__` of the packages that hold them
 these are namespace packages, which import nothing.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 NAME, VERSION = "learn2learn", "0.2.0"
 NEEDED = (
     "algorithms/maml.py",
+    "algorithms/meta_sgd.py",
     "algorithms/base_learner.py",
     "utils/__init__.py",
     "_version.py",
