@@ -7,12 +7,12 @@ units: the inner loop as higher's documentation writes it, with inner step sizes
 one for each parameter group.
 """
 
-import fastmeta.compat.higher as higher  # was: import higher
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import fastmeta as fm
+import fastmeta.compat.higher as higher  # was: import higher
 
 
 def query_loss(net, inner_opt, task, rates, steps=3, track=True):
