@@ -6,11 +6,12 @@ learners    MAML, FOMAML, ANIL, Reptile, MetaSGD, MAMLPlusPlus, MetaCurvature, I
             ProtoNet: `meta_loss` and `adapt_tasks`
 rules       rules.SGD, rules.Adam, rules.RMSProp, rules.ClipNorm, rules.MetaCurvature, ...
 data        data.Omniglot, data.Glyphs, data.Sinusoid, data.Episodes
+processes   distributed.split_tasks, distributed.average_gradients, ...
 networks    models.Conv4, models.ResNet12, models.MLP, models.PerStepBatchNorm2d
 backends    backend_of, use_backend, build_info
 """
 
-from fastmeta import data, models, rules
+from fastmeta import data, distributed, models, rules
 from fastmeta._native import backend_of, build_info, use_backend
 from fastmeta.algorithms.anil import ANIL
 from fastmeta.algorithms.fomaml import FOMAML
@@ -49,6 +50,7 @@ __all__ = [
     "backend_of",
     "build_info",
     "data",
+    "distributed",
     "hvp",
     "inner_update",
     "linear_head",

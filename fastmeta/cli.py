@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastmeta as fm
+from fastmeta import distributed
 from fastmeta._allocator import keep_freed_memory
 from fastmeta._native import DTYPES, OPS
 from fastmeta._timing import duration
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _USER_ERRORS as error:
         if debug:
             traceback.print_exc()
-        print(f"fastmeta: {_one_line(error)}", file=sys.stderr)
+        print(f"{_name()}: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fastmeta: interrupted", file=sys.stderr)
@@ -211,13 +212,16 @@ def _train(given: dict[str, Any]) -> int:
     from fastmeta.train import train
 
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
-    if resume:
-        begun = read_options(Path(given["out"]))
-        check_same_run(given, begun)
-        given = begun | given
-    _need_data(given)
-    result = train(TrainConfig(**given), resume=resume, overwrite=overwrite)
-    print(_summary(result))
+    with distributed.process_group():
+        if resume:
+            begun = distributed.on_first(lambda: read_options(Path(given["out"])))
+            check_same_run(given, begun)
+            given = begun | given
+        _need_data(given)
+        distributed.select_device(given.get("device", "cpu"))
+        result = train(TrainConfig(**given), resume=resume, overwrite=overwrite)
+        if distributed.rank() == 0:
+            print(_summary(result))
     if result.stopped.startswith("SIG"):
         return 128 + signal.Signals[result.stopped]
     return 0
@@ -245,6 +249,7 @@ def _summary(result: Result) -> str:
 def _eval(given: dict[str, Any]) -> int:
     from fastmeta.evaluation import evaluate_run
 
+    _need_one_process("eval")
     _set_threads(given)
     print(evaluate_run(Path(given.pop("out")), **given))
     return 0
@@ -259,6 +264,7 @@ def _compare(given: dict[str, Any]) -> int:
     from fastmeta.compare import compare, compare_runs
     from fastmeta.comparison import PICTURE, TABLE
 
+    _need_one_process("compare")
     out = Path(given.pop("out"))
     how: dict[str, Any] = {
         name: given.pop(name) for name in ("tasks", "overwrite") if name in given
@@ -297,6 +303,16 @@ def _need_data(given: dict[str, Any]) -> None:
         raise ValueError("data: give --data omniglot:PATH, glyphs or sinusoid")
 
 
+def _need_one_process(command: str) -> None:
+    if distributed.launched() and int(os.environ["WORLD_SIZE"]) > 1:
+        raise ValueError(f"{command} runs in one process, without torchrun; train takes several")
+
+
+def _name() -> str:
+    """Who speaks: which rank, where the program is one of several."""
+    return f"fastmeta, rank {os.environ['RANK']}" if distributed.launched() else "fastmeta"
+
+
 def _info(_: dict[str, Any]) -> int:
     rows = {"fastmeta": fm.__version__, **fm.build_info()}
     rows |= {"torch": torch.__version__, "Python": platform.python_version()}
@@ -325,6 +341,7 @@ def _backend_table() -> str:
 def _demo(given: dict[str, Any]) -> int:
     from fastmeta.demo import demo
 
+    _need_one_process("demo")
     demo(Path(given.pop("out")), **given)
     return 0
 

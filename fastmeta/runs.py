@@ -12,7 +12,7 @@ from torch import nn
 
 from fastmeta import algorithms
 from fastmeta.algorithms import ANIL, MAML, ProtoNet
-from fastmeta.checkpoint import load_checkpoint, write_json
+from fastmeta.checkpoint import load_checkpoint, write_atomically, write_json
 from fastmeta.config import OPTIONS, TrainConfig, read_options
 from fastmeta.models import MLP, Conv4, with_per_step_norms
 
@@ -30,7 +30,7 @@ _INNER_LOOP: dict[str, type[MAML]] = {
 _NOT_THE_LEARNERS = ("inner_lr", "eval_steps")
 
 CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.json", "metrics.jsonl"
-CURVE, EVALUATION = "curve.png", "eval.json"
+CURVE, EVALUATION, LAUNCH = "curve.png", "eval.json", "launch.txt"
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
@@ -55,16 +55,27 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
         )
 
 
-def begin_folder(config: TrainConfig, resume: bool) -> Path:
-    """Make the run's folder, clear it unless the run goes on there, and write its options."""
+def begin_folder(config: TrainConfig, resume: bool, launch: str = "") -> None:
+    """Make the run's folder, clear it unless the run goes on there, and write its options.
+
+    A ``launch`` that has a name is noted, for ``begun_by``.
+    """
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     if not resume:
         # The options go first and come last: killed in between, the folder holds no run.
-        for name in (CONFIG, CHECKPOINT, METRICS, CURVE, EVALUATION):
+        for name in (CONFIG, CHECKPOINT, METRICS, CURVE, EVALUATION, LAUNCH):
             (out / name).unlink(missing_ok=True)
+    if launch:
+        write_atomically(out / LAUNCH, lambda file: file.write(launch.encode()))
     write_json(out / CONFIG, dataclasses.asdict(config))
-    return out
+
+
+def begun_by(out: Path, launch: str) -> bool:
+    """Whether that launch began the run in ``out``, or went on with it, before a restart."""
+    if not launch or not (out / CONFIG).exists() or not (out / LAUNCH).exists():
+        return False
+    return (out / LAUNCH).read_text(encoding="utf-8") == launch
 
 
 def build_learner(config: TrainConfig, input_shape: list[int]) -> Learner:

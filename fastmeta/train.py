@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, StepLR
 from tqdm import tqdm
 
+from fastmeta import distributed
 from fastmeta.checkpoint import (
     MetricsLog,
     load_checkpoint,
@@ -38,6 +39,7 @@ from fastmeta.runs import (
     METRICS,
     Learner,
     begin_folder,
+    begun_by,
     build_learner,
     check_folder,
 )
@@ -94,6 +96,10 @@ def train(
     checkpoint. SIGINT, SIGTERM and the time limit end it with one.
     The caller's random state, thread count and signal handlers are as before when it returns.
 
+    Started by torchrun, every process trains its share of each meta-batch, and the outcome is one
+    process's, to rounding. Rank 0 alone writes. A group of processes that torchrun restarts goes on
+    from the checkpoint by itself.
+
     Args:
         config: the options.
         resume: go on from the checkpoint in the folder; from the start where there is none yet.
@@ -104,7 +110,9 @@ def train(
         FileNotFoundError: the data are missing, or there is nothing to resume.
         FileExistsError: the folder holds a run, and neither ``resume`` nor ``overwrite`` is given.
         FloatingPointError: the loss is no longer finite.
-        ValueError: options that contradict each other, the data, or the run to resume.
+        ValueError: options that contradict each other, the data, or the run to resume; fewer tasks
+            than processes.
+        ConnectionError: another process of the training has ended.
 
     Example:
         >>> import tempfile
@@ -113,22 +121,59 @@ def train(
         >>> result.iteration, result.stopped
         (3, 'finished')
     """
-    stop = _Stop(config.time_limit)
-    check_folder(Path(config.out), resume, overwrite)
-    with stop.listening(), _settings(config):
-        training, validator = _sources(config, source)
-        ways = config.train_ways or config.ways
-        sizes = (ways, config.shots, config.queries, config.meta_batch)
-        episodes = Episodes(training, *sizes, seed=config.seed, device=config.device)
-        run = _Run(config, list(episodes[0].support_x.shape[2:]))
-        if resume:
-            run.restore_from(Path(config.out))
-        out = begin_folder(config, resume)
-        stopped = _loop(run, episodes, validator, stop)
-    metrics = read_metrics(out / METRICS)
-    result = Result(config, run.learner, run.iteration, run.seconds, stopped, metrics)
-    draw_curves(out / CURVE, [result.curve], config.score)
+    with distributed.process_group():
+        _check_share(config)
+        stop, out, launch = _Stop(config.time_limit), Path(config.out), distributed.launch_id()
+        resume = distributed.on_first(lambda: _begins(out, resume, overwrite, launch))
+        with stop.listening(), _settings(config):
+            training, validator = _sources(config, source)
+            ways = config.train_ways or config.ways
+            sizes = (ways, config.shots, config.queries, config.meta_batch)
+            episodes = Episodes(training, *sizes, seed=config.seed, device=config.device)
+            run = _Run(config, list(episodes[0].support_x.shape[2:]))
+            if resume:
+                run.restore(distributed.on_first(lambda: _saved_state(config)))
+            distributed.on_first(lambda: begin_folder(config, resume, launch))
+            stopped = _loop(run, episodes, validator, stop)
+        metrics = distributed.on_first(lambda: read_metrics(out / METRICS))
+        result = Result(config, run.learner, run.iteration, run.seconds, stopped, metrics)
+        distributed.on_first(lambda: draw_curves(out / CURVE, [result.curve], config.score))
     return result
+
+
+def _check_share(config: TrainConfig) -> None:
+    if config.meta_batch < (size := distributed.world_size()):
+        raise ValueError(
+            f"meta_batch: expected at least one task for each of {size} processes, "
+            f"got {config.meta_batch}"
+        )
+    distributed.select_device(config.device)
+
+
+def _begins(out: Path, resume: bool, overwrite: bool, launch: str) -> bool:
+    """Whether the run goes on from what is in its folder, as it does after a restart."""
+    if begun_by(out, launch):
+        return True
+    check_folder(out, resume, overwrite)
+    return resume
+
+
+def _saved_state(config: TrainConfig) -> dict[str, Any] | None:
+    """The folder's checkpoint, if ``config`` can go on from it; None: killed before there was one.
+
+    Raises:
+        ValueError: another run's, one of more iterations, or a damaged file.
+    """
+    out, options = Path(config.out), dataclasses.asdict(config)
+    if not (out / CHECKPOINT).exists():
+        check_same_run(options, read_options(out))
+        return None
+    state = load_checkpoint(out / CHECKPOINT)
+    check_same_run(options, state["config"])
+    taken = state["iteration"]
+    if taken > config.iterations:
+        raise ValueError(f"iterations: {taken} are taken already, got {config.iterations}")
+    return state
 
 
 class _Run:
@@ -140,6 +185,8 @@ class _Run:
         self.iteration = 0
         self.seconds = 0.0
         self.learner = build_learner(config, input_shape)
+        if config.algorithm == "protonet" and distributed.world_size() > 1:
+            distributed.share_batch_statistics(self.learner)
         self.autocast = torch.autocast(
             torch.device(config.device).type,
             dtype=torch.bfloat16,
@@ -152,26 +199,31 @@ class _Run:
         self.optimizer = kind(self.parameters, lr=config.lr, fused=True)
         self.schedule = _schedule(self.optimizer, config)
 
-    def step(self, episode: Episode) -> dict[str, Any]:
+    def step(self, episode: Episode, stop: _Stop) -> dict[str, Any]:
         """Take one outer step; returns its record for the log."""
         for parameter in self.parameters:  # optimizer.zero_grad() wraps this in 10 times the work
             parameter.grad = None
+        weight = distributed.task_weight(len(episode.support_x))
+        episode = distributed.split_tasks(episode)
         with self.autocast:
             loss, logits = self.learner.meta_loss(*episode)
-        value = loss.item()
+        (loss if weight == 1 else weight * loss).backward()
+        found = weight * loss.item(), weight * query_scores(logits, episode.query_y).mean().item()
+        value, score, *votes = distributed.average_gradients(
+            self.parameters, [*found, *stop.votes()]
+        )
+        stop.count(votes)
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the loss became {value} in iteration {self.iteration + 1}; "
                 "a smaller lr or inner_lr may help"
             )
-        loss.backward()
         lr = self.optimizer.param_groups[0]["lr"]
         # A fused optimizer wakes all threads anew for every single tensor.
         with cpu_threads(1 if self.small else None):
             self.optimizer.step()
         self.schedule.step()
         self.iteration += 1
-        score = query_scores(logits, episode.query_y).mean().item()
         return {"iteration": self.iteration, "loss": value, self.config.score: score, "lr": lr}
 
     def save(self) -> None:
@@ -188,17 +240,10 @@ class _Run:
         }
         save_checkpoint(Path(self.config.out) / CHECKPOINT, state)
 
-    def restore_from(self, out: Path) -> None:
-        """Go back to the folder's checkpoint; a run killed before its first one begins anew."""
-        options = dataclasses.asdict(self.config)
-        if not (out / CHECKPOINT).exists():
-            check_same_run(options, read_options(out))
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go back to a checkpoint; a run killed before its first one begins anew."""
+        if state is None:
             return
-        state = load_checkpoint(out / CHECKPOINT)
-        check_same_run(options, state["config"])
-        if state["iteration"] > self.config.iterations:
-            taken = state["iteration"]
-            raise ValueError(f"iterations: {taken} are taken already, got {self.config.iterations}")
         self.iteration, self.seconds = state["iteration"], state["seconds"]
         self.learner.load_state_dict(state["learner"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -215,26 +260,34 @@ def _schedule(optimizer: Optimizer, config: TrainConfig) -> LRScheduler:
 def _loop(run: _Run, episodes: Episodes, validator: Evaluator | None, stop: _Stop) -> str:
     config = run.config
     begun = time.monotonic() - run.seconds
-    log = MetricsLog(Path(config.out) / METRICS, keep=run.iteration)
+    writes = distributed.rank() == 0
+    logging = MetricsLog(Path(config.out) / METRICS, run.iteration) if writes else nullcontext()
     total = config.iterations if config.time_limit is None else None
-    bar = tqdm(desc=config.title, total=total, initial=run.iteration, disable=None)
+    quiet = None if writes else True
+    bar = tqdm(desc=config.title, total=total, initial=run.iteration, disable=quiet)
     stopped = ""
-    with log, bar:
+    with logging as log, bar:
         while run.iteration < config.iterations and not (stopped := stop.reason()):
-            record = run.step(episodes[run.iteration])
+            record = run.step(episodes[run.iteration], stop)
             if validator and run.iteration % config.eval_every == 0:
                 found = validator(run.learner, config.eval_steps)
                 record |= {"validation": found.mean, "validation_interval": found.interval}
             run.seconds = time.monotonic() - begun
-            log.append(record | {"seconds": round(run.seconds, 3)})
+            if log:
+                log.append(record | {"seconds": round(run.seconds, 3)})
             bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
             bar.update()
             if run.iteration % config.checkpoint_every == 0:
-                log.sync()
-                run.save()
+                _save(run, log)
+        _save(run, log)
+    return stopped or "finished"
+
+
+def _save(run: _Run, log: MetricsLog | None) -> None:
+    """Bring log and checkpoint to the disk, on the rank that has them."""
+    if log:
         log.sync()
         run.save()
-    return stopped or "finished"
 
 
 def _sources(config: TrainConfig, source: Source | None) -> tuple[Source, Evaluator | None]:
@@ -311,15 +364,32 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 
 class _Stop:
-    """Why to end the training: a signal came, or the time is up."""
+    """Why to end the training: a signal came, or the time is up.
+
+    Several processes end after the step in which the first of them has a reason.
+    """
+
+    _REASONS = ("SIGINT", "SIGTERM", "time limit")
 
     def __init__(self, minutes: float | None) -> None:
         self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        self._signal = ""
+        self._signal = self._agreed = ""
         self._before: dict[int, Any] = {}
 
     def reason(self) -> str:
         """The signal's name, ``"time limit"``, or ``""`` while the training may go on."""
+        return self._own() if distributed.world_size() == 1 else self._agreed
+
+    def votes(self) -> list[float]:
+        """A number for each reason, not 0 for the one that this process has."""
+        own = self._own()
+        return [float(reason == own) for reason in self._REASONS]
+
+    def count(self, votes: list[float]) -> None:
+        """Take notice of the sum or mean of all processes' votes."""
+        self._agreed = next((r for r, vote in zip(self._REASONS, votes, strict=True) if vote), "")
+
+    def _own(self) -> str:
         return self._signal or ("time limit" if time.monotonic() >= self._deadline else "")
 
     @contextmanager

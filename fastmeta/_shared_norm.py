@@ -1,0 +1,133 @@
+"""Batch norm whose batch is that of all ranks together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class SharedBatchNorm(_BatchNorm):
+    """Batch norm over the examples of all ranks, as if one process had them all.
+
+    What ``nn.SyncBatchNorm`` is on GPUs, on every device. Parameters, buffers and options are those
+    of ``nn.BatchNorm2d``. In ``eval()`` and where there is one process it is an ordinary batch
+    norm; in ``train()`` every rank must call it, and its gradient, as often as the others. It has a
+    first derivative alone.
+
+    Example:
+        >>> norm = SharedBatchNorm(4)
+        >>> norm(torch.randn(2, 4, 3, 3)).shape
+        torch.Size([2, 4, 3, 3])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return super().forward(x)
+        self._check_input_dim(x)
+        output, mean, var, count = _Normalise.apply(x, self.weight, self.bias, self.eps)
+        if self.track_running_stats:
+            self._track(mean, var * (count / (count - 1)))
+        return output
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.ndim < 2 or x.shape[1] != self.num_features:
+            raise ValueError(
+                f"x: expected [B, {self.num_features}, ...], got shape {list(x.shape)}"
+            )
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor) -> None:
+        self.num_batches_tracked.add_(1)
+        new = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), new)
+        self.running_var.lerp_(var.to(self.running_var.dtype), new)
+
+
+class _Normalise(torch.autograd.Function):
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` with mean and var over all ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean, var, count = _statistics(x)
+        scale = torch.rsqrt(var + eps)
+        normal = (x - _wide(mean, x)) * _wide(scale, x)
+        output = normal if weight is None else normal * _wide(weight, x) + _wide(bias, x)
+        ctx.save_for_backward(x, weight, mean, scale, count)
+        ctx.mark_non_differentiable(mean, var, count)
+        return output.to(x.dtype), mean, var, count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale, count = ctx.saved_tensors
+        normal = (x - _wide(mean, x)) * _wide(scale, x)
+        grad = grad.to(normal.dtype)
+        dims = _dims(x)
+        own = torch.stack([grad.sum(dims), (grad * normal).sum(dims)])
+        of_all = own.clone()
+        dist.all_reduce(of_all)
+        of_all /= count
+        factor = scale if weight is None else scale * weight
+        grad_x = (grad - _wide(of_all[0], x) - normal * _wide(of_all[1], x)) * _wide(factor, x)
+        grad_bias, grad_weight = (None, None) if weight is None else own
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and number of values of each channel, over all ranks.
+
+    Each rank's deviations from its own mean are joined (Chan et al. 1983), which loses no digits
+    where a mean is large.
+    """
+    dims = _dims(x)
+    wide = x if x.dtype == torch.float64 else x.float()
+    var, mean = torch.var_mean(wide, dims, correction=0)
+    count = mean.new_tensor([x.numel() // x.shape[1]])
+    parts = [mean.new_empty(2 * len(mean) + 1) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, torch.cat([mean, var, count]))
+    means, variances, counts = torch.stack(parts).split([len(mean), len(mean), 1], dim=1)
+    total = counts.sum()
+    mean = (counts * means).sum(0) / total
+    var = (counts * (variances + (means - mean).square())).sum(0) / total
+    return mean, var, total
+
+
+def _dims(x: Tensor) -> list[int]:
+    return [0, *range(2, x.ndim)]
+
+
+def _wide(channels: Tensor, x: Tensor) -> Tensor:
+    """``[C]`` as it broadcasts over ``x``."""
+    return channels.view(-1, *[1] * (x.ndim - 2))
+
+
+def share_batch_statistics(module: nn.Module) -> nn.Module:
+    """Make all batch norms of a module ``SharedBatchNorm``, in place.
+
+    For learners whose norms see all tasks at once, as a ``ProtoNet``'s: split over ranks, they then
+    compute what one process would. MAML and its relatives norm each task by itself, and need none.
+
+    Args:
+        module: any module; parameters and buffers stay the same tensors.
+
+    Returns:
+        The module; where it is a batch norm itself, the one that takes its place.
+
+    Example:
+        >>> import fastmeta as fm
+        >>> net = share_batch_statistics(fm.models.Conv4(8, ways=None))
+        >>> net.features[0][1]
+        SharedBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    """
+    if isinstance(module, _BatchNorm):
+        shared = SharedBatchNorm.__new__(SharedBatchNorm)
+        shared.__dict__ = module.__dict__.copy()
+        return shared
+    for name, child in module.named_children():
+        setattr(module, name, share_batch_statistics(child))
+    return module

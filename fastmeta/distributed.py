@@ -1,0 +1,233 @@
+"""Several processes train one learner: each has its share of the tasks, one all-reduce joins them.
+
+What a rank does in an outer step::
+
+    loss, logits = learner.meta_loss(*fm.distributed.split_tasks(episode))
+    (fm.distributed.task_weight(tasks) * loss).backward()
+    fm.distributed.average_gradients(learner)
+    optimizer.step()
+
+Without a process group there is one rank with all tasks, and the same lines run as they stand.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastmeta._shared_norm import SharedBatchNorm, share_batch_statistics
+from fastmeta.data import Episode
+
+__all__ = [
+    "SharedBatchNorm",
+    "average_gradients",
+    "process_group",
+    "rank",
+    "share_batch_statistics",
+    "split_tasks",
+    "task_slice",
+    "task_weight",
+    "world_size",
+]
+
+Value = TypeVar("Value")
+
+_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def rank() -> int:
+    """This process's number in the default process group; 0 where there is none."""
+    return dist.get_rank() if _in_group() else 0
+
+
+def world_size() -> int:
+    """The number of processes in the default process group; 1 where there is none."""
+    return dist.get_world_size() if _in_group() else 1
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """The default process group of torchrun's processes, inside a ``with`` block.
+
+    Gloo carries tensors of the CPU, NCCL those of GPUs. Nothing happens where a group is there
+    already, or where no launcher has set ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and
+    ``MASTER_PORT``.
+
+    Example:
+        >>> with process_group():
+        ...     rank(), world_size()
+        (0, 1)
+    """
+    if not dist.is_available() or _in_group() or not launched():
+        yield
+        return
+    dist.init_process_group()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def launched() -> bool:
+    """Whether torchrun, or another launcher with its variables, started this process."""
+    return all(name in os.environ for name in _LAUNCHER)
+
+
+def launch_id() -> str:
+    """What all processes and restarts of one torchrun share; ``""`` where it has no name."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if name == "none" else name
+
+
+def select_device(device: str) -> None:
+    """Make ``"cuda"`` the GPU of this process's ``LOCAL_RANK``.
+
+    Raises:
+        ValueError: a GPU by its number, which all processes would share.
+    """
+    if world_size() == 1 or torch.device(device).type != "cuda":
+        return
+    if torch.device(device).index is not None:
+        raise ValueError(
+            f"device: expected 'cuda' for {world_size()} processes, which take a GPU each, "
+            f"got {device!r}"
+        )
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def task_slice(tasks: int) -> slice:
+    """Which of ``tasks`` tasks are this rank's: as even as can be, the first ranks have one more.
+
+    Raises:
+        ValueError: fewer tasks than ranks.
+
+    Example:
+        >>> task_slice(16)
+        slice(0, 16, None)
+    """
+    size = world_size()
+    if tasks < size:
+        raise ValueError(f"tasks: expected at least one for each of {size} processes, got {tasks}")
+    each, more = divmod(tasks, size)
+    begin = rank() * each + min(rank(), more)
+    return slice(begin, begin + each + (rank() < more))
+
+
+def task_weight(tasks: int) -> float:
+    """What this rank's loss is worth among those of all ranks, which are averaged.
+
+    It is 1 where ``tasks`` tasks split evenly: ranks with more tasks than others count for more, so
+    that the mean over ranks of ``weight * mean over their tasks`` is the mean over all tasks.
+
+    Raises:
+        ValueError: fewer tasks than ranks.
+
+    Example:
+        >>> task_weight(16)
+        1.0
+    """
+    mine = task_slice(tasks)
+    return world_size() * (mine.stop - mine.start) / tasks
+
+
+def split_tasks(episode: Episode) -> Episode:
+    """This rank's tasks of an episode, by ``task_slice``; the tensors are views.
+
+    Raises:
+        ValueError: fewer tasks than ranks.
+
+    Example:
+        >>> import fastmeta as fm
+        >>> episodes = fm.data.Episodes(fm.data.Sinusoid(), 1, 10, 10, tasks=4)
+        >>> split_tasks(episodes[0]).support_x.shape
+        torch.Size([4, 10, 1])
+    """
+    if world_size() == 1:
+        return episode
+    mine = task_slice(len(episode.support_x))
+    return Episode(*(tensor[mine] for tensor in episode))
+
+
+def average_gradients(
+    learner: nn.Module | Iterable[Tensor], values: Sequence[float] = ()
+) -> list[float]:
+    """Replace every gradient by its mean over ranks, with one all-reduce of one flat tensor.
+
+    A parameter that has a gradient on some ranks counts as zero on the others, and gets the mean on
+    all of them; one that has none anywhere still has none. Every rank must make the call.
+
+    Args:
+        learner: a module, or parameters; frozen ones are left out. All are on one device.
+        values: numbers of this rank that go along in the same tensor, such as its loss; ``float32``
+            unless the parameters are wider.
+
+    Returns:
+        The mean over ranks of each of ``values``.
+
+    Raises:
+        ConnectionError: another process has ended.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Linear(2, 1)
+        >>> net(torch.ones(3, 2)).mean().backward()
+        >>> average_gradients(net, [0.5])  # one process alone: all stays as it is
+        [0.5]
+    """
+    if world_size() == 1:
+        return list(values)
+    everything = learner.parameters() if isinstance(learner, nn.Module) else learner
+    parameters = [p for p in everything if p.requires_grad]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flags = [float(p.grad is not None) for p in parameters]
+    flat = _joined(grads, [*flags, *values])
+    _all_reduce(flat)
+    flat /= world_size()
+    *means, tail = flat.split([*(g.numel() for g in grads), len(flags) + len(values)])
+    numbers = tail.tolist()
+    for parameter, grad, mean, anywhere in zip(parameters, grads, means, numbers, strict=False):
+        if anywhere:
+            # The gradient keeps its strides, which fused optimizers take to be the parameter's.
+            parameter.grad = grad.copy_(mean.view(grad.shape))
+    return numbers[len(flags) :]
+
+
+def on_first(make: Callable[[], Value]) -> Value:
+    """``make()`` on rank 0, and its result or its exception on every rank."""
+    if world_size() == 1:
+        return make()
+    outcome: list[Value | Exception | None] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = make()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[1], Exception):
+        raise outcome[1]
+    return outcome[0]  # type: ignore[return-value]
+
+
+def _in_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _joined(tensors: list[Tensor], numbers: list[float]) -> Tensor:
+    """One vector of all tensors and then the numbers, in ``float32`` or wider."""
+    device = tensors[0].device if tensors else None
+    parts = [tensor.reshape(-1) for tensor in tensors]
+    return torch.cat([*parts, torch.tensor(numbers, dtype=torch.float32, device=device)])
+
+
+def _all_reduce(flat: Tensor) -> None:
+    try:
+        dist.all_reduce(flat)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConnectionError(f"another process of this training has ended: {reason}") from error
