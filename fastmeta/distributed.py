@@ -67,11 +67,25 @@ def process_group() -> Iterator[None]:
     if not dist.is_available() or _in_group() or not launched():
         yield
         return
-    dist.init_process_group()
+    _join()
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _join() -> None:
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not shared or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        dist.init_process_group()
+        return
+    # The agent's store outlives a restart, and so do the addresses of killed processes in it. On
+    # several nodes, which count restarts each for itself, they are the launcher's to keep apart.
+    size, port = int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], port, size, is_master=False)
+    attempt = f"fastmeta/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    own = dist.PrefixStore(attempt, store)
+    dist.init_process_group(store=own, rank=int(os.environ["RANK"]), world_size=size)
 
 
 def launched() -> bool:
@@ -220,14 +234,18 @@ def _in_group() -> bool:
 
 def _joined(tensors: list[Tensor], numbers: list[float]) -> Tensor:
     """One vector of all tensors and then the numbers, in ``float32`` or wider."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
     device = tensors[0].device if tensors else None
-    parts = [tensor.reshape(-1) for tensor in tensors]
-    return torch.cat([*parts, torch.tensor(numbers, dtype=torch.float32, device=device)])
+    tail = torch.tensor(numbers, dtype=dtype, device=device)
+    return torch.cat([*(tensor.reshape(-1) for tensor in tensors), tail])
 
 
 def _all_reduce(flat: Tensor) -> None:
     try:
         dist.all_reduce(flat)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ConnectionError(f"another process of this training has ended: {reason}") from error
+        raise ConnectionError(
+            "another process of this training has ended; its own message says why"
+        ) from error
