@@ -41,10 +41,13 @@ class SharedBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
-        self.num_batches_tracked.add_(1)
-        new = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), new)
-        self.running_var.lerp_(var.to(self.running_var.dtype), new)
+        seen, running_mean, running_var = map(
+            self.get_buffer, ("num_batches_tracked", "running_mean", "running_var")
+        )
+        seen.add_(1)
+        new = 1 / seen.item() if self.momentum is None else self.momentum
+        running_mean.lerp_(mean.to(running_mean.dtype), new)
+        running_var.lerp_(var.to(running_var.dtype), new)
 
 
 class _Normalise(torch.autograd.Function):
@@ -57,7 +60,9 @@ class _Normalise(torch.autograd.Function):
         mean, var, count = _statistics(x)
         scale = torch.rsqrt(var + eps)
         normal = (x - _wide(mean, x)) * _wide(scale, x)
-        output = normal if weight is None else normal * _wide(weight, x) + _wide(bias, x)
+        output = normal
+        if weight is not None and bias is not None:
+            output = normal * _wide(weight, x) + _wide(bias, x)
         ctx.save_for_backward(x, weight, mean, scale, count)
         ctx.mark_non_differentiable(mean, var, count)
         return output.to(x.dtype), mean, var, count

@@ -26,6 +26,7 @@ from fastmeta.data import Episode
 
 __all__ = [
     "SharedBatchNorm",
+    "average_buffers",
     "average_gradients",
     "process_group",
     "rank",
@@ -82,9 +83,12 @@ def _join() -> None:
     # The agent's store outlives a restart, and so do the addresses of killed processes in it. On
     # several nodes, which count restarts each for itself, they are the launcher's to keep apart.
     size, port = int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], port, size, is_master=False)
+    # PyTorch documents both stores here, and its type hints do not have them.
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"], port, size, is_master=False
+    )
     attempt = f"fastmeta/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    own = dist.PrefixStore(attempt, store)
+    own = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
     dist.init_process_group(store=own, rank=int(os.environ["RANK"]), world_size=size)
 
 
@@ -210,6 +214,32 @@ def average_gradients(
             # The gradient keeps its strides, which fused optimizers take to be the parameter's.
             parameter.grad = grad.copy_(mean.view(grad.shape))
     return numbers[len(flags) :]
+
+
+def average_buffers(module: nn.Module, weight: float = 1.0) -> None:
+    """Replace every floating-point buffer by its mean over ranks, with one all-reduce.
+
+    For what a module remembers of its tasks, such as the moment of ``rules.CarriedAdam``. Every
+    rank must make the call.
+
+    Args:
+        module: its buffers are on one device.
+        weight: of this rank, as ``task_weight`` gives it.
+
+    Raises:
+        ConnectionError: another process has ended.
+
+    Example:
+        >>> import torch
+        >>> average_buffers(torch.nn.BatchNorm1d(3))  # one process alone: all stays as it is
+    """
+    buffers = [b for b in module.buffers() if b.is_floating_point()]
+    if world_size() == 1 or not buffers:
+        return
+    flat = weight / world_size() * _joined(buffers, [])
+    _all_reduce(flat)
+    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean.view(buffer.shape))
 
 
 def on_first(make: Callable[[], Value]) -> Value:

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, StepLR
 from tqdm import tqdm
@@ -193,6 +194,8 @@ class _Run:
             enabled=config.precision == "bfloat16",
         )
         self.parameters = list(self.learner.parameters())
+        rule = getattr(self.learner, "rule", None)
+        self.memory = nn.Module() if rule is None else rule  # what it remembers of its tasks
         self.small = sum(parameter.numel() for parameter in self.parameters) <= _SMALL
         # Fused takes half as long on a small network, and a checkpoint of another kind stays so.
         kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
@@ -212,6 +215,7 @@ class _Run:
         value, score, *votes = distributed.average_gradients(
             self.parameters, [*found, *stop.votes()]
         )
+        distributed.average_buffers(self.memory, weight)
         stop.count(votes)
         if not math.isfinite(value):
             raise FloatingPointError(

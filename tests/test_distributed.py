@@ -112,7 +112,11 @@ def trained(config: TrainConfig, **how: Any) -> dict[str, Any]:
     return seen | {"weights": numbers(weights(result)), "files": os.listdir(config.out)}
 
 
-@pytest.mark.parametrize("make", [sinusoid, maml])
+def reptile(out: Path, **options: Any) -> TrainConfig:
+    return relative("reptile", out, **options)
+
+
+@pytest.mark.parametrize("make", [sinusoid, maml, reptile])
 def test_a_run_is_that_of_one_process(tmp_path, make):
     options = {"meta_batch": 5, "eval_every": 2, "eval_tasks": 2}
     alone = trained(make(tmp_path / "a", **options))
