@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import re
+from pathlib import Path
 
 import pytest
 
+from fastmeta.compat import higher, learn2learn
 from tests.peer_scripts import FOLDER, SCRIPTS, load_peer, run
 
 # What learn2learn 0.2.0 and higher 0.2.1 computed, on one machine.
@@ -36,3 +39,25 @@ def test_scripts_differ_in_their_imports_alone(script):
     imports = [line for line in lines if re.match(r"(import|from) (learn2learn|higher)\b", line)]
     assert imports, "it imports the library"
     assert not any("fastmeta" in line for line in lines)
+
+
+def test_python_of_the_page_on_porting_runs():
+    page = Path(__file__).resolve().parents[1] / "docs" / "how-to" / "port.md"
+    namespace: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, namespace)
+
+
+MODULES = [
+    *(learn2learn.utils, learn2learn.algorithms.maml, learn2learn.algorithms.meta_sgd),
+    *(higher, higher.patch, higher.optim),
+]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_examples_of_the_docstrings(module):
+    results = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert results.attempted
+    assert results.failed == 0

@@ -73,7 +73,7 @@ def innerloop_ctx(
         >>> net, x = torch.nn.Linear(3, 1), torch.randn(5, 3)
         >>> inner = torch.optim.SGD(net.parameters(), lr=0.1)
         >>> with higher.innerloop_ctx(net, inner, copy_initial_weights=False) as (fnet, diffopt):
-        ...     diffopt.step(fnet(x).square().mean())
+        ...     params = diffopt.step(fnet(x).square().mean())
         ...     fnet(x).square().mean().backward()
         >>> net.weight.grad.shape
         torch.Size([1, 3])
