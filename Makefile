@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test cuda-test lint cuda-check bench bench-env gpu clean
+.PHONY: demo test cuda-test lint docs cuda-check bench bench-env gpu clean
 
 demo: $(VENV)/.built
 	$(RUN) -m fastmeta demo --out demo
@@ -22,6 +22,10 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+# The documentation, to build/site; a warning is an error. The variable silences an advertisement.
+docs: $(VENV)/.built
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 # Needs nvcc, but neither a GPU nor a torch with CUDA.
 cuda-check: $(VENV)/.installed

@@ -3,43 +3,25 @@
 from __future__ import annotations
 
 import doctest
-import re
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 import fastmeta as fm
-from fastmeta import cli
-from fastmeta.config import TrainConfig
+from tests.documents import check_command, commands, run_python
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 PUBLIC = [getattr(fm, name) for name in fm.__all__ if callable(getattr(fm, name))]
 
 
 def test_python_of_the_readme_runs_in_order():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 4
-    namespace: dict = {}
-    for block in blocks:
-        exec(block, namespace)
+    assert run_python(README, "README.md") >= 4
 
 
-def commands_of_the_readme() -> list[list[str]]:
-    """The arguments of every ``python -m fastmeta``."""
-    text = README.replace("\\\n", " ")
-    lines = re.findall(r"^python -m fastmeta (.*)$", text, re.MULTILINE)
-    return [shlex.split(line, comments=True) for line in lines]
-
-
-@pytest.mark.parametrize("arguments", commands_of_the_readme(), ids=" ".join)
+@pytest.mark.parametrize("arguments", commands(README), ids=" ".join)
 def test_command_lines_of_the_readme_are_valid(arguments):
-    given = vars(cli._parser().parse_args(arguments))
-    for name in ("command", "debug"):
-        given.pop(name)
-    if arguments[0] == "train":
-        assert TrainConfig(**given).algorithm == arguments[1]
+    check_command(arguments)
 
 
 @pytest.mark.parametrize("thing", PUBLIC, ids=lambda thing: thing.__name__)

@@ -92,14 +92,12 @@ def pairwise_distance(
 ) -> torch.Tensor:
     """Distances between every row of `x` and every row of `y`, for every task.
 
-    ==============  =====================================================
-    `metric`        distance (smaller is nearer)
-    ==============  =====================================================
-    sqeuclidean     sum_d (x_d - y_d)^2
-    euclidean       its square root; its gradient at distance 0 is 0
-    cosine          1 - x.y / (max(|x|, 1e-8) max(|y|, 1e-8))
-    dot             -x.y
-    ==============  =====================================================
+        sqeuclidean     sum_d (x_d - y_d)^2
+        euclidean       its square root; its gradient at distance 0 is 0
+        cosine          1 - x.y / (max(|x|, 1e-8) max(|y|, 1e-8))
+        dot             -x.y
+
+    Smaller is nearer, by every metric.
 
     Squared differences are summed as they are, or as |x|^2 + |y|^2 - 2 x.y where that is as exact
     (large arrays on a GPU), so a distance that is small beside the norms keeps its digits (the
@@ -111,7 +109,7 @@ def pairwise_distance(
     Args:
         x: [T, Q, D], or [Q, D] for one task.
         y: [T, N, D], or [N, D], same dtype and device.
-        metric: see the table.
+        metric: one of the above.
 
     Returns:
         [T, Q, N], or [Q, N]. Any of T, Q, N may be 0; over D = 0 features every difference is 0.

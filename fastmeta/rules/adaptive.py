@@ -37,7 +37,7 @@ class Adam(Rule):
         eps: above 0.
         weight_decay: at least 0: ``g_k + weight_decay theta_k`` stands for the gradient.
 
-        Each number may be an ``nn.Parameter`` ``[]`` or ``[P]`` instead, which is then learned.
+    Each number may be an ``nn.Parameter`` ``[]`` or ``[P]`` instead, which is then learned.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -175,7 +175,7 @@ class RMSProp(Rule):
         eps: above 0.
         weight_decay: at least 0: ``g_k + weight_decay theta_k`` stands for the gradient.
 
-        Each number may be an ``nn.Parameter`` ``[]`` or ``[P]`` instead, which is then learned.
+    Each number may be an ``nn.Parameter`` ``[]`` or ``[P]`` instead, which is then learned.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.

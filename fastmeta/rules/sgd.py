@@ -30,7 +30,7 @@ class SGD(Rule):
         nesterov: take the gradient where the momentum leads.
         weight_decay: at least 0.
 
-        Each number may be an ``nn.Parameter`` ``[]`` or ``[P]`` instead, which is then learned.
+    Each number may be an ``nn.Parameter`` ``[]`` or ``[P]`` instead, which is then learned.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.

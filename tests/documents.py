@@ -1,0 +1,63 @@
+"""What the tests of documents share: their code blocks and command lines."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from fastmeta import cli
+from fastmeta.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+_BLOCK = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+_TITLE = re.compile(r'title="([\w./]+)"')
+
+
+class Block(NamedTuple):
+    """A fenced block; ``source`` is the file of the repository of which it is an excerpt, if any."""
+
+    language: str
+    code: str
+    source: Path | None
+
+
+def blocks(text: str) -> Iterator[Block]:
+    for indent, language, options, code in _BLOCK.findall(text):
+        title = _TITLE.search(options)
+        source = ROOT / title[1] if title and (ROOT / title[1]).is_file() else None
+        yield Block(language, re.sub(f"^{indent}", "", code, flags=re.MULTILINE), source)
+
+
+def excerpts(text: str) -> Iterator[tuple[Path, str]]:
+    """The file and the text of every excerpt; a line of three dots parts two of them."""
+    for block in blocks(text):
+        if block.source:
+            for piece in re.split(r"^ *(?:#|//)? ?\.\.\.\n", block.code, flags=re.MULTILINE):
+                yield block.source, piece.strip("\n")
+
+
+def run_python(text: str, name: str) -> int:
+    """Runs the Python blocks in order, in one namespace. Returns how many there are."""
+    namespace: dict = {"__name__": name}
+    found = [b.code for b in blocks(text) if b.language == "python" and b.source is None]
+    for number, code in enumerate(found, 1):
+        exec(compile(code, f"{name}, block {number}", "exec"), namespace)
+    return len(found)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of every ``python -m fastmeta``."""
+    lines = re.findall(r"^\$? ?python -m fastmeta (.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def check_command(arguments: list[str]) -> None:
+    """Raises, or exits, unless the command line is valid, and the options of a training."""
+    given = vars(cli._parser().parse_args(arguments))
+    for name in ("command", "debug"):
+        given.pop(name)
+    if arguments[0] == "train":
+        assert TrainConfig(**given).algorithm == arguments[1]
