@@ -17,7 +17,7 @@ _TITLE = re.compile(r'title="([\w./]+)"')
 
 
 class Block(NamedTuple):
-    """A fenced block; ``source`` is the file of the repository of which it is an excerpt, if any."""
+    """A fenced block; ``source`` is the file of the repository that it is an excerpt of, if any."""
 
     language: str
     code: str

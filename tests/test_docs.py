@@ -64,6 +64,9 @@ def test_every_learner_has_a_page(name):
     assert f".{name}\n" in text_of(f"learners/{name}.md")
 
 
+slow = pytest.mark.timeout(900)  # the first of them builds the site
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     pytest.importorskip("mkdocstrings_handlers.python", reason="mkdocstrings is not installed")
@@ -80,11 +83,16 @@ def site(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_site_has_every_page(site):
+@slow
+def test_the_navigation_has_every_page(site):
+    html = (site / "tour.html").read_text()
     for page in PAGES:
-        assert (site / page).with_suffix(".html").exists(), page
+        place = Path(page).with_suffix(".html")
+        assert (site / place).exists(), page
+        assert page == "tour.md" or f'href="{place}"' in html, page
 
 
+@slow
 def test_the_site_loads_nothing_from_elsewhere(site):
     for page in site.rglob("*.html"):
         html = page.read_text()
@@ -92,6 +100,7 @@ def test_the_site_loads_nothing_from_elsewhere(site):
             assert tag not in html, page
 
 
+@slow
 def test_docstrings_become_sections(site):
     html = (site / "ops" / "prototypes.html").read_text()
     for word in ("Parameters:", "Returns:", "Raises:", "Examples:"):
