@@ -26,6 +26,8 @@ def text_of(page: str) -> str:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python" in text_of(page)])
 def test_python_of_a_page_runs_in_order(page, tmp_path, monkeypatch):
+    if page == "how-to/read-explain.md" and not fm.build_info()["native"]:
+        pytest.skip("it shows task programs, which the native extension has")
     monkeypatch.chdir(tmp_path)
     try:
         run_python(text_of(page), page)
