@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 USER = "tests/typed_user.py"
 
+pytestmark = pytest.mark.timeout(900)  # mypy's first run reads all of torch
+
 
 def check(*what: str) -> str:
     pytest.importorskip("mypy", reason="mypy is not installed")
