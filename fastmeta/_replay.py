@@ -1,4 +1,4 @@
-"""What a step ran under, kept so that the adjoint can run the same step again."""
+"""What a step runs under, kept so that the adjoint can run the same step again."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ class RandomState:
             for device, state in zip(self._cuda, self._cuda_states, strict=True):
                 torch.cuda.set_rng_state(state, device)
             yield
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes products in on a device now; None where it is off."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
 
 
 class AutocastState:

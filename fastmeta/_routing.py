@@ -9,10 +9,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from fastmeta._native import backend_of
+from fastmeta._replay import autocast_dtype
 from fastmeta.ops.task_batch_norm import task_batch_norm
 from fastmeta.ops.task_conv import task_conv2d
+
+
+HALF = (torch.bfloat16, torch.float16)
+
+# What autocast computes in its dtype, and in float32. PyTorch's own comes too late for what is
+# vmapped: a convolution, or a linear layer with a bias, has fallen into parts by then.
+_NARROW = {
+    *(F.conv1d, F.conv2d, F.conv3d),
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    *(F.linear, F.bilinear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__),
+    *(torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
+}
+_WIDE = {
+    *(F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm),
+    *(F.softmax, F.log_softmax, torch.softmax, torch.log_softmax),
+}
+
+
+def widened(x: Tensor) -> Tensor:
+    """Outputs for a loss: under autocast float32, as it gives them to the losses of PyTorch."""
+    return x.float() if x.dtype in HALF and torch.is_autocast_enabled(x.device.type) else x
 
 
 class RoutedLayers(TorchFunctionMode):
@@ -20,12 +43,14 @@ class RoutedLayers(TorchFunctionMode):
 
     PyTorch makes a long chain of elementwise ops of a norm's second derivative, and vmap one
     grouped convolution of those of all tasks. What the kernels do not take stays as it is: other
-    dtypes, autocast, images without a batch, groups of several channels, norms by running
-    statistics; and convolutions of bfloat16 on a CPU, which PyTorch multiplies in that type where
-    the hardware can.
+    dtypes, images without a batch, groups of several channels, norms by running statistics; and
+    convolutions of bfloat16 on a CPU, which PyTorch multiplies in that type where the hardware can.
+
+    Under autocast, products are of its dtype and norms of float32, vmapped or not.
 
     Args:
         vmapped: over tasks with weights of their own. If not, convolutions stay as they are too.
+        device: of the images; None: autocast is not looked at.
 
     Example:
         >>> import torch
@@ -35,18 +60,34 @@ class RoutedLayers(TorchFunctionMode):
         torch.Size([3, 2, 5, 6, 6])
     """
 
-    def __init__(self, vmapped: bool) -> None:
+    def __init__(self, vmapped: bool, device: torch.device | None = None) -> None:
         super().__init__()
         self._routes: dict[Any, Callable[..., Any]] = {F.batch_norm: _batch_norm}
         if vmapped:
             self._routes[F.conv2d] = _conv2d
+        self._narrow = None if device is None else autocast_dtype(device)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
+        if self._narrow is not None:
+            args, kwargs = self._cast(func, (args, kwargs))
         route = self._routes.get(func)
-        result = NotImplemented if route is None else route(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {})) if result is NotImplemented else result
+        result = NotImplemented if route is None else route(*args, **kwargs)
+        return func(*args, **kwargs) if result is NotImplemented else result
+
+    def _cast(self, func: Callable[..., Any], arguments: Any) -> Any:
+        """The arguments in the dtype that autocast computes the function in."""
+        if func not in _NARROW and func not in _WIDE:
+            return arguments
+        dtype = self._narrow if func in _NARROW else torch.float32
+
+        def cast(x: Any) -> Any:
+            takes = isinstance(x, Tensor) and x.dtype in (torch.float32, *HALF)
+            return x.to(dtype) if takes else x
+
+        return tree_map(cast, arguments)
 
 
 def _conv2d(
@@ -88,6 +129,5 @@ def _takes(op: str, images: Tensor, other: Tensor) -> bool:
     return (
         images.dim() == other.dim() == 4
         and images.dtype == other.dtype
-        and not torch.is_autocast_enabled(images.device.type)
         and backend_of(op, images.device, images.dtype) == "native"
     )

@@ -12,7 +12,7 @@ from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastmeta._routing import RoutedLayers
+from fastmeta._routing import RoutedLayers, widened
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -164,7 +164,7 @@ class TaskModule:
                     raise TypeError(
                         f"module: expected one output tensor, got {type(outputs).__name__}"
                     )
-                return outputs
+                return widened(outputs)
 
             return fn(call, *inputs)
 
@@ -180,7 +180,7 @@ class TaskModule:
 
     def _call(self, tensors: dict[str, Tensor], x: Tensor, own_weights: bool) -> Tensor:
         with ExitStack() as stack:
-            stack.enter_context(RoutedLayers(own_weights))
+            stack.enter_context(RoutedLayers(own_weights, x.device))
             for table, names in self._places:
                 values = {key: tensors[name] for key, name in names.items()}
                 stack.enter_context(_temporarily(table, values))

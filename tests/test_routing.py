@@ -88,14 +88,20 @@ def test_the_gradient_is_that_of_torchs_convolutions(first, mode, device, calls)
 
 def test_what_is_not_routed(device, calls):
     engine, (lr, *data) = engine_and_batch("dense", device, torch.float32)
-    with torch.autocast(device, torch.bfloat16):
-        engine.meta_gradient(lr, *data)
-    assert not calls
     single = [tensor[:1] for tensor in data]
     engine.meta_gradient(lr, *single)  # without vmap a convolution is an ordinary one
     assert set(calls) == {"task_batch_norm"}
     engine.meta_gradient(lr, *data)
     assert "task_conv2d" in calls
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_routes_norms_in_float32_and_convolutions_in_its_dtype(dtype, device, calls):
+    engine, batch = engine_and_batch("dense", device, torch.float32)
+    with torch.autocast(device, dtype):
+        engine.meta_gradient(*batch)
+    routed = (device, dtype) != ("cpu", torch.bfloat16)
+    assert set(calls) == {"task_batch_norm", *(["task_conv2d"] if routed else [])}
 
 
 def test_with_weights_that_the_tasks_share_norms_alone_are_routed(device, calls):

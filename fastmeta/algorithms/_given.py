@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmeta._one_op import one_op
 from fastmeta.algorithms._results import MetaGradient
 from fastmeta.algorithms.maml import MAML
 from fastmeta.functional import differentiable_once
@@ -18,6 +19,7 @@ class GivenGradient(MAML):
     ``_gradient`` gives the loss, the outputs on the queries and the meta-gradient ``[P]``.
     """
 
+    @one_op
     def meta_loss(  # type: ignore[override]  # there are no step weights
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> tuple[Tensor, Tensor]:

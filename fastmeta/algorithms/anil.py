@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta._checks import check_choice, check_data, check_integer
+from fastmeta._one_op import one_op
 from fastmeta._stateless import NORM_STATISTICS, TaskModule
 from fastmeta.algorithms._results import MetaGradient, check_queries
 from fastmeta.arena import Layout
@@ -137,6 +138,7 @@ class ANIL(nn.Module):
         """The outputs of body and head, with their current parameters."""
         return self.module(x)
 
+    @one_op
     def meta_loss(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastmeta._checks import check_choice
 from fastmeta._graphs import check_option
+from fastmeta._one_op import one_op
 from fastmeta.algorithms._clone import clone_module, shallow_copy
 from fastmeta.algorithms._explain import explain
 from fastmeta.algorithms._gradients import descend, task_gradients
@@ -146,6 +147,7 @@ class MAML(nn.Module):
         """The module's own forward, with its current parameters."""
         return self.module(*args, **kwargs)
 
+    @one_op
     def meta_loss(
         self,
         support_x: Tensor,

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastmeta._checks import check_integer
+from fastmeta._one_op import one_op
 from fastmeta.algorithms._results import MetaGradient
 from fastmeta.algorithms.maml import MAML
 from fastmeta.arena import Layout
@@ -98,6 +99,7 @@ class MAMLPlusPlus(MAML):
         share = (1 - t) / self.steps
         return [share] * (self.steps - 1) + [share + t]
 
+    @one_op
     def meta_loss(  # type: ignore[override]  # it has step weights of its own
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> tuple[Tensor, Tensor]:
