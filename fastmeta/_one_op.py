@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
@@ -25,6 +25,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 _NAME = "fastmeta::meta_loss"
 _LEARNERS: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+_METHODS: dict[str, Callable[..., Any]] = {}  # a subclass may call its parent's
 # What PyTorch dispatches by outside of compiled code, which excludes autocast, and sometimes more.
 _PLAIN = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
@@ -36,16 +37,20 @@ def one_op(meta_loss: Method) -> Method:
     runs; the parameters, the buffers and autocast are those at the call.
     """
 
+    method = meta_loss.__qualname__
+    _METHODS[method] = meta_loss
+
     @functools.wraps(meta_loss)
     def call(learner: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return _traced(learner, *args, **kwargs)
+            return _traced(method, learner, *args, **kwargs)
         return meta_loss(learner, *args, **kwargs)
 
     return cast("Method", call)
 
 
 def _traced(
+    method: str,
     learner: nn.Module,
     support_x: Tensor,
     support_y: Tensor,
@@ -57,8 +62,8 @@ def _traced(
         step_weights = torch.tensor(step_weights, dtype=torch.float64)
     inputs = *_tensors(learner), support_x, support_y, query_x, query_y
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
-    options = _key(learner), wanted, autocast_dtype(inputs[0].device), step_weights
-    return _MetaLoss.apply(*options, *inputs)
+    autocast = autocast_dtype(inputs[0].device)
+    return _MetaLoss.apply(method, _key(learner), wanted, autocast, step_weights, *inputs)
 
 
 @torch.compiler.assume_constant_result  # which makes torch.compile check that it is this learner
@@ -77,6 +82,7 @@ class _MetaLoss(Function):
     @staticmethod
     def forward(
         ctx: Any,
+        method: str,
         key: int,
         wanted: list[bool],
         autocast: torch.dtype | None,
@@ -84,7 +90,7 @@ class _MetaLoss(Function):
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
         loss, outputs, *grads = torch.ops.fastmeta.meta_loss(
-            key, inputs[:-4], inputs[-4:], step_weights, wanted, autocast
+            method, key, inputs[:-4], inputs[-4:], step_weights, wanted, autocast
         )
         ctx.wanted = wanted
         ctx.save_for_backward(*grads)
@@ -95,19 +101,20 @@ class _MetaLoss(Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         grads = [grad_loss * next(saved) if want else None for want in ctx.wanted]
-        return None, None, None, None, *grads
+        return None, None, None, None, None, *grads
 
 
 torch.library.define(
     _NAME,
-    "(int learner, Tensor[] tensors, Tensor[] data, Tensor? step_weights, bool[] wanted, "
-    "ScalarType? autocast) -> Tensor[]",
+    "(str method, int learner, Tensor[] tensors, Tensor[] data, Tensor? step_weights, "
+    "bool[] wanted, ScalarType? autocast) -> Tensor[]",
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),
 )
 
 
 @torch.library.impl(_NAME, "default")
 def _run(
+    method: str,
     key: int,
     tensors: list[Tensor],
     data: list[Tensor],
@@ -116,16 +123,16 @@ def _run(
     autocast: torch.dtype | None,
 ) -> list[Tensor]:
     """Loss, outputs, and the gradient to each of the tensors and the data that is ``wanted``."""
-    learner = cast("Any", _LEARNERS[key])
+    learner = _LEARNERS[key]
     weights = () if step_weights is None else (step_weights,)
-    own, first = _tensors(learner), tensors[0]
-    casting = nullcontext() if autocast is None else torch.autocast(first.device.type, autocast)
+    own = _tensors(learner)
+    casting = torch.autocast(tensors[0].device.type, autocast, enabled=autocast is not None)
     with torch._C._ForceDispatchKeyGuard(*_PLAIN), _holding(own, tensors), casting:
         flags = wanted[len(own) :]
         data = [x.detach().requires_grad_(flag) for x, flag in zip(data, flags, strict=True)]
         sources = [x for x, want in zip((*own, *data), wanted, strict=True) if want]
         with torch.set_grad_enabled(bool(sources)):
-            loss, outputs = learner.meta_loss(*data, *weights)
+            loss, outputs = _METHODS[method](learner, *data, *weights)
         grads: Sequence[Tensor] = ()
         if sources:
             grads = torch.autograd.grad(loss, sources, materialize_grads=True)
@@ -135,6 +142,7 @@ def _run(
 
 @torch.library.register_fake(_NAME)
 def _shapes(
+    method: str,
     key: int,
     tensors: list[Tensor],
     data: list[Tensor],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -42,6 +43,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast computes products in on a device now; None where it is off."""
     on = torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if on else None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """For what is computed in the dtype of its tensors: the updates of the inner loop."""
+    on = autocast_dtype(device) is not None
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 class AutocastState:

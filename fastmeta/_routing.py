@@ -16,7 +16,6 @@ from fastmeta._replay import autocast_dtype
 from fastmeta.ops.task_batch_norm import task_batch_norm
 from fastmeta.ops.task_conv import task_conv2d
 
-
 HALF = (torch.bfloat16, torch.float16)
 
 # What autocast computes in its dtype, and in float32. PyTorch's own comes too late for what is

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta._hvp import derivative
+from fastmeta._replay import without_autocast
 from fastmeta.arena import Layout
 from fastmeta.ops._raw import accumulation_dtype
 
@@ -118,7 +119,8 @@ class Rule(nn.Module):
         """``update`` in the precision of updates; theta comes back in its own."""
         dtype = accumulation_dtype(at.theta.dtype)
         theta, grads = at.theta.to(dtype), at.grads.to(dtype)
-        after, state = self.update(theta, grads, at.lr, at.state, at.k)
+        with without_autocast(theta.device):
+            after, state = self.update(theta, grads, at.lr, at.state, at.k)
         return after.to(at.theta.dtype), state
 
     def vjp(self, at: Step, v: Tensor, state_v: State, wants: set[str]) -> Pullback:
@@ -139,7 +141,8 @@ class Rule(nn.Module):
         with torch.enable_grad():
             after, new_state = self.step(Step(at.k, theta, grads, lr, tuple(state)))
         inputs = [theta, *state, *named.values()]
-        to_theta, *rest = derivative([after, *new_state], [v, *state_v], inputs)
+        with without_autocast(theta.device):
+            to_theta, *rest = derivative([after, *new_state], [v, *state_v], inputs)
         to_named = dict(zip(named, rest[len(state) :], strict=True))
         to_grads = to_named.pop("grads", None)
         return Pullback(to_theta, to_grads, tuple(rest[: len(state)]), to_named)
