@@ -14,7 +14,7 @@ import fastmeta as fm
 
 WAYS, STEPS = 5, 4
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BOUNDS = {torch.bfloat16: 0.05, torch.float16: 0.01}  # of a loss, relative to float32
+BOUNDS = {torch.bfloat16: 0.1, torch.float16: 0.02}  # of a loss, relative to float32
 
 
 def network() -> nn.Module:
@@ -24,7 +24,7 @@ def network() -> nn.Module:
 
 def losses(learner: nn.Module, dtype: torch.dtype | None) -> list[float]:
     """Those of a few training steps, compiled with autocast inside, or as they are in float32."""
-    optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(learner.parameters(), lr=0.05)
     scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16)
     options = {"num_classes": WAYS} if isinstance(learner, fm.ProtoNet) else {}
 

@@ -26,7 +26,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 _NAME = "fastmeta::meta_loss"
 _LEARNERS: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 _METHODS: dict[str, Callable[..., Any]] = {}  # a subclass may call its parent's
-# What PyTorch dispatches by outside of compiled code, which excludes autocast, and sometimes more.
+# What PyTorch dispatches by. Where compiled code runs, autocast is left out, and at times autograd.
 _PLAIN = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
 
@@ -136,8 +136,10 @@ def _run(
         grads: Sequence[Tensor] = ()
         if sources:
             grads = torch.autograd.grad(loss, sources, materialize_grads=True)
-    # No result of an op may share the memory of another one.
-    return [loss.detach(), outputs.contiguous(), *(grad.clone() for grad in grads)]
+    # Results of an op share no memory, and have the strides that were promised.
+    dense = torch.contiguous_format
+    copies = (grad.clone(memory_format=dense) for grad in grads)
+    return [loss.detach(), outputs.contiguous(), *copies]
 
 
 @torch.library.register_fake(_NAME)
