@@ -66,7 +66,7 @@ def _traced(
     return _MetaLoss.apply(method, _key(learner), wanted, autocast, step_weights, *inputs)
 
 
-@torch.compiler.assume_constant_result  # which makes torch.compile check that it is this learner
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # which makes torch.compile check that it is this learner
 def _key(learner: nn.Module) -> int:
     _LEARNERS[id(learner)] = learner
     return id(learner)
@@ -142,7 +142,7 @@ def _run(
     return [loss.detach(), outputs.contiguous(), *copies]
 
 
-@torch.library.register_fake(_NAME)
+@torch.library.register_fake(_NAME)  # type: ignore[untyped-decorator]
 def _shapes(
     method: str,
     key: int,
