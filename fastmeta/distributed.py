@@ -151,7 +151,7 @@ def task_weight(tasks: int) -> float:
         1.0
     """
     mine = task_slice(tasks)
-    return world_size() * (mine.stop - mine.start) / tasks
+    return float(world_size() * (mine.stop - mine.start) / tasks)
 
 
 def split_tasks(episode: Episode) -> Episode:
@@ -208,7 +208,7 @@ def average_gradients(
     _all_reduce(flat)
     flat /= world_size()
     *means, tail = flat.split([*(g.numel() for g in grads), len(flags) + len(values)])
-    numbers = tail.tolist()
+    numbers: list[float] = tail.tolist()
     for parameter, grad, mean, anywhere in zip(parameters, grads, means, numbers, strict=False):
         if anywhere:
             # The gradient keeps its strides, which fused optimizers take to be the parameter's.
