@@ -157,9 +157,9 @@ def test_rank_0_alone_writes(tmp_path):
 
 
 def test_ranks_resume_bit_for_bit(tmp_path):
-    straight = on_ranks(2, trained, relative("reptile", tmp_path / "a", iterations=6))[0]
-    on_ranks(2, trained, relative("reptile", tmp_path / "b", iterations=3))
-    config = relative("reptile", tmp_path / "b", iterations=6)
+    straight = on_ranks(2, trained, reptile(tmp_path / "a", iterations=6))[0]
+    on_ranks(2, trained, reptile(tmp_path / "b", iterations=3, lr_cosine=6))
+    config = reptile(tmp_path / "b", iterations=6)
     resumed = on_ranks(2, trained_on, config)
     assert resumed[0]["weights"] == resumed[1]["weights"] == straight["weights"]
     for other in resumed:
