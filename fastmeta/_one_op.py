@@ -60,7 +60,9 @@ def _traced(
 ) -> tuple[Tensor, Tensor]:
     if step_weights is not None and not isinstance(step_weights, Tensor):
         step_weights = torch.tensor(step_weights, dtype=torch.float64)
-    inputs = *_tensors(learner), support_x, support_y, query_x, query_y
+    # Views, as torch.compile takes no tensor twice, and queries may be the support.
+    data = [x.view_as(x) for x in (support_x, support_y, query_x, query_y)]
+    inputs = *_tensors(learner), *data
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
     autocast = autocast_dtype(inputs[0].device)
     return _MetaLoss.apply(method, _key(learner), wanted, autocast, step_weights, *inputs)
