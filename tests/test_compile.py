@@ -240,7 +240,6 @@ def test_hvp(mode, device):
         inputs = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
         inputs = [x.to(device) for x in inputs]
         assert relative_error(compiled(*inputs), product(*inputs)) < EXACT
-    assert graphs() <= 2
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor takes a C++ compiler")
