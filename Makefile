@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+PACKAGE := $(shell find fastmeta -name '*.py')
 
-.PHONY: demo test cuda-test lint docs cuda-check bench bench-env gpu clean
+.PHONY: demo test test-examples cuda-test lint docs cuda-check bench bench-env gpu clean
 
 demo: $(VENV)/.built
 	$(RUN) -m fastmeta demo --out demo
@@ -12,6 +13,11 @@ demo: $(VENV)/.built
 test: $(VENV)/.built lint
 	$(RUN) -m pytest
 	@$(MAKE) --no-print-directory cuda-test
+
+# The examples as a user runs them: fastmeta from its wheel, away from the sources, and from C++.
+test-examples: .venv-wheel/.installed
+	FASTMETA_EXAMPLES_PYTHON=$(CURDIR)/.venv-wheel/bin/python \
+		$(RUN) -m pytest tests/test_examples.py tests/test_wheel.py tests/test_cpp_install.py
 
 # The CUDA kernels on the CPU. Where g++ has no sanitizers it says so and ends with 3.
 cuda-test: $(VENV)/.installed
@@ -61,5 +67,15 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
+# The wheel, and beside it the packages of $(VENV); its own fastmeta comes first.
+.venv-wheel/.installed: $(VENV)/.built $(PACKAGE) README.md
+	rm -rf .venv-wheel dist build/lib*
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv --without-pip .venv-wheel
+	$(VENV)/bin/pip --python .venv-wheel install --quiet --disable-pip-version-check --no-deps dist/fastmeta-*.whl
+	$(RUN) -c "import site; print(site.getsitepackages()[0])" \
+		> $$(.venv-wheel/bin/python -c "import site; print(site.getsitepackages()[0])")/packages.pth
+	@touch $@
+
 clean:
-	rm -rf build dist demo *.egg-info fastmeta/_C*.so $(VENV)/.built
+	rm -rf build dist demo *.egg-info fastmeta/_C*.so $(VENV)/.built .venv-wheel

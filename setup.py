@@ -8,13 +8,16 @@ Environment:
                          vector instructions of the CPU kernels (default: this machine's)
   TORCH_CUDA_ARCH_LIST   GPU architectures, as everywhere in PyTorch
 
-`python setup.py plan` prints sources and flags, one per line: CMakeLists.txt builds from it, and
-`make cuda-check` compiles with its flags.
+`python setup.py plan` prints sources, flags, the folder of the objects and the kernels' own files,
+one per line: CMakeLists.txt builds from it, and `make cuda-check` compiles with its flags. A
+`python_source` is of the Python module alone, a `source` also of the C++ library.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -84,6 +87,31 @@ def is_cuda(source: str) -> bool:
     return source.endswith((".cu", "_cuda.cpp"))
 
 
+@functools.cache
+def is_torch_free(file: str) -> bool:
+    """Whether a file of csrc, with what it includes, compiles without torch."""
+    text = (ROOT / "csrc" / file).read_text(encoding="utf-8")
+    includes = re.findall(r"^#include ([<\"])([^>\"]+)", text, re.MULTILINE)
+    return all(
+        is_torch_free(name)
+        if quote == '"'
+        else not name.startswith(("ATen/", "c10/", "torch/", "pybind11/"))
+        for quote, name in includes
+    )
+
+
+def kernel_files() -> list[str]:
+    """Kernels and their headers that C++ and CUDA programs use without torch."""
+    csrc = ROOT / "csrc"
+    found = sorted(p.relative_to(csrc).as_posix() for p in csrc.rglob("*.*"))
+    return [f for f in found if f.endswith((".h", ".cuh", ".cu")) and is_torch_free(f)]
+
+
+def objects_folder(torch) -> str:
+    """One for all builds (in place, editable, wheel, CMake), so that each source compiles once."""
+    return f"build/objects-{sys.implementation.cache_tag}-torch{torch.__version__}"
+
+
 def compile_flags(chosen_isa: str, cuda: bool) -> list[str]:
     capability = ISA_CAPABILITY[chosen_isa]
     return [
@@ -129,11 +157,16 @@ def extension():
         sources(cuda),
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         extra_compile_args={"cxx": cxx, "nvcc": NVCC_FLAGS},
-        extra_link_args=["-fopenmp"],
+        # Python's own flags ask for debug information, nine tenths of the file.
+        extra_link_args=["-fopenmp", "-Wl,--strip-debug"],
         py_limited_api=False,
     )
 
     class Build(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.build_temp = objects_folder(torch)
+
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
@@ -149,11 +182,15 @@ def print_plan() -> None:
 
     cuda = with_cuda(torch)
     for source in sources(cuda):
-        print("source", source)
+        kind = "python_source" if source.startswith("csrc/python/") else "source"
+        print(kind, source)
     for option in compile_flags(isa(torch), cuda):
         print("flag", option)
     for option in [*COMMON_NVCC_FLAGS, *NVCC_FLAGS]:
         print("nvcc_flag", option)
+    print("objects", objects_folder(torch))
+    for file in kernel_files():
+        print("kernel", file)
 
 
 if sys.argv[1:] == ["plan"]:

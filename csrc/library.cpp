@@ -1,11 +1,7 @@
-// Every op of fastmeta on one page: the schemas, and the Python module that says what was built.
+// Every op of fastmeta on one page: the schemas.
 // T tasks, S support examples, Q queries, N ways, D features, P parameters; formulas in
 // <op>/<op>.h.
-#include <pybind11/pybind11.h>
 #include <torch/library.h>
-#include <torch/version.h>
-
-#include "task_program/prepared.h"
 
 TORCH_LIBRARY(fastmeta, m) {
   // params, grads [T, P]; lr [T or 1, P or 1], float32 for bfloat16 and float16 -> [T, P]
@@ -135,27 +131,4 @@ TORCH_LIBRARY(fastmeta, m) {
       " Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, float[] step_weights,"
       " int steps, bool first_order, bool keep, bool lr_grad)"
       " -> (Tensor loss, Tensor outputs, Tensor grad_parameters, Tensor grad_lr)");
-}
-
-namespace {
-
-pybind11::dict build_info() {
-  pybind11::dict info;
-  info["compiler"] = "g++ " __VERSION__;
-  info["torch"] = TORCH_VERSION;
-  info["isa"] = FASTMETA_ISA;
-#ifdef FASTMETA_CUDA
-  info["cuda"] = true;
-#else
-  info["cuda"] = false;
-#endif
-  return info;
-}
-
-}  // namespace
-
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Loads the fastmeta ops into torch.ops.fastmeta.";
-  m.def("build_info", &build_info, "How this extension was compiled.");
-  fastmeta::bind_prepared_step(m);
 }

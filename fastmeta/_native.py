@@ -11,18 +11,41 @@ import os
 import warnings
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from mmap import ACCESS_READ, mmap
 from typing import Any
 
 import torch
 
-try:
-    from fastmeta import _C as _C  # type: ignore[attr-defined]
 
-    UNAVAILABLE = ""
-except ImportError as error:
-    _C = None
-    built = "cannot import name '_C'" not in str(error)
-    UNAVAILABLE = str(error) if built else "it was installed without the compiled extension"
+def _compiled_with(file: str) -> str:
+    """The torch that an extension was compiled with, read without loading it; empty if unknown."""
+    mark = b"fastmeta compiled with torch "
+    with open(file, "rb") as opened, mmap(opened.fileno(), 0, access=ACCESS_READ) as content:
+        at = content.find(mark)
+        return "" if at < 0 else content[at + len(mark) : content.find(b"\0", at)].decode()
+
+
+def _load() -> tuple[Any, str]:
+    """The extension, or None and why it cannot be used."""
+    spec = find_spec("fastmeta._C")
+    if spec is None or spec.origin is None:
+        return None, "it was installed without the compiled extension"
+    compiled, running = _compiled_with(spec.origin), torch.__version__
+    # libtorch's C++ ABI changes between minor versions: what loads might crash later.
+    if compiled and compiled.split(".")[:2] != running.split(".")[:2]:
+        return None, (
+            f"it was compiled with torch {compiled}, and this is torch {running}; "
+            "install fastmeta again from its sources, with pip install --no-build-isolation"
+        )
+    try:
+        return import_module("fastmeta._C"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+_C, UNAVAILABLE = _load()
 
 OPS = ("inner_update", "prototypes", "pairwise_distance", "prototype_loss", "linear_head")
 CONVOLUTION = "task_conv2d"

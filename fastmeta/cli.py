@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import signal
 import sys
 import traceback
@@ -15,10 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import fastmeta as fm
 from fastmeta import distributed
 from fastmeta._allocator import keep_freed_memory
-from fastmeta._native import DTYPES, OPS
 from fastmeta._timing import duration
 from fastmeta.config import (
     ALGORITHMS,
@@ -79,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_eval(commands)
     _add_compare(commands)
-    _add_command(commands, "info", _info, "say what is built and which backend each op uses")
+    _add_command(commands, "info", _info, "say what a bug report needs: versions, build, backends")
     demo = _add_command(commands, "demo", _demo, "meta-train twice, compare speed, in 2.5 minutes")
     demo.add_argument("--out", metavar="DIR", required=True, help="folder for runs and picture")
     demo.add_argument("--seconds", type=float, help="training time of each learner (45)")
@@ -314,28 +311,10 @@ def _name() -> str:
 
 
 def _info(_: dict[str, Any]) -> int:
-    rows = {"fastmeta": fm.__version__, **fm.build_info()}
-    rows |= {"torch": torch.__version__, "Python": platform.python_version()}
-    rows |= {"CPU threads": f"{torch.get_num_threads()} of {os.cpu_count()}"}
-    rows |= {"CPU instructions": torch.backends.cpu.get_cpu_capability()}
-    rows |= {"GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        print(f"{name:{width}}  {value}")
-    print(f"\n{_backend_table()}")
+    from fastmeta.info import report
+
+    print(report())
     return 0
-
-
-def _backend_table() -> str:
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    columns = [(device, dtype) for device in devices for dtype in DTYPES]
-    names = [str(dtype).removeprefix("torch.") for _, dtype in columns]
-    heads = [f"{device} {name}" for (device, _), name in zip(columns, names, strict=True)]
-    lines = ["".join(["op".ljust(19), *(f"{head:<15}" for head in heads)]).rstrip()]
-    for op in OPS:
-        backends = (fm.backend_of(op, torch.device(device), dtype) for device, dtype in columns)
-        lines.append("".join([f"{op:<19}", *(f"{backend:<15}" for backend in backends)]).rstrip())
-    return "\n".join(lines)
 
 
 def _demo(given: dict[str, Any]) -> int:

@@ -205,12 +205,14 @@ def test_evaluation_prints_one_line_and_writes_it(tmp_path, capsys):
 # info
 
 
-def test_info_names_versions_and_backends(capsys):
+def test_info_names_versions_and_backends(capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
     assert re.search(rf"^torch +{re.escape(torch.__version__)}$", out, re.MULTILINE)
     assert re.search(r"^CPU threads +\d+ of \d+$", out, re.MULTILINE)
-    for op in ("inner_update", "prototypes", "pairwise_distance", "prototype_loss"):
+    assert re.search(r"^environment .*\bOMP_NUM_THREADS=3\b", out, re.MULTILINE)
+    for op in ("inner_update", "prototypes", "pairwise_distance", "prototype_loss", "task_program"):
         dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         backends = [fm.backend_of(op, torch.device("cpu"), dtype) for dtype in dtypes]
         row = next(line for line in out.splitlines() if line.startswith(op))

@@ -22,10 +22,26 @@ def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.Compl
 def test_one_recursive_glob_feeds_both_builds():
     plan = run(sys.executable, "setup.py", "plan", FASTMETA_CUDA="0")
     assert plan.returncode == 0, plan.stderr
-    listed = {line[7:] for line in plan.stdout.splitlines() if line.startswith("source ")}
+    lines = [line.split(" ", 1) for line in plan.stdout.splitlines()]
+    listed = {name for kind, name in lines if kind in ("source", "python_source")}
     present = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.cpp")}
     assert listed == {p for p in present if not p.endswith("_cuda.cpp")}
     assert "setup.py plan" in (ROOT / "CMakeLists.txt").read_text()
+    library = {name for kind, name in lines if kind == "source"}
+    assert not [name for name in library if "pybind11" in (ROOT / name).read_text()]
+
+
+def test_the_kernels_headers_compile_without_torch(tmp_path):
+    plan = run(sys.executable, "setup.py", "plan", FASTMETA_CUDA="0")
+    kernels = [line[7:] for line in plan.stdout.splitlines() if line.startswith("kernel ")]
+    assert {"prototypes/prototypes.h", "prototypes/prototypes.cu"} <= set(kernels)
+    assert "common/gemm.h" not in kernels and "prototypes/check.h" not in kernels
+    program = tmp_path / "all.cpp"
+    headers = [name for name in kernels if name.endswith(".h")]
+    program.write_text("".join(f'#include "{name}"\n' for name in headers))
+    command = ("g++", "-std=c++20", "-fsyntax-only", "-I", "csrc", str(program))
+    compiled = run(*command, CPATH="", CPLUS_INCLUDE_PATH="")
+    assert compiled.returncode == 0, compiled.stderr
 
 
 @pytest.mark.parametrize(
@@ -79,21 +95,34 @@ assert model.weight.grad.abs().sum() > 0
 """
 
 
-def test_without_the_extension_everything_works_and_says_so(tmp_path):
-    shutil.copytree(
-        ROOT / "fastmeta",
-        tmp_path / "fastmeta",
-        ignore=shutil.ignore_patterns("_C*", "__pycache__"),
-    )
+def in_copy(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs Python where `folder` holds a copy of the package without its extension."""
+    ignored = shutil.ignore_patterns("_C*", "__pycache__")
+    shutil.copytree(ROOT / "fastmeta", folder / "fastmeta", ignore=ignored, dirs_exist_ok=True)
     # Without `site` (-S), so that an editable install's import hook does not find the extension.
-    path = os.pathsep.join([str(tmp_path), sysconfig.get_path("purelib")])
+    path = os.pathsep.join([str(folder), sysconfig.get_path("purelib")])
+    environment = {"PYTHONPATH": path, "FASTMETA_BACKEND": ""}
+    return run(sys.executable, "-S", *arguments, cwd=folder, **environment)
 
-    def python(*arguments: str) -> subprocess.CompletedProcess:
-        return run(
-            sys.executable, "-S", *arguments, cwd=tmp_path, PYTHONPATH=path, FASTMETA_BACKEND=""
-        )
 
-    script = python("-c", SCRIPT)
+def test_without_the_extension_everything_works_and_says_so(tmp_path):
+    script = in_copy(tmp_path, "-c", SCRIPT)
     assert script.returncode == 0, script.stderr
-    info = python("-m", "fastmeta", "info")
+    info = in_copy(tmp_path, "-m", "fastmeta", "info")
     assert info.returncode == 0 and "without the compiled extension" in info.stdout
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"\0fastmeta compiled with torch 1.13.2\0", "it was compiled with torch 1.13.2"),
+        (b"not a library", "invalid ELF header"),
+    ],
+)
+def test_an_extension_that_does_not_fit_is_left_alone(content, reason, tmp_path):
+    (tmp_path / "fastmeta").mkdir()
+    (tmp_path / "fastmeta" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(content)
+    code = "import fastmeta as fm; print(fm.backend_of('prototypes'), fm.build_info()['reason'])"
+    script = in_copy(tmp_path, "-W", "ignore", "-c", code)
+    assert script.returncode == 0, script.stderr
+    assert script.stdout.startswith("torch ") and reason in script.stdout

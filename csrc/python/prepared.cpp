@@ -1,7 +1,7 @@
 // The meta-gradient of a call that came before, on other values: checks that nothing else has
 // changed and runs the op. In C++, because for a small network the checks in Python take half as
 // long as the work.
-#include "task_program/prepared.h"
+#include "python/prepared.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>

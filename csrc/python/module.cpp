@@ -1,0 +1,31 @@
+// The Python module: it loads the ops into torch.ops.fastmeta, and says how they were built.
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
+
+#include "python/prepared.h"
+
+namespace {
+
+// fastmeta/_native.py looks for this text in the file before it loads it.
+[[gnu::used]] constexpr char kCompiledWith[] = "fastmeta compiled with torch " TORCH_VERSION;
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["compiler"] = "g++ " __VERSION__;
+  info["torch"] = TORCH_VERSION;
+  info["isa"] = FASTMETA_ISA;
+#ifdef FASTMETA_CUDA
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Loads the fastmeta ops into torch.ops.fastmeta.";
+  m.def("build_info", &build_info, "How this extension was compiled.");
+  fastmeta::bind_prepared_step(m);
+}
