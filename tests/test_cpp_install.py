@@ -26,8 +26,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
-    env = {**os.environ, "PATH": TOOLS, **environment}
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    env = {**os.environ, "PATH": TOOLS}
     words = [str(word) for word in command]
     done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}{done.stderr}"
@@ -57,12 +57,12 @@ def prefix(build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return (folder / "installed").rename(folder / "moved")
 
 
-def built(example: str, folder: Path, *prefixes: str | Path, **environment: str) -> Path:
+def built(example: str, folder: Path, *prefixes: str | Path, nvcc: str = "NOTFOUND") -> Path:
     """Configures and builds a copy of an example; returns the folder of its programs."""
     shutil.copytree(EXAMPLES / example, folder / "source")
     path = ";".join(map(str, prefixes))
     run("cmake", "-S", "source", "-B", "build", "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={path}",
-        cwd=folder, **environment)  # fmt: skip
+        f"-DCMAKE_CUDA_COMPILER={nvcc}", cwd=folder)  # fmt: skip
     run("cmake", "--build", "build", cwd=folder)
     return folder / "build"
 
@@ -104,16 +104,17 @@ def test_tasks_are_adapted_from_cpp(prefix, tmp_path):
 
 
 def test_kernels_need_no_torch(prefix, tmp_path):
-    out = run(built("raw_pointers", tmp_path, prefix, CUDACXX="") / "nearest_prototype")
+    out = run(built("raw_pointers", tmp_path, prefix) / "nearest_prototype")
     assert "relative error of the gradient" in out
 
 
+@pytest.mark.timeout(1200)
 def test_cuda_kernels_link_without_torch(prefix, tmp_path):
     try:
         nvcc = find_toolkit().nvcc
     except ToolkitMissing as error:
         pytest.skip(str(error))
-    programs = built("raw_pointers", tmp_path, prefix, CUDACXX=nvcc)
+    programs = built("raw_pointers", tmp_path, prefix, nvcc=nvcc)
     done = subprocess.run([programs / "nearest_prototype_cuda"], capture_output=True, text=True)
     if done.returncode == NO_GPU:
         assert "there is no GPU" in done.stderr
