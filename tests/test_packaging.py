@@ -31,15 +31,13 @@ def test_one_recursive_glob_feeds_both_builds():
     assert not [name for name in library if "pybind11" in (ROOT / name).read_text()]
 
 
-def test_the_kernels_headers_compile_without_torch(tmp_path):
+def test_the_kernels_headers_compile_without_torch():
     plan = run(sys.executable, "setup.py", "plan", FASTMETA_CUDA="0")
     kernels = [line[7:] for line in plan.stdout.splitlines() if line.startswith("kernel ")]
     assert {"prototypes/prototypes.h", "prototypes/prototypes.cu"} <= set(kernels)
     assert "common/gemm.h" not in kernels and "prototypes/check.h" not in kernels
-    program = tmp_path / "all.cpp"
-    headers = [name for name in kernels if name.endswith(".h")]
-    program.write_text("".join(f'#include "{name}"\n' for name in headers))
-    command = ("g++", "-std=c++20", "-fsyntax-only", "-I", "csrc", str(program))
+    headers = [f"csrc/{name}" for name in kernels if name.endswith(".h")]
+    command = ("g++", "-std=c++20", "-fsyntax-only", "-I", "csrc", "-x", "c++", *headers)
     compiled = run(*command, CPATH="", CPLUS_INCLUDE_PATH="")
     assert compiled.returncode == 0, compiled.stderr
 
@@ -116,7 +114,7 @@ def test_without_the_extension_everything_works_and_says_so(tmp_path):
     "content, reason",
     [
         (b"\0fastmeta compiled with torch 1.13.2\0", "it was compiled with torch 1.13.2"),
-        (b"not a library", "invalid ELF header"),
+        (b"no library", "file too short"),
     ],
 )
 def test_an_extension_that_does_not_fit_is_left_alone(content, reason, tmp_path):
