@@ -74,7 +74,9 @@ def test_the_python_module_of_cmake_loads(build):
     code = f"""
 import importlib.util, torch
 spec = importlib.util.spec_from_file_location("fastmeta._C", {str(module)!r})
-print(importlib.util.module_from_spec(spec).build_info()["torch"])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.build_info()["torch"])
 """
     assert run(sys.executable, "-c", code).strip() == torch.__version__.split("+")[0]
 
