@@ -9,6 +9,7 @@ those of one process that has all tasks, in float64 to the last digits.
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -52,9 +53,7 @@ def meta_gradient(learner: fm.ProtoNet | fm.ANIL, episode: fm.data.Episode) -> T
     return torch.cat([p.grad.flatten() for p in learner.parameters()])
 
 
-def process(rank: int, store: str, expected: dict[str, Tensor]) -> None:
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=PROCESSES)
-    torch.set_num_threads(1)
+def compare(rank: int, expected: dict[str, Tensor]) -> None:
     # Buffers are the same on all ranks already: shared statistics, or none in use. The option's
     # newer name is not known to every version of PyTorch.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
@@ -67,6 +66,13 @@ def process(rank: int, store: str, expected: dict[str, Tensor]) -> None:
             print(f"{name}: largest entry {largest:.3f}, differs by at most {difference:.1e}")
         if not difference < 1e-9:
             raise SystemExit(f"{name}: the gradient of {PROCESSES} processes is another one")
+
+
+def process(rank: int, store: str, expected: dict[str, Tensor]) -> None:
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=PROCESSES)
+    torch.set_num_threads(1)
+    compare(rank, expected)
+    gc.collect()  # a DDP module that outlives the group can wait for the group's thread forever
     dist.destroy_process_group()
 
 

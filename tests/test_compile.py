@@ -76,9 +76,11 @@ def gradient(step: Callable, learner: nn.Module, tasks: Tasks) -> list[Tensor]:
 
 
 def hold_together(compiled: list[Tensor], eager: list[Tensor], bound: float) -> None:
+    # Beside the largest of all: a bias ahead of a batch norm has a gradient of rounding alone.
+    largest = max(float(x.detach().abs().max()) for x in eager)
     for actual, expected in zip(compiled, eager, strict=True):
-        assert actual.dtype == expected.dtype
-        assert relative_error(actual, expected) <= bound
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+        assert (actual - expected).detach().abs().max() <= bound * largest
 
 
 OF_IMAGES = ("ANIL", "MAML", "MAML functional")
