@@ -265,7 +265,8 @@ def _check_trees(params: Any, vector: Any, batch: Sequence[Tensor]) -> int:
         if leaf.device != direction.device:
             raise ValueError(f"vector: expected device {leaf.device}, got {direction.device}")
     tasks = leaves[0].shape[0]
-    counts = {tensor.shape[0] for tensor in [*leaves, *batch]}
-    if counts != {tasks}:
-        raise ValueError(f"expected {tasks} tasks in every tensor, got {sorted(counts)}")
+    # One comparison a tensor: a set of sizes would fix them in a graph of torch.compile's.
+    counts = [tensor.shape[0] for tensor in [*leaves, *batch]]
+    if any(count != tasks for count in counts):
+        raise ValueError(f"expected {tasks} tasks in every tensor, got {sorted(set(counts))}")
     return tasks
