@@ -233,8 +233,10 @@ def average_buffers(module: nn.Module, weight: float = 1.0) -> None:
         >>> import torch
         >>> average_buffers(torch.nn.BatchNorm1d(3))  # one process alone: all stays as it is
     """
+    if world_size() == 1:
+        return
     buffers = [b for b in module.buffers() if b.is_floating_point()]
-    if world_size() == 1 or not buffers:
+    if not buffers:
         return
     flat = weight / world_size() * _joined(buffers, [])
     _all_reduce(flat)

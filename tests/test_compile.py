@@ -230,6 +230,55 @@ def test_errors_are_those_of_the_learner(device):
         compiled(batch.support_x, batch.support_y + 4, batch.query_x, batch.query_y)
 
 
+def labels(tasks: int, count: int) -> Tensor:
+    return torch.arange(count).remainder(3).repeat(tasks, 1)
+
+
+# op -> its inputs for a number of tasks, and a call
+OPS: dict[str, tuple[Callable[[int], tuple[Tensor, ...]], Callable[..., Any]]] = {
+    "prototypes": (
+        lambda t: (torch.rand(t, 6, 5), labels(t, 6)),
+        lambda x, y: fm.prototypes(x, y, 3),
+    ),
+    "pairwise_distance": (
+        lambda t: (torch.rand(t, 8, 5), torch.rand(t, 3, 5)),
+        fm.pairwise_distance,
+    ),
+    "prototype_loss": (
+        lambda t: (torch.rand(t, 8, 5), labels(t, 8), torch.rand(t, 3, 5)),
+        fm.prototype_loss,
+    ),
+    "inner_update": (
+        lambda t: (torch.rand(t, 11), torch.rand(t, 11)),
+        lambda p, g: fm.inner_update(p, g, 0.1),
+    ),
+    "linear_head": (
+        lambda t: (torch.rand(t, 6, 5), labels(t, 6), torch.rand(3, 5)),
+        lambda x, y, w: fm.linear_head(x, y, w, lr=0.1, steps=4)[0],
+    ),
+    "task_conv2d": (
+        lambda t: (torch.rand(t, 2, 4, 9, 9), torch.rand(t, 6, 4, 3, 3)),
+        fm.task_conv2d,
+    ),
+    "task_batch_norm": (
+        lambda t: (torch.rand(t, 7, 4, 9, 9), torch.rand(t, 4)),
+        fm.task_batch_norm,
+    ),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_makes_no_new_graph_for_another_number_of_tasks(op, device):
+    make, call = OPS[op]
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    made = []
+    for tasks in (19, 17, 23):
+        inputs = [x.to(device) for x in make(tasks)]
+        torch.testing.assert_close(compiled(*inputs), call(*inputs))
+        made.append(graphs())
+    assert made[0] == made[-1]
+
+
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_hvp(mode, device):
     def product(w: Tensor, v: Tensor, x: Tensor) -> Tensor:
