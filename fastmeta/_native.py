@@ -14,6 +14,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from mmap import ACCESS_READ, mmap
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +28,21 @@ def _compiled_with(file: str) -> str:
         return "" if at < 0 else content[at + len(mark) : content.find(b"\0", at)].decode()
 
 
+def _why_missing(package: Path) -> str:
+    """Sources that Python finds because it runs in their folder hide what was installed from them."""
+    if (package.parent / "setup.py").exists():
+        return (
+            f"it is imported from its sources in {package.parent}, where nothing is compiled; "
+            "start Python in another folder, or install it with pip's --editable"
+        )
+    return "it was installed without the compiled extension"
+
+
 def _load() -> tuple[Any, str]:
     """The extension, or None and why it cannot be used."""
     spec = find_spec("fastmeta._C")
     if spec is None or spec.origin is None:
-        return None, "it was installed without the compiled extension"
+        return None, _why_missing(Path(__file__).parent)
     compiled, running = _compiled_with(spec.origin), torch.__version__
     # libtorch's C++ ABI changes between minor versions: what loads might crash later.
     if compiled and compiled.split(".")[:2] != running.split(".")[:2]:

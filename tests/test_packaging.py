@@ -110,6 +110,14 @@ def test_without_the_extension_everything_works_and_says_so(tmp_path):
     assert info.returncode == 0 and "without the compiled extension" in info.stdout
 
 
+def test_sources_that_hide_the_installed_package_say_so(tmp_path):
+    (tmp_path / "setup.py").touch()
+    info = in_copy(tmp_path, "-m", "fastmeta", "info")
+    assert info.returncode == 0, info.stderr
+    assert f"imported from its sources in {tmp_path}" in info.stdout
+    assert "another folder" in info.stdout
+
+
 @pytest.mark.parametrize(
     "content, reason",
     [
