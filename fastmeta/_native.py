@@ -29,7 +29,7 @@ def _compiled_with(file: str) -> str:
 
 
 def _why_missing(package: Path) -> str:
-    """Sources that Python finds because it runs in their folder hide what was installed from them."""
+    """Sources come before what was installed from them where Python runs in their folder."""
     if (package.parent / "setup.py").exists():
         return (
             f"it is imported from its sources in {package.parent}, where nothing is compiled; "

@@ -27,7 +27,8 @@ _NAME = "fastmeta::meta_loss"
 _LEARNERS: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 _METHODS: dict[str, Callable[..., Any]] = {}  # a subclass may call its parent's
 # What PyTorch dispatches by. Where compiled code runs, autocast is left out, and at times autograd.
-_PLAIN = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+with torch.inference_mode(False):  # whatever the mode of who imports
+    _PLAIN = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
 
 def one_op(meta_loss: Method) -> Method:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmeta as fm
+from fastmeta import _one_op
 from tests.networks import Tasks, build, classification, relative_error
 
 EXACT = 1e-10
@@ -306,3 +309,14 @@ def test_by_inductor(name, device):
             gradient(step, learner, batch), gradient(step_of(learner), learner, batch), EXACT
         )
     assert graphs() == 1
+
+
+def test_an_import_in_inference_mode_leaves_its_dispatch_outside():
+    code = """
+import torch
+with torch.inference_mode():
+    from fastmeta import _one_op
+print(_one_op._PLAIN)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(_one_op._PLAIN)
