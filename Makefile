@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 PACKAGE := $(shell find fastmeta -name '*.py')
 
-.PHONY: demo test test-examples cuda-test lint docs cuda-check bench bench-env gpu clean
+.PHONY: demo test test-examples test-torch cuda-test lint docs cuda-check bench bench-env gpu clean
 
 demo: $(VENV)/.built
 	$(RUN) -m fastmeta demo --out demo
@@ -18,6 +18,10 @@ test: $(VENV)/.built lint
 test-examples: .venv-wheel/.installed
 	FASTMETA_EXAMPLES_PYTHON=$(CURDIR)/.venv-wheel/bin/python \
 		$(RUN) -m pytest tests/test_examples.py tests/test_wheel.py tests/test_cpp_install.py
+
+# The tests with a wheel for another torch: make test-torch TORCH=2.15.0
+test-torch: $(VENV)/.installed
+	$(RUN) -m tests.other_torch $(TORCH)
 
 # The CUDA kernels on the CPU. Where g++ has no sanitizers it says so and ends with 3.
 cuda-test: $(VENV)/.installed

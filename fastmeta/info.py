@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
@@ -9,7 +10,6 @@ import subprocess
 from pathlib import Path
 
 import torch
-from torch.utils.cpp_extension import CUDA_HOME
 
 import fastmeta as fm
 from fastmeta._native import DTYPES, NAMES
@@ -36,7 +36,7 @@ def report() -> str:
         "CUDA of torch": torch.version.cuda or "none",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "g++": _version(os.environ.get("CXX", "g++")),
-        "nvcc": _version(f"{CUDA_HOME}/bin/nvcc" if CUDA_HOME else "nvcc"),
+        "nvcc": _version(_nvcc()),
         "environment": _environment(),
     }
     width = max(map(len, rows))
@@ -61,6 +61,15 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
+
+
+def _nvcc() -> str:
+    """The one that a build takes."""
+    # It would log that there is no GPU, which the report says in its place.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return f"{CUDA_HOME}/bin/nvcc" if CUDA_HOME else "nvcc"
 
 
 def _version(compiler: str) -> str:
