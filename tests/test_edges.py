@@ -241,6 +241,11 @@ BAD_INPUT = {
     "layer sizes": (lambda g: fm.inner_update(g.p, g.p, g.p[:, 0], layer_sizes=(3, 3)), ValueError, "layer_sizes must sum to P = 7; got lr [2], sum 6"),
     "tree": (lambda g: fm.inner_update({"a": g.p}, {"b": g.p}, 0.1), ValueError, "grads must have the structure of params"),
     "lr tree": (lambda g: fm.inner_update({"a": g.p}, {"a": g.p}, {"b": 0.1}), ValueError, "lr must have the structure of params"),
+    "tree lr shape": (lambda g: fm.inner_update({"a": g.p}, {"a": g.p}, g.p[0, :3]), ValueError, "lr must broadcast to its parameter's shape, [2, 7], got [3]"),
+    "tree lr dims": (lambda g: fm.inner_update([g.p], [g.p], g.p[None]), ValueError, "lr must broadcast to its parameter's shape, [2, 7], got [1, 2, 7]"),
+    "tree lr dtype": (lambda g: fm.inner_update([g.p], [g.p], g.labels), TypeError, "lr must be floating point"),
+    "tree lr device": (lambda g: fm.inner_update([g.p], [g.p], g.p.to("meta")), ValueError, "lr must be on DEVICE like params, got meta"),
+    "tree grads dtype": (lambda g: fm.inner_update([g.p], [g.p.double()], 0.1), TypeError, "grads must have the dtype of params"),
     "tree layer sizes": (lambda g: fm.inner_update({"a": g.p}, {"a": g.p}, 0.1, layer_sizes=(7,)), ValueError, "layer_sizes goes with [T, P] params"),
 }  # fmt: skip
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import Function
 
 from fastmeta import _native
@@ -71,12 +73,21 @@ def is_native(op: str, x: torch.Tensor) -> bool:
     return not traces_transform() and _native.is_native(op, x)
 
 
-def callable_of(cls: type[Function]) -> Callable[..., Any]:
-    """`cls.apply`, and under torch.compile that of a twin without `jvp`, which it refuses."""
-    twin: Any = type(f"{cls.__name__}Compiled", (cls,), {"jvp": Function.jvp})
+def callable_of(cls: type[Function], compiled: type[Function] | None = None) -> Callable[..., Any]:
+    """`cls.apply`, and under torch.compile that of `compiled`, or of a twin without `jvp`.
+
+    torch.compile refuses a `jvp`. `Function.apply` reads the signature of `forward` at every call,
+    which takes longer than a small op itself; what it does besides outside torch.func stands here.
+    """
+    twin: Any = compiled or type(f"{cls.__name__}Compiled", (cls,), {"jvp": Function.jvp})
+    plain: Any = super(Function, cls)
 
     def apply(*args: Any) -> Any:
-        return twin.apply(*args) if torch.compiler.is_compiling() else cls.apply(*args)
+        if torch.compiler.is_compiling():
+            return twin.apply(*args)
+        if torch._C._are_functorch_transforms_active():
+            return cls.apply(*args)
+        return plain.apply(*(unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in args))
 
     return apply
 

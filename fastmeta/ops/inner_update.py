@@ -10,6 +10,7 @@ from torch.autograd import Function
 from torch.utils import _pytree as pytree
 
 from fastmeta import reference
+from fastmeta._native import WIDE_DTYPES
 from fastmeta.ops._checks import check_floating, check_together
 from fastmeta.ops._raw import (
     accumulation_dtype,
@@ -22,6 +23,8 @@ from fastmeta.ops._raw import (
 )
 
 Tree = TypeVar("Tree")
+# Elements from where the op's gradient to a step size is the faster one, as its sums are fused.
+FUSED_FROM = 1 << 17
 StepSize = float | torch.Tensor | Mapping[str, Any] | Sequence[Any]
 
 
@@ -201,14 +204,36 @@ def _update_arena(
 def _update_leaf(param: torch.Tensor, grad: torch.Tensor, lr: Any) -> torch.Tensor:
     check_floating("params", param)
     check_floating("grads", grad)
+    check_together("grads", grad, "params", param)
     if grad.shape != param.shape:
         raise ValueError(
             f"grads must have the shapes of params, got {list(grad.shape)} "
             f"for a parameter of {list(param.shape)}"
         )
+    if isinstance(lr, torch.Tensor):
+        lr = _leaf_step_size(lr, param)
+    learned = isinstance(lr, torch.Tensor) and lr.requires_grad
+    if param.dtype in WIDE_DTYPES and not (learned and param.numel() >= FUSED_FROM):
+        # One pass as well, with less of Python around it.
+        if isinstance(lr, torch.Tensor):
+            return torch.addcmul(param, lr, grad, value=-1)
+        return torch.sub(param, grad, alpha=float(lr))
     if isinstance(lr, torch.Tensor) and lr.dim():
         lr = lr.expand(param.shape).reshape(1, -1)
     return _update_arena(param.reshape(1, -1), grad.reshape(1, -1), lr, None).reshape(param.shape)
+
+
+def _leaf_step_size(lr: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """`lr`, which broadcasts to the parameter, in the accumulation dtype."""
+    check_floating("lr", lr)
+    if lr.dim() and lr.device != param.device:
+        raise ValueError(f"lr must be on {param.device} like params, got {lr.device}")
+    pairs = zip(reversed(lr.shape), reversed(param.shape), strict=False)
+    if lr.dim() > param.dim() or any(n not in (1, m) for n, m in pairs):
+        raise ValueError(
+            f"lr must broadcast to its parameter's shape, {list(param.shape)}, got {list(lr.shape)}"
+        )
+    return lr.to(device=param.device, dtype=accumulation_dtype(param.dtype))
 
 
 @overload
@@ -231,7 +256,9 @@ def inner_update(
     """params - lr * grads: one inner-loop step of gradient descent for every task.
 
     Differentiable any number of times in params, grads and lr; works under torch.func and
-    torch.compile. bfloat16 and float16 are computed in float32, with lr kept in float32.
+    torch.compile. bfloat16 and float16 are computed in float32, with lr kept in float32. In a
+    tree, float32 and float64 go through PyTorch's own kernels, which take one pass as well, but
+    for large tensors with an lr that learns: their gradients are fused.
 
     Args:
         params: [T, P], the flat parameters of T tasks (or [P] for one); or a tree (dict, list or

@@ -21,6 +21,7 @@ from fastmeta.ops._pairs import (
 )
 from fastmeta.ops._raw import (
     accumulation_dtype,
+    callable_of,
     contiguous_like,
     is_native,
     register,
@@ -190,9 +191,11 @@ def _second(
     return hessian_vector_product(loss_tangent, weights, (query, prototypes), direction, rest)
 
 
+_loss_and_gradient = callable_of(WeightedLoss, compiled=WeightedLossCompiled)
+
+
 def _weighted_loss(*args: Any) -> torch.Tensor:
-    cls = WeightedLossCompiled if torch.compiler.is_compiling() else WeightedLoss
-    return cls.apply(*args)[0]
+    return cast("torch.Tensor", _loss_and_gradient(*args)[0])
 
 
 def prototype_loss(

@@ -65,7 +65,7 @@ class BatchNorm(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         # torch.compile has no second derivatives, and loses track of a nested Function.
-        gradient = _gradient if torch.compiler.is_compiling() else BatchNormBackward.apply
+        gradient = _gradient if torch.compiler.is_compiling() else _backward
         x, weight, _ = ctx.saved_tensors
         return *gradient(grad, x, weight, ctx.eps), None
 
@@ -87,7 +87,7 @@ class BatchNormBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor) -> tuple[Any, ...]:
-        return *BatchNormSecond.apply(*directions, *ctx.saved_tensors, ctx.eps), None
+        return *_second(*directions, *ctx.saved_tensors, ctx.eps), None
 
     @staticmethod
     def jvp(ctx: Any, *dots: Any) -> tuple[Any, ...]:
@@ -127,11 +127,13 @@ class BatchNormSecond(Function):
 
 
 _apply = callable_of(BatchNorm)
+_backward = callable_of(BatchNormBackward)
+_second = callable_of(BatchNormSecond)
 # PyTorch's own rules make a class anew for every call.
 for cls, of_tasks in (
     (BatchNorm, _apply),
-    (BatchNormBackward, BatchNormBackward.apply),
-    (BatchNormSecond, BatchNormSecond.apply),
+    (BatchNormBackward, _backward),
+    (BatchNormSecond, _second),
 ):
     cls.vmap = staticmethod(folding(of_tasks))  # type: ignore[method-assign]
 
