@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   using value_t = acc_t<scalar_t>;
   constexpr int kM = Tile::kM, kN = Tile::kN, kDepth = Tile::template kDepth<value_t>;
   constexpr int kStride = Tile::kWeightStride;
-  constexpr bool kDifference = std::is_same_v<Term, Difference>;
+  constexpr bool kDifference = std::is_same_v<Term, DifferenceTerm>;
   value_t* weight_tile = dynamic_shared<value_t>();
   value_t* other_tile = weight_tile + kDepth * kStride;
 

@@ -237,7 +237,7 @@ __device__ void sum_products(const Rows<scalar_t>& x, int64_t first_row, const R
   for (int current = 0;; current = LargeTile::kSlice - current) {
     const bool is_last = slices.left() == 0;
     if (!is_last) slices.fetch();
-    add_slice<Product>(shared + current, sums);
+    add_slice<ProductTerm>(shared + current, sums);
     if (is_last) break;
     store(shared + LargeTile::kSlice - current);
     __syncthreads();
@@ -256,7 +256,7 @@ __device__ void sum_differences(const Rows<scalar_t>& x, int64_t first_row, cons
     slices.fetch();
     slices.store(slice);
     __syncthreads();
-    add_slice<Difference>(slice, sums);
+    add_slice<DifferenceTerm>(slice, sums);
     __syncthreads();
   }
 }
@@ -267,7 +267,7 @@ __device__ float squared_difference(const scalar_t* x, const scalar_t* y, int64_
   float sum = 0;
 #pragma unroll 2
   for (int64_t d = threadIdx.x % kWarp; d < features; d += kWarp) {
-    sum = Difference::add(sum, widen(x[d]), widen(y[d]));
+    sum = DifferenceTerm::add(sum, widen(x[d]), widen(y[d]));
   }
   return warp_sum(sum);
 }
@@ -367,7 +367,7 @@ template <typename Term, typename scalar_t>
 __device__ void tile_distances(LargeTile, Metric metric, const Rows<scalar_t>& x, int64_t first_row,
                                const Rows<scalar_t>& y, int64_t first_column,
                                float (&distances)[LargeTile::kM][LargeTile::kN]) {
-  if constexpr (std::is_same_v<Term, Difference>) {
+  if constexpr (std::is_same_v<Term, DifferenceTerm>) {
     squared_distances(x, first_row, y, first_column, distances);
   } else {
     sum_products<false>(x, first_row, y, first_column, distances);

@@ -41,8 +41,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const auto tile = tile_position<Tile>(blockIdx.x, x.count, y.count);
   acc_t<scalar_t> distances[Tile::kM][Tile::kN] = {};
   if (metric == Metric::kEuclidean) {
-    tile_distances<Difference>(Tile{}, metric, x.task(tile.task), tile.row, y.task(tile.task),
-                               tile.column, distances);
+    tile_distances<DifferenceTerm>(Tile{}, metric, x.task(tile.task), tile.row, y.task(tile.task),
+                                   tile.column, distances);
   }
   const int rows = at_most(Tile::kRows, x.count - tile.row);
   const int columns = at_most(Tile::kColumns, y.count - tile.column);

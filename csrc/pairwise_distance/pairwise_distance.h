@@ -66,7 +66,7 @@ FASTMETA_HOST_DEVICE constexpr bool is_difference(Metric metric) {
 }
 
 // One feature's share of a distance, for a number or a vector of them.
-struct Difference {
+struct DifferenceTerm {
   template <typename value_t>
   FASTMETA_HOST_DEVICE static value_t add(value_t sum, value_t x, value_t y) {
     const value_t difference = x - y;
@@ -74,14 +74,14 @@ struct Difference {
   }
 };
 
-struct Product {
+struct ProductTerm {
   template <typename value_t>
   FASTMETA_HOST_DEVICE static value_t add(value_t sum, value_t x, value_t y) {
     return sum + x * y;
   }
 };
 
-// The distance, from the sum over features of Difference or Product.
+// The distance, from the sum over features of DifferenceTerm or ProductTerm.
 template <typename value_t>
 FASTMETA_HOST_DEVICE inline value_t finish(Metric metric, value_t sum) {
   using std::sqrt;

@@ -193,10 +193,10 @@ __device__ TilePosition tile_position(int64_t tile, int64_t rows, int64_t column
   return {row_of_tiles / down, row_of_tiles % down * Tile::kRows, tile % across * Tile::kColumns};
 }
 
-// Calls body(Difference{}) or body(Product{}).
+// Calls body(DifferenceTerm{}) or body(ProductTerm{}).
 template <typename Body>
 cudaError_t with_term(Metric metric, const Body& body) {
-  return is_difference(metric) ? body(Difference{}) : body(Product{});
+  return is_difference(metric) ? body(DifferenceTerm{}) : body(ProductTerm{});
 }
 
 template <Metric metric, typename value_t, int m, int n>
@@ -211,7 +211,7 @@ __device__ void finish_all(value_t (&sums)[m][n]) {
 // finish() of all sums, with one branch on the metric for all of them.
 template <typename Term, typename value_t, int m, int n>
 __device__ void finish_tile(Metric metric, value_t (&sums)[m][n]) {
-  if constexpr (std::is_same_v<Term, Difference>) {
+  if constexpr (std::is_same_v<Term, DifferenceTerm>) {
     if (metric == Metric::kEuclidean) finish_all<Metric::kEuclidean>(sums);
   } else {
     metric == Metric::kCosine ? finish_all<Metric::kCosine>(sums) : finish_all<Metric::kDot>(sums);

@@ -148,9 +148,9 @@ void distance_rows(Metric metric, const value_t* x, int64_t rows, const Panels<v
       const int64_t n = std::min(kRows, rows - i);
       const value_t* first = x + i * y.features();
       if (is_difference(metric)) {
-        tile_sums<Difference>(n, first, y.panel(p), y.features(), sums.data(), Rows{});
+        tile_sums<DifferenceTerm>(n, first, y.panel(p), y.features(), sums.data(), Rows{});
       } else {
-        tile_sums<Product>(n, first, y.panel(p), y.features(), sums.data(), Rows{});
+        tile_sums<ProductTerm>(n, first, y.panel(p), y.features(), sums.data(), Rows{});
       }
       with_metric(metric, [&](auto constant) {
         for (int64_t r = 0; r < n; ++r) {
