@@ -127,7 +127,8 @@ def _add_common(parser: argparse.ArgumentParser, what: str) -> None:
     run.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... (cpu)")
     run.add_argument("--threads", type=int, metavar="THREADS", help="CPU threads")
     data = parser.add_argument_group("tasks")
-    data.add_argument("--data", metavar="DATA", help="omniglot:PATH, glyphs or sinusoid")
+    known = "omniglot:PATH, images:PATH or images:PATH@SIZE, glyphs, sinusoid"
+    data.add_argument("--data", metavar="DATA", help=known)
     data.add_argument("--protocol", choices=PROTOCOLS, help="Omniglot split (official)")
     data.add_argument("--ways", type=int, metavar="N", help="classes a task (5)")
     data.add_argument(
@@ -297,7 +298,7 @@ def _planned(out: Path, resume: bool, given: dict[str, Any]) -> list[TrainConfig
 
 def _need_data(given: dict[str, Any]) -> None:
     if "data" not in given:
-        raise ValueError("data: give --data omniglot:PATH, glyphs or sinusoid")
+        raise ValueError("data: give --data omniglot:PATH, images:PATH, glyphs or sinusoid")
 
 
 def _need_one_process(command: str) -> None:

@@ -78,7 +78,9 @@ class TrainConfig:
     Args:
         algorithm: ``"protonet"``, ``"maml"``, or one of MAML's relatives: ``"fomaml"``, ``"anil"``,
             ``"reptile"``, ``"metasgd"``, ``"mamlpp"``, ``"metacurvature"``, ``"imaml"``.
-        data: ``"omniglot:PATH"``, ``"glyphs"`` or ``"sinusoid"`` (regression, not for protonet).
+        data: ``"omniglot:PATH"``; ``"images:PATH"``, or ``"images:PATH@SIZE"`` to resize them, for
+            PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE; ``"glyphs"``; or ``"sinusoid"``
+            (regression, not for protonet).
         out: the run's folder; it is made.
         ways: classes a task, in evaluation and, but for ``train_ways``, in training (5).
         shots: support examples a class (1; sinusoid 10).

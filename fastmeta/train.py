@@ -33,6 +33,7 @@ from fastmeta.config import TrainConfig, check_same_run, read_options
 from fastmeta.curves import Curve, draw_curves
 from fastmeta.data import ClassImages, Episode, Episodes, Glyphs, Omniglot, Source, from_spec
 from fastmeta.data.images import stable_fraction
+from fastmeta.data.specs import has_image_folder, image_folder
 from fastmeta.evaluation import VALIDATION_STREAM, Evaluator, query_scores
 from fastmeta.runs import (
     CHECKPOINT,
@@ -322,6 +323,8 @@ def _validation_part(config: TrainConfig) -> Source | None:
         return Glyphs("validation")
     if name == "omniglot" and config.protocol == "paper":
         return Omniglot(root, "validation")
+    if name == "images" and has_image_folder(root, "validation"):
+        return image_folder(root, "validation")
     return None
 
 

@@ -235,8 +235,14 @@ def test_the_demo_arrives(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train protonet --out OUT", "data: give --data omniglot:PATH, glyphs or sinusoid"),
-        ("train maml --data moon --out OUT", "expected one of omniglot:PATH, glyphs, sinusoid"),
+        (
+            "train protonet --out OUT",
+            "data: give --data omniglot:PATH, images:PATH, glyphs or sinusoid",
+        ),
+        (
+            "train maml --data moon --out OUT",
+            "expected one of omniglot:PATH, images:PATH, glyphs, sinusoid",
+        ),
         ("train maml --data omniglot:OUT/none --out OUT", "none is not a folder"),
         ("train maml --data sinusoid --metric dot --out OUT", "metric: maml has no such option"),
         ("train maml --data sinusoid --ways 5 --out OUT", "ways: expected 1"),

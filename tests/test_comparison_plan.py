@@ -135,7 +135,10 @@ def test_a_wrong_setting_is_told(text, message):
         ("--shots 0", "protonet: shots: expected an integer >= 1, got 0"),
         ("--tasks 1", "tasks: expected at least 2"),
         ("--ways 100000", "protonet: ways: expected at most the"),
-        ("--data moon", "expected one of omniglot:PATH, glyphs, sinusoid, got 'moon'"),
+        (
+            "--data moon",
+            "expected one of omniglot:PATH, images:PATH, glyphs, sinusoid, got 'moon'",
+        ),
         ("--data sinusoid --algorithms protonet", "protonet: data: sinusoid is regression"),
         ("--resume", "holds no comparison"),
     ],
@@ -152,4 +155,7 @@ def test_a_wrong_command_writes_nothing(tmp_path, capsys, options, message):
 
 def test_data_are_needed(capsys):
     assert cli.main(["compare", "--out", "x"]) == 2
-    assert "data: give --data omniglot:PATH, glyphs or sinusoid" in capsys.readouterr().err
+    assert (
+        "data: give --data omniglot:PATH, images:PATH, glyphs or sinusoid"
+        in capsys.readouterr().err
+    )

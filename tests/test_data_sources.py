@@ -407,11 +407,10 @@ def test_spec_sinusoid(split: str) -> None:
     assert isinstance(from_spec("sinusoid", split), Sinusoid)
 
 
-@pytest.mark.parametrize("spec", ["", "omniglot", "omniglot:", "glyphs:x", "imagenet"])
+@pytest.mark.parametrize("spec", ["", "omniglot", "omniglot:", "images:", "glyphs:x", "imagenet"])
 def test_unknown_spec(spec: str) -> None:
-    with pytest.raises(
-        ValueError, match=f"spec: expected one of omniglot:PATH, glyphs, sinusoid, got '{spec}'"
-    ):
+    known = "omniglot:PATH, images:PATH, glyphs, sinusoid"
+    with pytest.raises(ValueError, match=f"spec: expected one of {known}, got '{spec}'"):
         from_spec(spec)
 
 

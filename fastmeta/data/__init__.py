@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .episodes import Episode, Episodes, Source
 from .glyphs import Glyphs
+from .image_folder import ImageFolder
 from .images import ClassImages
 from .omniglot import Omniglot
 from .sinusoid import Sinusoid
@@ -14,6 +15,7 @@ __all__ = [
     "Episode",
     "Episodes",
     "Glyphs",
+    "ImageFolder",
     "Omniglot",
     "Sinusoid",
     "Source",

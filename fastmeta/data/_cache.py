@@ -8,7 +8,7 @@ import os
 import uuid
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,12 @@ def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
     """The folder given, else ``$FASTMETA_CACHE``, else ``~/.cache/fastmeta``."""
     chosen = cache or os.environ.get("FASTMETA_CACHE") or Path.home() / ".cache" / "fastmeta"
     return Path(chosen)
+
+
+def fingerprint(files: Sequence[Path], root: Path) -> list[list[object]]:
+    """Name below ``root``, size and time of change of each file, for the key of :func:`cached`."""
+    stats = [(file.relative_to(root).as_posix(), file.stat()) for file in files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def cached(

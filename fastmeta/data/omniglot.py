@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ._cache import Arrays, cached
+from ._cache import Arrays, cached, fingerprint
 from ._checks import check_choice, check_count
 from ._optional import require
 from .images import ClassImages, stable_fraction
@@ -139,8 +139,7 @@ def _layout(part: str) -> str:
 def _fingerprint(place: Path) -> list[list[object]]:
     """Name, size and time of change of the archive, or of every image in the folder."""
     files = sorted(place.rglob("*.png")) if place.is_dir() else [place]
-    stats = [(file.relative_to(place.parent).as_posix(), file.stat()) for file in files]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    return fingerprint(files, place.parent)
 
 
 @contextmanager

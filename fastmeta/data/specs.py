@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from ._checks import check_choice
 from .episodes import Source
 from .glyphs import Glyphs
+from .image_folder import ImageFolder
 from .omniglot import Omniglot
 from .sinusoid import Sinusoid
 
-_KNOWN = ("omniglot:PATH", "glyphs", "sinusoid")
+_KNOWN = ("omniglot:PATH", "images:PATH", "glyphs", "sinusoid")
 _OMNIGLOT_SPLITS = {
     ("official", "train"): "background",
     ("official", "evaluation"): "evaluation",
@@ -19,6 +21,7 @@ _OMNIGLOT_SPLITS = {
     ("paper", "evaluation"): "test",
 }
 _GLYPH_SPLITS = {"train": "train", "evaluation": "test"}
+_IMAGE_FOLDERS = {"train": "train", "validation": "val", "evaluation": "test"}
 
 
 def from_spec(
@@ -31,11 +34,12 @@ def from_spec(
     """The source that a short text names.
 
     Args:
-        spec: "omniglot:PATH" with the folder of the data set, "glyphs", or "sinusoid".
+        spec: "omniglot:PATH" with the folder of the data set; "images:PATH", see
+            :func:`image_folder`; "glyphs"; or "sinusoid".
         split: "train" or "evaluation". Sinusoid tasks are the same in both.
         protocol: how Omniglot is split. "official": background for training, evaluation for
             evaluation; "paper": the 1028 and the 423 characters of the paper-sized split.
-        cache: cache folder of Omniglot and Glyphs; None: their default.
+        cache: cache folder of images; None: their default.
 
     Raises:
         ValueError: an unknown spec, split or protocol; and whatever the source itself raises.
@@ -50,8 +54,49 @@ def from_spec(
     name, _, argument = spec.partition(":")
     if name == "omniglot" and argument:
         return Omniglot(Path(argument).expanduser(), _OMNIGLOT_SPLITS[protocol, split], cache=cache)
+    if name == "images" and argument:
+        return image_folder(argument, split, cache=cache)
     if spec == "glyphs":
         return Glyphs(_GLYPH_SPLITS[split], cache=cache)
     if spec == "sinusoid":
         return Sinusoid()
     raise ValueError(f"spec: expected one of {', '.join(_KNOWN)}, got {spec!r}")
+
+
+def image_folder(
+    argument: str, split: str, *, cache: str | os.PathLike[str] | None = None
+) -> ImageFolder:
+    """The classes of a split, in the folder ``train``, ``val`` or ``test`` of images of your own.
+
+    Args:
+        argument: "PATH", or "PATH@SIZE" with the height and width to resize images to.
+        split: "train", "validation" (the folder ``val``) or "evaluation" (``test``).
+        cache: cache folder of the images; None: the default.
+
+    Raises:
+        FileNotFoundError: the folder is missing.
+        ValueError: as :class:`ImageFolder`.
+
+    Example::
+
+        source = image_folder("birds@84", "train")           # of birds/train/CLASS/*.jpg
+    """
+    root, size = _place(argument, split)
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"data: expected folders of images, one a class, in {root}, for the {split} classes; "
+            "there is no such folder"
+        )
+    return ImageFolder(root, size, cache)
+
+
+def has_image_folder(argument: str, split: str) -> bool:
+    """Whether the folder of that split is there."""
+    return _place(argument, split)[0].is_dir()
+
+
+def _place(argument: str, split: str) -> tuple[Path, int | None]:
+    path, size = argument, None
+    if match := re.fullmatch(r"(.+)@(\d+)", argument):
+        path, size = match[1], int(match[2])
+    return Path(path).expanduser() / _IMAGE_FOLDERS[split], size

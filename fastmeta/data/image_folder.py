@@ -1,0 +1,132 @@
+"""Images of your own in folders, one folder a class."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ._cache import Arrays, cached, fingerprint
+from ._checks import check_count
+from ._optional import require
+from .images import ClassImages
+
+_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_DEEP = ("I", "F")  # modes of more than 8 bits a channel
+_FORMAT = 1
+
+
+class ImageFolder(ClassImages):
+    """Every folder below ``root`` that holds images is a class, as ``root/cat/001.jpg``.
+
+    Args:
+        root: the folder of the classes' folders, at any depth. It is never written to.
+        size: height and width in pixels: the middle square of each image is resized to it with
+            antialiasing. None: all images have one size, and keep it.
+        cache: folder for the decoded images; None: ``$FASTMETA_CACHE``, or ``~/.cache/fastmeta``.
+
+    The images are uint8 [C, E, channels, H, W]: one channel where none of them has colour, else
+    three; upright, as their cameras say. ``class_names`` are the folders' paths below ``root``,
+    sorted. E is the number of images in the smallest class; of a larger one the first in order of
+    their names are taken. Files whose names begin with a dot are left out.
+
+    Raises:
+        FileNotFoundError: ``root`` is not a folder.
+        ValueError: no folder below it holds images, one of them cannot be decoded, they differ in
+            size and none is given, or the size is not positive.
+
+    Warns:
+        UserWarning: a class has more images than another, so that some are not used.
+
+    Example::
+
+        source = fastmeta.data.ImageFolder("birds/train", size=84)
+        source.images.shape                                  # [100, 60, 3, 84, 84]
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        size: int | None = None,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if size is not None:
+            size = check_count("size", size, least=1)
+        root = Path(root)
+        classes = _equal(_by_class(root), root)
+        files = [file for images in classes.values() for file in images]
+        key = {"format": _FORMAT, "size": size, "files": fingerprint(files, root)}
+        arrays = cached("images", key, lambda: _decode(files, root, size), cache)
+        images = torch.from_numpy(arrays["images"])
+        super().__init__(images.unflatten(0, (len(classes), -1)), list(classes))
+
+
+def _by_class(root: Path) -> dict[str, list[Path]]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"root: {root} is not a folder")
+    classes: dict[str, list[Path]] = defaultdict(list)
+    for file in sorted(root.rglob("*")):
+        is_image = file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
+        if is_image and file.parent != root and file.is_file():
+            classes[file.parent.relative_to(root).as_posix()].append(file)
+    if not classes:
+        found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
+        raise ValueError(
+            f"root: expected {root} to hold folders of images, one a class; found {found}"
+        )
+    return {name: classes[name] for name in sorted(classes)}
+
+
+def _equal(classes: dict[str, list[Path]], root: Path) -> dict[str, list[Path]]:
+    """As many images of each class, the first ones."""
+    smallest = min(classes, key=lambda name: len(classes[name]))
+    each = len(classes[smallest])
+    if any(len(images) != each for images in classes.values()):
+        warnings.warn(
+            f"the first {each} images of every class in {root} are used, {smallest} has no more",
+            stacklevel=3,
+        )
+    return {name: images[:each] for name, images in classes.items()}
+
+
+def _decode(files: list[Path], root: Path, size: int | None) -> Arrays:
+    require("PIL", "reading images")
+    pixels = [_pixels(file, size) for file in files]
+    first = pixels[0].shape[:2]
+    for file, image in zip(files, pixels, strict=True):
+        if image.shape[:2] != first:
+            raise ValueError(
+                f"size: expected one of all images in {root} unless it is given; "
+                f"{_described(files[0], pixels[0], root)}, {_described(file, image, root)}"
+            )
+    channels = max(image.shape[2] for image in pixels)
+    images = np.empty((len(files), channels, *first), dtype=np.uint8)
+    for row, image in zip(images, pixels, strict=True):
+        row[:] = image.transpose(2, 0, 1)  # a grey one among colours: three equal channels
+    return {"images": images}
+
+
+def _described(file: Path, image: np.ndarray, root: Path) -> str:
+    return f"{file.relative_to(root).as_posix()} is {image.shape[1]} x {image.shape[0]}"
+
+
+def _pixels(file: Path, size: int | None) -> np.ndarray:
+    """uint8 [H, W, 3], or [H, W, 1] if it has no colour."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as opened:
+            if opened.mode.startswith(_DEEP):
+                raise ValueError(f"expected 8 bits a channel, it has the mode {opened.mode}")
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"root: cannot decode {file}: {error}") from error
+    if size is not None:
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    pixels = np.asarray(image)
+    grey = pixels[:, :, :1]
+    return grey if (pixels == grey).all() else pixels
