@@ -84,8 +84,7 @@ def image_folder(
     root, size = _place(argument, split)
     if not root.is_dir():
         raise FileNotFoundError(
-            f"data: expected folders of images, one a class, in {root}, for the {split} classes; "
-            "there is no such folder"
+            f"data: expected {root} to hold a folder of images for each class; there is no {root}"
         )
     return ImageFolder(root, size, cache)
 
