@@ -148,7 +148,7 @@ def test_a_spec_names_path_and_size(tmp_path, argument, size, split, classes):
 
 
 def test_a_missing_split_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected .*/test to hold a folder of images"):
+    with pytest.raises(FileNotFoundError, match=r"expected .*/test to hold a folder of images"):
         from_spec(f"images:{tmp_path}", "evaluation")
 
 
