@@ -27,7 +27,7 @@ class Block(NamedTuple):
 def blocks(text: str) -> Iterator[Block]:
     for indent, language, options, code in _BLOCK.findall(text):
         title = _TITLE.search(options)
-        source = ROOT / title[1] if title and (ROOT / title[1]).is_file() else None
+        source = ROOT / title[1] if title else None
         yield Block(language, re.sub(f"^{indent}", "", code, flags=re.MULTILINE), source)
 
 
