@@ -54,7 +54,7 @@ gpu:
 $(VENV)/.installed: requirements-dev.txt
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "fastmeta: $(PYTHON) lacks venv; on Debian: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 # One by one, torch first: a peer that cannot be installed is missing in the tables, the others are not.
@@ -68,13 +68,13 @@ $(VENV)/.installed: requirements-dev.txt
 
 # ninja comes from the environment, so its folder leads PATH.
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
 # The wheel, and beside it the packages of $(VENV); its own fastmeta comes first.
 .venv-wheel/.installed: $(VENV)/.built $(PACKAGE) README.md
 	rm -rf .venv-wheel dist build/lib*
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv --without-pip .venv-wheel
 	$(VENV)/bin/pip --python .venv-wheel install --quiet --disable-pip-version-check --no-deps dist/fastmeta-*.whl
 	$(RUN) -c "import site; print(site.getsitepackages()[0])" \
