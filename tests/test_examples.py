@@ -26,6 +26,8 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
         k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FASTMETA_BACKEND")
     }
     environment["OMP_NUM_THREADS"] = "1"
+    if sys.executable == PYTHON:  # the sources, which need not be installed
+        environment["PYTHONPATH"] = str(EXAMPLES.parent)
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 

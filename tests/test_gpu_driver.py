@@ -163,6 +163,8 @@ def test_the_plugin_keeps_what_needs_a_cuda_device(tmp_path):
         "@pytest.mark.skipif(False, reason='needs a CUDA device')\n"
         "def test_b(): pass\n"
         "def test_c_cuda(): pass\n"
+        "@pytest.mark.parametrize('script', ['ddp_body.py', 'cuda_graph.py'])\n"
+        "def test_d(script): pass\n"
     )
     command = machine.python("-m", "pytest", "-c", "/dev/null", "-p", "benchmarks.gpu.on_device")
     run = subprocess.run(
@@ -172,7 +174,8 @@ def test_the_plugin_keeps_what_needs_a_cuda_device(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert re.findall(r"::(\S+) PASSED", run.stdout) == ["test_a[cuda]", "test_b"], run.stdout
+    kept = ["test_a[cuda]", "test_b", "test_d[cuda_graph.py]"]
+    assert re.findall(r"::(\S+) PASSED", run.stdout) == kept, run.stdout
 
 
 # The command

@@ -1,10 +1,13 @@
 """A pytest plugin that keeps the tests which need a CUDA device.
 
-These are the tests with a parameter "cuda" (the fixture `device` of tests/conftest.py gives it),
-and those that are skipped with a reason that names a "CUDA device" where there is none.
+These are the tests with a parameter "cuda" (the fixture `device` of tests/conftest.py gives it) or
+the name of a file that begins so, and those that are skipped with a reason that names a "CUDA
+device" where there is none.
 """
 
 from __future__ import annotations
+
+import re
 
 import pytest
 
@@ -13,7 +16,7 @@ def needs_cuda(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
     values = callspec.params.values() if callspec else ()
     reasons = (mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif"))
-    return any(isinstance(v, str) and v == "cuda" for v in values) or any(
+    return any(isinstance(v, str) and re.fullmatch(r"cuda(_\w+\.py)?", v) for v in values) or any(
         "CUDA device" in reason for reason in reasons
     )
 
