@@ -95,19 +95,20 @@ def _equal(classes: dict[str, list[Path]], root: Path) -> dict[str, list[Path]]:
 
 def _decode(files: list[Path], root: Path, size: int | None) -> Arrays:
     require("PIL", "reading images")
-    pixels = [_pixels(file, size) for file in files]
-    first = pixels[0].shape[:2]
-    for file, image in zip(files, pixels, strict=True):
-        if image.shape[:2] != first:
+    first = _pixels(files[0], size)
+    height, width, _ = first.shape
+    images = np.empty((len(files), 3, height, width), dtype=np.uint8)
+    has_colour = False
+    for row, file in zip(images, files, strict=True):
+        pixels = _pixels(file, size)
+        if pixels.shape[:2] != (height, width):
             raise ValueError(
                 f"size: expected one of all images in {root} unless it is given; "
-                f"{_described(files[0], pixels[0], root)}, {_described(file, image, root)}"
+                f"{_described(files[0], first, root)}, {_described(file, pixels, root)}"
             )
-    channels = max(image.shape[2] for image in pixels)
-    images = np.empty((len(files), channels, *first), dtype=np.uint8)
-    for row, image in zip(images, pixels, strict=True):
-        row[:] = image.transpose(2, 0, 1)  # a grey one among colours: three equal channels
-    return {"images": images}
+        row[:] = pixels.transpose(2, 0, 1)  # a grey one: three equal channels
+        has_colour |= pixels.shape[2] == 3
+    return {"images": images if has_colour else images[:, :1]}
 
 
 def _described(file: Path, image: np.ndarray, root: Path) -> str:
