@@ -103,7 +103,7 @@ def _decode(files: list[Path], root: Path, size: int | None) -> Arrays:
         pixels = _pixels(file, size)
         if pixels.shape[:2] != (height, width):
             raise ValueError(
-                f"size: expected one of all images in {root} unless it is given; "
+                f"size: give one to resize to, as the images in {root} differ: "
                 f"{_described(files[0], first, root)}, {_described(file, pixels, root)}"
             )
         row[:] = pixels.transpose(2, 0, 1)  # a grey one: three equal channels
