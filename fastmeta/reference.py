@@ -6,16 +6,31 @@ Each function is differentiable any number of times, and works under torch.func 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 
+from fastmeta._replay import without_autocast
 from fastmeta.ops._raw import accumulation_dtype
 
+Op = TypeVar("Op", bound=Callable[..., Any])
 COSINE_EPS = 1e-8
 _DIRECT_LIMIT = 1 << 22  # differences [T, Q, N, D] held at once, in elements
+
+
+def _in_own_dtype(op: Op) -> Op:
+    """`op` in the dtype of its arguments, as a compiled one, whatever autocast says."""
+
+    @functools.wraps(op)
+    def call(x: torch.Tensor, *args: Any) -> Any:
+        with without_autocast(x.device):
+            return op(x, *args)
+
+    return cast("Op", call)
 
 
 def inner_update(params: torch.Tensor, grads: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
@@ -53,6 +68,7 @@ def check_label_range(labels: torch.Tensor, classes: int, name: str) -> None:
         )
 
 
+@_in_own_dtype
 def prototypes(x: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     """Class means [T, N, D] of x [T, S, D]; zero for a class without an example."""
     check_label_range(labels, num_classes, "labels")
@@ -65,10 +81,11 @@ def prototypes(x: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch
 def _squared_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     if x.shape[0] * x.shape[1] * y.shape[1] * x.shape[2] <= _DIRECT_LIMIT:
         return (x.unsqueeze(2) - y.unsqueeze(1)).square().sum(-1)
-    center = y.mean(1, keepdim=True)
-    x, y = x - center, y - center
+    # The expansion loses digits of points that are close to each other: twice as many are taken.
+    dtype, center = x.dtype, y.double().mean(1, keepdim=True)
+    x, y = x.double() - center, y.double() - center
     norms = x.square().sum(-1).unsqueeze(2) + y.square().sum(-1).unsqueeze(1)
-    return (norms - 2 * x @ y.mT).clamp(min=0)
+    return (norms - 2 * x @ y.mT).clamp(min=0).to(dtype)
 
 
 def _safe_sqrt(x: torch.Tensor) -> torch.Tensor:
@@ -81,6 +98,7 @@ def _normalize(x: torch.Tensor) -> torch.Tensor:
     return x / _safe_sqrt(x.square().sum(-1, keepdim=True)).clamp(min=COSINE_EPS)
 
 
+@_in_own_dtype
 def pairwise_distance(x: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
     """Distances [T, Q, N] between the rows of x [T, Q, D] and y [T, N, D]."""
     a, b = (z.to(accumulation_dtype(x.dtype)) for z in (x, y))
@@ -105,6 +123,7 @@ def at_labels(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return values * torch.where(known, 1.0, math.nan).to(rows.dtype)
 
 
+@_in_own_dtype
 def prototype_loss(
     query: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor, metric: str, scale: float
 ) -> torch.Tensor:
@@ -126,6 +145,7 @@ def head_residual(outputs: torch.Tensor, targets: torch.Tensor, loss: str) -> to
     return (outputs.softmax(2) - wanted.to(outputs.dtype)) / examples
 
 
+@_in_own_dtype
 def linear_head(
     x: torch.Tensor,
     targets: torch.Tensor,
@@ -164,6 +184,7 @@ def conv_out_size(
     return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in rows]
 
 
+@_in_own_dtype
 def task_conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,

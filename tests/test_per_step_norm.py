@@ -193,12 +193,21 @@ def test_features_and_sequences():
         torch.testing.assert_close(PerStepBatchNorm1d(3, 2)(x), expected)
 
 
+needs_kernels = pytest.mark.skipif(
+    not fm.build_info()["native"], reason="the native extension was not built"
+)
+
+
 def test_its_code_names_the_rows():
     program = lowered(build(NAME), F.cross_entropy, shape_of(NAME))
     norms = [i for i in Code.decode(program.code).instructions if i.opcode == Opcode.NORM]
     assert [i.args[-1] for i in norms] == [3, 2, 4, 4]
     assert norms[1].weight == -2 and norms[0].weight == 40
     assert program.per_step and not lowered(build("conv4"), F.cross_entropy, (1, 16, 16)).per_step
+
+
+@needs_kernels
+def test_explain_names_it():
     assert "per-step batch norm 4" in fm.MAML(build(NAME)).explain(*tasks_for(NAME)[:2])
 
 

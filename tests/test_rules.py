@@ -324,7 +324,8 @@ def test_no_graph_of_the_steps_of_a_rule(problem):
     maml = fm.MAML(net, 0.1, rule=fm.rules.Adam(), cuda_graph=True)
     with pytest.raises(ValueError, match="cuda_graph=True: "):
         maml.meta_loss(*tasks)
-    assert "the inner rule is Adam" in maml._engine(1).why_no_graph(maml._engine(1).program())
+    if fm.build_info()["native"]:
+        assert "the inner rule is Adam" in maml._engine(1).why_no_graph(maml._engine(1).program())
 
 
 def test_a_clone_takes_plain_steps_only(problem):

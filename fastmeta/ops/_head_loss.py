@@ -14,6 +14,7 @@ from torch.autograd import Function
 
 from fastmeta import _native
 from fastmeta._native import HEAD_LOSS
+from fastmeta._replay import without_autocast
 from fastmeta.ops._head import Head
 from fastmeta.ops._raw import contiguous_like, register
 from fastmeta.ops.linear_head import adapted_head
@@ -62,9 +63,10 @@ def composed(
     head: Head, rates: Tensor, query: Tensor, query_targets: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
     """The mean loss over tasks and the outputs [T, Q, N], of ops with all derivatives."""
-    weight, bias = adapted_head(head, rates, *options)
-    outputs = task_linear(query, weight, bias)
-    return _loss(outputs, query_targets, options[0]), outputs
+    with without_autocast(query.device):  # all in the head's dtype, as the kernel
+        weight, bias = adapted_head(head, rates, *options)
+        outputs = task_linear(query, weight, bias)
+        return _loss(outputs, query_targets, options[0]), outputs
 
 
 def _loss(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
