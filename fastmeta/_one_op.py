@@ -24,7 +24,7 @@ from fastmeta._routing import HALF
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 _NAME = "fastmeta::meta_loss"
-_LEARNERS: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+_LEARNERS: WeakValueDictionary[int, Enlisted] = WeakValueDictionary()
 _METHODS: dict[str, Callable[..., Any]] = {}  # a subclass may call its parent's
 # What PyTorch dispatches by. Where compiled code runs, autocast is left out, and at times autograd.
 with torch.inference_mode(False):  # whatever the mode of who imports
@@ -42,7 +42,7 @@ def one_op(meta_loss: Method) -> Method:
     _METHODS[method] = meta_loss
 
     @functools.wraps(meta_loss)
-    def call(learner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call(learner: Enlisted, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return _traced(method, learner, *args, **kwargs)
         return meta_loss(learner, *args, **kwargs)
@@ -52,7 +52,7 @@ def one_op(meta_loss: Method) -> Method:
 
 def _traced(
     method: str,
-    learner: nn.Module,
+    learner: Enlisted,
     support_x: Tensor,
     support_y: Tensor,
     query_x: Tensor,
@@ -66,13 +66,17 @@ def _traced(
     inputs = *_tensors(learner), *data
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
     autocast = autocast_dtype(inputs[0].device)
-    return _MetaLoss.apply(method, _key(learner), wanted, autocast, step_weights, *inputs)
+    learner._enlist()
+    # torch.compile checks that it is this learner, as it has seen its id.
+    return _MetaLoss.apply(method, id(learner), wanted, autocast, step_weights, *inputs)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # which makes torch.compile check that it is this learner
-def _key(learner: nn.Module) -> int:
-    _LEARNERS[id(learner)] = learner
-    return id(learner)
+class Enlisted(nn.Module):
+    """What has a ``meta_loss`` that is one op, which finds it by its id."""
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _enlist(self) -> None:
+        _LEARNERS[id(self)] = self
 
 
 def _tensors(learner: nn.Module) -> list[Tensor]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 from fastmeta import cli
@@ -41,10 +43,14 @@ def excerpts(text: str) -> Iterator[tuple[Path, str]]:
 
 def run_python(text: str, name: str) -> int:
     """Runs the Python blocks in order, in one namespace. Returns how many there are."""
-    namespace: dict = {"__name__": name}
+    module = ModuleType(re.sub(r"\W", "_", name))  # torch.compile looks globals up in a module
     found = [b.code for b in blocks(text) if b.language == "python" and b.source is None]
-    for number, code in enumerate(found, 1):
-        exec(compile(code, f"{name}, block {number}", "exec"), namespace)
+    sys.modules[module.__name__] = module
+    try:
+        for number, code in enumerate(found, 1):
+            exec(compile(code, f"{name}, block {number}", "exec"), vars(module))
+    finally:
+        del sys.modules[module.__name__]
     return len(found)
 
 

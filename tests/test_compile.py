@@ -320,3 +320,19 @@ print(_one_op._PLAIN)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(_one_op._PLAIN)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_learners_take_turns_in_a_compiled_function(dynamic, device):
+    torch._dynamo.reset()
+    learners = [fm.MAML(build("mlp", device), lr) for lr in (0.1, 0.5)]
+    tasks = classification("mlp", device)
+    compiled = torch.compile(
+        lambda learner: learner.meta_loss(*tasks)[0],
+        fullgraph=True,
+        dynamic=dynamic,
+        backend="aot_eager",
+    )
+    for learner in (*learners, *learners):
+        assert relative_error(compiled(learner), learner.meta_loss(*tasks)[0]) < EXACT
+    torch._dynamo.reset()

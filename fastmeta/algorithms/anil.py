@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta._checks import check_choice, check_data, check_integer
-from fastmeta._one_op import one_op
+from fastmeta._one_op import Enlisted, one_op
 from fastmeta._stateless import NORM_STATISTICS, TaskModule
 from fastmeta.algorithms._results import MetaGradient, check_queries
 from fastmeta.arena import Layout
@@ -37,7 +37,7 @@ _LOSSES = {
 }
 
 
-class ANIL(nn.Module):
+class ANIL(Enlisted):
     """ANIL, "almost no inner loop" (Raghu et al. 2020, arXiv 1909.09157): adapts the head alone.
 
         W_{k+1} = W_k - lr grad_W L_s(W_k f(x_s))        f the body, W the head, K times

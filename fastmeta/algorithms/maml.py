@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastmeta._checks import check_choice
 from fastmeta._graphs import check_option
-from fastmeta._one_op import one_op
+from fastmeta._one_op import Enlisted, one_op
 from fastmeta.algorithms._clone import clone_module, shallow_copy
 from fastmeta.algorithms._explain import explain
 from fastmeta.algorithms._gradients import descend, task_gradients
@@ -29,7 +29,7 @@ StepSize = float | Tensor | Mapping[str, "float | Tensor"]
 ENGINES = ("auto", "program", "functional")
 
 
-class MAML(nn.Module):
+class MAML(Enlisted):
     """MAML: parameters from which a few gradient steps solve a new task.
 
     ``meta_loss`` and ``adapt_tasks`` take many tasks at once and never unroll a graph;
