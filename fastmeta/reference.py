@@ -82,10 +82,12 @@ def _squared_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     if x.shape[0] * x.shape[1] * y.shape[1] * x.shape[2] <= _DIRECT_LIMIT:
         return (x.unsqueeze(2) - y.unsqueeze(1)).square().sum(-1)
     # The expansion loses digits of points that are close to each other: twice as many are taken.
-    dtype, center = x.dtype, y.double().mean(1, keepdim=True)
-    x, y = x.double() - center, y.double() - center
-    norms = x.square().sum(-1).unsqueeze(2) + y.square().sum(-1).unsqueeze(1)
-    return (norms - 2 * x @ y.mT).clamp(min=0).to(dtype)
+    wide = x.dtype if x.device.type == "mps" else torch.float64  # which that device lacks
+    a, b = x.to(wide), y.to(wide)
+    center = b.mean(1, keepdim=True)
+    a, b = a - center, b - center
+    norms = a.square().sum(-1).unsqueeze(2) + b.square().sum(-1).unsqueeze(1)
+    return (norms - 2 * a @ b.mT).clamp(min=0).to(x.dtype)
 
 
 def _safe_sqrt(x: torch.Tensor) -> torch.Tensor:
