@@ -48,7 +48,8 @@ inline std::vector<double> scores(const float* query, const float* prototypes) {
   for (int64_t n = 0; n < kWays; ++n) {
     double sum = 0;
     for (int64_t d = 0; d < kFeatures; ++d) {
-      sum = fastmeta::Difference::add(sum, double{query[d]}, double{prototypes[n * kFeatures + d]});
+      sum = fastmeta::DifferenceTerm::add(sum, double{query[d]},
+                                          double{prototypes[n * kFeatures + d]});
     }
     found[n] = -kScale * fastmeta::finish(fastmeta::Metric::kSqeuclidean, sum);
   }
