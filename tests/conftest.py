@@ -15,8 +15,14 @@ torch.backends.cudnn.allow_tf32 = False  # float32 is compared as IEEE float32
 
 # In the emulator, tensors of the CPU go through the CUDA kernels.
 EMULATED = "tests.cuda_emulation.plugin" in sys.modules
-# torch.compile of torch 2.11 knows no sizes that vary, and no None, in what a Function returns.
 OLD_DYNAMO = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+OLD_DYNAMO_REASON = (
+    "torch.compile of torch 2.11 raises an internal error where an autograd.Function takes sizes "
+    "that vary, or returns None; torch 2.13 does not"
+)
+needs_kernels = pytest.mark.skipif(
+    not fm.build_info()["native"], reason="the native extension was not built"
+)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 

@@ -13,6 +13,7 @@ from fastmeta._program_reference import forward
 from fastmeta.arena import Layout
 from fastmeta.lowering import Lowering
 from fastmeta.models import PerStepBatchNorm1d, PerStepBatchNorm2d, inner_step
+from tests.conftest import needs_kernels
 from tests.networks import Tasks, relative_error
 from tests.programs import Raw, build, lowered, shape_of, tasks_for
 from tests.unrolled import meta_gradient, set_row, with_rows_by_hand
@@ -191,11 +192,6 @@ def test_features_and_sequences():
         x = torch.randn(shape)
         expected = F.batch_norm(x, None, None, training=True)
         torch.testing.assert_close(PerStepBatchNorm1d(3, 2)(x), expected)
-
-
-needs_kernels = pytest.mark.skipif(
-    not fm.build_info()["native"], reason="the native extension was not built"
-)
 
 
 def test_its_code_names_the_rows():

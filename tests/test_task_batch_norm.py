@@ -14,11 +14,9 @@ from torch.func import vjp
 import fastmeta as fm
 from fastmeta import reference
 from tests.cases import TASK_BATCH_NORM, Maker
+from tests.conftest import needs_kernels
 from tests.test_ops import BACKENDS, assert_near
 
-needs_kernels = pytest.mark.skipif(
-    not fm.build_info()["native"], reason="the native extension was not built"
-)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 

@@ -17,12 +17,9 @@ from torch.func import grad, jvp, vjp, vmap
 
 import fastmeta as fm
 from tests.cases import TASK_BATCH_NORM, TASK_CONV2D, Maker, as_function, conv_case
-from tests.conftest import EMULATED, OLD_DYNAMO
+from tests.conftest import EMULATED, OLD_DYNAMO, OLD_DYNAMO_REASON, needs_kernels
 from tests.test_ops import BACKENDS, assert_near, value_and_grads
 
-needs_kernels = pytest.mark.skipif(
-    not fm.build_info()["native"], reason="the native extension was not built"
-)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 # Whose copies in float32 are made by all threads.
 LARGE = conv_case("large", 1, 10, 18, 20, (14, 14), (3, 3), padding=1)
@@ -193,7 +190,7 @@ def fresh_dynamo():
 
 
 @needs_kernels
-@pytest.mark.skipif(OLD_DYNAMO, reason="torch.compile of torch 2.11 cannot")
+@pytest.mark.skipif(OLD_DYNAMO, reason=OLD_DYNAMO_REASON)
 @pytest.mark.parametrize("groups", [1, 3])
 def test_compiled_for_any_number_of_tasks(groups, device, fresh_dynamo):
     """One graph serves them all, and the kernels of the output and both gradients are in it."""

@@ -10,7 +10,7 @@ from torch.utils._triton import has_triton
 
 import fastmeta as fm
 from tests.cases import SMALL_CASES, Case, Maker, as_function
-from tests.conftest import OLD_DYNAMO
+from tests.conftest import OLD_DYNAMO, OLD_DYNAMO_REASON
 from tests.test_ops import each_backend, each_case, each_small_case, require_kernels
 
 each_op = pytest.mark.parametrize("op", fm._native.OPS)
@@ -113,7 +113,7 @@ def grads_of(function, inputs: tuple) -> tuple:
 @each_small_case
 def test_compiled_whole_graph(case, device, fresh_dynamo):
     if OLD_DYNAMO and case.op == "linear_head" and "no_bias" in case.name:
-        pytest.skip("torch.compile of torch 2.11 cannot")
+        pytest.skip(OLD_DYNAMO_REASON)
     function, inputs = setup(case, device)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     close(compiled(*inputs), function(*inputs))
