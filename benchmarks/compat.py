@@ -20,9 +20,9 @@ from learn2learn.algorithms import maml, meta_sgd
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta._timing import interleave
 from fastmeta.compat import higher as higher_stand_in
 from fastmeta.compat.learn2learn import algorithms as stand_in
+from fastmeta.training.timing import interleave
 
 TASKS = 20
 

@@ -36,7 +36,7 @@ from benchmarks.gpu_measure import OURS, Contender, Inputs, Measure, Sizes, in_t
 from benchmarks.gpu_workloads import all_measures
 from benchmarks.meta_memory import peak
 from benchmarks.timers import Call, CudaTimer, Seconds, Spread, Timer
-from fastmeta._timing import ratio
+from fastmeta.training.timing import ratio
 
 COPY = "copy"
 Row = dict[str, Any]
@@ -257,7 +257,7 @@ def main() -> int:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu_ops: torch finds no CUDA device")
-    for op in fm._native.NAMES:
+    for op in fm.core.backend.NAMES:
         if fm.backend_of(op, "cuda") != "native":
             sys.exit(f"benchmarks.gpu_ops: fastmeta was built without {op} for CUDA")
     content = run(

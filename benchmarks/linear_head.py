@@ -15,10 +15,10 @@ from collections.abc import Callable
 import torch
 
 import fastmeta as fm
-from fastmeta._allocator import keep_freed_memory
-from fastmeta._timing import interleave
-from fastmeta.ops._head import checked_head
+from fastmeta.ops._linear_head_arguments import checked_head
 from fastmeta.ops.linear_head import is_dual
+from fastmeta.training.allocator import keep_freed_memory
+from fastmeta.training.timing import interleave
 
 TASKS, WAYS = 32, 5
 FORMS = ("primal", "dual")

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import fastmeta as fm
-from fastmeta._timing import interleave, ratio
+from fastmeta.training.timing import interleave, ratio
 
 # T, Q, N, D of WORKLOADS: 60-way 5-shot episodes, and a classifier with very many classes.
 WORKLOADS = {

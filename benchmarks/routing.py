@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 
 import fastmeta as fm
-from fastmeta._allocator import keep_freed_memory
-from fastmeta._timing import interleave, ratio
+from fastmeta.training.allocator import keep_freed_memory
+from fastmeta.training.timing import interleave, ratio
 
 TASKS, WAYS, SIZE = 2, 5, 84
 

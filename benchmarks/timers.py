@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fastmeta import _timing
+from fastmeta.training import timing as _timing
 
 Call = Callable[[int], Any]  # given a running number, so that it can rotate among its inputs
 Seconds = dict[str, list[float]]  # of one call, round by round

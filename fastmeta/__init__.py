@@ -12,17 +12,17 @@ backends    backend_of, use_backend, build_info
 """
 
 from fastmeta import data, distributed, models, rules
-from fastmeta._native import backend_of, build_info, use_backend
-from fastmeta.algorithms.anil import ANIL
-from fastmeta.algorithms.fomaml import FOMAML
-from fastmeta.algorithms.imaml import IMAML
-from fastmeta.algorithms.maml import MAML
-from fastmeta.algorithms.mamlpp import MAMLPlusPlus
-from fastmeta.algorithms.metacurvature import MetaCurvature
-from fastmeta.algorithms.metasgd import MetaSGD
-from fastmeta.algorithms.protonet import ProtoNet
-from fastmeta.algorithms.reptile import Reptile
-from fastmeta.functional import hvp
+from fastmeta.core.backend import backend_of, build_info, use_backend
+from fastmeta.engines.functional.engine import hvp
+from fastmeta.learners.gradient.anil import ANIL
+from fastmeta.learners.gradient.fomaml import FOMAML
+from fastmeta.learners.gradient.imaml import IMAML
+from fastmeta.learners.gradient.maml import MAML
+from fastmeta.learners.gradient.maml_plus_plus import MAMLPlusPlus
+from fastmeta.learners.gradient.meta_curvature import MetaCurvature
+from fastmeta.learners.gradient.meta_sgd import MetaSGD
+from fastmeta.learners.gradient.reptile import Reptile
+from fastmeta.learners.metric.protonet import ProtoNet
 from fastmeta.ops import (
     inner_update,
     linear_head,

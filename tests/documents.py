@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from fastmeta import cli
-from fastmeta.config import TrainConfig
+from fastmeta.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 _BLOCK = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)

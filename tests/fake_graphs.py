@@ -1,4 +1,4 @@
-"""Fakes of what fastmeta._graphs calls of torch.cuda: the CPU as a device that has CUDA graphs."""
+"""Fakes of torch.cuda for fastmeta.core.cuda_graphs: the CPU as a device with CUDA graphs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmeta import _graphs, program
-from fastmeta.algorithms import _explain
+from fastmeta.core import cuda_graphs as _graphs
+from fastmeta.engines.program import engine as program
+from fastmeta.learners import _explain
 
 
 class Stream:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from fastmeta.config import TrainConfig
 from fastmeta.data import ClassImages
-from fastmeta.train import Result, train
+from fastmeta.training.config import TrainConfig
+from fastmeta.training.loop import Result, train
 
 TINY = {"hidden": 4, "iterations": 4, "queries": 3, "meta_batch": 2}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastmeta.arena import Layout
+from fastmeta.core.parameter_layout import Layout
 
 
 class Tied(nn.Module):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fastmeta as fm
-from fastmeta import _native, reference
+from fastmeta.core import backend as _native
+from fastmeta.ops import reference
 from tests.cases import Maker
 from tests.test_ops import require_kernels
 

@@ -23,7 +23,7 @@ from benchmarks.peers.step import Problem
 from benchmarks.peers.worker import timed
 from benchmarks.timers import Spread
 from benchmarks.workloads import WORKLOADS, draw
-from fastmeta._timing import ratio
+from fastmeta.training.timing import ratio
 from tests import fake_peers
 from tests.fake_peers import contender
 

@@ -7,16 +7,9 @@ import os
 import pytest
 import torch
 
-from fastmeta.checkpoint import (
-    MetricsLog,
-    load_checkpoint,
-    read_metrics,
-    rng_state,
-    save_checkpoint,
-    set_rng_state,
-    write_atomically,
-    write_json,
-)
+from fastmeta.training.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from fastmeta.training.files import write_atomically, write_json
+from fastmeta.training.metrics_log import MetricsLog, read_metrics
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):

@@ -15,8 +15,11 @@ import pytest
 import torch
 
 import fastmeta as fm
-from fastmeta import cli, demo, evaluation, train
-from fastmeta.config import TrainConfig
+from fastmeta import cli
+from fastmeta.cli import demo
+from fastmeta.training import evaluation
+from fastmeta.training import loop as train
+from fastmeta.training.config import TrainConfig
 
 SMALL = ["--data", "sinusoid", "--hidden", "4", "--meta-batch", "2", "--iterations", "3"]
 
@@ -269,7 +272,7 @@ def test_debug_shows_the_traceback(tmp_path, capsys):
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "fastmeta.train", None)
+    monkeypatch.setitem(sys.modules, "fastmeta.training.loop", None)
     assert cli.main(["train", "maml", "--data", "sinusoid", "--out", "x"]) == 2
     assert "pip install 'fastmeta[train]'" in capsys.readouterr().err
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from fastmeta.config import CHANGEABLE, TrainConfig, check_same_run, read_options
+from fastmeta.training.config import CHANGEABLE, TrainConfig, check_same_run, read_options
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta.functional import FunctionalEngine
+from fastmeta.engines.functional.engine import FunctionalEngine
 from tests.cases import CASES, Case, Maker
 from tests.networks import Tasks, build, classification, relative_error
 from tests.test_ops import TOLERANCE, assert_near, each_backend, require_kernels, value_and_grads

@@ -9,8 +9,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from fastmeta.curves import Curve, draw_comparison, draw_curves, smooth
-from fastmeta.evaluation import Evaluation
+from fastmeta.training.evaluation import Evaluation
+from fastmeta.training.plots import Curve, draw_comparison, draw_curves, smooth
 
 
 def metrics(count: int, score: str = "accuracy") -> list[dict]:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmeta import cli, train
-from fastmeta.config import TrainConfig
+from fastmeta import cli
 from fastmeta.data import Episodes, ImageFolder, from_spec
+from fastmeta.training import loop as train
+from fastmeta.training.config import TrainConfig
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 import fastmeta as fm
-from fastmeta import _timing, demo, evaluation, train
+from fastmeta.cli import demo
 from fastmeta.data import ClassImages
+from fastmeta.training import evaluation
+from fastmeta.training import loop as train
+from fastmeta.training import timing as _timing
 
 
 @pytest.fixture

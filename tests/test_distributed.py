@@ -16,11 +16,13 @@ from torch import nn
 
 import fastmeta as fm
 from fastmeta import cli, distributed
-from fastmeta import train as training
-from fastmeta.checkpoint import load_checkpoint, read_metrics
-from fastmeta.config import TrainConfig
 from fastmeta.data import Episode, Episodes, Glyphs, Sinusoid
-from fastmeta.runs import begin_folder, begun_by, build_learner
+from fastmeta.training import loop as training
+from fastmeta.training.checkpoint import load_checkpoint
+from fastmeta.training.config import TrainConfig
+from fastmeta.training.learner_factory import build_learner
+from fastmeta.training.metrics_log import read_metrics
+from fastmeta.training.run_folder import begin_folder, begun_by
 from tests.ranks import on_ranks
 from tests.runs import images, maml, protonet, relative, run, sinusoid, weights, without_seconds
 

@@ -10,11 +10,17 @@ import torch
 from torch import nn
 
 import fastmeta as fm
-from fastmeta import evaluation
-from fastmeta.config import TrainConfig
 from fastmeta.data import ClassImages, Episodes, Sinusoid
-from fastmeta.evaluation import Evaluation, Evaluator, evaluate_run, mean_interval, query_scores
-from fastmeta.train import train
+from fastmeta.training import evaluation
+from fastmeta.training.config import TrainConfig
+from fastmeta.training.evaluation import (
+    Evaluation,
+    Evaluator,
+    evaluate_run,
+    mean_interval,
+    query_scores,
+)
+from fastmeta.training.loop import train
 
 
 class Recorder(nn.Module):

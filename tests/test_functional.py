@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fastmeta._passes
 from benchmarks.meta_memory import peak
-from fastmeta.arena import Layout
-from fastmeta.functional import FunctionalEngine
+from fastmeta.core.parameter_layout import Layout
+from fastmeta.engines.functional import passes as module_passes
+from fastmeta.engines.functional.engine import FunctionalEngine
 from tests.memory import peak_bytes
 from tests.networks import (
     NETWORKS,
@@ -234,7 +234,7 @@ def test_a_second_derivative_of_the_meta_gradient_raises(device):
 def test_without_gradients_nothing_but_the_loss_is_computed(monkeypatch, device):
     net, tasks = build("mlp", device), classification("mlp", device)
     expected = run(net, tasks, step_sizes(net), steps=2)
-    monkeypatch.setattr(fastmeta._passes, "curvature", lambda *_: pytest.fail("an HVP was taken"))
+    monkeypatch.setattr(module_passes, "curvature", lambda *_: pytest.fail("an HVP was taken"))
     engine = FunctionalEngine(net, F.cross_entropy, steps=2)
     theta = engine.parameters()
     with torch.no_grad():
@@ -303,7 +303,7 @@ def test_the_inner_loop_does_not_track_what_asks_for_a_gradient(device):
 
 
 def test_first_order_takes_no_hessian_vector_product(monkeypatch, device):
-    monkeypatch.setattr(fastmeta._passes, "curvature", lambda *_: pytest.fail("an HVP was taken"))
+    monkeypatch.setattr(module_passes, "curvature", lambda *_: pytest.fail("an HVP was taken"))
     net, tasks = build("mlp", device), classification("mlp", device)
     run(net, tasks, step_sizes(net), steps=3, first_order=True)
 

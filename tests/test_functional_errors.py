@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta.functional import FunctionalEngine
+from fastmeta.engines.functional.engine import FunctionalEngine
 from tests.networks import Tasks, build, classification, regression, regressor
 
 

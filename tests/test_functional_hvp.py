@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fastmeta as fm
-from fastmeta.arena import Layout
-from fastmeta.functional import FunctionalEngine
+from fastmeta.core.parameter_layout import Layout
+from fastmeta.engines.functional.engine import FunctionalEngine
 from tests.networks import (
     NETWORKS,
     build,

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta.algorithms._conjugate_gradients import conjugate_gradients
-from fastmeta.functional import FunctionalEngine
+from fastmeta.engines.functional.engine import FunctionalEngine
+from fastmeta.learners.gradient._conjugate_gradients import conjugate_gradients
 from tests.networks import Tasks, regression, regressor, relative_error
 from tests.programs import build as build_program
 from tests.programs import tasks_for

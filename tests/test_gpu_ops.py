@@ -64,7 +64,7 @@ def test_everything_is_measured_and_agrees(capsys):
         assert all(s["median"] > 0 for s in row["seconds"].values())
         assert row["op"] != "inner_update" or row["of_copy"] > 0
         assert row["workload"] != "proto_big" or (row["of_floor"] > 0 and row["peak_bytes"] > 0)
-    assert {row["op"] for row in rows} == set(fm._native.NAMES)
+    assert {row["op"] for row in rows} == set(fm.core.backend.NAMES)
     assert json.loads(json.dumps(content)) == content
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 1 + len(rows) and "% of floor" in printed[-1]
@@ -268,7 +268,7 @@ def test_every_op_of_the_kernel_check_runs_and_is_right():
     assert every_kernel.run("cpu", said.append) == 0
     assert len(said) == 1 and said[0].endswith("calls on cpu, 0 wrong results")
     ops = {op for op, _ in every_kernel.calls(torch.float32, "cpu")}
-    pairs = {f"{op}{suffix}" for op in fm._native.OPS for suffix in ("", "_backward")}
+    pairs = {f"{op}{suffix}" for op in fm.core.backend.OPS for suffix in ("", "_backward")}
     convolutions = {f"task_conv2d{suffix}" for suffix in ("", "_input", "_weight")}
     norms = {f"task_batch_norm{suffix}" for suffix in ("", "_backward", "_backward_backward")}
     assert ops == {*pairs, *convolutions, *norms, "task_program_meta_gradient"}

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta import _graphs, program
-from fastmeta._graphs import CALLS
-from fastmeta.algorithms import _explain
+from fastmeta.core import cuda_graphs as _graphs
+from fastmeta.core.cuda_graphs import CALLS
+from fastmeta.engines.program import engine as program
+from fastmeta.learners import _explain
 from tests.fake_graphs import Graph, capture, gpu, replays
 from tests.networks import Tasks, build, classification
 
@@ -23,7 +24,8 @@ __all__ = ["gpu"]
 pytestmark = [
     pytest.mark.usefixtures("gpu"),
     pytest.mark.skipif(
-        (fm._native.PROGRAM, "cpu") not in fm._native.KERNELS, reason="needs the compiled extension"
+        (fm.core.backend.PROGRAM, "cpu") not in fm.core.backend.KERNELS,
+        reason="needs the compiled extension",
     ),
 ]
 

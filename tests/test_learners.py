@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta.schedules import cosine_schedule
+from fastmeta.learners.schedules import cosine_schedule
 from tests.networks import Tasks, build, classification, regression, regressor, relative_error
 from tests.test_functional import step_sizes
 from tests.unrolled import meta_gradient
@@ -24,7 +24,10 @@ ENGINES = ["functional", "program"]
 
 @pytest.fixture(params=ENGINES)
 def engine(request, device):
-    if request.param == "program" and (fm._native.PROGRAM, device) not in fm._native.KERNELS:
+    if (
+        request.param == "program"
+        and (fm.core.backend.PROGRAM, device) not in fm.core.backend.KERNELS
+    ):
         pytest.skip(f"the extension has no task program for {device}")
     return request.param
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta.arena import Layout
+from fastmeta.core.parameter_layout import Layout
 
 K, T = 3, 4
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta._prepared import Ready
-from fastmeta.arena import Layout
-from fastmeta.lowering import Lowering
+from fastmeta.core.parameter_layout import Layout
+from fastmeta.engines.program.fast_path import Ready
+from fastmeta.engines.program.lowering import Lowering
 from tests.networks import Tasks, relative_error
 from tests.programs import build, tasks_for, with_running_statistics
 from tests.unrolled import meta_gradient
@@ -149,7 +149,7 @@ def test_a_gradient_taken_again_sees_new_statistics(change, engine):
     assert relative_error(before, expected) > 1e-3
 
 
-@pytest.mark.skipif(fm._native._C is None, reason="needs the compiled extension")
+@pytest.mark.skipif(fm.core.backend._C is None, reason="needs the compiled extension")
 def test_a_prepared_gradient_reads_the_statistics_at_each_call(monkeypatch):
     answers, call = [], Ready.__call__
     monkeypatch.setattr(Ready, "__call__", lambda *args: answers.append(call(*args)) or answers[-1])

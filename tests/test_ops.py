@@ -25,7 +25,7 @@ BACKENDS = [b for b in ("native", "torch") if b == "torch" or fm.build_info()["n
 
 def require_kernels(device: str) -> None:
     """Skips the test where the extension has no kernels for the device."""
-    if not all((op, device) in fm._native.KERNELS for op in fm._native.OPS):
+    if not all((op, device) in fm.core.backend.KERNELS for op in fm.core.backend.OPS):
         pytest.skip(f"the extension has no kernels for {device}")
 
 
@@ -99,8 +99,8 @@ def test_non_contiguous_and_expanded_inputs(case, device):
 
 def assert_same_bits(case: Case, a: torch.Tensor, b: torch.Tensor) -> None:
     """But for rounding where the sums are PyTorch's, whose order may go by layout and threads."""
-    op = fm._native.PRODUCT if case.op == "task_linear" else case.op
-    if fm._native.is_available(op, a):
+    op = fm.core.backend.PRODUCT if case.op == "task_linear" else case.op
+    if fm.core.backend.is_available(op, a):
         assert torch.equal(a, b)
     else:
         assert_near(a, b, TOLERANCE[a.dtype])

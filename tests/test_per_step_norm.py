@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta._code import Code, Opcode, at_step
-from fastmeta._program_reference import forward
-from fastmeta.arena import Layout
-from fastmeta.lowering import Lowering
+from fastmeta.core.parameter_layout import Layout
+from fastmeta.engines.program.lowering import Lowering
 from fastmeta.models import PerStepBatchNorm1d, PerStepBatchNorm2d, inner_step
+from fastmeta.ops.task_program.bytecode import Code, Opcode, at_step
+from fastmeta.ops.task_program.reference import forward
 from tests.conftest import needs_kernels
 from tests.networks import Tasks, relative_error
 from tests.programs import Raw, build, lowered, shape_of, tasks_for
@@ -218,7 +218,7 @@ def test_code_of_a_later_step():
     assert relative_error(forward(later, theta, frozen, x)[1], expected) < EXACT
 
 
-@pytest.mark.skipif(fm._native._C is None, reason="needs the compiled extension")
+@pytest.mark.skipif(fm.core.backend._C is None, reason="needs the compiled extension")
 @pytest.mark.parametrize("step", [-1, 2**20])
 def test_a_first_step_out_of_range_is_refused(step):
     code, theta, frozen = Raw.of(build(NAME), F.cross_entropy, shape_of(NAME))

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmeta as fm
-from fastmeta._prepared import Ready
-from fastmeta._watch import Watch
+from fastmeta.engines.program.fast_path import Ready
+from fastmeta.engines.program.module_state import Watch
 
 T, K = 3, 2
 
-pytestmark = pytest.mark.skipif(fm._native._C is None, reason="needs the compiled extension")
+pytestmark = pytest.mark.skipif(fm.core.backend._C is None, reason="needs the compiled extension")
 
 
 def tasks(device, dtype=torch.float64, tasks: int = T, examples: int = 5) -> list[Tensor]:

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta import _program_reference as reference
-from fastmeta.ops.task_program import COMPILED, NAMES
+from fastmeta.ops.task_program import COMPILED, NAMES, reference
 from tests.programs import LOSSES, NETWORKS, Raw, build, shape_of, tasks_for
 
 # Relative to the largest entry of a result.
@@ -26,7 +25,7 @@ each_loss = pytest.mark.parametrize("loss", LOSSES)
 
 @pytest.fixture(autouse=True)
 def kernels(device):
-    if (fm._native.PROGRAM, device) not in fm._native.KERNELS:
+    if (fm.core.backend.PROGRAM, device) not in fm.core.backend.KERNELS:
         pytest.skip(f"the extension has no task program for {device}")
 
 

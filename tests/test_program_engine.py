@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 import fastmeta as fm
-from fastmeta.functional import FunctionalEngine
-from fastmeta.program import ProgramEngine
+from fastmeta.engines.functional.engine import FunctionalEngine
+from fastmeta.engines.program.engine import ProgramEngine
 from tests.networks import Tasks, relative_error
 from tests.networks import build as build_network
 from tests.programs import LOSSES, NETWORKS, build, tasks_for
@@ -24,7 +24,7 @@ EXACT = 1e-10
 
 @pytest.fixture(autouse=True)
 def kernels(device):
-    if (fm._native.PROGRAM, device) not in fm._native.KERNELS:
+    if (fm.core.backend.PROGRAM, device) not in fm.core.backend.KERNELS:
         pytest.skip(f"the extension has no task program for {device}")
 
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta.functional import FunctionalEngine
+from fastmeta.engines.functional.engine import FunctionalEngine
+from fastmeta.engines.program.engine import ProgramEngine
 from fastmeta.ops.task_program import NAMES
-from fastmeta.program import ProgramEngine
 from tests.networks import Tasks, relative_error
 from tests.programs import IMAGES, build, tasks_for
 from tests.test_program import Setting
@@ -30,7 +30,10 @@ each_network = pytest.mark.parametrize("name", IMAGES)
 
 @pytest.fixture(params=["torch", "native"])
 def backend(request, device):
-    if request.param == "native" and (fm._native.PROGRAM, device) not in fm._native.KERNELS:
+    if (
+        request.param == "native"
+        and (fm.core.backend.PROGRAM, device) not in fm.core.backend.KERNELS
+    ):
         pytest.skip(f"the extension has no task program for {device}")
     with fm.use_backend(request.param):
         yield request.param
@@ -128,7 +131,7 @@ def test_any_number_of_examples_and_tasks(support, tasks, backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("per_task", [False, True])
 def test_every_compiled_op(name, dtype, per_task, device):
-    if (fm._native.PROGRAM, device) not in fm._native.KERNELS:
+    if (fm.core.backend.PROGRAM, device) not in fm.core.backend.KERNELS:
         pytest.skip(f"the extension has no task program for {device}")
     setting = Setting(name, "cross_entropy", device, dtype, per_task=per_task, tasks=2)
     for op in NAMES:

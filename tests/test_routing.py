@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastmeta as fm
-from fastmeta import _routing
-from fastmeta._stateless import TaskModule
-from fastmeta.functional import FunctionalEngine
+from fastmeta.engines.functional import layer_routing as _routing
+from fastmeta.engines.functional.engine import FunctionalEngine
+from fastmeta.engines.functional.task_module import TaskModule
 
 pytestmark = pytest.mark.skipif(
     not fm.build_info()["native"], reason="the native extension was not built"

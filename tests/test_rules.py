@@ -29,7 +29,7 @@ each_order = pytest.mark.parametrize("first_order", [False, True])
 def kernels(request, device):
     engine = getattr(request.node, "callspec", None)
     engine = engine.params.get("engine") if engine else None
-    if engine == "program" and (fm._native.PROGRAM, device) not in fm._native.KERNELS:
+    if engine == "program" and (fm.core.backend.PROGRAM, device) not in fm.core.backend.KERNELS:
         pytest.skip(f"the extension has no task program for {device}")
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta.arena import Layout
-from fastmeta.functional import FunctionalEngine
+from fastmeta.core.parameter_layout import Layout
+from fastmeta.engines.functional.engine import FunctionalEngine
 from tests.networks import (
     Recurrent,
     Tasks,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.func import vjp
 
 import fastmeta as fm
-from fastmeta import reference
+from fastmeta.ops import reference
 from tests.cases import TASK_BATCH_NORM, Maker
 from tests.conftest import needs_kernels
 from tests.test_ops import BACKENDS, assert_near

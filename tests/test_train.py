@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from fastmeta import evaluation
-from fastmeta import train as training
-from fastmeta.algorithms.protonet import ProtoNet
-from fastmeta.checkpoint import load_checkpoint, read_metrics
-from fastmeta.config import TrainConfig, read_options
 from fastmeta.data import Episodes, Sinusoid
-from fastmeta.runs import build_learner, load_run
-from fastmeta.train import train
+from fastmeta.learners.metric.protonet import ProtoNet
+from fastmeta.training import evaluation
+from fastmeta.training import loop as training
+from fastmeta.training.checkpoint import load_checkpoint
+from fastmeta.training.config import TrainConfig, read_options
+from fastmeta.training.learner_factory import build_learner
+from fastmeta.training.loop import train
+from fastmeta.training.metrics_log import read_metrics
+from fastmeta.training.run_folder import load_run
 from tests.runs import TINY, equal, images, maml, protonet, run, sinusoid, without_seconds
 
 

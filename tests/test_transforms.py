@@ -13,7 +13,7 @@ from tests.cases import SMALL_CASES, Case, Maker, as_function
 from tests.conftest import OLD_DYNAMO, OLD_DYNAMO_REASON
 from tests.test_ops import each_backend, each_case, each_small_case, require_kernels
 
-each_op = pytest.mark.parametrize("op", fm._native.OPS)
+each_op = pytest.mark.parametrize("op", fm.core.backend.OPS)
 
 
 def setup(case: Case, device: str) -> tuple:
@@ -191,7 +191,7 @@ def raw_arguments(op: str, device: str) -> tuple:
     }[op]
 
 
-RAW_OPS = [f"{op}{suffix}" for op in fm._native.OPS for suffix in ("", "_backward")]
+RAW_OPS = [f"{op}{suffix}" for op in fm.core.backend.OPS for suffix in ("", "_backward")]
 
 
 @pytest.mark.parametrize("op", RAW_OPS)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import fastmeta as fm
-from fastmeta.algorithms import AdaptedHeads, AdaptedTasks, MetaGradient
 from fastmeta.data import Episode
+from fastmeta.learners import AdaptedHeads, AdaptedTasks, MetaGradient
 
 
 def ops() -> None:

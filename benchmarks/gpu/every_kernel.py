@@ -22,9 +22,9 @@ import fastmeta as fm
 from benchmarks.agreement import TOLERANCE, relative_error
 from benchmarks.gpu.machine import ROOT
 from benchmarks.gpu.outcomes import NOT_AVAILABLE
-from fastmeta._native import CONVOLUTION, KERNELS, WIDE_DTYPES
-from fastmeta.lowering import Lowering
-from fastmeta.ops._raw import accumulation_dtype
+from fastmeta.core.backend import CONVOLUTION, KERNELS, WIDE_DTYPES
+from fastmeta.core.dtypes import accumulation_dtype
+from fastmeta.engines.program.lowering import Lowering
 
 METRICS = ("euclidean", "cosine")  # differences with a root, and products with norms
 # T, Q, N, D: odd sizes; one tile of prototypes, in whole accesses; large tiles; a split sum.

@@ -6,7 +6,7 @@
 
 namespace {
 
-// fastmeta/_native.py looks for this text in the file before it loads it.
+// fastmeta/core/backend.py looks for this text in the file before it loads it.
 [[gnu::used]] constexpr char kCompiledWith[] = "fastmeta compiled with torch " TORCH_VERSION;
 
 pybind11::dict build_info() {

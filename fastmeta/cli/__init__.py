@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastmeta import distributed
-from fastmeta._allocator import keep_freed_memory
-from fastmeta._timing import duration
-from fastmeta.config import (
+from fastmeta.core.checks import check_count
+from fastmeta.ops._checks import METRICS
+from fastmeta.training.allocator import keep_freed_memory
+from fastmeta.training.config import (
     ALGORITHMS,
     OPTIMIZERS,
     POOLS,
@@ -27,11 +28,11 @@ from fastmeta.config import (
     check_same_run,
     read_options,
 )
-from fastmeta.data._checks import check_count
-from fastmeta.ops._checks import METRICS
+from fastmeta.training.timing import duration
 
 if TYPE_CHECKING:
-    from fastmeta.train import Result
+    from fastmeta.training.loop import Result
+
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
@@ -207,7 +208,7 @@ def _add_compare(commands: Any) -> None:
 
 
 def _train(given: dict[str, Any]) -> int:
-    from fastmeta.train import train
+    from fastmeta.training.loop import train
 
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
     with distributed.process_group():
@@ -245,7 +246,7 @@ def _summary(result: Result) -> str:
 
 
 def _eval(given: dict[str, Any]) -> int:
-    from fastmeta.evaluation import evaluate_run
+    from fastmeta.training.evaluation import evaluate_run
 
     _need_one_process("eval")
     _set_threads(given)
@@ -259,8 +260,8 @@ def _set_threads(given: dict[str, Any]) -> None:
 
 
 def _compare(given: dict[str, Any]) -> int:
-    from fastmeta.compare import compare, compare_runs
-    from fastmeta.comparison import PICTURE, TABLE
+    from fastmeta.training.compare import compare, compare_runs
+    from fastmeta.training.compare.report import PICTURE, TABLE
 
     _need_one_process("compare")
     out = Path(given.pop("out"))
@@ -286,7 +287,7 @@ def _compare(given: dict[str, Any]) -> int:
 
 def _planned(out: Path, resume: bool, given: dict[str, Any]) -> list[TrainConfig]:
     """The configs of a comparison's learners; one that goes on needs no options."""
-    from fastmeta.comparison_plan import parse_setting, plan, resumed_plan
+    from fastmeta.training.compare.plan import parse_setting, plan, resumed_plan
 
     own: dict[str, dict[str, Any]] = {}
     for algorithm, option, value in map(parse_setting, given.pop("set", [])):
@@ -312,14 +313,14 @@ def _name() -> str:
 
 
 def _info(_: dict[str, Any]) -> int:
-    from fastmeta.info import report
+    from fastmeta.cli.info import report
 
     print(report())
     return 0
 
 
 def _demo(given: dict[str, Any]) -> int:
-    from fastmeta.demo import demo
+    from fastmeta.cli.demo import demo
 
     _need_one_process("demo")
     demo(Path(given.pop("out")), **given)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import fastmeta as fm
-from fastmeta._timing import interleave, ratio
-from fastmeta.config import TrainConfig, check_positive
-from fastmeta.curves import draw_curves
 from fastmeta.data import Glyphs
-from fastmeta.evaluation import evaluate_run
-from fastmeta.train import train
+from fastmeta.training.config import TrainConfig, check_positive
+from fastmeta.training.evaluation import evaluate_run
+from fastmeta.training.loop import train
+from fastmeta.training.plots import draw_curves
+from fastmeta.training.timing import interleave, ratio
 
 _ENDLESS = 10**9  # iterations: the time limit ends the training
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 import fastmeta as fm
-from fastmeta._native import DTYPES, NAMES
+from fastmeta.core.backend import DTYPES, NAMES
 
 ENVIRONMENT = ("FASTMETA_", "CUDA_", "NCCL_", "OMP_", "MKL_", "KMP_", "TORCH", "PYTORCH_")
+
 ALSO = ("CXX", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH")
 
 

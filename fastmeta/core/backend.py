@@ -42,7 +42,7 @@ def _load() -> tuple[Any, str]:
     """The extension, or None and why it cannot be used."""
     spec = find_spec("fastmeta._C")
     if spec is None or spec.origin is None:
-        return None, _why_missing(Path(__file__).parent)
+        return None, _why_missing(Path(__file__).parents[1])
     compiled, running = _compiled_with(spec.origin), torch.__version__
     # libtorch's C++ ABI changes between minor versions: what loads might crash later.
     if compiled and compiled.split(".")[:2] != running.split(".")[:2]:
@@ -59,14 +59,22 @@ def _load() -> tuple[Any, str]:
 _C, UNAVAILABLE = _load()
 
 OPS = ("inner_update", "prototypes", "pairwise_distance", "prototype_loss", "linear_head")
+
 CONVOLUTION = "task_conv2d"
+
 BATCH_NORM = "task_batch_norm"
+
 PROGRAM = "task_program"
+
 # Of a CPU alone: elsewhere these are other ops, one after another.
 PRODUCT: str = "task_product"
+
 HEAD_LOSS: str = "linear_head_loss"
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 WIDE_DTYPES = (torch.float32, torch.float64)  # of all but OPS and the convolution
+
 BACKENDS = ("native", "torch")
 
 
@@ -79,12 +87,14 @@ def _has_kernel(op: str, device: str) -> bool:
 
 # What follows is traced by torch.compile: plain tables and globals, which it guards on.
 NAMES = (*OPS, CONVOLUTION, BATCH_NORM, PROGRAM)
+
 KERNELS = {
     (op, device): WIDE_DTYPES if op in (BATCH_NORM, PROGRAM, PRODUCT) else DTYPES
     for op in (*NAMES, PRODUCT, HEAD_LOSS)
     for device in ("cpu", "cuda")
     if _has_kernel(op, device)
 }
+
 _forced: str | None = None
 
 

@@ -40,3 +40,15 @@ def check_device(device: object) -> torch.device:
         raise ValueError(
             f"device: expected a device such as 'cpu' or 'cuda:0', got {device!r}"
         ) from error
+
+
+def check_integer(name: str, value: int, lowest: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < lowest:
+        raise ValueError(f"{name}: expected at least {lowest}, got {value}")
+
+
+def refuse_inference_mode(reason: str) -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{reason}, which inference mode forbids; use torch.no_grad()")

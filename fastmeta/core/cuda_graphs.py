@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.reference import is_being_captured
-
 DEVICE_TYPE = "cuda"
+
 CALLS = 3  # of a kind, one after the other, of which the last is captured
+
 KEPT = 4  # graphs, of the kinds that were used last
 
 Function = Callable[..., Sequence[Tensor]]
@@ -188,3 +188,11 @@ class Graphs:
 def _is_watched() -> bool:
     """Whether a transform of torch.func or a dispatch mode is to see each operation."""
     return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_being_captured(x: torch.Tensor) -> bool:
+    """Whether work on `x` goes into a CUDA graph, where nothing can be read back."""
+    if not x.is_cuda:
+        return False
+    with torch.cuda.device(x.device):
+        return torch.cuda.is_current_stream_capturing()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from fastmeta.ops._raw import accumulation_dtype
+from fastmeta.core.dtypes import accumulation_dtype
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from .episodes import Episode, Episodes, Source
-from .glyphs import Glyphs
-from .image_folder import ImageFolder
-from .images import ClassImages
-from .omniglot import Omniglot
-from .sinusoid import Sinusoid
-from .specs import from_spec
+from fastmeta.data.episodes import Episode, Episodes, Source
+from fastmeta.data.glyphs import Glyphs
+from fastmeta.data.image_folder import ImageFolder
+from fastmeta.data.images import ClassImages
+from fastmeta.data.omniglot import Omniglot
+from fastmeta.data.sinusoid import Sinusoid
+from fastmeta.data.specs import from_spec
 
 __all__ = [
     "ClassImages",

@@ -11,7 +11,7 @@ import torch
 from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
-from ._checks import check_count, check_device
+from fastmeta.core.checks import check_count, check_device
 
 
 class Episode(NamedTuple):

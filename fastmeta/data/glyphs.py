@@ -8,10 +8,10 @@ import unicodedata
 import numpy as np
 import torch
 
-from ._cache import Arrays, cached
-from ._checks import check_choice, check_count
-from ._optional import require
-from .images import ClassImages, stable_fraction
+from fastmeta.core.checks import check_choice, check_count
+from fastmeta.core.optional import require
+from fastmeta.data._cache import Arrays, cached
+from fastmeta.data.images import ClassImages, stable_fraction
 
 # Each split takes the families of characters whose hash falls between its two bounds.
 _SPLITS = {"train": (0.0, 0.7), "validation": (0.7, 0.8), "test": (0.8, 1.0)}
@@ -76,7 +76,7 @@ def _versions() -> dict[str, object]:
     require("matplotlib", "rendering glyphs")
     from PIL import features
 
-    from ._glyph_rendering import font_files
+    from fastmeta.data._glyph_rendering import font_files
 
     return {
         "format": _FORMAT,
@@ -87,7 +87,7 @@ def _versions() -> dict[str, object]:
 
 
 def _render(split: str, size: int, examples: int, seed: int) -> Arrays:
-    from ._glyph_rendering import distinct_characters, draw_character, load_faces
+    from fastmeta.data._glyph_rendering import distinct_characters, draw_character, load_faces
 
     faces = [face.at(size) for face in load_faces()]
     codes = [code for code in distinct_characters() if _in_split(code, split)]

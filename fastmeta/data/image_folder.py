@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ._cache import Arrays, cached, fingerprint
-from ._checks import check_count
-from ._optional import require
-from .images import ClassImages
+from fastmeta.core.checks import check_count
+from fastmeta.core.optional import require
+from fastmeta.data._cache import Arrays, cached, fingerprint
+from fastmeta.data.images import ClassImages
 
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _DEEP = ("I", "F")  # modes of more than 8 bits a channel

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import check_count
-from .episodes import Episode
+from fastmeta.core.checks import check_count
+from fastmeta.data.episodes import Episode
 
 
 class ClassImages:

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ._cache import Arrays, cached, fingerprint
-from ._checks import check_choice, check_count
-from ._optional import require
-from .images import ClassImages, stable_fraction
+from fastmeta.core.checks import check_choice, check_count
+from fastmeta.core.optional import require
+from fastmeta.data._cache import Arrays, cached, fingerprint
+from fastmeta.data.images import ClassImages, stable_fraction
 
 _PARTS = {"background": 964, "evaluation": 659}
 _PAPER_SPLITS = {"train": (0, 1028), "validation": (1028, 1200), "test": (1200, 1623)}

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import torch
 
-from ._checks import check_count
-from .episodes import Episode
+from fastmeta.core.checks import check_count
+from fastmeta.data.episodes import Episode
 
 
 class Sinusoid:

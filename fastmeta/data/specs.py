@@ -6,12 +6,12 @@ import os
 import re
 from pathlib import Path
 
-from ._checks import check_choice
-from .episodes import Source
-from .glyphs import Glyphs
-from .image_folder import ImageFolder
-from .omniglot import Omniglot
-from .sinusoid import Sinusoid
+from fastmeta.core.checks import check_choice
+from fastmeta.data.episodes import Source
+from fastmeta.data.glyphs import Glyphs
+from fastmeta.data.image_folder import ImageFolder
+from fastmeta.data.omniglot import Omniglot
+from fastmeta.data.sinusoid import Sinusoid
 
 _KNOWN = ("omniglot:PATH", "images:PATH", "glyphs", "sinusoid")
 _OMNIGLOT_SPLITS = {

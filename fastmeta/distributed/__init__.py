@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastmeta._shared_norm import SharedBatchNorm, share_batch_statistics
 from fastmeta.data import Episode
+from fastmeta.distributed.sync_batch_norm import SharedBatchNorm, share_batch_statistics
 
 __all__ = [
     "SharedBatchNorm",

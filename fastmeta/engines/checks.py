@@ -5,20 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmeta._hvp import Tensors
-from fastmeta.arena import Layout
-
-
-def check_integer(name: str, value: int, lowest: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < lowest:
-        raise ValueError(f"{name}: expected at least {lowest}, got {value}")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+from fastmeta.core.derivatives import Tensors
+from fastmeta.core.parameter_layout import Layout
 
 
 def checked_rows(rows: Tensor, steps: int, support_x: Tensor) -> Tensor:
@@ -32,11 +20,6 @@ def checked_rows(rows: Tensor, steps: int, support_x: Tensor) -> Tensor:
     if rows.numel() and not (rows.min() >= 0 and rows.max() < examples):
         raise ValueError(f"rows: expected examples from 0 to {examples - 1}")
     return rows.to(support_x.device)
-
-
-def refuse_inference_mode(reason: str) -> None:
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(f"{reason}, which inference mode forbids; use torch.no_grad()")
 
 
 def check_arena(name: str, layout: Layout, arena: Tensor, tasks: int) -> None:

@@ -3,22 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from fastmeta._hvp import Tensors
-from fastmeta._passes import QUERY, SUPPORT, Minibatches, Passes
-from fastmeta._replay import RandomState
-from fastmeta.rules._base import PREFIX, Pullback, Rule, State, Step
-
-if TYPE_CHECKING:
-    from fastmeta._program_passes import ProgramPasses
-
+from fastmeta.core.derivatives import Tensors
+from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.random_state import RandomState
+from fastmeta.engines.base import QUERY, SUPPORT
+from fastmeta.rules.base import PREFIX, Pullback, Rule, State, Step
 
 _LEFT_OUT = cast("Tensor", None)  # for a plain step, whose derivative does not look at it
+
+
+class Passes(Protocol):
+    """Gradients, Hessian-vector products and query losses at parameters ``[T, P]``.
+
+    An inner loop needs nothing else of a module. ``ModulePasses`` takes them by autograd,
+    ``ProgramPasses`` by compiled calls.
+    """
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def constants(self) -> Sequence[Tensor]: ...
+
+    def conditions(self) -> AbstractContextManager[None]: ...
+
+    def random_state(self, device: torch.device) -> RandomState | None: ...
+
+    def gradient(self, k: int, theta: Tensor, data: Tensors) -> Tensor: ...
+
+    def curvature(
+        self, k: int, theta: Tensor, direction: Tensor, data: Tensors, inputs: Tensors, random: Any
+    ) -> tuple[Tensor, Tensors]: ...
+
+    def query(
+        self, k: int, theta: Tensor, data: Tensors, wants: set[str], weight: float
+    ) -> tuple[Tensor, Tensor, Tensors]: ...
 
 
 @dataclass
@@ -57,7 +83,7 @@ class InnerLoop:
         rule: what takes the steps.
     """
 
-    passes: Passes | ProgramPasses | Minibatches
+    passes: Passes
     steps: int
     first_order: bool
     rule: Rule
@@ -241,3 +267,39 @@ def take_tasks(name: str, tensor: Tensor, rows: slice) -> Tensor:
     if name == "lr":
         return tensor if tensor.shape[1] == 1 else tensor[:, rows]
     return tensor if name == "theta" and tensor.ndim < 2 else tensor[rows]
+
+
+@dataclass(frozen=True)
+class Minibatches:
+    """Passes whose inner steps each see some of the support's examples.
+
+    Attributes:
+        passes: of all of them.
+        rows: ``[K, B]``, the examples of each step.
+    """
+
+    passes: Passes
+    rows: Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.passes, name)
+
+    def gradient(self, k: int, theta: Tensor, data: Tensors) -> Tensor:
+        return self.passes.gradient(k, theta, self._seen(k, data))
+
+    def curvature(
+        self, k: int, theta: Tensor, direction: Tensor, data: Tensors, inputs: Tensors, random: Any
+    ) -> tuple[Tensor, Tensors]:
+        at = k, theta, direction, self._seen(k, data), self._seen(k, inputs)
+        product, mixed = self.passes.curvature(*at, random)
+        whole = {
+            name: torch.zeros_like(inputs[name]).index_add_(1, self.rows[k], part)
+            for name, part in mixed.items()
+        }
+        return product, whole
+
+    def _seen(self, k: int, data: Tensors) -> Tensors:
+        return {
+            name: tensor[:, self.rows[k]] if name in SUPPORT else tensor
+            for name, tensor in data.items()
+        }

@@ -1,15 +1,17 @@
 """The learners: thin front ends over the engines, one algorithm a file."""
 
-from fastmeta.algorithms._results import AdaptedTasks, MetaGradient
-from fastmeta.algorithms.anil import ANIL, AdaptedHeads
-from fastmeta.algorithms.fomaml import FOMAML
-from fastmeta.algorithms.imaml import IMAML
-from fastmeta.algorithms.maml import MAML
-from fastmeta.algorithms.mamlpp import MAMLPlusPlus
-from fastmeta.algorithms.metacurvature import MetaCurvature
-from fastmeta.algorithms.metasgd import MetaSGD
-from fastmeta.algorithms.protonet import ProtoNet
-from fastmeta.algorithms.reptile import Reptile
+from __future__ import annotations
+
+from fastmeta.learners.base import AdaptedTasks, MetaGradient
+from fastmeta.learners.gradient.anil import ANIL, AdaptedHeads
+from fastmeta.learners.gradient.fomaml import FOMAML
+from fastmeta.learners.gradient.imaml import IMAML
+from fastmeta.learners.gradient.maml import MAML
+from fastmeta.learners.gradient.maml_plus_plus import MAMLPlusPlus
+from fastmeta.learners.gradient.meta_curvature import MetaCurvature
+from fastmeta.learners.gradient.meta_sgd import MetaSGD
+from fastmeta.learners.gradient.reptile import Reptile
+from fastmeta.learners.metric.protonet import ProtoNet
 
 __all__ = [
     "ANIL",

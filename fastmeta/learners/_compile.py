@@ -18,14 +18,17 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.func import functional_call
 
-from fastmeta._replay import autocast_dtype
-from fastmeta._routing import HALF
+from fastmeta.core.autocast import autocast_dtype
+from fastmeta.core.dtypes import HALF
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 _NAME = "fastmeta::meta_loss"
+
 _LEARNERS: WeakValueDictionary[int, Enlisted] = WeakValueDictionary()
+
 _METHODS: dict[str, Callable[..., Any]] = {}  # a subclass may call its parent's
+
 # What PyTorch dispatches by. Where compiled code runs, autocast is left out, and at times autograd.
 with torch.inference_mode(False):  # whatever the mode of who imports
     _PLAIN = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()

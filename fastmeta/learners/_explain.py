@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fastmeta._graphs import CALLS, DEVICE_TYPE
-from fastmeta._hvp import Tensors
-from fastmeta.arena import Layout
-from fastmeta.functional import FunctionalEngine
-from fastmeta.lowering import Program
+from fastmeta.core.cuda_graphs import CALLS, DEVICE_TYPE
+from fastmeta.core.derivatives import Tensors
+from fastmeta.core.parameter_layout import Layout
+from fastmeta.engines.functional.engine import FunctionalEngine
+from fastmeta.engines.program.engine import ProgramEngine
+from fastmeta.engines.program.lowering import Program
 from fastmeta.ops import backend_of
-from fastmeta.program import ProgramEngine
 
 
 def explain(engine: FunctionalEngine, data: Tensors | None = None) -> str:

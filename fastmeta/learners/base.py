@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from fastmeta._inner_step import inner_step
-from fastmeta._stateless import TaskModule
-from fastmeta.arena import Layout
-from fastmeta.functional import FunctionalEngine
-from fastmeta.program import ProgramEngine
-
-if TYPE_CHECKING:
-    from fastmeta.algorithms.anil import ANIL
-    from fastmeta.algorithms.maml import MAML
+from fastmeta.core.inner_step import inner_step
+from fastmeta.core.parameter_layout import Layout
+from fastmeta.engines.functional.engine import FunctionalEngine
+from fastmeta.engines.functional.task_module import TaskModule
+from fastmeta.engines.program.engine import ProgramEngine
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ class MetaGradient(NamedTuple):
     lr_grad: Tensor | None
     rule_grads: dict[str, Tensor]
 
-    def assign_to(self, learner: MAML | ANIL) -> None:
+    def assign_to(self, learner: Any) -> None:
         """Set ``.grad`` of the learner's parameters, for its optimizer; what was there goes."""
         named = dict(learner.module.named_parameters())
         for name, grad in Layout.of(learner.module).views(self.grads).items():

@@ -1,13 +1,14 @@
 """The ops: one function, one contract, three implementations (C++, CUDA, plain PyTorch)."""
 
-from fastmeta._native import backend_of, build_info, use_backend
+from fastmeta.core.backend import backend_of, build_info, use_backend
 from fastmeta.ops.inner_update import inner_update
 from fastmeta.ops.linear_head import linear_head, linear_head_hvp
 from fastmeta.ops.pairwise_distance import pairwise_distance
 from fastmeta.ops.prototype_loss import prototype_loss
 from fastmeta.ops.prototypes import prototypes
 from fastmeta.ops.task_batch_norm import task_batch_norm
-from fastmeta.ops.task_conv import task_conv2d, task_linear
+from fastmeta.ops.task_conv2d import task_conv2d
+from fastmeta.ops.task_linear import task_linear
 
 __all__ = [
     "backend_of",

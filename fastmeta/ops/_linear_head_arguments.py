@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmeta.core.dtypes import accumulation_dtype
 from fastmeta.ops._checks import (
     check_dims,
     check_floating,
@@ -14,7 +15,6 @@ from fastmeta.ops._checks import (
     check_option,
     check_together,
 )
-from fastmeta.ops._raw import accumulation_dtype
 
 LOSSES = ("cross_entropy", "mse", "logistic")
 

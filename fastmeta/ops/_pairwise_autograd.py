@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import Function
 
-from fastmeta.ops._raw import callable_of
+from fastmeta.ops._registration import callable_of
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 

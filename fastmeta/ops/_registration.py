@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 from torch.autograd import Function
 
-from fastmeta import _native
+from fastmeta.core import backend as _native
 
 
 def fold(x: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
@@ -94,8 +94,3 @@ def callable_of(cls: type[Function], compiled: type[Function] | None = None) -> 
 
 def contiguous_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for bfloat16 and float16, else `dtype`."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

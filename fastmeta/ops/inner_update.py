@@ -9,11 +9,11 @@ import torch
 from torch.autograd import Function
 from torch.utils import _pytree as pytree
 
-from fastmeta import reference
-from fastmeta._native import WIDE_DTYPES
+from fastmeta.core.backend import WIDE_DTYPES
+from fastmeta.core.dtypes import accumulation_dtype
+from fastmeta.ops import reference
 from fastmeta.ops._checks import check_floating, check_together
-from fastmeta.ops._raw import (
-    accumulation_dtype,
+from fastmeta.ops._registration import (
     callable_of,
     contiguous_like,
     fold,

@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastmeta import reference
+from fastmeta.ops import reference
 from fastmeta.ops._checks import check_option
-from fastmeta.ops._head import Head, checked_head, checked_number, checked_steps, step_sizes
-from fastmeta.ops._product import product
-from fastmeta.ops._raw import callable_of, contiguous_like, is_native, register
-from fastmeta.ops.task_conv import task_linear
+from fastmeta.ops._linear_head_arguments import (
+    Head,
+    checked_head,
+    checked_number,
+    checked_steps,
+    step_sizes,
+)
+from fastmeta.ops._registration import callable_of, contiguous_like, is_native, register
+from fastmeta.ops.task_linear import task_linear
+from fastmeta.ops.task_matmul import product
 
 FORMS = ("auto", "primal", "dual")
 

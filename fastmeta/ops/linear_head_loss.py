@@ -12,17 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastmeta import _native
-from fastmeta._native import HEAD_LOSS
-from fastmeta._replay import without_autocast
-from fastmeta.ops._head import Head
-from fastmeta.ops._raw import contiguous_like, register
+from fastmeta.core import backend as _native
+from fastmeta.core.autocast import without_autocast
+from fastmeta.core.backend import HEAD_LOSS
+from fastmeta.ops._linear_head_arguments import Head
+from fastmeta.ops._registration import contiguous_like, register
 from fastmeta.ops.linear_head import adapted_head
-from fastmeta.ops.task_conv import task_linear
+from fastmeta.ops.task_linear import task_linear
 
 # loss, weight_decay, first_order, dual.
 Options = tuple[str, float, bool, bool]
+
 _INPUTS = 7  # tensors among the arguments of the kernel
+
 _SUPPORT = (0, 1)  # of those x and targets, which get nothing to first order
 
 

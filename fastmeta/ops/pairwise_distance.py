@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fastmeta import reference
+from fastmeta.ops import reference
 from fastmeta.ops._checks import METRICS, check_option, check_rows
-from fastmeta.ops._pairs import PairOp, Rows, differentiable
-from fastmeta.ops._raw import contiguous_like, is_native, register
+from fastmeta.ops._pairwise_autograd import PairOp, Rows, differentiable
+from fastmeta.ops._registration import contiguous_like, is_native, register
 
 
 def distance_tangent(

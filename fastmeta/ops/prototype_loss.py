@@ -8,9 +8,10 @@ from typing import Any, cast
 import torch
 from torch.autograd import Function
 
-from fastmeta import reference
+from fastmeta.core.dtypes import accumulation_dtype
+from fastmeta.ops import reference
 from fastmeta.ops._checks import METRICS, check_labels, check_option, check_rows
-from fastmeta.ops._pairs import (
+from fastmeta.ops._pairwise_autograd import (
     PairOp,
     Rest,
     Rows,
@@ -19,13 +20,7 @@ from fastmeta.ops._pairs import (
     save,
     saved,
 )
-from fastmeta.ops._raw import (
-    accumulation_dtype,
-    callable_of,
-    contiguous_like,
-    is_native,
-    register,
-)
+from fastmeta.ops._registration import callable_of, contiguous_like, is_native, register
 from fastmeta.ops.pairwise_distance import distance_tangent
 
 REDUCTIONS = ("mean", "sum", "none")

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from fastmeta import reference
+from fastmeta.ops import reference
 from fastmeta.ops._checks import check_dims, check_floating, check_labels
-from fastmeta.ops._raw import callable_of, is_native, register
+from fastmeta.ops._registration import callable_of, is_native, register
 
 
 class Prototypes(Function):

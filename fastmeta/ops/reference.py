@@ -14,11 +14,14 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 
-from fastmeta._replay import without_autocast
-from fastmeta.ops._raw import accumulation_dtype
+from fastmeta.core.autocast import without_autocast
+from fastmeta.core.cuda_graphs import is_being_captured
+from fastmeta.core.dtypes import accumulation_dtype
 
 Op = TypeVar("Op", bound=Callable[..., Any])
+
 COSINE_EPS = 1e-8
+
 _DIRECT_LIMIT = 1 << 22  # differences [T, Q, N, D] held at once, in elements
 
 
@@ -37,14 +40,6 @@ def inner_update(params: torch.Tensor, grads: torch.Tensor, lr: torch.Tensor) ->
     """params - lr * grads for [T, P] params and grads, lr broadcastable to [T, P]."""
     out = params.to(lr.dtype) - lr * grads.to(lr.dtype)
     return out.to(params.dtype)
-
-
-def is_being_captured(x: torch.Tensor) -> bool:
-    """Whether work on `x` goes into a CUDA graph, where nothing can be read back."""
-    if not x.is_cuda:
-        return False
-    with torch.cuda.device(x.device):
-        return torch.cuda.is_current_stream_capturing()
 
 
 def check_label_range(labels: torch.Tensor, classes: int, name: str) -> None:

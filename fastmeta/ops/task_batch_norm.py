@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils._pytree import tree_map
 
-from fastmeta import reference
+from fastmeta.ops import reference
 from fastmeta.ops._checks import check_dims, check_floating, check_together
-from fastmeta.ops._raw import callable_of, contiguous_like, folding, is_native, register
+from fastmeta.ops._registration import callable_of, contiguous_like, folding, is_native, register
 
 Formula = Callable[..., Any]
 

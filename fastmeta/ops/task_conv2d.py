@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastmeta import reference
-from fastmeta.ops._layers import check_channels, check_layer, padded, pair
-from fastmeta.ops._product import has_kernel, product
-from fastmeta.ops._raw import callable_of, folding, is_native, register
+from fastmeta.ops import reference
+from fastmeta.ops._conv_arguments import check_channels, check_layer, padded, pair
+from fastmeta.ops._registration import callable_of, folding, is_native, register
 
 # What a convolution is besides its tensors: height and width of the images, kernel, stride, padding
 # and dilation, then groups. They go to the autograd function one by one: vmap takes a tuple for a
@@ -101,6 +100,7 @@ class Convolution(Function):
 
 
 _apply = callable_of(Convolution)
+
 # PyTorch's own rule makes a class anew for every call.
 Convolution.vmap = staticmethod(folding(_apply))  # type: ignore[method-assign]
 
@@ -122,12 +122,14 @@ register(
         *reference.conv_out_size(x.shape[3:], weight.shape[3:], stride, padding, dilation),
     ),
 )
+
 register(
     "task_conv2d_input",
     lambda grad, weight, size, stride, padding, dilation, groups: _images(
         grad, *grad.shape[:2], weight.shape[2] * groups, *size
     ),
 )
+
 register(
     "task_conv2d_weight",
     lambda grad, x, kernel, stride, padding, dilation, groups: x.new_empty(
@@ -222,42 +224,3 @@ def _by_groups(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometr
     out = out.unflatten(0, (x.shape[0], groups)).movedim(1, 2)
     out = out.clone(memory_format=torch.contiguous_format).flatten(2, 3)
     return reference.as_channels_last(out) if reference.is_channels_last(x) else out
-
-
-def task_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Linear layer of each task's examples with the task's own weights: x weight' + bias.
-
-    ``torch.bmm``, with its devices, dtypes, derivatives and transforms, behind checked shapes. On
-    a CPU float32 and float64 of four tasks and more go through a compiled product, which is made
-    for few outputs.
-
-    Args:
-        x: [T, B, I], or [B, I] for one task.
-        weight: [T, O, I], or [O, I]; same dtype and device.
-        bias: [T, O], or [O], or None.
-
-    Returns:
-        [T, B, O], or [B, O]. Each of the sizes may be 0.
-
-    Raises:
-        TypeError: inputs are not floating-point tensors of one dtype.
-        ValueError: shapes do not agree, or devices differ.
-
-    >>> fm.task_linear(torch.ones(2, 1, 3), torch.ones(2, 1, 3), torch.tensor([[0.0], [1.0]]))
-    tensor([[[3.]],
-    <BLANKLINE>
-            [[4.]]])
-    """
-    check_layer(x, weight, bias, "[T, B, I]", "[T, O, I]")
-    if x.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            f"x [T, B, I] and weight [T, O, I] must agree in I, "
-            f"got {list(x.shape)} and {list(weight.shape)}"
-        )
-    if x.dim() == 2:
-        biases = None if bias is None else bias.unsqueeze(0)
-        return task_linear(x.unsqueeze(0), weight.unsqueeze(0), biases).squeeze(0)
-    if bias is not None and not has_kernel(x):
-        return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
-    out = product(x, weight, transpose_b=True)
-    return out if bias is None else out + bias.unsqueeze(1)

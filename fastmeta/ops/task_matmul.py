@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastmeta import _native
-from fastmeta._native import PRODUCT
-from fastmeta.ops._raw import callable_of, register, traces_transform
+from fastmeta.core import backend as _native
+from fastmeta.core.backend import PRODUCT
+from fastmeta.ops._registration import callable_of, register, traces_transform
 
 
 def _raw(a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> Tensor:

@@ -7,8 +7,8 @@ steps           SGD, Adam, CarriedAdam, RMSProp
 wrapped around  ClipValue, ClipNorm, Proximal, MetaCurvature
 """
 
-from fastmeta.rules._base import Rule
 from fastmeta.rules.adaptive import Adam, CarriedAdam, RMSProp
+from fastmeta.rules.base import Rule
 from fastmeta.rules.clipping import ClipNorm, ClipValue
 from fastmeta.rules.meta_curvature import MetaCurvature
 from fastmeta.rules.proximal import Proximal

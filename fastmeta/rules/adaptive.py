@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastmeta.arena import Layout
-from fastmeta.ops._raw import accumulation_dtype
-from fastmeta.rules._base import (
+from fastmeta.core.dtypes import accumulation_dtype
+from fastmeta.core.parameter_layout import Layout
+from fastmeta.rules.base import (
     Hyperparameter,
     Rule,
     State,

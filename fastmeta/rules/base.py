@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmeta._hvp import derivative
-from fastmeta._replay import without_autocast
-from fastmeta.arena import Layout
-from fastmeta.ops._raw import accumulation_dtype
+from fastmeta.core.autocast import without_autocast
+from fastmeta.core.derivatives import derivative
+from fastmeta.core.dtypes import accumulation_dtype
+from fastmeta.core.parameter_layout import Layout
 
 Hyperparameter = float | nn.Parameter
+
 State = tuple[Tensor, ...]
 
 PREFIX = "rule."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmeta.rules._base import Hyperparameter, Rule, Wrapped, positive
+from fastmeta.rules.base import Hyperparameter, Rule, Wrapped, positive
 from fastmeta.rules.sgd import SGD
 
 

@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastmeta.arena import Layout
-from fastmeta.rules._base import Rule, Wrapped, check_made_for
+from fastmeta.core.parameter_layout import Layout
+from fastmeta.rules.base import Rule, Wrapped, check_made_for
 from fastmeta.rules.sgd import SGD
 
 

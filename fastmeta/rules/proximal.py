@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastmeta.rules._base import Hyperparameter, Rule, State, Wrapped, hyperparameter
+from fastmeta.rules.base import Hyperparameter, Rule, State, Wrapped, hyperparameter
 from fastmeta.rules.sgd import SGD
 
 

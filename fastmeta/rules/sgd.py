@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastmeta.ops.inner_update import inner_update
-from fastmeta.rules._base import (
+from fastmeta.rules.base import (
     Hyperparameter,
     Pullback,
     Rule,

@@ -6,6 +6,7 @@ import ctypes
 import platform
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's M_ names
+
 _BYTES = 1 << 30
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from typing import Any
 
-from fastmeta.config import TrainConfig
+from fastmeta.training.config import TrainConfig
 
 
 def train_command(config: TrainConfig) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastmeta.data._checks import check_choice, check_count
+from fastmeta.core.checks import check_choice, check_count
 from fastmeta.ops._checks import METRICS
 
 # Algorithms in words, as titles have them.
@@ -26,20 +26,30 @@ NAMES = {
     "metacurvature": "Meta-Curvature",
     "imaml": "iMAML",
 }
+
 ALGORITHMS = tuple(NAMES)
+
 PROTOCOLS = ("official", "paper")
+
 POOLS = ("max", "stride")
+
 PRECISIONS = ("float32", "bfloat16")
+
 OPTIMIZERS = {"adam": 1e-3, "sgd": 1.0}  # and their usual step sizes
+
 REGRESSION = "sinusoid"
+
 _UNSET: Any = None
 
 # Options that say how far and where a run goes, not what it computes.
 CHANGEABLE = {
     *("out", "iterations", "time_limit", "checkpoint_every", "eval_tasks", "device", "threads"),
 }
+
 _BEFORE = {"optimizer": "adam"}  # what all runs had before there was a choice
+
 _INNER_LOOP = ("steps", "eval_steps", "inner_lr")
+
 # What each learner is made with; but for train_ways and eval_steps, by these names.
 OPTIONS = {
     "protonet": ("metric", "train_ways"),
@@ -52,7 +62,9 @@ OPTIONS = {
     "metacurvature": (*_INNER_LOOP, "first_order"),
     "imaml": (*_INNER_LOOP, "regularization", "cg_steps", "cg_damping"),
 }
+
 _OF_SOME = tuple(dict.fromkeys(name for names in OPTIONS.values() for name in names))
+
 # Usual values that differ from MAML's.
 _USUAL: dict[str, dict[str, Any]] = {
     "fomaml": {"steps": 5, "inner_lr": 0.1},

@@ -10,14 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastmeta.checkpoint import write_json
-from fastmeta.config import NAMES, REGRESSION
 from fastmeta.data import Episode, Episodes, Source, from_spec
-from fastmeta.runs import EVALUATION, Learner, load_run
+from fastmeta.training.config import NAMES, REGRESSION
+from fastmeta.training.files import write_json
+from fastmeta.training.learner_factory import Learner
+from fastmeta.training.run_folder import EVALUATION, load_run
 
 # Streams of episodes that share a seed must not meet: each begins at an index of its own.
 VALIDATION_STREAM = 2**62
+
 EVALUATION_STREAM = 2**63
+
 # Examples that pass a network at a time: a bound on the memory.
 _EXAMPLES_A_CHUNK = 1024
 

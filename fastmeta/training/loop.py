@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,36 +17,29 @@ from torch.optim.lr_scheduler import LRScheduler, StepLR
 from tqdm import tqdm
 
 from fastmeta import distributed
-from fastmeta.checkpoint import (
-    MetricsLog,
-    load_checkpoint,
-    read_metrics,
-    rng_state,
-    save_checkpoint,
-    set_rng_state,
-)
-from fastmeta.config import TrainConfig, check_same_run, read_options
-from fastmeta.curves import Curve, draw_curves
-from fastmeta.data import ClassImages, Episode, Episodes, Glyphs, Omniglot, Source, from_spec
-from fastmeta.data.images import stable_fraction
-from fastmeta.data.specs import has_image_folder, image_folder
-from fastmeta.evaluation import VALIDATION_STREAM, Evaluator, query_scores
-from fastmeta.runs import (
+from fastmeta.data import Episode, Episodes, Source
+from fastmeta.learners.schedules import cosine_schedule
+from fastmeta.training.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from fastmeta.training.config import TrainConfig, check_same_run, read_options
+from fastmeta.training.environment import _settings, cpu_threads
+from fastmeta.training.evaluation import Evaluator, query_scores
+from fastmeta.training.interruption import _Stop
+from fastmeta.training.learner_factory import Learner, build_learner
+from fastmeta.training.metrics_log import MetricsLog, read_metrics
+from fastmeta.training.plots import Curve, draw_curves
+from fastmeta.training.run_folder import (
     CHECKPOINT,
     CURVE,
     METRICS,
-    Learner,
     begin_folder,
     begun_by,
-    build_learner,
     check_folder,
 )
-from fastmeta.schedules import cosine_schedule
+from fastmeta.training.sources import _sources
 
 __all__ = ["Result", "TrainConfig", "train"]
 
 _SMALL = 2**18  # parameters up to which one thread takes Adam's step sooner than several
-_HELD_OUT = 0.1  # of the training characters, for validation, where the data has no part for it
 
 
 @dataclass(frozen=True)
@@ -293,129 +282,3 @@ def _save(run: _Run, log: MetricsLog | None) -> None:
     if log:
         log.sync()
         run.save()
-
-
-def _sources(config: TrainConfig, source: Source | None) -> tuple[Source, Evaluator | None]:
-    """Where training tasks come from, and the validation on classes that do not train."""
-    training = source or from_spec(config.data, "train", config.protocol)
-    if config.eval_every == 0:
-        return training, None
-    held_out = None if source else _validation_part(config)
-    if held_out is None and isinstance(training, ClassImages):
-        training, held_out = _hold_out(training, config.ways)
-    validator = Evaluator(
-        held_out or training,
-        config.ways,
-        config.shots,
-        config.queries,
-        config.eval_tasks,
-        config.seed,
-        VALIDATION_STREAM,
-        config.device,
-    )
-    return training, validator
-
-
-def _validation_part(config: TrainConfig) -> Source | None:
-    """The data's own validation classes, where it has some."""
-    name, _, root = config.data.partition(":")
-    if name == "glyphs":
-        return Glyphs("validation")
-    if name == "omniglot" and config.protocol == "paper":
-        return Omniglot(root, "validation")
-    if name == "images" and has_image_folder(root, "validation"):
-        return image_folder(root, "validation")
-    return None
-
-
-def _hold_out(source: ClassImages, ways: int) -> tuple[ClassImages, ClassImages]:
-    """Split classes in two, nine tenths and one (at least ``ways``): always the same, and all
-    rotations of a character, ``NAME`` and ``NAME@90``, on the same side."""
-    characters = [name.partition("@")[0] for name in source.class_names]
-    order = sorted(set(characters), key=lambda name: stable_fraction(name, "validation"))
-    held_out = set(order[: max(ways, round(_HELD_OUT * len(order)))])
-
-    def part(wanted: bool) -> ClassImages:
-        rows = [i for i, name in enumerate(characters) if (name in held_out) is wanted]
-        return ClassImages(source.images[rows], [source.class_names[i] for i in rows])
-
-    return part(False), part(True)
-
-
-@contextmanager
-def _settings(config: TrainConfig) -> Iterator[None]:
-    """Seed, threads and deterministic cuDNN for the run alone."""
-    device, cudnn = torch.device(config.device), torch.backends.cudnn
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        stack.enter_context(cpu_threads(config.threads))
-        for flag, value in (("deterministic", True), ("benchmark", False)):
-            stack.callback(setattr, cudnn, flag, getattr(cudnn, flag))
-            setattr(cudnn, flag, value)
-        torch.manual_seed(config.seed)
-        yield
-
-
-@contextmanager
-def cpu_threads(count: int | None) -> Iterator[None]:
-    """Let PyTorch use ``count`` CPU threads inside; ``None``: as many as before."""
-    if count is None:
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-class _Stop:
-    """Why to end the training: a signal came, or the time is up.
-
-    Several processes end after the step in which the first of them has a reason.
-    """
-
-    _REASONS = ("SIGINT", "SIGTERM", "time limit")
-
-    def __init__(self, minutes: float | None) -> None:
-        self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        self._signal = self._agreed = ""
-        self._before: dict[int, Any] = {}
-
-    def reason(self) -> str:
-        """The signal's name, ``"time limit"``, or ``""`` while the training may go on."""
-        return self._own() if distributed.world_size() == 1 else self._agreed
-
-    def votes(self) -> list[float]:
-        """A number for each reason, not 0 for the one that this process has."""
-        own = self._own()
-        return [float(reason == own) for reason in self._REASONS]
-
-    def count(self, votes: list[float]) -> None:
-        """Take notice of the sum or mean of all processes' votes."""
-        self._agreed = next((r for r, vote in zip(self._REASONS, votes, strict=True) if vote), "")
-
-    def _own(self) -> str:
-        return self._signal or ("time limit" if time.monotonic() >= self._deadline else "")
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Note SIGINT and SIGTERM; only a program's main thread can, elsewhere they stay as is."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-        try:
-            yield
-        finally:
-            self._restore()
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self._signal = signal.Signals(number).name
-        self._restore()  # a second signal ends the program at once
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -11,14 +11,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastmeta.checkpoint import write_atomically
-from fastmeta.evaluation import Evaluation
+from fastmeta.training.evaluation import Evaluation
+from fastmeta.training.files import write_atomically
 
 _X_LABELS = {"iteration": "Iteration", "seconds": "Training time [s]"}
+
 _Y_LABELS = {"accuracy": "Query accuracy [%]", "mse": "Query mean squared error"}
+
 _WINDOWS = 40  # the running means that smooth a line reach over this fraction of the run
+
 _WINDOWS_OF_MANY = 12  # the same, where lines of many runs would hide each other
+
 _LINES, _COLOURS = ("-", "--", "-.", ":"), 10
+
 _SHOWN = 99  # percent of a run's errors that lie on the axis: a few spikes would fill it alone
 
 
@@ -28,8 +33,8 @@ class Curve:
 
     Attributes:
         label: its name in the legend.
-        metrics: records of a :class:`fastmeta.checkpoint.MetricsLog`: ``iteration``, ``seconds``,
-            ``accuracy`` or ``mse``, and ``validation`` in some.
+        metrics: records of a :class:`fastmeta.training.metrics_log.MetricsLog`:
+            ``iteration``, ``seconds``, ``accuracy`` or ``mse``, and ``validation`` in some.
         training, validation: what the line and the points are, in the legend.
     """
 

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastmeta import _program_reference as reference
-from fastmeta.ops.task_program import COMPILED, NAMES
+from fastmeta.ops.task_program import COMPILED, NAMES, reference
 from tests.cuda_emulation import emulator
 from tests.cuda_emulation.test_task_conv import rounded_to_tf32
 from tests.programs import Raw

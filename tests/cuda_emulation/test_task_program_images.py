@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastmeta import _program_reference as reference
-from fastmeta.ops.task_program import COMPILED, NAMES
+from fastmeta.ops.task_program import COMPILED, NAMES, reference
 from tests.cuda_emulation import emulator
 from tests.cuda_emulation.test_runtime import no_fill
 from tests.cuda_emulation.test_task_conv import ieee, rounded_to_tf32  # noqa: F401 (a fixture)

@@ -20,11 +20,7 @@ from torch import nn
 
 from fastmeta.compat._missing import missing
 from fastmeta.compat.higher import optim, patch
-from fastmeta.compat.higher.optim import (
-    DifferentiableOptimizer,
-    Override,
-    get_diff_optim,
-)
+from fastmeta.compat.higher.optim import DifferentiableOptimizer, Override, get_diff_optim
 from fastmeta.compat.higher.patch import monkeypatch
 
 __all__ = [

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastmeta.compat.higher.patch import Device, Functional
-from fastmeta.rules._base import decayed, is_zero
+from fastmeta.rules.base import decayed, is_zero
 
 Override = Mapping[str, Sequence[Any]]
 Gradients = Sequence[Tensor | None]

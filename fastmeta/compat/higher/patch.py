@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmeta.algorithms._clone import copy_module
+from fastmeta.learners.gradient._module_copy import copy_module
 
 Device = torch.device | str | None
 

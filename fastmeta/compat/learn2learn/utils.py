@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastmeta.algorithms._clone import Module, copy_module, replace_tensors
+from fastmeta.learners.gradient._module_copy import Module, copy_module, replace_tensors
 
 
 def clone_module(module: Module, memo: dict[Tensor, Tensor] | None = None) -> Module:

@@ -21,57 +21,40 @@ back then takes theta_k, g_k and s_k: K P a task for each of them.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.func import grad, vjp
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastmeta._adjoint import InnerLoop, Tape, take_tasks
-from fastmeta._checks import (
-    check_arena,
-    check_choice,
-    check_data,
-    check_integer,
-    checked_rows,
-    refuse_inference_mode,
+from fastmeta.core.autocast import AutocastState
+from fastmeta.core.checks import check_choice, check_integer, refuse_inference_mode
+from fastmeta.core.derivatives import MODES, Tensors, central_difference, tangent
+from fastmeta.core.inner_step import inner_step
+from fastmeta.core.parameter_layout import Layout
+from fastmeta.engines.base import (
+    NORM_STATISTICS,
+    QUERY,
+    SUPPORT,
+    Loss,
+    differentiable_once,
+    is_learned,
+    never_traced,
+    read_step_weights,
 )
-from fastmeta._hvp import MODES, Tensors, central_difference, hvp, tangent
-from fastmeta._inner_step import inner_step
-from fastmeta._losses import with_checked_labels
-from fastmeta._passes import QUERY, SUPPORT, Minibatches, Passes
-from fastmeta._replay import AutocastState
-from fastmeta._stateless import NORM_STATISTICS, Loss, TaskModule
-from fastmeta.arena import Layout
-from fastmeta.rules._base import Rule
+from fastmeta.engines.checks import check_arena, check_data, checked_rows
+from fastmeta.engines.functional.label_checks import with_checked_labels
+from fastmeta.engines.functional.passes import ModulePasses
+from fastmeta.engines.functional.task_module import TaskModule
+from fastmeta.engines.inner_loop import InnerLoop, Minibatches, Passes, Tape, take_tasks
+from fastmeta.ops.hvp import hvp
+from fastmeta.rules.base import Rule
 from fastmeta.rules.sgd import PLAIN
 
-if TYPE_CHECKING:
-    from fastmeta._program_passes import ProgramPasses
-
 __all__ = ["FunctionalEngine", "hvp"]
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def never_traced(method: Method) -> Method:
-    """The method, which torch.compile calls as it is.
-
-    Tracing it would lose, without a word, derivatives of the autograd functions inside.
-    """
-    as_it_is = torch.compiler.disable(method)
-
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (as_it_is if torch.compiler.is_compiling() else method)(*args, **kwargs)
-
-    return cast("Method", call)
 
 
 @dataclass(frozen=True)
@@ -347,13 +330,13 @@ class FunctionalEngine:
         rule.check(layout)
         whole = self.is_plain and rows is None and "support_x" in data
         every = self._passes(theta, data, whole)
-        passes: Passes | ProgramPasses | Minibatches = every
+        passes: Passes = every
         if rows is not None:
             passes = Minibatches(every, checked_rows(rows, self.steps, data["support_x"]))
         loop = InnerLoop(passes, self.steps, self.first_order, rule)
         return loop, tasks, layout.step_size_array(lr, tasks, self.steps)
 
-    def _passes(self, theta: Tensor, data: Tensors, whole: bool) -> Passes | ProgramPasses:
+    def _passes(self, theta: Tensor, data: Tensors, whole: bool) -> Passes:
         """What inner loops are made of; ``whole``: one that a program has in one call, if any."""
         losses = {
             name.removesuffix("_y"): with_checked_labels(self.loss, data[name], name)
@@ -361,35 +344,11 @@ class FunctionalEngine:
             if name.endswith("_y")
         }
         options = self.steps, self.first_order, self.hvp_mode
-        return Passes(Layout.of(self.module), self.task_module(), losses, *options)
+        return ModulePasses(Layout.of(self.module), self.task_module(), losses, *options)
 
     def _chunks(self, tasks: int) -> list[slice]:
         size = self.task_chunk or tasks
         return [slice(start, start + size) for start in range(0, tasks, size)]
-
-
-def read_step_weights(weights: Sequence[float] | Tensor | None, steps: int) -> list[float]:
-    """The weights w_1 .. w_K of the query losses as numbers; none of them for None.
-
-    Raises:
-        TypeError: ``weights`` is no sequence of numbers and no tensor.
-        ValueError: not K of them, one that is not finite, or no steps.
-    """
-    if weights is None:
-        return []
-    expected = f"step_weights: expected {steps} finite numbers, one a step"
-    if steps == 0:
-        raise ValueError("step_weights: expected None, as there are no steps")
-    if isinstance(weights, Tensor):
-        if weights.ndim != 1:
-            raise ValueError(f"{expected}, got shape {list(weights.shape)}")
-        weights = weights.tolist()
-    numbers = isinstance(weights, Sequence) and all(isinstance(w, (int, float)) for w in weights)
-    if not numbers:
-        raise TypeError(f"{expected}, got {weights!r}")
-    if len(weights) != steps or not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"{expected}, got {list(weights)}")
-    return [float(weight) for weight in weights]
 
 
 def _product(total: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor, mode: str) -> Tensor:
@@ -401,6 +360,7 @@ def _product(total: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor, m
 
 
 _ADAPT_INPUTS = ("theta", "lr", *SUPPORT)
+
 _META_LOSS_INPUTS = (*_ADAPT_INPUTS, *QUERY)
 
 
@@ -461,30 +421,6 @@ class _MetaLoss(torch.autograd.Function):
         return None, None, None, None, *differentiable_once(grads)
 
 
-class _Once(torch.autograd.Function):
-    """Its inputs; a derivative of them raises."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.clone() for grad in grads)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "the meta-gradient comes from the adjoint recursion, which keeps no graph: it cannot "
-            "be differentiated again. MAML.clone() and adapt() unroll a graph that can."
-        )
-
-
-def differentiable_once(grads: list[Tensor | None]) -> list[Tensor | None]:
-    """The gradients; where a graph of them is asked for, one that raises when it is used."""
-    if not torch.is_grad_enabled():
-        return grads
-    present = [grad.detach().requires_grad_() for grad in grads if grad is not None]
-    marked = iter(_Once.apply(*present) if present else ())
-    return [None if grad is None else next(marked) for grad in grads]
-
-
 def _wanted(ctx: Any, enabled: bool, names: tuple[str, ...]) -> set[str]:
     needed = ctx.needs_input_grad[-len(names) :]
     return {name for name, need in zip(names, needed, strict=True) if need and enabled}
@@ -492,7 +428,3 @@ def _wanted(ctx: Any, enabled: bool, names: tuple[str, ...]) -> set[str]:
 
 def _take_all(sources: Tensors, rows: slice) -> list[Tensor]:
     return [take_tasks(name, value, rows) for name, value in sources.items()]
-
-
-def is_learned(lr: float | Tensor) -> TypeGuard[Tensor]:
-    return isinstance(lr, Tensor) and lr.requires_grad

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta._stateless import Loss
-from fastmeta.reference import is_being_captured
+from fastmeta.core.cuda_graphs import is_being_captured
+from fastmeta.engines.base import Loss
 
 _DEFAULT_IGNORE_INDEX = -100
 

@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from fastmeta._native import backend_of
-from fastmeta._replay import autocast_dtype
+from fastmeta.core.autocast import autocast_dtype
+from fastmeta.core.backend import backend_of
+from fastmeta.core.dtypes import HALF
 from fastmeta.ops.task_batch_norm import task_batch_norm
-from fastmeta.ops.task_conv import task_conv2d
-
-HALF = (torch.bfloat16, torch.float16)
+from fastmeta.ops.task_conv2d import task_conv2d
 
 # What autocast computes in its dtype, and in float32. PyTorch's own comes too late for what is
 # vmapped: a convolution, or a linear layer with a bias, has fallen into parts by then.
@@ -26,6 +25,7 @@ _NARROW = {
     *(F.linear, F.bilinear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__),
     *(torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
 }
+
 _WIDE = {
     *(F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm),
     *(F.softmax, F.log_softmax, torch.softmax, torch.log_softmax),

@@ -5,22 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastmeta._hvp import Tensors, Total, curvature, gradient
-from fastmeta._inner_step import inner_step
-from fastmeta._replay import RandomState
-from fastmeta._stateless import Loss, TaskModule
-from fastmeta.arena import Layout
-
-if TYPE_CHECKING:
-    from fastmeta._program_passes import ProgramPasses
-
-SUPPORT: tuple[str, ...] = ("support_x", "support_y")
-QUERY: tuple[str, ...] = ("query_x", "query_y")
+from fastmeta.core.derivatives import Tensors, Total, curvature, gradient
+from fastmeta.core.inner_step import inner_step
+from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.random_state import RandomState
+from fastmeta.engines.base import QUERY, Loss
+from fastmeta.engines.functional.task_module import TaskModule
 
 # Activations that a reverse Hessian-vector product keeps, in those of a gradient: measured 2.9 on
 # Conv4-64 and 2.8 on an MLP.
@@ -28,7 +22,7 @@ _HVP_ACTIVATIONS = 3
 
 
 @dataclass(frozen=True)
-class Passes:
+class ModulePasses:
     """Gradients, products and query losses of any module, at parameters ``[T, P]``.
 
     Attributes:
@@ -143,39 +137,3 @@ class Passes:
             passes = 1 if self.first_order else _HVP_ACTIVATIONS
             size = max(1, passes * tasks * data["support_x"].shape[1] // queries)
         return (slice(start, start + size) for start in range(0, tasks, size))
-
-
-@dataclass(frozen=True)
-class Minibatches:
-    """Passes whose inner steps each see some of the support's examples.
-
-    Attributes:
-        passes: of all of them.
-        rows: ``[K, B]``, the examples of each step.
-    """
-
-    passes: Passes | ProgramPasses
-    rows: Tensor
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.passes, name)
-
-    def gradient(self, k: int, theta: Tensor, data: Tensors) -> Tensor:
-        return self.passes.gradient(k, theta, self._seen(k, data))
-
-    def curvature(
-        self, k: int, theta: Tensor, direction: Tensor, data: Tensors, inputs: Tensors, random: Any
-    ) -> tuple[Tensor, Tensors]:
-        at = k, theta, direction, self._seen(k, data), self._seen(k, inputs)
-        product, mixed = self.passes.curvature(*at, random)
-        whole = {
-            name: torch.zeros_like(inputs[name]).index_add_(1, self.rows[k], part)
-            for name, part in mixed.items()
-        }
-        return product, whole
-
-    def _seen(self, k: int, data: Tensors) -> Tensors:
-        return {
-            name: tensor[:, self.rows[k]] if name in SUPPORT else tensor
-            for name, tensor in data.items()
-        }

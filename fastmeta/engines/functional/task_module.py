@@ -6,42 +6,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.backends import cudnn, mha
-from torch.func import vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves, tree_map
 
-from fastmeta._routing import RoutedLayers, widened
+from fastmeta.core.vmap import differentiable_kernels, map_tasks, under_derivative
+from fastmeta.engines.base import Loss
+from fastmeta.engines.functional.layer_routing import RoutedLayers, widened
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-NORM_STATISTICS = ("batch", "running")
 _RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
 # What a recurrent module caches of its weights at each call; it would cache one task's.
 _RECURRENT_CACHE = ("_flat_weights", "_flat_weight_refs")
+
 _REFUSALS = ("vmap", "batching rule", "functorch", "batchedtensor")
-
-
-def map_tasks(fn: Callable[..., Any], *args: Any) -> Any:
-    """``fn`` of one task's tensors, over the leading task dimension of every tensor in ``args``.
-
-    Several tasks are vmapped, each with random numbers of its own. A single task is called
-    directly: no batching rule is needed then, and a convolution stays an ordinary one.
-    """
-    if tree_leaves(args)[0].shape[0] != 1:
-        return vmap(fn, randomness="different")(*args)
-    result = fn(*tree_map(lambda tensor: tensor.squeeze(0), args))
-    return tree_map(lambda tensor: tensor.unsqueeze(0), result)
-
-
-def under_derivative(fn: Callable[[Any], Tensor], params: Any) -> Tensor:
-    """``fn(params)`` for use inside ``map_tasks``, also where it has recurrent layers.
-
-    Their kernels have no batching rule; under a derivative they fall into parts that have one.
-    """
-    return vjp(fn, params)[0]
 
 
 class TaskModule:
@@ -196,27 +172,3 @@ def _temporarily(namespace: dict[str, Any], values: dict[str, Any]) -> Iterator[
         yield
     finally:
         namespace.update(before)
-
-
-@contextmanager
-def differentiable_kernels(recurrent: bool = False) -> Iterator[None]:
-    """Keeps torch to kernels that have a double backward and a batching rule.
-
-    Flash and memory-efficient attention and the transformer fast path do not, nor do cuDNN's
-    recurrent layers; those are avoided where ``recurrent`` says that there are some.
-    """
-    if torch.compiler.is_compiling():  # which traces no other switch
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-        return
-    fast_path, cudnn_enabled = mha.get_fastpath_enabled(), cudnn.enabled
-    mha.set_fastpath_enabled(False)
-    if recurrent:
-        cudnn.enabled = False
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        mha.set_fastpath_enabled(fast_path)
-        if recurrent:
-            cudnn.enabled = cudnn_enabled

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from fastmeta._code import Code, Instruction, LossCode, Opcode
-from fastmeta._trace import Refusal, Trace, caller
+from fastmeta.engines.program.trace import Refusal, Trace, caller
+from fastmeta.ops.task_program.bytecode import Code, Instruction, LossCode, Opcode
 
 
 class Value(NamedTuple):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from fastmeta._code import at_step
-from fastmeta._graphs import Graphs
-from fastmeta.functional import differentiable_once
-from fastmeta.lowering import Program
+from fastmeta.core.cuda_graphs import Graphs
+from fastmeta.engines.base import differentiable_once
+from fastmeta.engines.program.lowering import Program
+from fastmeta.ops.task_program.bytecode import at_step
 
 Tensors = tuple[Tensor, ...]
 

@@ -1,9 +1,9 @@
 """The program engine: the meta-gradient of a recognised network as one call into compiled code.
 
-It computes what the functional engine computes, by the same adjoint recursion (its module says
-which), where the module and the loss lower to a task program (``fastmeta.lowering``): the passes,
-the products and the updates of all tasks and steps run inside one op. Anything else it leaves to
-the functional engine.
+It computes the same adjoint recursion as the functional engine (``engines.functional.engine`` has
+the formulas). The module and the loss must lower to a task program (``engines.program.lowering``).
+The passes, products and updates of all tasks and steps then run inside one op. Anything else is
+left to the functional engine.
 """
 
 from __future__ import annotations
@@ -16,31 +16,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmeta._checks import check_arena, check_choice, check_data
-from fastmeta._code import LossKind
-from fastmeta._graphs import DEVICE_TYPE, Graphs, check_option
-from fastmeta._hvp import Tensors
-from fastmeta._passes import QUERY, SUPPORT, Passes
-from fastmeta._prepared import Ready
-from fastmeta._program_call import Adapt, Call
-from fastmeta._program_passes import ProgramPasses
-from fastmeta._stateless import Loss
-from fastmeta._trace import Refusal
-from fastmeta.arena import Layout
-from fastmeta.functional import (
-    FunctionalEngine,
-    is_learned,
-    never_traced,
-    read_step_weights,
-)
-from fastmeta.lowering import Lowering, Program
+from fastmeta.core.checks import check_choice
+from fastmeta.core.cuda_graphs import DEVICE_TYPE, Graphs, check_option
+from fastmeta.core.derivatives import Tensors
+from fastmeta.core.parameter_layout import Layout
+from fastmeta.engines.base import QUERY, SUPPORT, Loss, is_learned, never_traced, read_step_weights
+from fastmeta.engines.checks import check_arena, check_data
+from fastmeta.engines.functional.engine import FunctionalEngine
+from fastmeta.engines.inner_loop import Passes
+from fastmeta.engines.program.call import Adapt, Call
+from fastmeta.engines.program.fast_path import Ready
+from fastmeta.engines.program.lowering import Lowering, Program
+from fastmeta.engines.program.passes import ProgramPasses
+from fastmeta.engines.program.trace import Refusal
 from fastmeta.ops import task_program
+from fastmeta.ops.task_program.bytecode import LossKind
 
 MEMORY = ("auto", "recompute", "keep")
 
 _PLANS_KEPT = 64
+
 _MOST_KEPT = 512 << 20  # bytes of activations
+
 _MOST_SHARED = 227 << 10  # bytes of memory that a block of a GPU shares
+
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -424,7 +423,7 @@ class ProgramEngine(FunctionalEngine):
                 raise ValueError(f"there is no task program: {refusal}") from None
             return None
 
-    def _passes(self, theta: Tensor, data: Tensors, whole: bool) -> Passes | ProgramPasses:
+    def _passes(self, theta: Tensor, data: Tensors, whole: bool) -> Passes:
         # A whole call that comes here has found no program, and need not look for it again.
         call = None if whole else self._call(theta, data)
         return super()._passes(theta, data, whole) if call is None else ProgramPasses(call)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmeta import _native
-from fastmeta._program_call import Call
+from fastmeta.core import backend as _native
+from fastmeta.engines.program.call import Call
 
 
 class Ready:

@@ -10,12 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastmeta._builder import Builder, Handler, Value, as_number, as_value, from_layer
-from fastmeta._code import Opcode, PoolKind
-from fastmeta._trace import Refusal
+from fastmeta.engines.program.builder import (
+    Builder,
+    Handler,
+    Value,
+    as_number,
+    as_value,
+    from_layer,
+)
+from fastmeta.engines.program.trace import Refusal
 from fastmeta.models import PerStepBatchNorm1d, PerStepBatchNorm2d
+from fastmeta.ops.task_program.bytecode import Opcode, PoolKind
 
 _EXAMPLES = {1: "[channels, length]", 2: "[channels, height, width]"}
+
 _LIMIT = 2**20  # of sizes, in the compiled program
 
 Pair = tuple[int, int]
@@ -333,7 +341,9 @@ def _by(pair: Pair) -> str:
 
 
 _CONVOLUTION = ("weight", "bias", "stride", "padding", "dilation", "groups", "padding_mode")
+
 _MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+
 _AVERAGE_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
 
 LAYERS: dict[type[nn.Module], Handler] = {
@@ -353,6 +363,7 @@ LAYERS: dict[type[nn.Module], Handler] = {
     nn.AdaptiveAvgPool1d: from_layer(partial(_global_pool, dims=1), "output_size"),
     nn.AdaptiveAvgPool2d: from_layer(partial(_global_pool, dims=2), "output_size"),
 }
+
 FUNCTIONS: dict[Any, Handler] = {
     F.conv1d: partial(_convolution, dims=1),
     F.conv2d: partial(_convolution, dims=2),

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastmeta import _build_images as images
-from fastmeta._builder import (
+from fastmeta.engines.program import image_layers as images
+from fastmeta.engines.program.builder import (
     BatchSize,
     Builder,
     Handler,
@@ -24,8 +24,8 @@ from fastmeta._builder import (
     as_value,
     from_layer,
 )
-from fastmeta._code import Activation, Opcode
-from fastmeta._trace import Refusal, Trace
+from fastmeta.engines.program.trace import Refusal, Trace
+from fastmeta.ops.task_program.bytecode import Activation, Opcode
 
 # Of images, tried one by one where no batch shows them; the usual ones first.
 _SIDES = (28, 84, 32, 64, *range(1, 257))
@@ -211,6 +211,7 @@ _LAYERS: dict[type[nn.Module], Handler] = {
     nn.Identity: from_layer(_identity),
     **images.LAYERS,
 }
+
 _FUNCTIONS: dict[Any, Handler] = {
     F.linear: _linear,
     F.relu: _relu,
@@ -234,6 +235,7 @@ _FUNCTIONS: dict[Any, Handler] = {
     getattr: _getattr,
     **images.FUNCTIONS,
 }
+
 _METHODS: dict[str, Handler] = {
     "relu": _relu,
     "relu_": partial(_relu, inplace=True),
@@ -250,6 +252,7 @@ _METHODS: dict[str, Handler] = {
     "size": _size,
     "mean": images.mean,
 }
+
 HANDLERS = Handlers(_LAYERS, _FUNCTIONS, _METHODS)
 
 

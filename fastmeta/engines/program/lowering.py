@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta._build import HANDLERS, examples_that_fit
-from fastmeta._builder import Builder
-from fastmeta._code import LossCode, LossKind, Opcode
-from fastmeta._stateless import Loss
-from fastmeta._trace import Refusal, Trace
-from fastmeta._watch import Watch, hooked, is_torchs_own, module_tables
-from fastmeta.arena import Layout
+from fastmeta.core.parameter_layout import Layout
+from fastmeta.engines.base import Loss
+from fastmeta.engines.program.builder import Builder
+from fastmeta.engines.program.layers import HANDLERS, examples_that_fit
+from fastmeta.engines.program.module_state import Watch, hooked, is_torchs_own, module_tables
+from fastmeta.engines.program.trace import Refusal, Trace
+from fastmeta.ops.task_program.bytecode import LossCode, LossKind, Opcode
 
 
 class _LossOptions(NamedTuple):
@@ -38,6 +38,7 @@ _LOSSES = {
     F.smooth_l1_loss: _LossOptions("smooth L1 loss", {"beta": 1.0}),
     F.l1_loss: _LossOptions("L1 loss", {}),
 }
+
 # Exactly these types: a subclass may do something else.
 _LOSS_MODULES: dict[type[nn.Module], Any] = {
     nn.CrossEntropyLoss: F.cross_entropy,
@@ -47,6 +48,7 @@ _LOSS_MODULES: dict[type[nn.Module], Any] = {
     nn.SmoothL1Loss: F.smooth_l1_loss,
     nn.L1Loss: F.l1_loss,
 }
+
 _WEIGHTS = ("weight", "pos_weight")
 
 
@@ -55,7 +57,7 @@ class Program:
     """A module and its loss as code, for inputs of one shape. No two are equal.
 
     Attributes:
-        code: int64, as ``fastmeta._code`` says.
+        code: int64, as ``fastmeta.ops.task_program.bytecode`` says.
         layout: of the arena ``[P]``.
         adapted: the parameters that are adapted, in the order of the code's offsets.
         frozen: those that are not, and the buffers that it reads, in the order of the code's.

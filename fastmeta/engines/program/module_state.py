@@ -12,17 +12,24 @@ from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 _STANDARD = frozenset(nn.Module().__dict__)
+
 _TABLES = ("_parameters", "_buffers", "_modules")  # by name, in order, and by identity
+
 _WATCHED = ("training", *_HOOKS)
+
 _GLOBAL_HOOKS: tuple[dict[Any, Any], ...] = (
     every_module._global_forward_hooks,
     every_module._global_forward_pre_hooks,
     every_module._global_backward_hooks,
     every_module._global_backward_pre_hooks,
 )
+
 _OPAQUE = (Tensor, nn.Module, type, FunctionType, ModuleType)
+
 _DEPTH = 4  # of containers and objects inside each other
+
 _SCALARS = (bool, int, float, complex, str, type(None))
 
 

@@ -7,13 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from fastmeta._code import at_step
-from fastmeta._hvp import Tensors
-from fastmeta._program_call import Call
+from fastmeta.core.derivatives import Tensors
+from fastmeta.engines.program.call import Call
+from fastmeta.ops.task_program.bytecode import at_step
 
 
 class ProgramPasses:
-    """What ``fastmeta._passes.Passes`` says, each pass as one compiled call for all tasks.
+    """Run each pass of ``fastmeta.engines.inner_loop.Passes`` as one compiled call for all tasks.
 
     Args:
         call: of the program.

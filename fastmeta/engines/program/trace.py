@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastmeta._watch import globally_hooked, hooked, is_torchs_own
-from fastmeta.arena import Layout
+from fastmeta.core.parameter_layout import Layout
+from fastmeta.engines.program.module_state import globally_hooked, hooked, is_torchs_own
 
 _DTYPES = (torch.float32, torch.float64)
+
 _MODULE = "module"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fastmeta.algorithms._clone import replace_tensors
+from fastmeta.learners.gradient._module_copy import replace_tensors
 
 
 def task_gradients(

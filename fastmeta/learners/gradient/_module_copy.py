@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
+
 Copy = Callable[[Tensor], Tensor]
 
 

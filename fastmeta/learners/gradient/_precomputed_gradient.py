@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta._one_op import one_op
-from fastmeta.algorithms._results import MetaGradient
-from fastmeta.algorithms.maml import MAML
-from fastmeta.functional import differentiable_once
+from fastmeta.engines.base import differentiable_once
+from fastmeta.learners._compile import one_op
+from fastmeta.learners.base import MetaGradient
+from fastmeta.learners.gradient.maml import MAML
 
 
 class GivenGradient(MAML):

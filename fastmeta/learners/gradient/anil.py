@@ -12,20 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta._checks import check_choice, check_data, check_integer
-from fastmeta._one_op import Enlisted, one_op
-from fastmeta._stateless import NORM_STATISTICS, TaskModule
-from fastmeta.algorithms._results import MetaGradient, check_queries
-from fastmeta.arena import Layout
-from fastmeta.functional import is_learned, never_traced
-from fastmeta.lowering import lower_loss
+from fastmeta.core.checks import check_choice, check_integer
+from fastmeta.core.parameter_layout import Layout
+from fastmeta.engines.base import NORM_STATISTICS, is_learned, never_traced
+from fastmeta.engines.checks import check_data
+from fastmeta.engines.functional.task_module import TaskModule
+from fastmeta.engines.program.lowering import lower_loss
+from fastmeta.learners._compile import Enlisted, one_op
+from fastmeta.learners.base import MetaGradient, check_queries
 from fastmeta.ops import backend_of
 from fastmeta.ops._checks import check_floating, check_labels, check_together
-from fastmeta.ops._head import checked_head, checked_number, step_sizes
-from fastmeta.ops._head_loss import head_loss
+from fastmeta.ops._linear_head_arguments import checked_head, checked_number, step_sizes
 from fastmeta.ops.linear_head import FORMS, is_dual, linear_head
-from fastmeta.ops.task_conv import task_linear
-from fastmeta.reference import check_label_range
+from fastmeta.ops.linear_head_loss import head_loss
+from fastmeta.ops.reference import check_label_range
+from fastmeta.ops.task_linear import task_linear
 
 _LOSSES = {
     lower_loss(function)[0]: name

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta.algorithms.maml import MAML, StepSize
+from fastmeta.learners.gradient.maml import MAML, StepSize
 
 
 class FOMAML(MAML):

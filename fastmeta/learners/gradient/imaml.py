@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta._checks import check_integer
-from fastmeta.algorithms._conjugate_gradients import conjugate_gradients
-from fastmeta.algorithms._given import GivenGradient
-from fastmeta.algorithms.maml import StepSize
-from fastmeta.ops._head import checked_number
+from fastmeta.core.checks import check_integer
+from fastmeta.learners.gradient._conjugate_gradients import conjugate_gradients
+from fastmeta.learners.gradient._precomputed_gradient import GivenGradient
+from fastmeta.learners.gradient.maml import StepSize
+from fastmeta.ops._linear_head_arguments import checked_number
 from fastmeta.rules import Proximal, Rule
 
 

@@ -11,19 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta._checks import check_choice
-from fastmeta._graphs import check_option
-from fastmeta._one_op import Enlisted, one_op
-from fastmeta.algorithms._clone import clone_module, shallow_copy
-from fastmeta.algorithms._explain import explain
-from fastmeta.algorithms._gradients import descend, task_gradients
-from fastmeta.algorithms._results import AdaptedTasks, MetaGradient
-from fastmeta.arena import Layout
-from fastmeta.functional import FunctionalEngine
-from fastmeta.program import MEMORY, Programs
+from fastmeta.core.checks import check_choice
+from fastmeta.core.cuda_graphs import check_option
+from fastmeta.core.parameter_layout import Layout
+from fastmeta.engines.functional.engine import FunctionalEngine
+from fastmeta.engines.program.engine import MEMORY, Programs
+from fastmeta.learners._compile import Enlisted, one_op
+from fastmeta.learners._explain import explain
+from fastmeta.learners.base import AdaptedTasks, MetaGradient
+from fastmeta.learners.gradient._adapt_step import descend, task_gradients
+from fastmeta.learners.gradient._module_copy import clone_module, shallow_copy
 from fastmeta.rules import Rule
 
 Learner = TypeVar("Learner", bound="MAML")
+
 StepSize = float | Tensor | Mapping[str, "float | Tensor"]
 
 ENGINES = ("auto", "program", "functional")

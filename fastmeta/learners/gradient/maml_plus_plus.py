@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastmeta._checks import check_integer
-from fastmeta._one_op import one_op
-from fastmeta.algorithms._results import MetaGradient
-from fastmeta.algorithms.maml import MAML
-from fastmeta.arena import Layout
-from fastmeta.functional import FunctionalEngine
-from fastmeta.schedules import cosine_schedule
+from fastmeta.core.checks import check_integer
+from fastmeta.core.parameter_layout import Layout
+from fastmeta.engines.functional.engine import FunctionalEngine
+from fastmeta.learners._compile import one_op
+from fastmeta.learners.base import MetaGradient
+from fastmeta.learners.gradient.maml import MAML
+from fastmeta.learners.schedules import cosine_schedule
 
 
 class MAMLPlusPlus(MAML):
@@ -118,7 +118,7 @@ class MAMLPlusPlus(MAML):
         return result
 
     def schedule(self, optimizer: Optimizer, iterations: int) -> LRScheduler:
-        """The cosine schedule of the outer step size, see ``fastmeta.schedules``."""
+        """The cosine schedule of the outer step size, see ``fastmeta.learners.schedules``."""
         return cosine_schedule(optimizer, iterations)
 
     def get_extra_state(self) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta import rules
-from fastmeta.algorithms.maml import MAML, StepSize
+from fastmeta.learners.gradient.maml import MAML, StepSize
 
 
 class MetaCurvature(MAML):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta.algorithms.maml import MAML
-from fastmeta.arena import Layout
+from fastmeta.core.parameter_layout import Layout
+from fastmeta.learners.gradient.maml import MAML
 
 
 class MetaSGD(MAML):

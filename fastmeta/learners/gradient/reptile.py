@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta._checks import check_integer
-from fastmeta.algorithms._given import GivenGradient
+from fastmeta.core.checks import check_integer
+from fastmeta.learners.gradient._precomputed_gradient import GivenGradient
 from fastmeta.rules import CarriedAdam, Rule
 
 

@@ -1,7 +1,7 @@
 """The ops of a task program: forward, gradient, Hessian-vector product, inner loop, meta-gradient.
 
 Raw ops: tensors are [T, B, ...], parameters theta [P] or [T, P], frozen parameters [F], step sizes
-[K or 1, T or 1, P or 1]; ``fastmeta._code`` says what the code is. ``fastmeta.program`` joins them
+[K or 1, T or 1, P or 1]; ``bytecode`` documents the code. ``fastmeta.engines.program`` joins them
 to autograd. They work on fake tensors, so under torch.compile, and under vmap, in a loop.
 """
 
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta import _native, _program_reference
-from fastmeta.ops._raw import contiguous_like, register
+from fastmeta.core import backend as _native
+from fastmeta.ops._registration import contiguous_like, register
+from fastmeta.ops.task_program import reference as _program_reference
 
 NAMES = ("forward", "gradient", "hvp", "adapt", "adapt_backward", "meta_gradient")
 
@@ -140,7 +141,9 @@ _FAKES: tuple[Callable[..., Any], ...] = (
     _adapt_backward,
     _meta_gradient,
 )
+
 COMPILED = SimpleNamespace()
+
 if _native._C is not None:
     for _name, _fake in zip(NAMES, _FAKES, strict=True):
         _op = getattr(torch.ops.fastmeta, f"task_program_{_name}").default

@@ -29,8 +29,11 @@ import torch
 from torch import Tensor
 
 _FORMAT = 3
+
 _HEADER, _INSTRUCTION = 16, 24  # words
+
 _NONE = -1
+
 _FIRST_STEP = 11  # its word in the header
 
 

@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
-from fastmeta._code import Activation, Code, Instruction, LossCode, LossKind, Opcode, PoolKind
+from fastmeta.ops.task_program.bytecode import (
+    Activation,
+    Code,
+    Instruction,
+    LossCode,
+    LossKind,
+    Opcode,
+    PoolKind,
+)
 
 TaskLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -219,9 +227,6 @@ def _parameter_shapes(ins: Instruction) -> tuple[tuple[int, ...], tuple[int, ...
         channels, *_, rows = ins.args
         return (rows, channels), (rows, channels)
     return ins.args[:1], ins.args[:1]
-
-
-# Norms by hand: a derivative of vmap(grad) of PyTorch's own loses that of the saved statistics.
 
 
 def _layer_norm(x: Tensor, size: int, eps: float) -> Tensor:

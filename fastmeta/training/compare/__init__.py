@@ -9,13 +9,23 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fastmeta.checkpoint import read_metrics
-from fastmeta.comparison import DIVERGED, PICTURE, RECORD, TABLE, Comparison, Entry, read_record
-from fastmeta.comparison_plan import SAME, naming
-from fastmeta.config import NAMES, TrainConfig, check_same_run, read_options
 from fastmeta.data import from_spec
-from fastmeta.evaluation import Evaluator, RunEvaluation, evaluate_run
-from fastmeta.runs import (
+from fastmeta.training.compare.plan import SAME, naming
+from fastmeta.training.compare.report import (
+    DIVERGED,
+    PICTURE,
+    RECORD,
+    TABLE,
+    Comparison,
+    Entry,
+    read_record,
+)
+from fastmeta.training.config import NAMES, TrainConfig, check_same_run, read_options
+from fastmeta.training.environment import cpu_threads
+from fastmeta.training.evaluation import Evaluator, RunEvaluation, evaluate_run
+from fastmeta.training.loop import train
+from fastmeta.training.metrics_log import read_metrics
+from fastmeta.training.run_folder import (
     CHECKPOINT,
     CONFIG,
     METRICS,
@@ -24,11 +34,11 @@ from fastmeta.runs import (
     check_folder,
     load_run,
 )
-from fastmeta.train import cpu_threads, train
 
 __all__ = ["compare", "compare_runs"]
 
 _TASKS = 600  # of an evaluation
+
 _NO_TIME = 1e-9  # minutes: a limit is above 0
 
 Report = Callable[[Entry], object]
@@ -47,14 +57,14 @@ def compare(
 
     The folder ``out`` gets ``comparison.json`` with all numbers, ``comparison.md`` with the table
     and the command of each run, and ``comparison.png``, written anew, atomically, after each
-    learner. The runs are those that :func:`fastmeta.train.train` leaves, scored by
-    :func:`fastmeta.evaluation.evaluate_run`. A signal that ends a training ends the comparison; a
-    learner that diverges does not.
+    learner. Each run comes from :func:`fastmeta.training.loop.train` and is scored by
+    :func:`fastmeta.training.evaluation.evaluate_run`. A signal that ends a training ends the
+    comparison; a learner that diverges does not.
 
     Args:
         configs: the options of learners, each algorithm once, as
-            :func:`fastmeta.comparison_plan.plan` makes them; the same data, protocol, ways and
-            shots. The time limit is for each learner.
+            :func:`fastmeta.training.compare.plan.plan` makes them; the same data, protocol, ways
+            and shots. The time limit is for each learner.
         out: folder of the comparison.
         tasks: number of evaluation tasks, at least 2; ``None``: 600, or as the comparison to
             resume was begun with.
@@ -72,7 +82,7 @@ def compare(
 
     Example:
         >>> import tempfile
-        >>> from fastmeta.comparison_plan import plan
+        >>> from fastmeta.training.compare.plan import plan
         >>> out = Path(tempfile.mkdtemp())
         >>> configs = plan(out, "sinusoid", ["maml", "fomaml"], hidden=8, iterations=3)
         >>> [entry.iteration for entry in compare(configs, out, tasks=10).entries]

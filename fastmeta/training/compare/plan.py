@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from fastmeta.comparison import read_record
-from fastmeta.config import ALGORITHMS, OPTIONS, TrainConfig
+from fastmeta.training.compare.report import read_record
+from fastmeta.training.config import ALGORITHMS, OPTIONS, TrainConfig
 
 SAME = ("data", "protocol", "ways", "shots")  # what the learners of a comparison share
+
 _NOT_ONE_S = {"algorithm", "out", *SAME}
+
 _WORDS = {"true": True, "false": False}
 
 
@@ -26,14 +28,14 @@ def plan(
 
     Args:
         out: folder of the comparison; a learner's run is in the folder of its name within.
-        data: as for :class:`fastmeta.config.TrainConfig`.
+        data: as for :class:`fastmeta.training.config.TrainConfig`.
         algorithms: the learners; ``None``: all that can learn from the data.
         own: options of one learner only, by its name; they come before the common ones.
-        common: options of all learners, as for :class:`fastmeta.config.TrainConfig`.
+        common: options of all learners, as for :class:`fastmeta.training.config.TrainConfig`.
 
     Raises:
         ValueError: options of a learner that is not there; and with the learner's name, what
-            :class:`fastmeta.config.TrainConfig` raises, TypeError too.
+            :class:`fastmeta.training.config.TrainConfig` raises, TypeError too.
 
     Example:
         >>> configs = plan(Path("runs"), "glyphs", ["maml", "fomaml"], {"maml": {"steps": 2}})

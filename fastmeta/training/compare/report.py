@@ -9,16 +9,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmeta._timing import duration
-from fastmeta.checkpoint import read_metrics, write_atomically, write_json
-from fastmeta.commands import train_command
-from fastmeta.config import TrainConfig
-from fastmeta.curves import Curve, draw_comparison
-from fastmeta.evaluation import Evaluation, RunEvaluation
-from fastmeta.runs import METRICS
+from fastmeta.training.command_line import train_command
+from fastmeta.training.config import TrainConfig
+from fastmeta.training.evaluation import Evaluation, RunEvaluation
+from fastmeta.training.files import write_atomically, write_json
+from fastmeta.training.metrics_log import read_metrics
+from fastmeta.training.plots import Curve, draw_comparison
+from fastmeta.training.run_folder import METRICS
+from fastmeta.training.timing import duration
 
 RECORD, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.png"
+
 DIVERGED = "diverged"
+
 _KEYS = {"label", "algorithm", "iterations", "seconds", "stopped", "error", "evaluation", "options"}
 
 
@@ -31,8 +34,8 @@ class Entry:
         label: its name in table and picture.
         iteration: outer steps taken.
         seconds: training time.
-        stopped: why the training ended, as in :class:`fastmeta.train.Result`; ``"diverged"``;
-            ``""`` before the end, or where the run was there before and is not at its end.
+        stopped: why the training ended, as in :class:`fastmeta.training.loop.Result`;
+            ``"diverged"``; ``""`` before the end, also of an earlier run that did not end.
         evaluation: its score; ``None`` as long as there is none.
         error: how it diverged, in training or in evaluation; ``""`` where it did not.
     """

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fastmeta.algorithms._clone import Module
-from fastmeta.algorithms._gradients import descend, task_gradients
 from fastmeta.compat.learn2learn.algorithms.base_learner import BaseLearner
 from fastmeta.compat.learn2learn.utils import check_length, clone_module, update_module
+from fastmeta.learners.gradient._adapt_step import descend, task_gradients
+from fastmeta.learners.gradient._module_copy import Module
 
 
 def maml_update(

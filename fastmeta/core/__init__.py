@@ -1,0 +1,1 @@
+"""The ground that the rest stands on: backend, dtypes, checks, layout, autograd helpers."""

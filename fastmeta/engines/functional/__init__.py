@@ -1,0 +1,1 @@
+"""The functional engine: any module."""

@@ -1,0 +1,1 @@
+"""The program engine: recognised networks."""

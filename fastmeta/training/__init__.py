@@ -1,0 +1,1 @@
+"""Meta-training: config, loop, checkpoints, evaluation, comparison."""

@@ -1,0 +1,58 @@
+"""Where training and validation tasks come from."""
+
+from __future__ import annotations
+
+from fastmeta.data import ClassImages, Glyphs, Omniglot, Source, from_spec
+from fastmeta.data.images import stable_fraction
+from fastmeta.data.specs import has_image_folder, image_folder
+from fastmeta.training.config import TrainConfig
+from fastmeta.training.evaluation import VALIDATION_STREAM, Evaluator
+
+_HELD_OUT = 0.1  # of the training characters, for validation, where the data has no part for it
+
+
+def _sources(config: TrainConfig, source: Source | None) -> tuple[Source, Evaluator | None]:
+    """Where training tasks come from, and the validation on classes that do not train."""
+    training = source or from_spec(config.data, "train", config.protocol)
+    if config.eval_every == 0:
+        return training, None
+    held_out = None if source else _validation_part(config)
+    if held_out is None and isinstance(training, ClassImages):
+        training, held_out = _hold_out(training, config.ways)
+    validator = Evaluator(
+        held_out or training,
+        config.ways,
+        config.shots,
+        config.queries,
+        config.eval_tasks,
+        config.seed,
+        VALIDATION_STREAM,
+        config.device,
+    )
+    return training, validator
+
+
+def _validation_part(config: TrainConfig) -> Source | None:
+    """The data's own validation classes, where it has some."""
+    name, _, root = config.data.partition(":")
+    if name == "glyphs":
+        return Glyphs("validation")
+    if name == "omniglot" and config.protocol == "paper":
+        return Omniglot(root, "validation")
+    if name == "images" and has_image_folder(root, "validation"):
+        return image_folder(root, "validation")
+    return None
+
+
+def _hold_out(source: ClassImages, ways: int) -> tuple[ClassImages, ClassImages]:
+    """Split classes in two, nine tenths and one (at least ``ways``): always the same, and all
+    rotations of a character, ``NAME`` and ``NAME@90``, on the same side."""
+    characters = [name.partition("@")[0] for name in source.class_names]
+    order = sorted(set(characters), key=lambda name: stable_fraction(name, "validation"))
+    held_out = set(order[: max(ways, round(_HELD_OUT * len(order)))])
+
+    def part(wanted: bool) -> ClassImages:
+        rows = [i for i, name in enumerate(characters) if (name in held_out) is wanted]
+        return ClassImages(source.images[rows], [source.class_names[i] for i in rows])
+
+    return part(False), part(True)
