@@ -16,7 +16,7 @@ import torch
 
 import fastmeta as fm
 from fastmeta.ops._linear_head_arguments import checked_head
-from fastmeta.ops.linear_head import is_dual
+from fastmeta.ops.linear_head import uses_kernel_form
 from fastmeta.training.allocator import keep_freed_memory
 from fastmeta.training.timing import interleave
 
@@ -67,7 +67,7 @@ def main() -> None:
         times = "".join(f"{1e3 * statistics.median(seconds[form]):7.2f} ms" for form in FORMS)
         support, features, steps = size
         head = checked_head(*_inputs(support, features), "cross_entropy")
-        chosen = FORMS[is_dual("auto", head, steps)]
+        chosen = FORMS[uses_kernel_form("auto", head, steps)]
         print(f"{support:4}{features:6}{steps:4}{times}   {chosen}")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 
 
 class Tied(nn.Module):
@@ -16,13 +16,13 @@ class Tied(nn.Module):
         self.second.weight = self.first.weight
 
 
-def arena_of(layout: Layout, *lead: int) -> torch.Tensor:
+def arena_of(layout: ParameterLayout, *lead: int) -> torch.Tensor:
     size = torch.Size(lead).numel() * layout.numel
     return torch.arange(float(size), device=layout.device).reshape(*lead, layout.numel)
 
 
 def test_a_tied_parameter_is_in_the_layout_once():
-    layout = Layout.of(Tied())
+    layout = ParameterLayout.of(Tied())
     assert layout.names == ("first.weight", "first.bias", "second.bias")
     assert layout.sizes == (9, 3, 3)
 
@@ -30,11 +30,11 @@ def test_a_tied_parameter_is_in_the_layout_once():
 def test_frozen_parameters_are_not_in_the_layout():
     net = nn.Linear(3, 2)
     net.weight.requires_grad_(False)
-    assert Layout.of(net).names == ("bias",)
+    assert ParameterLayout.of(net).names == ("bias",)
 
 
 def test_views_share_the_arenas_memory(device):
-    layout = Layout.of(nn.Linear(3, 2, device=device))
+    layout = ParameterLayout.of(nn.Linear(3, 2, device=device))
     arena = arena_of(layout, 4)
     views = layout.views(arena)
     arena[1, 7] = -1.0
@@ -43,7 +43,7 @@ def test_views_share_the_arenas_memory(device):
 
 
 def test_flatten_inverts_views(device):
-    layout = Layout.of(Tied().to(device))
+    layout = ParameterLayout.of(Tied().to(device))
     arena = arena_of(layout, 2, 5)
     assert torch.equal(layout.flatten(layout.views(arena)), arena)
 
@@ -52,7 +52,7 @@ def test_scalar_and_empty_parameters_have_their_place(device):
     module = nn.Module()
     module.scale, module.none = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.zeros(0, 3))
     module.weight = nn.Parameter(torch.ones(2))
-    layout = Layout.of(module.to(device))
+    layout = ParameterLayout.of(module.to(device))
     views = layout.views(arena_of(layout, 2))
     assert [tuple(view.shape) for view in views.values()] == [(2,), (2, 0, 3), (2, 2)]
     assert torch.equal(layout.flatten(views), arena_of(layout, 2))
@@ -75,7 +75,7 @@ def test_scalar_and_empty_parameters_have_their_place(device):
     ],
 )
 def test_every_form_of_step_size_becomes_one_array(shape, expected, device):
-    layout = Layout.of(nn.Linear(3, 2, device=device))
+    layout = ParameterLayout.of(nn.Linear(3, 2, device=device))
     lr = torch.ones(shape, device=device, requires_grad=True)
     array = layout.step_size_array(lr, tasks=4, steps=3)
     assert list(array.shape) == expected
@@ -89,7 +89,7 @@ def test_every_form_of_step_size_becomes_one_array(shape, expected, device):
     [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
 )
 def test_a_number_keeps_its_digits_whatever_the_parameters(dtype, expected, device):
-    layout = Layout.of(nn.Linear(3, 2, device=device, dtype=dtype))
+    layout = ParameterLayout.of(nn.Linear(3, 2, device=device, dtype=dtype))
     array = layout.step_size_array(0.1, tasks=4, steps=3)
     assert array.shape == (1, 1, 1)
     assert array.device == layout.device
@@ -98,7 +98,7 @@ def test_a_number_keeps_its_digits_whatever_the_parameters(dtype, expected, devi
 
 def test_a_step_size_per_parameter_is_repeated_over_its_elements(device):
     lr = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]], device=device)
-    layout = Layout.of(nn.Linear(3, 2, device=device))
+    layout = ParameterLayout.of(nn.Linear(3, 2, device=device))
     first, second = layout.step_size_array(lr, tasks=4, steps=2)[:, 0].tolist()
     assert first == [1.0] * 6 + [2.0] * 2
     assert second == [3.0] * 6 + [4.0] * 2
@@ -123,7 +123,7 @@ def test_a_step_size_per_parameter_is_repeated_over_its_elements(device):
 )
 def test_a_bad_step_size_is_named(lr, error, message):
     with pytest.raises(error, match=message):
-        Layout.of(nn.Linear(3, 2)).step_size_array(lr, tasks=4, steps=5)
+        ParameterLayout.of(nn.Linear(3, 2)).step_size_array(lr, tasks=4, steps=5)
 
 
 def mixed(value: torch.Tensor) -> nn.Module:
@@ -144,11 +144,11 @@ def mixed(value: torch.Tensor) -> nn.Module:
 )
 def test_a_module_without_a_layout_is_refused(module, error, message):
     with pytest.raises(error, match=message):
-        Layout.of(module)
+        ParameterLayout.of(module)
 
 
 def test_wrong_arenas_and_tensors_are_refused():
-    layout = Layout.of(nn.Linear(3, 2))
+    layout = ParameterLayout.of(nn.Linear(3, 2))
     with pytest.raises(ValueError, match=r"expected shape \[..., 8\], got \[4, 7\]"):
         layout.views(torch.zeros(4, 7))
     with pytest.raises(ValueError, match=r"expected a tensor for each of \['bias'\]"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastmeta as fm
-from fastmeta.core import backend as _native
+from fastmeta.core import backend
 from fastmeta.ops import reference
 from tests.cases import Maker
 from tests.test_ops import require_kernels
@@ -66,8 +66,8 @@ def test_bad_names(monkeypatch, rows):
 
 def test_a_fallback_is_said_once(monkeypatch, rows, device):
     require_kernels(device)
-    monkeypatch.setattr(_native, "KERNELS", {})
-    _native._warn.cache_clear()
+    monkeypatch.setattr(backend, "KERNELS", {})
+    backend._warn.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
@@ -80,7 +80,7 @@ def test_a_fallback_is_said_once(monkeypatch, rows, device):
         f"{device}. Set FASTMETA_BACKEND=torch to accept that."
     ]
     assert fm.backend_of("pairwise_distance", device) == "torch"
-    _native._warn.cache_clear()
+    backend._warn.cache_clear()
 
 
 def test_build_info_says_what_was_built():

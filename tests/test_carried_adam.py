@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 import fastmeta as fm
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 from tests.networks import Tasks, relative_error
 from tests.test_learners import EXACT, engine, gradient, problem
 
@@ -22,13 +22,13 @@ LR, BETA, EPS, STEPS = 0.03, 0.9, 1e-3, 3
 
 
 def reptile(net: nn.Module, **options: object) -> fm.Reptile:
-    options = {"rule": fm.rules.CarriedAdam(net, BETA, EPS), "inner_batch": None, **options}
+    options = {"rule": fm.rules.PersistentAdam(net, BETA, EPS), "inner_batch": None, **options}
     return fm.Reptile(net, LR, STEPS, **options)
 
 
 def by_hand(net: nn.Module, x: Tensor, y: Tensor, second: Tensor, taken: int) -> tuple:
     """theta_K ``[T, P]`` of each task, and the mean of their second moments."""
-    layout = Layout.of(net)
+    layout = ParameterLayout.of(net)
     start = layout.flatten(dict(net.named_parameters())).detach()
     ends, seconds = [], []
     for task_x, task_y in zip(x, y, strict=True):
@@ -99,7 +99,7 @@ def test_a_first_meta_batch_is_as_with_adam_begun_anew(problem):
 
 def test_it_carries_on_inside_other_rules(problem):
     net, tasks = problem
-    inside = fm.rules.CarriedAdam(net, BETA, EPS)
+    inside = fm.rules.PersistentAdam(net, BETA, EPS)
     wrapped = reptile(net, rule=fm.rules.ClipNorm(1e9, fm.rules.Proximal(0.0, inside)))
     plain = reptile(net)
     for _ in range(2):
@@ -133,16 +133,16 @@ def test_copies_and_checkpoints_keep_the_moment(problem):
 def test_it_is_reptile_s_usual_rule():
     net = nn.Linear(3, 2)
     rule = fm.Reptile(net).rule
-    assert isinstance(rule, fm.rules.CarriedAdam)
+    assert isinstance(rule, fm.rules.PersistentAdam)
     assert (rule.beta2, rule.eps) == (0.999, 1e-8)
     assert rule.second.shape == (8,)
 
 
 def test_bad_options():
     with pytest.raises(ValueError, match=r"beta2: expected a number in \[0, 1\), got 1"):
-        fm.rules.CarriedAdam(nn.Linear(3, 2), 1.0)
+        fm.rules.PersistentAdam(nn.Linear(3, 2), 1.0)
     with pytest.raises(ValueError, match="eps: expected a number above 0, got 0"):
-        fm.rules.CarriedAdam(nn.Linear(3, 2), eps=0.0)
-    message = "rule: CarriedAdam was made for other trainable parameters than the model has; exp"
+        fm.rules.PersistentAdam(nn.Linear(3, 2), eps=0.0)
+    message = "rule: PersistentAdam was made for other trainable parameters than the model has; exp"
     with pytest.raises(ValueError, match=message):
-        fm.Reptile(nn.Linear(3, 2), rule=fm.rules.CarriedAdam(nn.Linear(2, 2)))
+        fm.Reptile(nn.Linear(3, 2), rule=fm.rules.PersistentAdam(nn.Linear(2, 2)))

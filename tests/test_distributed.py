@@ -22,7 +22,7 @@ from fastmeta.training.checkpoint import load_checkpoint
 from fastmeta.training.config import TrainConfig
 from fastmeta.training.learner_factory import build_learner
 from fastmeta.training.metrics_log import read_metrics
-from fastmeta.training.run_folder import begin_folder, begun_by
+from fastmeta.training.run_folder import begin_folder, was_started_by
 from tests.ranks import on_ranks
 from tests.runs import images, maml, protonet, relative, run, sinusoid, weights, without_seconds
 
@@ -362,7 +362,7 @@ def test_sharing_statistics_keeps_the_tensors():
     shared = distributed.share_batch_statistics(net)
     assert list(shared.state_dict()) == names
     assert {name: t.data_ptr() for name, t in shared.state_dict().items()} == before
-    assert isinstance(shared[1][0], distributed.SharedBatchNorm)
+    assert isinstance(shared[1][0], distributed.SyncBatchNorm)
 
 
 # Launches
@@ -371,14 +371,14 @@ def test_sharing_statistics_keeps_the_tensors():
 def test_a_launch_knows_its_own_run(tmp_path):
     config = sinusoid(tmp_path / "run")
     out = Path(config.out)
-    assert not begun_by(out, "a")
+    assert not was_started_by(out, "a")
     begin_folder(config, resume=False, launch="a")
-    assert begun_by(out, "a")
-    assert not begun_by(out, "b")
+    assert was_started_by(out, "a")
+    assert not was_started_by(out, "b")
     begin_folder(config, resume=True, launch="b")
-    assert [begun_by(out, launch) for launch in ("a", "b", "")] == [False, True, False]
+    assert [was_started_by(out, launch) for launch in ("a", "b", "")] == [False, True, False]
     begin_folder(config, resume=False)
-    assert not begun_by(out, "b")
+    assert not was_started_by(out, "b")
 
 
 def test_a_restarted_launch_goes_on_even_where_it_was_to_overwrite(tmp_path, monkeypatch):

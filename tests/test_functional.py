@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.meta_memory import peak
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.functional import passes as module_passes
 from fastmeta.engines.functional.engine import FunctionalEngine
 from tests.memory import peak_bytes
@@ -33,9 +33,9 @@ EXACT = 1e-10
 def step_sizes(module: nn.Module, *shape: int) -> Tensor:
     """Step sizes between 0.02 and 0.1; of the shape [P] if none is given."""
     generator = torch.Generator().manual_seed(3)
-    shape = shape or (Layout.of(module).numel,)
+    shape = shape or (ParameterLayout.of(module).numel,)
     sizes = 0.02 + 0.08 * torch.rand(shape, generator=generator, dtype=torch.float64)
-    return sizes.to(Layout.of(module).device)
+    return sizes.to(ParameterLayout.of(module).device)
 
 
 def run(
@@ -99,7 +99,7 @@ def test_first_order_equals_the_unrolled_one(name, steps, device):
 @pytest.mark.parametrize("shape", ["scalar", "layer", "element", "task and element"])
 def test_gradient_of_every_form_of_step_size(shape, first_order, device):
     net, tasks = build("mlp", device), classification("mlp", device)
-    layout = Layout.of(net)
+    layout = ParameterLayout.of(net)
     shapes = {
         "scalar": torch.tensor(0.07, dtype=torch.float64, device=device),
         "layer": step_sizes(net, len(layout.names)),
@@ -114,7 +114,7 @@ def test_gradient_of_every_form_of_step_size(shape, first_order, device):
 def test_a_step_size_per_task_gets_its_gradient(device):
     net, tasks = build("mlp", device), classification("mlp", device)
     lr = step_sizes(net, 3, 1)
-    wide = lr.expand(3, Layout.of(net).numel).contiguous()
+    wide = lr.expand(3, ParameterLayout.of(net).numel).contiguous()
     expected = meta_gradient(net, tasks, F.cross_entropy, wide, 2)
     actual = run(net, tasks, lr, steps=2)
     assert relative_error(actual.lr, expected.lr.sum(1, keepdim=True)) < EXACT
@@ -124,7 +124,7 @@ def test_a_step_size_per_task_gets_its_gradient(device):
 @pytest.mark.parametrize("chunk", [1, 2, 3])
 def test_the_result_does_not_depend_on_the_chunk(name, chunk, device):
     net, tasks = build(name, device), classification(name, device)
-    lr = step_sizes(net, 3, Layout.of(net).numel)
+    lr = step_sizes(net, 3, ParameterLayout.of(net).numel)
     expected = run(net, tasks, lr, steps=2)
     assert_equal(run(net, tasks, lr, steps=2, task_chunk=chunk), expected, 1e-13)
 
@@ -352,13 +352,15 @@ def peak_of_meta_gradient(net: nn.Module, tasks: Tasks, steps: int, **options: o
     """Bytes at the peak, less the K P parameters a task that the second order has to keep."""
     engine = FunctionalEngine(net, F.cross_entropy, steps, **options)
     peak = peak_bytes(lambda: engine.meta_loss(engine.parameters(), 0.1, *tasks)[0].backward())
-    return peak - (0 if engine.first_order else 4 * steps * len(tasks[0]) * Layout.of(net).numel)
+    return peak - (
+        0 if engine.first_order else 4 * steps * len(tasks[0]) * ParameterLayout.of(net).numel
+    )
 
 
 def test_memory_does_not_grow_with_steps_as_an_unrolled_graph_does():
     net, tasks = convolutional(), image_tasks()
     two, ten = (peak_of_meta_gradient(net, tasks, steps) for steps in (2, 10))
-    kept = 4 * 10 * 4 * Layout.of(net).numel
+    kept = 4 * 10 * 4 * ParameterLayout.of(net).numel
     unrolled = peak_bytes(
         lambda: vmapped_meta_loss(net, tasks, F.cross_entropy, 0.1, 10).backward()
     )

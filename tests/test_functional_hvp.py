@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fastmeta as fm
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.functional.engine import FunctionalEngine
 from tests.networks import (
     NETWORKS,
@@ -28,7 +28,7 @@ EXACT = 1e-10
 def points(net: nn.Module, tasks: int = 3) -> tuple[Tensor, Tensor]:
     """Parameters near the network's own and a direction, ``[T, P]``."""
     generator = torch.Generator().manual_seed(4)
-    layout = Layout.of(net)
+    layout = ParameterLayout.of(net)
     shape = (2, tasks, layout.numel)
     noise, vector = torch.randn(shape, generator=generator, dtype=torch.float64).to(layout.device)
     own = torch.cat([p.detach().flatten() for p in net.parameters()])
@@ -37,7 +37,7 @@ def points(net: nn.Module, tasks: int = 3) -> tuple[Tensor, Tensor]:
 
 def by_autograd(net: nn.Module, theta: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:
     """Double backward, task by task."""
-    layout, rows = Layout.of(net), []
+    layout, rows = ParameterLayout.of(net), []
     with twice_differentiable():
         for own, x_t, y_t, v in zip(theta.detach(), x, y, vector, strict=True):
             own = own.clone().requires_grad_()
@@ -64,7 +64,7 @@ def test_every_network_and_mode_against_autograd(name, mode, chunk, device):
 def test_the_learners_product_is_that_of_the_op(mode, device):
     net, tasks = build("mlp", device), classification("mlp", device)
     theta, vector = points(net)
-    views = Layout.of(net).views
+    views = ParameterLayout.of(net).views
 
     def loss(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(net, views(theta), (x,)), y)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 
 K, T = 3, 4
 
@@ -116,7 +116,9 @@ def test_backward_scales_and_adds_up(tasks, device):
     loss = maml.meta_loss(*tasks)[0]
     (2 * loss).backward(retain_graph=True)
     loss.backward()
-    found = Layout.of(maml.module).flatten({n: p.grad for n, p in maml.module.named_parameters()})
+    found = ParameterLayout.of(maml.module).flatten(
+        {n: p.grad for n, p in maml.module.named_parameters()}
+    )
     torch.testing.assert_close(found, 3 * once, rtol=1e-12, atol=0)
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta.core.parameter_layout import Layout
-from fastmeta.engines.program.fast_path import Ready
+from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.engines.program.fast_path import CachedMetaGradient
 from fastmeta.engines.program.lowering import Lowering
 from tests.networks import Tasks, relative_error
 from tests.programs import build, tasks_for, with_running_statistics
@@ -38,7 +38,7 @@ def learner(net: nn.Module, engine: str, steps: int = 2, **options) -> fm.MAML:
 def unrolled(net: nn.Module, tasks: Tasks, steps: int = 2) -> Tensor:
     lr = torch.tensor(0.1, dtype=torch.float64)
     params = meta_gradient(net, tasks, F.cross_entropy, lr, steps, training=None).params
-    return Layout.of(net).flatten(params)
+    return ParameterLayout.of(net).flatten(params)
 
 
 def gradient(maml: fm.MAML, tasks: Tasks) -> Tensor:
@@ -68,7 +68,7 @@ def test_each_exact_product_of_the_functional_engine(mode):
 
 def each_result(maml: fm.MAML, tasks: Tasks) -> dict[str, Tensor]:
     """What every method gives."""
-    theta = Layout.of(maml.module).flatten(dict(maml.module.named_parameters())).detach()
+    theta = ParameterLayout.of(maml.module).flatten(dict(maml.module.named_parameters())).detach()
     results = dict(zip(("loss", "outputs", "grads"), maml.meta_gradient(*tasks), strict=False))
     results["meta_loss"] = maml.meta_loss(*tasks)[0].detach()
     results["hvp"] = maml.hvp(theta, tasks[:2], theta.cos())
@@ -151,8 +151,10 @@ def test_a_gradient_taken_again_sees_new_statistics(change, engine):
 
 @pytest.mark.skipif(fm.core.backend._C is None, reason="needs the compiled extension")
 def test_a_prepared_gradient_reads_the_statistics_at_each_call(monkeypatch):
-    answers, call = [], Ready.__call__
-    monkeypatch.setattr(Ready, "__call__", lambda *args: answers.append(call(*args)) or answers[-1])
+    answers, call = [], CachedMetaGradient.__call__
+    monkeypatch.setattr(
+        CachedMetaGradient, "__call__", lambda *args: answers.append(call(*args)) or answers[-1]
+    )
     maml, tasks = learner(evaluated("conv4"), "program"), tasks_for("conv4")
     for _ in range(3):
         gradient(maml, tasks)

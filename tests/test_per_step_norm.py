@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.program.lowering import Lowering
 from fastmeta.models import PerStepBatchNorm1d, PerStepBatchNorm2d, inner_step
 from fastmeta.ops.task_program.bytecode import Code, Opcode, at_step
@@ -33,7 +33,7 @@ def unrolled(net: nn.Sequential, tasks: Tasks, steps: int, lr=0.1, **options) ->
 
 
 def by_name(maml: fm.MAML, tasks: Tasks, **options) -> dict[str, Tensor]:
-    return Layout.of(maml.module).views(maml.meta_gradient(*tasks, **options).grads)
+    return ParameterLayout.of(maml.module).views(maml.meta_gradient(*tasks, **options).grads)
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -63,7 +63,7 @@ def test_query_losses_of_each_step_take_its_row(engine):
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 def test_the_program_with_each_kind_of_memory_and_step_sizes(memory):
     net, tasks = build(NAME), tasks_for(NAME)
-    elements = Layout.of(net).numel
+    elements = ParameterLayout.of(net).numel
     for lr in (torch.tensor(0.1), torch.linspace(0.05, 0.2, elements), torch.full((3, 1), 0.1)):
         maml = fm.MAML(net, lr.double(), 3, learn_lr=True, engine="program", memory=memory)
         other = fm.MAML(net, lr.double(), 3, learn_lr=True, engine="functional")
@@ -130,7 +130,7 @@ def test_the_gradient_through_adapted_tasks_is_the_meta_gradient(engine):
 
 def test_an_inner_rate_of_zero_leaves_the_rows_to_the_outer_optimizer():
     net, tasks = build(NAME), tasks_for(NAME)
-    layout = Layout.of(net)
+    layout = ParameterLayout.of(net)
     rates = {name: 0.0 if name.partition(".")[0] in "1 9" else 0.1 for name in layout.names}
     for engine in ENGINES:
         maml = fm.MAML(net, rates, 2, engine=engine)
@@ -146,7 +146,7 @@ def test_an_inner_rate_of_zero_leaves_the_rows_to_the_outer_optimizer():
 def test_hessian_vector_products_are_of_the_first_row(engine):
     net, tasks = build(NAME), tasks_for(NAME)
     maml = fm.MAML(net, 0.1, 2, engine=engine)
-    theta = Layout.of(net).flatten(dict(net.named_parameters())).detach()
+    theta = ParameterLayout.of(net).flatten(dict(net.named_parameters())).detach()
     with inner_step(2):
         product = maml.hvp(theta, tasks[:2], theta.cos())
     twin, (x, y, *_) = with_rows_by_hand(net), tasks

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmeta as fm
-from fastmeta.engines.program.fast_path import Ready
-from fastmeta.engines.program.module_state import Watch
+from fastmeta.engines.program.fast_path import CachedMetaGradient
+from fastmeta.engines.program.module_state import ModuleSnapshot
 
 T, K = 3, 2
 
@@ -40,14 +40,14 @@ def learner(device, loss=F.mse_loss, **options: object) -> fm.MAML:
 def answered(monkeypatch) -> list[bool]:
     """Whether each meta-gradient was a prepared one."""
     found: list[bool] = []
-    call = Ready.__call__
+    call = CachedMetaGradient.__call__
 
     def recorded(*args: object) -> object:
         result = call(*args)
         found.append(result is not None)
         return result
 
-    monkeypatch.setattr(Ready, "__call__", recorded)
+    monkeypatch.setattr(CachedMetaGradient, "__call__", recorded)
     return found
 
 
@@ -178,8 +178,8 @@ def test_other_shapes(size, answered, device):
 def test_alternating_shapes_are_not_prepared_again_and_again(answered, monkeypatch, device):
     maml = prepared(device, answered)
     made: list[object] = []
-    init = Ready.__init__
-    monkeypatch.setattr(Ready, "__init__", lambda *args: made.append(init(*args)))
+    init = CachedMetaGradient.__init__
+    monkeypatch.setattr(CachedMetaGradient, "__init__", lambda *args: made.append(init(*args)))
     for size in (4, T, 4, T):
         maml.meta_gradient(*tasks(device, tasks=size))
     assert answered[1:] == [False, True, False, True]
@@ -280,7 +280,7 @@ def test_a_transform_takes_the_ordinary_way(answered, device):
     data = tuple(tasks(device))
 
     def asked(scale: Tensor) -> Tensor:
-        assert maml._programs.again(maml, data) is None
+        assert maml._programs.replay(maml, data) is None
         return scale
 
     torch.func.grad(asked)(torch.ones((), device=device))
@@ -324,10 +324,10 @@ def test_a_prepared_learner_is_collected(answered, device):
 @pytest.mark.parametrize("change", ["buffer", "order"])
 def test_the_watch_sees_other_buffers_and_another_order(change):
     net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Tanh())
-    watch = Watch(net)
-    assert watch.holds()
+    snapshot = ModuleSnapshot(net)
+    assert snapshot.is_unchanged()
     if change == "buffer":
         net[1].running_mean = torch.ones(2)
     else:
         net._modules["1"] = net._modules.pop("1")
-    assert not watch.holds()
+    assert not snapshot.is_unchanged()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.functional.engine import FunctionalEngine
 from tests.networks import (
     Recurrent,
@@ -34,7 +34,7 @@ def gradients(module: nn.Module, tasks: Tasks, loss=F.cross_entropy, **options) 
 def unrolled(module: nn.Module, tasks: Tasks, loss=F.cross_entropy, steps: int = 2) -> Tensor:
     lr = torch.tensor(0.1, dtype=torch.float64, device=tasks.support_x.device)
     params = meta_gradient(module, tasks, loss, lr, steps).params
-    return Layout.of(module).flatten(params)
+    return ParameterLayout.of(module).flatten(params)
 
 
 def through_adapt(module: nn.Module, tasks: Tasks, between=lambda: None) -> Tensor:
@@ -60,7 +60,7 @@ def test_dropout_replays_the_masks_of_each_step(mode, device):
     torch.manual_seed(5)
     loss = vmapped_meta_loss(net, tasks, F.cross_entropy, 0.1, 2)
     loss.backward()
-    expected = Layout.of(net).flatten({n: p.grad for n, p in net.named_parameters()})
+    expected = ParameterLayout.of(net).flatten({n: p.grad for n, p in net.named_parameters()})
     torch.manual_seed(5)
     assert relative_error(gradients(net, tasks, hvp_mode=mode), expected) < EXACT
 

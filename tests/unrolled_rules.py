@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fastmeta as fm
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 from tests.networks import Tasks
 from tests.unrolled import Loss, twice_differentiable
 
@@ -116,7 +116,7 @@ def proximal() -> Case:
 
 def carried_adam(net: nn.Module) -> Case:
     """In the middle of a training, and inside another rule with a state of its own."""
-    carried, strength = fm.rules.CarriedAdam(net, 0.9, 1e-3), number(0.7)
+    carried, strength = fm.rules.PersistentAdam(net, 0.9, 1e-3), number(0.7)
     generator = torch.Generator().manual_seed(9)
     carried.second.copy_(0.01 * torch.rand(len(carried.second), generator=generator))
     carried.taken.fill_(7)
@@ -130,7 +130,7 @@ def carried_adam(net: nn.Module) -> Case:
 
 
 def meta_curvature(net: nn.Module) -> Case:
-    rule, layout = fm.rules.MetaCurvature(net), Layout.of(net)
+    rule, layout = fm.rules.MetaCurvature(net), ParameterLayout.of(net)
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for p in rule.parameters():
@@ -178,7 +178,7 @@ def rule_gradient(
 
     ``lr`` broadcasts to ``[P]``, or to ``[K, P]`` if it has two dimensions.
     """
-    net, layout = copy.deepcopy(net), Layout.of(net)
+    net, layout = copy.deepcopy(net), ParameterLayout.of(net)
     theta = layout.flatten(dict(net.named_parameters())).detach().requires_grad_()
     lr = lr.detach().requires_grad_()
     support_x, query_x = (x.detach().requires_grad_() for x in (tasks.support_x, tasks.query_x))

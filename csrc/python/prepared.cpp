@@ -86,9 +86,9 @@ bool torch_backend_is_asked_for() {
 // support_x, support_y, query_x, query_y.
 using Data = std::array<PyObject*, 4>;
 
-class PreparedStep {
+class CachedStep {
  public:
-  PreparedStep(Tensor code, Tensor lr, const std::vector<Tensor>& parameters,
+  CachedStep(Tensor code, Tensor lr, const std::vector<Tensor>& parameters,
                const std::vector<Tensor>& frozen, const std::vector<Tensor>& data,
                std::vector<int64_t> output_shape, int64_t steps, bool first_order, bool keep)
       : code_(std::move(code)),
@@ -183,12 +183,12 @@ class PreparedStep {
 }  // namespace
 
 void bind_prepared_step(py::module_& m) {
-  py::class_<PreparedStep>(m, "PreparedStep", "A meta-gradient, to be taken again on other values.")
+  py::class_<CachedStep>(m, "CachedStep", "A meta-gradient, to be taken again on other values.")
       .def(py::init<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
                     std::vector<int64_t>, int64_t, bool, bool>())
       .def(
           "__call__",
-          [](const PreparedStep& step, const py::tuple& tables, const py::tuple& parameters,
+          [](const CachedStep& step, const py::tuple& tables, const py::tuple& parameters,
              const py::tuple& frozen, const py::object& support_x, const py::object& support_y,
              const py::object& query_x, const py::object& query_y) {
             const Data data{support_x.ptr(), support_y.ptr(), query_x.ptr(), query_y.ptr()};
@@ -203,7 +203,7 @@ void bind_prepared_step(py::module_& m) {
           "(loss, outputs, gradient), or None where something else has changed.")
       .def(
           "holds",
-          [](const PreparedStep& step, const py::tuple& tables, const py::tuple& parameters,
+          [](const CachedStep& step, const py::tuple& tables, const py::tuple& parameters,
              const py::tuple& frozen, const py::object& support_x, const py::object& support_y,
              const py::object& query_x, const py::object& query_y) {
             const Data data{support_x.ptr(), support_y.ptr(), query_x.ptr(), query_y.ptr()};

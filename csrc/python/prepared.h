@@ -1,4 +1,4 @@
-// Binds PreparedStep into the Python module.
+// Binds CachedStep into the Python module.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -213,7 +213,7 @@ def _train(given: dict[str, Any]) -> int:
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
     with distributed.process_group():
         if resume:
-            begun = distributed.on_first(lambda: read_options(Path(given["out"])))
+            begun = distributed.on_rank_zero(lambda: read_options(Path(given["out"])))
             check_same_run(given, begun)
             given = begun | given
         _need_data(given)

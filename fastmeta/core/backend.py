@@ -95,7 +95,7 @@ KERNELS = {
     if _has_kernel(op, device)
 }
 
-_forced: str | None = None
+_override: str | None = None
 
 
 def _checked_backend(value: str, source: str) -> str:
@@ -113,17 +113,17 @@ def use_backend(backend: str) -> Iterator[None]:
     >>> with fm.use_backend("torch"):
     ...     distance = fm.pairwise_distance(x, y)
     """
-    global _forced
-    before, _forced = _forced, _checked_backend(backend, "backend")
+    global _override
+    before, _override = _override, _checked_backend(backend, "backend")
     try:
         yield
     finally:
-        _forced = before
+        _override = before
 
 
-def _requested() -> str | None:
+def _selected() -> str | None:
     """The backend that the context or the environment asks for, if any."""
-    value = _forced or os.environ.get("FASTMETA_BACKEND")
+    value = _override or os.environ.get("FASTMETA_BACKEND")
     return _checked_backend(value, "FASTMETA_BACKEND") if value else None
 
 
@@ -148,7 +148,7 @@ def _warn(reason: str) -> None:
 
 
 def _select(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
-    requested = _requested()
+    requested = _selected()
     reason = "" if requested == "torch" else _missing(op, device, dtype)
     return ("torch" if requested == "torch" or reason else "native"), reason
 
@@ -156,7 +156,7 @@ def _select(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
 def is_available(op: str, x: torch.Tensor) -> bool:
     """Whether `op`, in whose place others run without a warning, has a kernel and may run it."""
     built = x.dtype in KERNELS.get((op, x.device.type), ())
-    return built and _requested() != "torch"
+    return built and _selected() != "torch"
 
 
 def is_native(op: str, x: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from fastmeta.core.dtypes import accumulation_dtype
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParameterLayout:
     """Where each trainable parameter of a module lies in an arena ``[..., P]``.
 
     Only parameters with ``requires_grad=True`` are in it; one that is registered under several
@@ -27,7 +27,7 @@ class Layout:
 
     Example:
         >>> import torch
-        >>> layout = Layout.of(torch.nn.Linear(3, 2))
+        >>> layout = ParameterLayout.of(torch.nn.Linear(3, 2))
         >>> layout.names, layout.sizes, layout.numel
         (('weight', 'bias'), (6, 2), 8)
         >>> {name: tuple(view.shape) for name, view in layout.views(torch.zeros(4, 8)).items()}
@@ -40,7 +40,7 @@ class Layout:
     device: torch.device
 
     @classmethod
-    def of(cls, module: nn.Module) -> Layout:
+    def of(cls, module: nn.Module) -> ParameterLayout:
         """The layout of a module's trainable parameters.
 
         Args:
@@ -151,7 +151,7 @@ class Layout:
 
         Example:
             >>> import torch
-            >>> layout = Layout.of(torch.nn.Linear(3, 2))
+            >>> layout = ParameterLayout.of(torch.nn.Linear(3, 2))
             >>> layout.step_size_array(0.1, tasks=4, steps=5).shape
             torch.Size([1, 1, 1])
             >>> layout.step_size_array(torch.rand(5, 1, 2), tasks=4, steps=5).shape

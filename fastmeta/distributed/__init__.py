@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastmeta.data import Episode
-from fastmeta.distributed.sync_batch_norm import SharedBatchNorm, share_batch_statistics
+from fastmeta.distributed.sync_batch_norm import SyncBatchNorm, share_batch_statistics
 
 __all__ = [
-    "SharedBatchNorm",
+    "SyncBatchNorm",
     "average_buffers",
     "average_gradients",
     "process_group",
@@ -36,6 +36,8 @@ __all__ = [
     "task_weight",
     "world_size",
 ]
+
+SharedBatchNorm = SyncBatchNorm  # its earlier name
 
 Value = TypeVar("Value")
 
@@ -219,7 +221,7 @@ def average_gradients(
 def average_buffers(module: nn.Module, weight: float = 1.0) -> None:
     """Replace every floating-point buffer by its mean over ranks, with one all-reduce.
 
-    For what a module remembers of its tasks, such as the moment of ``rules.CarriedAdam``. Every
+    For what a module remembers of its tasks, such as the moment of ``rules.PersistentAdam``. Every
     rank must make the call.
 
     Args:
@@ -244,7 +246,7 @@ def average_buffers(module: nn.Module, weight: float = 1.0) -> None:
         buffer.copy_(mean.view(buffer.shape))
 
 
-def on_first(make: Callable[[], Value]) -> Value:
+def on_rank_zero(make: Callable[[], Value]) -> Value:
     """``make()`` on rank 0, and its result or its exception on every rank."""
     if world_size() == 1:
         return make()

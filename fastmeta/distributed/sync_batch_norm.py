@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class SharedBatchNorm(_BatchNorm):
+class SyncBatchNorm(_BatchNorm):
     """Batch norm over the examples of all ranks, as if one process had them all.
 
     What ``nn.SyncBatchNorm`` is on GPUs, on every device. Parameters, buffers and options are those
@@ -19,7 +19,7 @@ class SharedBatchNorm(_BatchNorm):
     first derivative alone.
 
     Example:
-        >>> norm = SharedBatchNorm(4)
+        >>> norm = SyncBatchNorm(4)
         >>> norm(torch.randn(2, 4, 3, 3)).shape
         torch.Size([2, 4, 3, 3])
     """
@@ -112,7 +112,7 @@ def _wide(channels: Tensor, x: Tensor) -> Tensor:
 
 
 def share_batch_statistics(module: nn.Module) -> nn.Module:
-    """Make all batch norms of a module ``SharedBatchNorm``, in place.
+    """Make all batch norms of a module ``SyncBatchNorm``, in place.
 
     For learners whose norms see all tasks at once, as a ``ProtoNet``'s: split over ranks, they then
     compute what one process would. MAML and its relatives norm each task by itself, and need none.
@@ -127,10 +127,10 @@ def share_batch_statistics(module: nn.Module) -> nn.Module:
         >>> import fastmeta as fm
         >>> net = share_batch_statistics(fm.models.Conv4(8, ways=None))
         >>> net.features[0][1]
-        SharedBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+        SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
     """
     if isinstance(module, _BatchNorm):
-        shared = SharedBatchNorm.__new__(SharedBatchNorm)
+        shared = SyncBatchNorm.__new__(SyncBatchNorm)
         shared.__dict__ = module.__dict__.copy()
         return shared
     for name, child in module.named_children():

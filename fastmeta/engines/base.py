@@ -24,7 +24,7 @@ QUERY: tuple[str, ...] = ("query_x", "query_y")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def never_traced(method: Method) -> Method:
+def exclude_from_compile(method: Method) -> Method:
     """The method, which torch.compile calls as it is.
 
     Tracing it would lose, without a word, derivatives of the autograd functions inside.
@@ -62,7 +62,7 @@ def read_step_weights(weights: Sequence[float] | Tensor | None, steps: int) -> l
     return [float(weight) for weight in weights]
 
 
-class _Once(torch.autograd.Function):
+class _RaiseOnDoubleBackward(torch.autograd.Function):
     """Its inputs; a derivative of them raises."""
 
     @staticmethod
@@ -77,12 +77,12 @@ class _Once(torch.autograd.Function):
         )
 
 
-def differentiable_once(grads: list[Tensor | None]) -> list[Tensor | None]:
+def once_differentiable(grads: list[Tensor | None]) -> list[Tensor | None]:
     """The gradients; where a graph of them is asked for, one that raises when it is used."""
     if not torch.is_grad_enabled():
         return grads
     present = [grad.detach().requires_grad_() for grad in grads if grad is not None]
-    marked = iter(_Once.apply(*present) if present else ())
+    marked = iter(_RaiseOnDoubleBackward.apply(*present) if present else ())
     return [None if grad is None else next(marked) for grad in grads]
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.core.derivatives import Tensors
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 
 
 def checked_rows(rows: Tensor, steps: int, support_x: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def checked_rows(rows: Tensor, steps: int, support_x: Tensor) -> Tensor:
     return rows.to(support_x.device)
 
 
-def check_arena(name: str, layout: Layout, arena: Tensor, tasks: int) -> None:
+def check_arena(name: str, layout: ParameterLayout, arena: Tensor, tasks: int) -> None:
     if not isinstance(arena, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(arena).__name__}")
     if arena.shape not in ((layout.numel,), (tasks, layout.numel)):
@@ -36,7 +36,7 @@ def check_arena(name: str, layout: Layout, arena: Tensor, tasks: int) -> None:
         raise ValueError(f"{name}: expected device {layout.device}, got {arena.device}")
 
 
-def check_data(layout: Layout, data: Tensors) -> int:
+def check_data(layout: ParameterLayout, data: Tensors) -> int:
     """The number of tasks in inputs and targets, which alternate."""
     for name, tensor in data.items():
         if not isinstance(tensor, Tensor):

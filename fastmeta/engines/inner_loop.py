@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.core.derivatives import Tensors
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.random_state import RandomState
 from fastmeta.engines.base import QUERY, SUPPORT
 from fastmeta.rules.base import PREFIX, Pullback, Rule, State, Step
@@ -27,7 +27,7 @@ class Passes(Protocol):
     """
 
     @property
-    def layout(self) -> Layout: ...
+    def layout(self) -> ParameterLayout: ...
 
     @property
     def constants(self) -> Sequence[Tensor]: ...

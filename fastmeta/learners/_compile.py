@@ -25,7 +25,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 _NAME = "fastmeta::meta_loss"
 
-_LEARNERS: WeakValueDictionary[int, Enlisted] = WeakValueDictionary()
+_LEARNERS: WeakValueDictionary[int, CompilableLearner] = WeakValueDictionary()
 
 _METHODS: dict[str, Callable[..., Any]] = {}  # a subclass may call its parent's
 
@@ -34,7 +34,7 @@ with torch.inference_mode(False):  # whatever the mode of who imports
     _PLAIN = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
 
-def one_op(meta_loss: Method) -> Method:
+def as_single_op(meta_loss: Method) -> Method:
     """The method ``meta_loss`` of a learner, which torch.compile takes as one op.
 
     Whatever the number of tasks, it is the same graph. The op reads the learner's options when it
@@ -45,7 +45,7 @@ def one_op(meta_loss: Method) -> Method:
     _METHODS[method] = meta_loss
 
     @functools.wraps(meta_loss)
-    def call(learner: Enlisted, *args: Any, **kwargs: Any) -> Any:
+    def call(learner: CompilableLearner, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return _traced(method, learner, *args, **kwargs)
         return meta_loss(learner, *args, **kwargs)
@@ -55,7 +55,7 @@ def one_op(meta_loss: Method) -> Method:
 
 def _traced(
     method: str,
-    learner: Enlisted,
+    learner: CompilableLearner,
     support_x: Tensor,
     support_y: Tensor,
     query_x: Tensor,
@@ -69,16 +69,16 @@ def _traced(
     inputs = *_tensors(learner), *data
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
     autocast = autocast_dtype(inputs[0].device)
-    learner._enlist()
+    learner._register()
     # torch.compile checks that it is this learner, as it has seen its id.
     return _MetaLoss.apply(method, id(learner), wanted, autocast, step_weights, *inputs)
 
 
-class Enlisted(nn.Module):
+class CompilableLearner(nn.Module):
     """What has a ``meta_loss`` that is one op, which finds it by its id."""
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _enlist(self) -> None:
+    def _register(self) -> None:
         _LEARNERS[id(self)] = self
 
 

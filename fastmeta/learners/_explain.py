@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastmeta.core.cuda_graphs import CALLS, DEVICE_TYPE
 from fastmeta.core.derivatives import Tensors
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.functional.engine import FunctionalEngine
 from fastmeta.engines.program.engine import ProgramEngine
 from fastmeta.engines.program.lowering import Program
@@ -54,7 +54,7 @@ def _graphs(engine: ProgramEngine, program: Program) -> str:
 
 
 def _functional(engine: FunctionalEngine) -> str:
-    layout = Layout.of(engine.module)
+    layout = ParameterLayout.of(engine.module)
     together = {None: "all tasks vmapped together", 1: "tasks one at a time, without vmap"}
     tasks = together.get(engine.task_chunk, f"tasks vmapped {engine.task_chunk} at a time")
     return (
@@ -79,12 +79,12 @@ def _steps(engine: FunctionalEngine, products: str) -> str:
     return f"Inner steps: {engine.steps}{rule}, {mode}."
 
 
-def _where(layout: Layout, op: str) -> str:
+def _where(layout: ParameterLayout, op: str) -> str:
     backend, dtype = backend_of(op, layout.device, layout.dtype), str(layout.dtype)
     what = "Everything" if op == "task_program" else "Inner updates"
     name = dtype.removeprefix("torch.")
     return f"{what} by the {backend} backend on {layout.device.type} in {name}."
 
 
-def _counted(layout: Layout) -> str:
+def _counted(layout: ParameterLayout) -> str:
     return f"{layout.numel} adapted parameters in {len(layout.names)} tensors"

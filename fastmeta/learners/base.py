@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from fastmeta.core.inner_step import inner_step
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.functional.engine import FunctionalEngine
 from fastmeta.engines.functional.task_module import TaskModule
 from fastmeta.engines.program.engine import ProgramEngine
@@ -39,7 +39,7 @@ class AdaptedTasks:
     """
 
     params: Tensor
-    layout: Layout
+    layout: ParameterLayout
     module: nn.Module
     engine: FunctionalEngine | None = field(default=None, repr=False, compare=False)
 
@@ -84,7 +84,8 @@ class MetaGradient(NamedTuple):
     Attributes:
         loss: scalar.
         outputs: on the queries after the last step ``[T, Q, N]``.
-        grads: gradient to the module's trainable parameters ``[P]``, in the order of ``Layout``.
+        grads: gradient to the module's trainable parameters ``[P]``, in the
+            order of ``ParameterLayout``.
         lr_grad: gradient to a learned ``lr``, in its shape; otherwise None.
         rule_grads: gradients to the rule's learned hyperparameters, by name.
     """
@@ -98,7 +99,7 @@ class MetaGradient(NamedTuple):
     def assign_to(self, learner: Any) -> None:
         """Set ``.grad`` of the learner's parameters, for its optimizer; what was there goes."""
         named = dict(learner.module.named_parameters())
-        for name, grad in Layout.of(learner.module).views(self.grads).items():
+        for name, grad in ParameterLayout.of(learner.module).views(self.grads).items():
             named[name].grad = grad
         if self.lr_grad is not None:
             cast("Tensor", learner.lr).grad = self.lr_grad

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import Function
 
-from fastmeta.ops._registration import callable_of
+from fastmeta.ops._registration import as_function
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 
 
-class Rest(NamedTuple):
+class PairwiseOptions(NamedTuple):
     """What an op takes after x and y; None where it has no such argument."""
 
     labels: torch.Tensor | None
@@ -28,7 +28,7 @@ class Rest(NamedTuple):
     scale: float | None
 
 
-class PairOp(NamedTuple):
+class PairwiseOp(NamedTuple):
     forward: Callable[..., torch.Tensor]  # (x, y, *rest) -> out
     backward: Callable[..., Rows]  # (grad_out, x, y, *rest) -> grad_x, grad_y
     tangent: Callable[..., torch.Tensor]  # (x, y, x_dot, y_dot, *rest) -> out_dot
@@ -43,7 +43,7 @@ def hessian_vector_product(
     g: torch.Tensor,
     rows: Rows,
     direction: tuple[torch.Tensor | None, ...],
-    rest: Rest,
+    rest: PairwiseOptions,
 ) -> Rows:
     """H v of <g, f> for v = `direction`, None meaning zero."""
     v = tuple(_or_zeros(d, r) for d, r in zip(direction, rows, strict=True))
@@ -57,12 +57,12 @@ def save(ctx: Any, tensors: tuple[torch.Tensor, ...], rest: tuple[Any, ...]) -> 
     ctx.save_for_forward(*tensors, labels)
 
 
-def saved(ctx: Any) -> tuple[tuple[torch.Tensor, ...], Rest]:
+def saved(ctx: Any) -> tuple[tuple[torch.Tensor, ...], PairwiseOptions]:
     *tensors, labels = ctx.saved_tensors
-    return tuple(tensors), Rest(labels, ctx.metric, ctx.scale)
+    return tuple(tensors), PairwiseOptions(labels, ctx.metric, ctx.scale)
 
 
-def differentiable(op: PairOp) -> Callable[..., torch.Tensor]:
+def differentiable(op: PairwiseOp) -> Callable[..., torch.Tensor]:
     """`op.forward` as a function that autograd and torch.func differentiate any number of times."""
 
     class Backward(Function):
@@ -128,5 +128,5 @@ def differentiable(op: PairOp) -> Callable[..., torch.Tensor]:
             (x, y), rest = saved(ctx)
             return op.tangent(x, y, _or_zeros(x_dot, x), _or_zeros(y_dot, y), *rest)
 
-    backward = callable_of(Backward)
-    return callable_of(Forward)
+    backward = as_function(Backward)
+    return as_function(Forward)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 from torch.autograd import Function
 
-from fastmeta.core import backend as _native
+from fastmeta.core import backend
 
 
 def fold(x: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
@@ -51,7 +51,7 @@ def register(name: str, fake: Callable[..., Any], vmap: Callable[..., Any] | Non
 
     The rule folds the vmapped dimension into the tasks, unless `vmap` does it another way.
     """
-    if _native._C is None:
+    if backend._C is None:
         return
     op = getattr(torch.ops.fastmeta, name)
     torch.library.register_fake(f"fastmeta::{name}", fake)
@@ -70,10 +70,10 @@ def traces_transform() -> bool:
 
 
 def is_native(op: str, x: torch.Tensor) -> bool:
-    return not traces_transform() and _native.is_native(op, x)
+    return not traces_transform() and backend.is_native(op, x)
 
 
-def callable_of(cls: type[Function], compiled: type[Function] | None = None) -> Callable[..., Any]:
+def as_function(cls: type[Function], compiled: type[Function] | None = None) -> Callable[..., Any]:
     """`cls.apply`, and under torch.compile that of `compiled`, or of a twin without `jvp`.
 
     torch.compile refuses a `jvp`. `Function.apply` reads the signature of `forward` at every call,

@@ -14,7 +14,7 @@ from fastmeta.core.dtypes import accumulation_dtype
 from fastmeta.ops import reference
 from fastmeta.ops._checks import check_floating, check_together
 from fastmeta.ops._registration import (
-    callable_of,
+    as_function,
     contiguous_like,
     fold,
     is_native,
@@ -97,8 +97,8 @@ class InnerUpdateBackward(Function):
         return grad_grads, -_sum_to(grad_out * g + v * grads, lr)
 
 
-_update = callable_of(InnerUpdate)
-_native_backward = callable_of(InnerUpdateBackward)
+_update = as_function(InnerUpdate)
+_native_backward = as_function(InnerUpdateBackward)
 
 
 def _fold_with_lr(

@@ -18,7 +18,7 @@ from fastmeta.ops._linear_head_arguments import (
     checked_steps,
     step_sizes,
 )
-from fastmeta.ops._registration import callable_of, contiguous_like, is_native, register
+from fastmeta.ops._registration import as_function, contiguous_like, is_native, register
 from fastmeta.ops.task_linear import task_linear
 from fastmeta.ops.task_matmul import product
 
@@ -296,8 +296,8 @@ def _raw_backward(*args: Any) -> tuple[Any, ...]:
     )
 
 
-_head = callable_of(LinearHead)
-_backward = callable_of(LinearHeadBackward)
+_head = as_function(LinearHead)
+_backward = as_function(LinearHeadBackward)
 
 
 def adapted_head(
@@ -311,7 +311,7 @@ def adapted_head(
     return weight, None if head.bias is None else bias
 
 
-def is_dual(form: str, head: Head, steps: int) -> bool:
+def uses_kernel_form(form: str, head: Head, steps: int) -> bool:
     """Whether the dual takes fewer operations for the head and all of its gradients.
 
     They are S D (3/2 S + 6 N) + 3 K N S^2, against 6 K N S D.
@@ -384,7 +384,7 @@ def linear_head(
     check_option("form", form, FORMS)
     options = Options(loss, checked_number("weight_decay", weight_decay), bool(first_order))
     rates = step_sizes(lr, checked_steps(steps), head.x)
-    w, b = adapted_head(head, rates, *options, is_dual(form, head, steps))
+    w, b = adapted_head(head, rates, *options, uses_kernel_form(form, head, steps))
     if x.dim() == 2:
         return w.squeeze(0), None if b is None else b.squeeze(0)
     return w, b

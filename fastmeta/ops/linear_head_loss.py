@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastmeta.core import backend as _native
+from fastmeta.core import backend
 from fastmeta.core.autocast import without_autocast
 from fastmeta.core.backend import HEAD_LOSS
 from fastmeta.ops._linear_head_arguments import Head
@@ -146,4 +146,4 @@ def _takes(x: Tensor) -> bool:
     """Whether the kernel is there for `x`, and a gradient may be asked for; no transform traces."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return torch.is_grad_enabled() and _native.is_available(HEAD_LOSS, x)
+    return torch.is_grad_enabled() and backend.is_available(HEAD_LOSS, x)

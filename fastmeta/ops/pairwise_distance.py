@@ -6,7 +6,7 @@ import torch
 
 from fastmeta.ops import reference
 from fastmeta.ops._checks import METRICS, check_option, check_rows
-from fastmeta.ops._pairwise_autograd import PairOp, Rows, differentiable
+from fastmeta.ops._pairwise_autograd import PairwiseOp, Rows, differentiable
 from fastmeta.ops._registration import contiguous_like, is_native, register
 
 
@@ -84,7 +84,7 @@ def _tangent(
     return distance_tangent(x, y, x_dot, y_dot, metric)
 
 
-_native_distance = differentiable(PairOp(_forward, _backward, _tangent))
+_native_distance = differentiable(PairwiseOp(_forward, _backward, _tangent))
 
 
 def pairwise_distance(

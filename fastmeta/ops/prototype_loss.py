@@ -12,15 +12,15 @@ from fastmeta.core.dtypes import accumulation_dtype
 from fastmeta.ops import reference
 from fastmeta.ops._checks import METRICS, check_labels, check_option, check_rows
 from fastmeta.ops._pairwise_autograd import (
-    PairOp,
-    Rest,
+    PairwiseOp,
+    PairwiseOptions,
     Rows,
     differentiable,
     hessian_vector_product,
     save,
     saved,
 )
-from fastmeta.ops._registration import callable_of, contiguous_like, is_native, register
+from fastmeta.ops._registration import as_function, contiguous_like, is_native, register
 from fastmeta.ops.pairwise_distance import distance_tangent
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -89,7 +89,7 @@ def _backward(*args: Any) -> Rows:
     return _gradient(*args)[1:]
 
 
-_loss_of_each = differentiable(PairOp(_loss, _backward, loss_tangent))
+_loss_of_each = differentiable(PairwiseOp(_loss, _backward, loss_tangent))
 
 
 class WeightedLoss(Function):
@@ -178,7 +178,7 @@ def _second(
     query: torch.Tensor,
     prototypes: torch.Tensor,
     direction: tuple[Any, ...],
-    rest: Rest,
+    rest: PairwiseOptions,
     weight: float,
 ) -> tuple[Any, ...]:
     labels = cast("torch.Tensor", rest.labels)
@@ -186,7 +186,7 @@ def _second(
     return hessian_vector_product(loss_tangent, weights, (query, prototypes), direction, rest)
 
 
-_loss_and_gradient = callable_of(WeightedLoss, compiled=WeightedLossCompiled)
+_loss_and_gradient = as_function(WeightedLoss, compiled=WeightedLossCompiled)
 
 
 def _weighted_loss(*args: Any) -> torch.Tensor:

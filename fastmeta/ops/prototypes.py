@@ -9,7 +9,7 @@ from torch.autograd import Function
 
 from fastmeta.ops import reference
 from fastmeta.ops._checks import check_dims, check_floating, check_labels
-from fastmeta.ops._registration import callable_of, is_native, register
+from fastmeta.ops._registration import as_function, is_native, register
 
 
 class Prototypes(Function):
@@ -61,8 +61,8 @@ class PrototypesBackward(Function):
         return _gather(grad_dot, *ctx.saved_tensors)
 
 
-_means = callable_of(Prototypes)
-_gather = callable_of(PrototypesBackward)
+_means = as_function(Prototypes)
+_gather = as_function(PrototypesBackward)
 
 register(
     "prototypes",

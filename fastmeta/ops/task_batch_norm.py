@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from fastmeta.ops import reference
 from fastmeta.ops._checks import check_dims, check_floating, check_together
-from fastmeta.ops._registration import callable_of, contiguous_like, folding, is_native, register
+from fastmeta.ops._registration import as_function, contiguous_like, folding, is_native, register
 
 Formula = Callable[..., Any]
 
@@ -126,9 +126,9 @@ class BatchNormSecond(Function):
         return _tangent(_plain_second, ctx, dots)
 
 
-_apply = callable_of(BatchNorm)
-_backward = callable_of(BatchNormBackward)
-_second = callable_of(BatchNormSecond)
+_apply = as_function(BatchNorm)
+_backward = as_function(BatchNormBackward)
+_second = as_function(BatchNormSecond)
 # PyTorch's own rules make a class anew for every call.
 for cls, of_tasks in (
     (BatchNorm, _apply),

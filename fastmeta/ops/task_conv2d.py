@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from fastmeta.ops import reference
 from fastmeta.ops._conv_arguments import check_channels, check_layer, padded, pair
-from fastmeta.ops._registration import callable_of, folding, is_native, register
+from fastmeta.ops._registration import as_function, folding, is_native, register
 
 # What a convolution is besides its tensors: height and width of the images, kernel, stride, padding
 # and dilation, then groups. They go to the autograd function one by one: vmap takes a tuple for a
@@ -99,7 +99,7 @@ class Convolution(Function):
         return functools.reduce(operator.add, terms)
 
 
-_apply = callable_of(Convolution)
+_apply = as_function(Convolution)
 
 # PyTorch's own rule makes a class anew for every call.
 Convolution.vmap = staticmethod(folding(_apply))  # type: ignore[method-assign]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastmeta.core import backend as _native
+from fastmeta.core import backend
 from fastmeta.core.backend import PRODUCT
-from fastmeta.ops._registration import callable_of, register, traces_transform
+from fastmeta.ops._registration import as_function, register, traces_transform
 
 
 def _raw(a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> Tensor:
@@ -66,7 +66,7 @@ class Product(Function):
         return _apply(a_dot, b, *ctx.transposed) + _apply(a, b_dot, *ctx.transposed)
 
 
-_apply = callable_of(Product)
+_apply = as_function(Product)
 
 
 def _fake(a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> Tensor:
@@ -80,7 +80,7 @@ def has_kernel(x: Tensor) -> bool:
     """Whether the compiled product takes `x`; where not, `torch.bmm` is what is meant to run."""
     if traces_transform() or torch.is_autocast_enabled("cpu"):
         return False
-    return _native.is_available(PRODUCT, x)
+    return backend.is_available(PRODUCT, x)
 
 
 def product(a: Tensor, b: Tensor, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.core.dtypes import accumulation_dtype
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.rules.base import (
     Hyperparameter,
     Rule,
@@ -79,7 +79,7 @@ class Adam(Rule):
         return theta - lr * mean / size, (first, second)
 
 
-class CarriedAdam(Rule):
+class PersistentAdam(Rule):
     """Adam with beta1 = 0 whose second moment goes on from one meta-batch to the next.
 
     The steps are ``Adam``'s, but a task begins with the mean over tasks of the second moments that
@@ -108,7 +108,7 @@ class CarriedAdam(Rule):
         >>> import torch
         >>> import fastmeta as fm
         >>> net = torch.nn.Linear(3, 2)
-        >>> learner = fm.Reptile(net, steps=3, rule=fm.rules.CarriedAdam(net))
+        >>> learner = fm.Reptile(net, steps=3, rule=fm.rules.PersistentAdam(net))
         >>> x, y = torch.randn(4, 5, 3), torch.randint(0, 2, (4, 5))
         >>> loss, logits = learner.meta_loss(x, y, x, y)
         >>> learner.rule.taken.item(), bool((learner.rule.second > 0).all())
@@ -120,7 +120,7 @@ class CarriedAdam(Rule):
 
     def __init__(self, module: nn.Module, beta2: float = 0.999, eps: float = 1e-8) -> None:
         super().__init__()
-        self._layout = layout = Layout.of(module)
+        self._layout = layout = ParameterLayout.of(module)
         self.beta2 = hyperparameter("beta2", beta2, below=1.0)
         self.eps = positive("eps", eps)
         size = layout.numel
@@ -133,8 +133,8 @@ class CarriedAdam(Rule):
     def states(self) -> int:
         return 1
 
-    def check(self, layout: Layout) -> None:
-        check_made_for(self._layout, layout, "CarriedAdam")
+    def check(self, layout: ParameterLayout) -> None:
+        check_made_for(self._layout, layout, "PersistentAdam")
 
     def start(self, theta: Tensor) -> State:
         return (self.second.expand_as(theta),)
@@ -151,7 +151,7 @@ class CarriedAdam(Rule):
             self._ends.append((steps, state[0]))
 
     @contextmanager
-    def carrying(self) -> Iterator[None]:
+    def persist_state(self) -> Iterator[None]:
         ends: list[tuple[int, Tensor]] = []
         self._ends = ends
         try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastmeta.core.autocast import without_autocast
 from fastmeta.core.derivatives import derivative
 from fastmeta.core.dtypes import accumulation_dtype
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 
 Hyperparameter = float | nn.Parameter
 
@@ -82,7 +82,7 @@ class Rule(nn.Module):
         """The rule in words."""
         return type(self).__name__
 
-    def check(self, layout: Layout) -> None:
+    def check(self, layout: ParameterLayout) -> None:
         """Raise ValueError where the learned hyperparameters do not fit the arenas of a layout."""
         for name, parameter in self.named_parameters(recurse=False):
             if parameter.shape not in ((), (1,), (layout.numel,)):
@@ -112,7 +112,7 @@ class Rule(nn.Module):
     def finish(self, state: State, steps: int) -> None:
         """Called with the state after the last of ``steps`` steps; most rules forget it."""
 
-    def carrying(self) -> AbstractContextManager[None]:
+    def persist_state(self) -> AbstractContextManager[None]:
         """Inner loops that end within it are those that a rule with a memory remembers."""
         return nullcontext()
 
@@ -149,7 +149,7 @@ class Rule(nn.Module):
         return Pullback(to_theta, to_grads, tuple(rest[: len(state)]), to_named)
 
 
-class Wrapped(Rule):
+class RuleWrapper(Rule):
     """A rule that changes what another one sees of the gradient.
 
     Args:
@@ -170,7 +170,7 @@ class Wrapped(Rule):
     def title(self) -> str:
         return f"{type(self).__name__} before {self.rule.title}"
 
-    def check(self, layout: Layout) -> None:
+    def check(self, layout: ParameterLayout) -> None:
         super().check(layout)
         self.rule.check(layout)
 
@@ -182,17 +182,17 @@ class Wrapped(Rule):
     def finish(self, state: State, steps: int) -> None:
         self.rule.finish(state[len(state) - self.rule.states :], steps)
 
-    def carrying(self) -> AbstractContextManager[None]:
-        return self.rule.carrying()
+    def persist_state(self) -> AbstractContextManager[None]:
+        return self.rule.persist_state()
 
-    def transformed(self, grads: Tensor) -> Tensor:
+    def transform_gradient(self, grads: Tensor) -> Tensor:
         """What the rule inside gets for the gradient ``[T, P]``."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it changes")
 
     def update(
         self, theta: Tensor, grads: Tensor, lr: Tensor, state: State, k: int
     ) -> tuple[Tensor, State]:
-        return self.rule.update(theta, self.transformed(grads), lr, state, k)
+        return self.rule.update(theta, self.transform_gradient(grads), lr, state, k)
 
 
 def hyperparameter(
@@ -216,7 +216,7 @@ def hyperparameter(
     return float(value)
 
 
-def check_made_for(made_for: Layout, layout: Layout, rule: str) -> None:
+def check_made_for(made_for: ParameterLayout, layout: ParameterLayout, rule: str) -> None:
     """Raise ValueError where a rule with tensors of its own meets other parameters than its."""
     if (layout.names, layout.shapes) != (made_for.names, made_for.shapes):
         raise ValueError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmeta.rules.base import Hyperparameter, Rule, Wrapped, positive
+from fastmeta.rules.base import Hyperparameter, Rule, RuleWrapper, positive
 from fastmeta.rules.sgd import SGD
 
 
-class ClipValue(Wrapped):
+class ClipValue(RuleWrapper):
     """Each element of the gradient kept within ``[-limit, limit]``.
 
     Elements that are clipped carry no derivative back to the gradient.
@@ -34,12 +34,12 @@ class ClipValue(Wrapped):
         super().__init__(SGD() if rule is None else rule)
         self.limit = positive("limit", limit)
 
-    def transformed(self, grads: Tensor) -> Tensor:
+    def transform_gradient(self, grads: Tensor) -> Tensor:
         limit = torch.as_tensor(self.limit, dtype=grads.dtype, device=grads.device)
         return grads.clamp(-limit, limit)
 
 
-class ClipNorm(Wrapped):
+class ClipNorm(RuleWrapper):
     """The gradient of each task scaled to a Euclidean norm of ``limit`` where it is longer.
 
     The norm is over all parameters of the task, and the derivative goes through it
@@ -66,7 +66,7 @@ class ClipNorm(Wrapped):
         if isinstance(self.limit, Tensor) and self.limit.numel() != 1:
             raise ValueError(f"limit: expected one number, got shape {list(self.limit.shape)}")
 
-    def transformed(self, grads: Tensor) -> Tensor:
+    def transform_gradient(self, grads: Tensor) -> Tensor:
         # limit / max(norm, limit) instead of min(limit / norm, 1): finite at a norm of 0.
         norm = torch.linalg.vector_norm(grads, dim=1, keepdim=True)
         limit = torch.as_tensor(self.limit, dtype=grads.dtype, device=grads.device)

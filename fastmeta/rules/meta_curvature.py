@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastmeta.core.parameter_layout import Layout
-from fastmeta.rules.base import Rule, Wrapped, check_made_for
+from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.rules.base import Rule, RuleWrapper, check_made_for
 from fastmeta.rules.sgd import SGD
 
 
-class MetaCurvature(Wrapped):
+class MetaCurvature(RuleWrapper):
     """Gradients multiplied by learned matrices along each of their dimensions.
 
     Park & Oliva 2019 (arXiv 1902.03356): the gradient G of a convolution's weight, seen as
@@ -45,18 +45,18 @@ class MetaCurvature(Wrapped):
 
     def __init__(self, module: nn.Module, rule: Rule | None = None) -> None:
         super().__init__(SGD() if rule is None else rule)
-        self._layout = layout = Layout.of(module)
+        self._layout = layout = ParameterLayout.of(module)
         like: dict[str, Any] = {"dtype": layout.dtype, "device": layout.device}
         self.factors = nn.ModuleList(
             nn.ParameterList(torch.eye(size, **like) for size in _sizes(shape))
             for shape in layout.shapes
         )
 
-    def check(self, layout: Layout) -> None:
+    def check(self, layout: ParameterLayout) -> None:
         check_made_for(self._layout, layout, "MetaCurvature")
         super().check(layout)
 
-    def transformed(self, grads: Tensor) -> Tensor:
+    def transform_gradient(self, grads: Tensor) -> Tensor:
         views = self._layout.views(grads)
         of_each = cast("Iterable[nn.ParameterList]", self.factors)
         changed = {

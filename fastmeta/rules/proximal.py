@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastmeta.rules.base import Hyperparameter, Rule, State, Wrapped, hyperparameter
+from fastmeta.rules.base import Hyperparameter, Rule, RuleWrapper, State, hyperparameter
 from fastmeta.rules.sgd import SGD
 
 
-class Proximal(Wrapped):
+class Proximal(RuleWrapper):
     """The gradient of ``L_s(theta) + strength / 2 |theta - theta_0|^2`` for that of the loss.
 
     The inner problem of iMAML (Rajeswaran et al. 2019, arXiv 1909.04630).

@@ -14,7 +14,7 @@ from typing import Any
 from fastmeta import distributed
 
 
-class _Stop:
+class Interruption:
     """Why to end the training: a signal came, or the time is up.
 
     Several processes end after the step in which the first of them has a reason.

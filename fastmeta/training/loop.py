@@ -23,7 +23,7 @@ from fastmeta.training.checkpoint import load_checkpoint, rng_state, save_checkp
 from fastmeta.training.config import TrainConfig, check_same_run, read_options
 from fastmeta.training.environment import _settings, cpu_threads
 from fastmeta.training.evaluation import Evaluator, query_scores
-from fastmeta.training.interruption import _Stop
+from fastmeta.training.interruption import Interruption
 from fastmeta.training.learner_factory import Learner, build_learner
 from fastmeta.training.metrics_log import MetricsLog, read_metrics
 from fastmeta.training.plots import Curve, draw_curves
@@ -32,8 +32,8 @@ from fastmeta.training.run_folder import (
     CURVE,
     METRICS,
     begin_folder,
-    begun_by,
     check_folder,
+    was_started_by,
 )
 from fastmeta.training.sources import _sources
 
@@ -114,8 +114,12 @@ def train(
     """
     with distributed.process_group():
         _check_share(config)
-        stop, out, launch = _Stop(config.time_limit), Path(config.out), distributed.launch_id()
-        resume = distributed.on_first(lambda: _begins(out, resume, overwrite, launch))
+        stop, out, launch = (
+            Interruption(config.time_limit),
+            Path(config.out),
+            distributed.launch_id(),
+        )
+        resume = distributed.on_rank_zero(lambda: _resolve_resume(out, resume, overwrite, launch))
         with stop.listening(), _settings(config):
             training, validator = _sources(config, source)
             ways = config.train_ways or config.ways
@@ -123,12 +127,12 @@ def train(
             episodes = Episodes(training, *sizes, seed=config.seed, device=config.device)
             run = _Run(config, list(episodes[0].support_x.shape[2:]))
             if resume:
-                run.restore(distributed.on_first(lambda: _saved_state(config)))
-            distributed.on_first(lambda: begin_folder(config, resume, launch))
+                run.restore(distributed.on_rank_zero(lambda: _saved_state(config)))
+            distributed.on_rank_zero(lambda: begin_folder(config, resume, launch))
             stopped = _loop(run, episodes, validator, stop)
-        metrics = distributed.on_first(lambda: read_metrics(out / METRICS))
+        metrics = distributed.on_rank_zero(lambda: read_metrics(out / METRICS))
         result = Result(config, run.learner, run.iteration, run.seconds, stopped, metrics)
-        distributed.on_first(lambda: draw_curves(out / CURVE, [result.curve], config.score))
+        distributed.on_rank_zero(lambda: draw_curves(out / CURVE, [result.curve], config.score))
     return result
 
 
@@ -141,9 +145,9 @@ def _check_share(config: TrainConfig) -> None:
     distributed.select_device(config.device)
 
 
-def _begins(out: Path, resume: bool, overwrite: bool, launch: str) -> bool:
+def _resolve_resume(out: Path, resume: bool, overwrite: bool, launch: str) -> bool:
     """Whether the run goes on from what is in its folder, as it does after a restart."""
-    if begun_by(out, launch):
+    if was_started_by(out, launch):
         return True
     check_folder(out, resume, overwrite)
     return resume
@@ -192,7 +196,7 @@ class _Run:
         self.optimizer = kind(self.parameters, lr=config.lr, fused=True)
         self.schedule = _schedule(self.optimizer, config)
 
-    def step(self, episode: Episode, stop: _Stop) -> dict[str, Any]:
+    def step(self, episode: Episode, stop: Interruption) -> dict[str, Any]:
         """Take one outer step; returns its record for the log."""
         for parameter in self.parameters:  # optimizer.zero_grad() wraps this in 10 times the work
             parameter.grad = None
@@ -251,7 +255,7 @@ def _schedule(optimizer: Optimizer, config: TrainConfig) -> LRScheduler:
     return StepLR(optimizer, step_size=config.lr_halve_every or 2**62, gamma=0.5)
 
 
-def _loop(run: _Run, episodes: Episodes, validator: Evaluator | None, stop: _Stop) -> str:
+def _loop(run: _Run, episodes: Episodes, validator: Evaluator | None, stop: Interruption) -> str:
     config = run.config
     begun = time.monotonic() - run.seconds
     writes = distributed.rank() == 0

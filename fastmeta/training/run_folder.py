@@ -40,7 +40,7 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
 def begin_folder(config: TrainConfig, resume: bool, launch: str = "") -> None:
     """Make the run's folder, clear it unless the run goes on there, and write its options.
 
-    A ``launch`` that has a name is noted, for ``begun_by``.
+    A ``launch`` that has a name is noted, for ``was_started_by``.
     """
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def begin_folder(config: TrainConfig, resume: bool, launch: str = "") -> None:
     write_json(out / CONFIG, dataclasses.asdict(config))
 
 
-def begun_by(out: Path, launch: str) -> bool:
+def was_started_by(out: Path, launch: str) -> bool:
     """Whether that launch began the run in ``out``, or went on with it, before a restart."""
     if not launch or not (out / CONFIG).exists() or not (out / LAUNCH).exists():
         return False

@@ -34,15 +34,15 @@ from fastmeta.core.autocast import AutocastState
 from fastmeta.core.checks import check_choice, check_integer, refuse_inference_mode
 from fastmeta.core.derivatives import MODES, Tensors, central_difference, tangent
 from fastmeta.core.inner_step import inner_step
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.base import (
     NORM_STATISTICS,
     QUERY,
     SUPPORT,
     Loss,
-    differentiable_once,
+    exclude_from_compile,
     is_learned,
-    never_traced,
+    once_differentiable,
     read_step_weights,
 )
 from fastmeta.engines.checks import check_arena, check_data, checked_rows
@@ -127,13 +127,13 @@ class FunctionalEngine:
 
     def parameters(self) -> Tensor:
         """The module's own trainable parameters as an arena ``[P]``, a differentiable copy."""
-        return Layout.of(self.module).flatten(dict(self.module.named_parameters()))
+        return ParameterLayout.of(self.module).flatten(dict(self.module.named_parameters()))
 
     def task_module(self) -> TaskModule:
         """The module as a function of parameters, as this engine runs it."""
         return TaskModule(self.module, self.norm_statistics)
 
-    @never_traced
+    @exclude_from_compile
     def adapt(
         self,
         theta: Tensor | None,
@@ -147,8 +147,8 @@ class FunctionalEngine:
         Args:
             theta: starting parameters, ``[P]`` for all tasks or ``[T, P]``; None for the module's
                 own.
-            lr: a number, or a tensor as in ``Layout.step_size_array``; three dimensions are one
-                matrix a step.
+            lr: a number, or a tensor as in ``ParameterLayout.step_size_array``; three
+                dimensions are one matrix a step.
             support_x: ``[T, S, ...]``.
             support_y: ``[T, S, ...]``; int64 labels or floating-point targets.
             rows: ``[K, B]`` int64: the examples that each step sees, the same of every task; None:
@@ -172,7 +172,7 @@ class FunctionalEngine:
         chunks = [_Adapt.apply(loop, enabled, *part, *learned) for part in parts]
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
-    @never_traced
+    @exclude_from_compile
     def meta_loss(
         self,
         theta: Tensor | None,
@@ -213,7 +213,7 @@ class FunctionalEngine:
         inputs = theta, step, *data.values(), *loop.rule_parameters.values()
         return _MetaLoss.apply(*options, *inputs)
 
-    @never_traced
+    @exclude_from_compile
     def meta_gradient(
         self,
         lr: float | Tensor,
@@ -254,7 +254,7 @@ class FunctionalEngine:
         to_rule = dict(zip(learned, grads[len(sources) :], strict=True))
         return loss.detach(), outputs, grads[0], to_lr, to_rule
 
-    @never_traced
+    @exclude_from_compile
     def query_losses(
         self, params: Tensor, query_x: Tensor, query_y: Tensor, gradient: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -284,7 +284,7 @@ class FunctionalEngine:
         to_params = torch.cat([g["theta"] for g in grads]) if gradient else None
         return torch.cat(losses), torch.cat(outputs), to_params
 
-    @never_traced
+    @exclude_from_compile
     def hvp(self, params: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:
         """The Hessian of each task's loss on ``(x, y)`` times a vector (Pearlmutter 1994).
 
@@ -299,7 +299,7 @@ class FunctionalEngine:
         Raises:
             TypeError, ValueError, RuntimeError: as for ``adapt``.
         """
-        layout, data = Layout.of(self.module), {"x": x, "y": y}
+        layout, data = ParameterLayout.of(self.module), {"x": x, "y": y}
         tasks = check_data(layout, data)
         sources = {"params": params, "vector": vector}
         for name, arena in sources.items():
@@ -321,7 +321,7 @@ class FunctionalEngine:
     def _prepare(
         self, theta: Tensor, lr: float | Tensor, data: Tensors, rows: Tensor | None = None
     ) -> tuple[InnerLoop, int, Tensor]:
-        layout = Layout.of(self.module)
+        layout = ParameterLayout.of(self.module)
         tasks = check_data(layout, data)
         check_arena("theta", layout, theta, tasks)
         if self.steps > 0:
@@ -344,7 +344,7 @@ class FunctionalEngine:
             if name.endswith("_y")
         }
         options = self.steps, self.first_order, self.hvp_mode
-        return ModulePasses(Layout.of(self.module), self.task_module(), losses, *options)
+        return ModulePasses(ParameterLayout.of(self.module), self.task_module(), losses, *options)
 
     def _chunks(self, tasks: int) -> list[slice]:
         size = self.task_chunk or tasks
@@ -390,7 +390,7 @@ class _Adapt(torch.autograd.Function):
             grads[name].sum_to_size(sources[name].shape) if name in ctx.wants & set(grads) else None
             for name in ctx.names
         ]
-        return None, None, *differentiable_once(shaped)
+        return None, None, *once_differentiable(shaped)
 
 
 class _MetaLoss(torch.autograd.Function):
@@ -418,7 +418,7 @@ class _MetaLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             grads = [None if g is None else g * grad_loss for g in ctx.saved_tensors]
-        return None, None, None, None, *differentiable_once(grads)
+        return None, None, None, None, *once_differentiable(grads)
 
 
 def _wanted(ctx: Any, enabled: bool, names: tuple[str, ...]) -> set[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmeta.core.derivatives import Tensors, Total, curvature, gradient
 from fastmeta.core.inner_step import inner_step
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.random_state import RandomState
 from fastmeta.engines.base import QUERY, Loss
 from fastmeta.engines.functional.task_module import TaskModule
@@ -32,7 +32,7 @@ class ModulePasses:
         steps, first_order, hvp_mode: as in ``FunctionalEngine``.
     """
 
-    layout: Layout
+    layout: ParameterLayout
     call: TaskModule
     losses: dict[str, Loss]
     steps: int

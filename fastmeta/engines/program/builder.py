@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from fastmeta.engines.program.trace import Refusal, Trace, caller
+from fastmeta.engines.program.trace import LoweringError, Trace, caller
 from fastmeta.ops.task_program.bytecode import Code, Instruction, LossCode, Opcode
 
 
@@ -53,7 +53,7 @@ class Builder:
     """The instructions of a trace for one shape of an example.
 
     Raises:
-        Refusal: naming the module or function that the program does not have.
+        LoweringError: naming the module or function that the program does not have.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class Builder:
         self.output = self._run(Value(0, shape))
         self._check_overwritten()
         if 0 in self._sizes:
-            raise Refusal("a tensor of model has no elements")
+            raise LoweringError("a tensor of model has no elements")
         if self.output.at not in self._adapts:
-            raise Refusal("the outputs of model depend on no trainable parameter")
+            raise LoweringError("the outputs of model depend on no trainable parameter")
 
     def code(self, loss: LossCode | None) -> Code:
         return Code(
@@ -125,21 +125,23 @@ class Builder:
         if tensor is None:
             return -1
         if not isinstance(tensor, nn.Parameter):
-            raise Refusal("a weight or bias of it is no parameter")
+            raise LoweringError("a weight or bias of it is no parameter")
         if tensor.shape != shape:
-            raise Refusal(f"a parameter of it has shape {list(tensor.shape)}, not {list(shape)}")
+            raise LoweringError(
+                f"a parameter of it has shape {list(tensor.shape)}, not {list(shape)}"
+            )
         return self.trace.reference(tensor)
 
     def constant(self, buffer: Any, shape: tuple[int, ...]) -> int:
         """A buffer as an instruction names it, among the frozen parameters."""
         layout = self.trace.layout
         if type(buffer) is not Tensor or buffer.requires_grad:
-            raise Refusal("a buffer of it is no plain tensor, or requires a gradient")
+            raise LoweringError("a buffer of it is no plain tensor, or requires a gradient")
         if (buffer.dtype, buffer.device) != (layout.dtype, layout.device):
             what = f"{buffer.dtype} on {buffer.device}"
-            raise Refusal(f"a buffer of it is {what}, unlike the parameters")
+            raise LoweringError(f"a buffer of it is {what}, unlike the parameters")
         if buffer.shape != shape:
-            raise Refusal(f"a buffer of it has shape {list(buffer.shape)}, not {list(shape)}")
+            raise LoweringError(f"a buffer of it has shape {list(buffer.shape)}, not {list(shape)}")
         offset = 0
         for tensor in self.frozen:
             if tensor is buffer:
@@ -179,9 +181,9 @@ class Builder:
                 env[node] = self._call(node, args, kwargs)
         (output,) = args  # the last node is the output
         if not isinstance(output, Value):
-            raise Refusal("model does not return one tensor that comes from its input")
+            raise LoweringError("model does not return one tensor that comes from its input")
         if not self._instructions:
-            raise Refusal("model has no layers")
+            raise LoweringError("model has no layers")
         return self.channels_first(output)
 
     def _call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -198,15 +200,15 @@ class Builder:
             table = handlers.methods if node.op == "call_method" else handlers.functions
             what, handler = f"calls {name}", table.get(target)
         if handler is None:
-            raise Refusal(f"{where} {what}, which the program does not have yet")
+            raise LoweringError(f"{where} {what}, which the program does not have yet")
         try:
             inspect.signature(handler).bind(self, *args, **kwargs)
         except TypeError as error:
-            raise Refusal(f"{where} {what} with unknown options: {error}") from error
+            raise LoweringError(f"{where} {what} with unknown options: {error}") from error
         try:
             return handler(self, *args, **kwargs)
-        except Refusal as refusal:
-            raise Refusal(f"{where} {what}: {refusal}") from None
+        except LoweringError as refusal:
+            raise LoweringError(f"{where} {what}: {refusal}") from None
 
     def _check_overwritten(self) -> None:
         # A transpose shares memory with its value in the module: it is the same tensor to it.
@@ -218,7 +220,7 @@ class Builder:
             value = self._source(at)
             readers = [i for i, values in enumerate(read) if value in values]
             if value in (0, self._source(self.output.at)) or readers != [writer]:
-                raise Refusal(
+                raise LoweringError(
                     f"{self.layers[writer]} works in place on a tensor that is used elsewhere"
                 )
 
@@ -234,11 +236,11 @@ def from_layer(handler: Handler, *names: str) -> Handler:
 
 def as_value(input: Any) -> Value:
     if not isinstance(input, Value):
-        raise Refusal("it takes something that is not computed from the input by layers")
+        raise LoweringError("it takes something that is not computed from the input by layers")
     return input
 
 
 def as_number(value: Any) -> float:
     if not isinstance(value, (int, float)):
-        raise Refusal(f"an option of it is a {type(value).__name__}, not a number")
+        raise LoweringError(f"an option of it is a {type(value).__name__}, not a number")
     return float(value)

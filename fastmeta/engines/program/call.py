@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from fastmeta.core.cuda_graphs import Graphs
-from fastmeta.engines.base import differentiable_once
+from fastmeta.engines.base import once_differentiable
 from fastmeta.engines.program.lowering import Program
 from fastmeta.ops.task_program.bytecode import at_step
 
@@ -195,7 +195,7 @@ class Adapt(torch.autograd.Function):
             to_theta, to_lr, to_x = call.adapt_backward(ctx.saved_tensors, v, lr_needed, x_needed)
         to_theta = call.parts(to_theta) if theta_needed[0] else (None,)
         grads = [to_lr if lr_needed else None, to_x if x_needed else None, *to_theta]
-        to_lr, to_x, *to_theta = differentiable_once(grads)
+        to_lr, to_x, *to_theta = once_differentiable(grads)
         return None, to_lr, to_x, None, *to_theta
 
 
@@ -233,7 +233,7 @@ class MetaLoss(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         theta, *others = [scale * next(saved) if need else None for need in ctx.needed]
         to_theta = (None,) if theta is None else ctx.call.parts(theta)
-        to_lr, to_support, to_query, *to_theta = differentiable_once([*others, *to_theta])
+        to_lr, to_support, to_query, *to_theta = once_differentiable([*others, *to_theta])
         return None, to_lr, to_support, None, to_query, None, *to_theta
 
 

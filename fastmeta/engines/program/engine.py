@@ -19,16 +19,23 @@ from torch import Tensor, nn
 from fastmeta.core.checks import check_choice
 from fastmeta.core.cuda_graphs import DEVICE_TYPE, Graphs, check_option
 from fastmeta.core.derivatives import Tensors
-from fastmeta.core.parameter_layout import Layout
-from fastmeta.engines.base import QUERY, SUPPORT, Loss, is_learned, never_traced, read_step_weights
+from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.engines.base import (
+    QUERY,
+    SUPPORT,
+    Loss,
+    exclude_from_compile,
+    is_learned,
+    read_step_weights,
+)
 from fastmeta.engines.checks import check_arena, check_data
 from fastmeta.engines.functional.engine import FunctionalEngine
 from fastmeta.engines.inner_loop import Passes
 from fastmeta.engines.program.call import Adapt, Call
-from fastmeta.engines.program.fast_path import Ready
+from fastmeta.engines.program.fast_path import CachedMetaGradient
 from fastmeta.engines.program.lowering import Lowering, Program
 from fastmeta.engines.program.passes import ProgramPasses
-from fastmeta.engines.program.trace import Refusal
+from fastmeta.engines.program.trace import LoweringError
 from fastmeta.ops import task_program
 from fastmeta.ops.task_program.bytecode import LossKind
 
@@ -54,7 +61,7 @@ class Plan(NamedTuple):
     kept: int
 
 
-class Latest(NamedTuple):
+class LastCall(NamedTuple):
     """A meta-gradient as it was asked for: lr a number, and the step sizes made from it."""
 
     lr: float
@@ -67,7 +74,7 @@ class Latest(NamedTuple):
         return self.lr, id(self.call.program), *(tensor.shape for tensor in self.data)
 
 
-class Programs:
+class ProgramCache:
     """The plans and CUDA graphs of one learner, kept while its module and loss stay as they are.
 
     Copies and pickles are empty: a copy's module is another one.
@@ -78,10 +85,10 @@ class Programs:
         self._plans: dict[tuple[Any, ...], Plan | str] = {}
         self._options: tuple[Any, ...] = ()
         self._engine: ProgramEngine | None = None
-        self._ready: Ready | None = None
+        self._ready: CachedMetaGradient | None = None
         self._signature: tuple[Any, ...] = ()
         self.graphs = Graphs()
-        self.latest: Latest | None = None
+        self.latest: LastCall | None = None
 
     def engine(self, *options: Any) -> ProgramEngine:
         """``ProgramEngine(*options)``; the last one where the options are the same."""
@@ -90,7 +97,7 @@ class Programs:
             self._engine, self._options = ProgramEngine(*whole), options
         return self._engine
 
-    def again(
+    def replay(
         self, learner: nn.Module, data: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """The learner's meta-gradient, where but for values nothing has changed since the last."""
@@ -99,7 +106,7 @@ class Programs:
             self._signature = ()
         return found
 
-    def make_ready(self, learner: nn.Module) -> None:
+    def prepare(self, learner: nn.Module) -> None:
         """Prepare to take the learner's latest meta-gradient again, where it came twice in a row.
 
         Nothing happens where it was not one compiled call, with a number as step size.
@@ -110,10 +117,10 @@ class Programs:
         before, self._signature = self._signature, latest.signature()
         tables = self._lowering.tables() if before == self._signature else None
         if tables is not None:
-            self._ready = Ready(learner, latest.call, latest.step, latest.data, tables)
+            self._ready = CachedMetaGradient(learner, latest.call, latest.step, latest.data, tables)
 
-    def __reduce__(self) -> tuple[type[Programs], tuple[()]]:
-        return Programs, ()
+    def __reduce__(self) -> tuple[type[ProgramCache], tuple[()]]:
+        return ProgramCache, ()
 
     def lowering(self, *what: Any) -> Lowering:
         """``Lowering(*what)``; the last one where it still holds."""
@@ -127,7 +134,7 @@ class Programs:
         """The plan of what is lowered for inputs and targets, which alternate in ``data``.
 
         Raises:
-            Refusal: the program would not do what the module and the loss do with them.
+            LoweringError: the program would not do what the module and the loss do with them.
             TypeError, ValueError: naming what does not fit.
         """
         lowering = self.lowering(*what)
@@ -141,13 +148,13 @@ class Programs:
         if plan is None:
             if len(self._plans) >= _PLANS_KEPT:
                 self._plans.clear()
-            plan = self._plans[signature] = _planned(lowering, Layout.of(what[0]), data)
+            plan = self._plans[signature] = _planned(lowering, ParameterLayout.of(what[0]), data)
         if isinstance(plan, str):
-            raise Refusal(plan)
+            raise LoweringError(plan)
         return plan
 
 
-def _planned(lowering: Lowering, layout: Layout, data: Tensors) -> Plan | str:
+def _planned(lowering: Lowering, layout: ParameterLayout, data: Tensors) -> Plan | str:
     tasks = check_data(layout, data)
     names = list(data)
     first = data[names[0]]
@@ -213,7 +220,7 @@ class ProgramEngine(FunctionalEngine):
     memory: str = "auto"
     required: bool = False
     cuda_graph: bool | str = "auto"
-    programs: Programs = field(default_factory=Programs, compare=False, repr=False)
+    programs: ProgramCache = field(default_factory=ProgramCache, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -237,10 +244,10 @@ class ProgramEngine(FunctionalEngine):
                 self._check_circumstances(program.layout)
                 self._implementation(program.layout)
             return program
-        except Refusal as refusal:
+        except LoweringError as refusal:
             return str(refusal)
 
-    @never_traced
+    @exclude_from_compile
     def adapt(
         self,
         theta: Tensor | None,
@@ -266,7 +273,7 @@ class ProgramEngine(FunctionalEngine):
         arena = call.arena(start)
         return call.adapt(arena, call.frozen(arena), step, *data)
 
-    @never_traced
+    @exclude_from_compile
     def meta_loss(
         self,
         theta: Tensor | None,
@@ -296,7 +303,7 @@ class ProgramEngine(FunctionalEngine):
         loss, outputs, *_ = call.meta_gradient(call.arena(start), step, data, (False,) * 4)
         return loss, call.shaped(outputs)
 
-    @never_traced
+    @exclude_from_compile
     def meta_gradient(
         self,
         lr: float | Tensor,
@@ -325,7 +332,7 @@ class ProgramEngine(FunctionalEngine):
             # What is prepared would not notice that a rule has changed.
             fixed = self.rule is None and not weights
             if call.is_one_compiled and fixed and not isinstance(lr, Tensor):
-                self.programs.latest = Latest(lr, call, step, data)
+                self.programs.latest = LastCall(lr, call, step, data)
             return *result, {}
         with torch.enable_grad():
             leaf = lr.detach().requires_grad_()
@@ -333,7 +340,7 @@ class ProgramEngine(FunctionalEngine):
         loss, outputs, to_theta, to_step = call.loss_and_gradient(step.detach(), data, True)
         return loss, outputs, to_theta, torch.autograd.grad(step, leaf, to_step)[0], {}
 
-    @never_traced
+    @exclude_from_compile
     def hvp(self, params: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:
         """The Hessian of each task's loss times a vector, as ``FunctionalEngine.hvp`` says.
 
@@ -353,7 +360,7 @@ class ProgramEngine(FunctionalEngine):
             check_arena(name, layout, arena, call.tasks)
         return call.hvp(params, x, y, vector.expand(call.tasks, layout.numel))
 
-    @never_traced
+    @exclude_from_compile
     def outputs(self, params: Tensor, x: Tensor) -> Tensor | None:
         """The module's outputs ``[T, B, ...]`` on x ``[T, B, ...]``, with parameters ``[T, P]``.
 
@@ -370,7 +377,7 @@ class ProgramEngine(FunctionalEngine):
                 return None
             self._check_circumstances(program.layout)
             call = self._call_of(Plan(program, len(x), kept=0), own=False, weights=[])
-        except Refusal:
+        except LoweringError:
             return None
         return call.outputs(params, x)
 
@@ -416,9 +423,9 @@ class ProgramEngine(FunctionalEngine):
         """The call that does the work, None where the functional engine is to do it."""
         try:
             if refused:
-                raise Refusal(refused)
+                raise LoweringError(refused)
             return self._prepared(theta, data, weights)
-        except Refusal as refusal:
+        except LoweringError as refusal:
             if self.required:
                 raise ValueError(f"there is no task program: {refusal}") from None
             return None
@@ -432,7 +439,7 @@ class ProgramEngine(FunctionalEngine):
         plan = self.programs.plan(self._lowered(), data)
         self._check_circumstances(plan.program.layout)
         if _require_gradients(list(data.values())[1::2]):
-            raise Refusal("targets require gradients")
+            raise LoweringError("targets require gradients")
         if theta is not None:
             check_arena("theta", plan.program.layout, theta, plan.tasks)
         return self._call_of(plan, theta is None, weights)
@@ -453,17 +460,19 @@ class ProgramEngine(FunctionalEngine):
         size = together * self.steps * plan.kept * layout.dtype.itemsize
         return plan.kept <= 2 * layout.numel or size <= _MOST_KEPT
 
-    def _check_circumstances(self, layout: Layout) -> None:
+    def _check_circumstances(self, layout: ParameterLayout) -> None:
         if self.hvp_mode == "finite_difference":
-            raise Refusal("hvp_mode is 'finite_difference', and the program's products are exact")
+            raise LoweringError(
+                "hvp_mode is 'finite_difference', and the program's products are exact"
+            )
         if torch.is_autocast_enabled(layout.device.type):
-            raise Refusal("autocast is on, and the program computes in the parameters' dtype")
+            raise LoweringError("autocast is on, and the program computes in the parameters' dtype")
 
-    def _implementation(self, layout: Layout) -> SimpleNamespace | ModuleType:
+    def _implementation(self, layout: ParameterLayout) -> SimpleNamespace | ModuleType:
         """The compiled ops; in plain PyTorch only where a program is required."""
         ops = task_program.implementation(layout)
         if ops is not task_program.COMPILED and not self.required:
-            raise Refusal(
+            raise LoweringError(
                 f"it is not compiled for {layout.dtype} on {layout.device.type}, or the torch "
                 "backend was asked for"
             )
@@ -474,12 +483,12 @@ def _check_plain(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
-        raise Refusal(f"{name} is a {type(tensor).__name__} that is no plain dense tensor")
+        raise LoweringError(f"{name} is a {type(tensor).__name__} that is no plain dense tensor")
 
 
 def _require_gradients(tensors: Iterable[Any]) -> bool:
     return torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors)
 
 
-def _kind(like: Tensor | Layout) -> tuple[torch.dtype, torch.device]:
+def _kind(like: Tensor | ParameterLayout) -> tuple[torch.dtype, torch.device]:
     return like.dtype, like.device

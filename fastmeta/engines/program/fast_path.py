@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmeta.core import backend as _native
+from fastmeta.core import backend
 from fastmeta.engines.program.call import Call
 
 
-class Ready:
+class CachedMetaGradient:
     """What a learner's last meta-gradient was, so that the next can skip what has not changed.
 
     It holds while every dictionary it knows has the very objects it had, and tensors have their
@@ -42,7 +42,7 @@ class Ready:
         self._call, self._lr = call, lr
         options = list(program.output_shape), call.steps, call.first_order, call.keep
         tensors = list(program.adapted), list(program.frozen), list(data)
-        self._step = _native._C.PreparedStep(program.code, lr, *tensors, *options)
+        self._step = backend._C.CachedStep(program.code, lr, *tensors, *options)
 
     def __call__(
         self, learner: nn.Module, data: tuple[Tensor, ...]
@@ -51,7 +51,7 @@ class Ready:
         if (
             torch.compiler.is_compiling()
             or learner.__dict__ is not self._learner  # a copy of the learner
-            or _native._forced is not None
+            or backend._override is not None
         ):
             return None
         now = self._held, self._theta, self._frozen, *data

@@ -18,7 +18,7 @@ from fastmeta.engines.program.builder import (
     as_value,
     from_layer,
 )
-from fastmeta.engines.program.trace import Refusal
+from fastmeta.engines.program.trace import LoweringError
 from fastmeta.models import PerStepBatchNorm1d, PerStepBatchNorm2d
 from fastmeta.ops.task_program.bytecode import Opcode, PoolKind
 
@@ -42,16 +42,16 @@ class _Windows(NamedTuple):
         """How many windows there are.
 
         Raises:
-            Refusal: none, or numbers that no windows have.
+            LoweringError: none, or numbers that no windows have.
         """
         sizes = *self.image, *self.kernel, *self.stride, *self.dilation
         if min(sizes) < 1 or min(self.padding) < 0 or max(*sizes, *self.padding) >= _LIMIT:
-            raise Refusal("a size of it is out of range")
+            raise LoweringError("a size of it is out of range")
         height, width = (
             (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(*self, strict=True)
         )
         if min(height, width) < 1:
-            raise Refusal(f"its windows are larger than images of {_by(self.image)}")
+            raise LoweringError(f"its windows are larger than images of {_by(self.image)}")
         return height, width
 
 
@@ -70,19 +70,21 @@ def _convolution(
 ) -> Value:
     x, channels, image = _image(b, input, dims)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 2 + dims:
-        raise Refusal("its weight is no parameter [outputs, inputs, *kernel]")
+        raise LoweringError("its weight is no parameter [outputs, inputs, *kernel]")
     if padding_mode != "zeros":
-        raise Refusal(f"its padding mode is {padding_mode!r}")
+        raise LoweringError(f"its padding mode is {padding_mode!r}")
     if groups not in (1, channels):
-        raise Refusal(f"it has {groups} groups of {channels} channels, not 1 or as many")
+        raise LoweringError(f"it has {groups} groups of {channels} channels, not 1 or as many")
     outputs, inputs = weight.shape[:2]
     if inputs * groups != channels or outputs % groups != 0:
-        raise Refusal(f"it takes {inputs * groups} channels, and examples there have {channels}")
+        raise LoweringError(
+            f"it takes {inputs * groups} channels, and examples there have {channels}"
+        )
     kernel, strides, steps = (
         _pair(option, dims) for option in (tuple(weight.shape[2:]), stride, dilation)
     )
     if padding == "same" and strides != (1, 1):
-        raise Refusal("it pads to the same size, and has strides")
+        raise LoweringError("it pads to the same size, and has strides")
     windows = _Windows(image, kernel, strides, _padding(padding, kernel, steps, dims), steps)
     name = "depthwise convolution" if groups > 1 else "convolution"
     return b.emit(
@@ -103,7 +105,7 @@ def _padding(padding: Any, kernel: Pair, dilation: Pair, dims: int) -> Pair:
         return _pair(padding, dims, one=0)
     height, width = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
     if height % 2 or width % 2:
-        raise Refusal("it pads one side more than the other")
+        raise LoweringError("it pads one side more than the other")
     return height // 2, width // 2
 
 
@@ -119,7 +121,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Value:
     if running_mean is not None or running_var is not None or not training:
-        raise Refusal("it has running statistics, and the program those of the batch alone")
+        raise LoweringError("it has running statistics, and the program those of the batch alone")
     x = _channelled(b, input)
     if math.prod(x.shape[1:]) == 1:
         b.least_examples = 2
@@ -129,7 +131,7 @@ def _batch_norm(
 def _batch_norm_layer(b: Builder, input: Any, *, layer: Any, ndims: tuple[int, ...]) -> Value:
     x = as_value(input)
     if len(x.shape) not in ndims:
-        raise Refusal(f"it does not take examples of shape {list(x.shape)}")
+        raise LoweringError(f"it does not take examples of shape {list(x.shape)}")
     # Without track_running_stats PyTorch reads in evaluation what is there, whatever was asked for.
     asked_for = b.norm_statistics == "running" or not layer.track_running_stats
     if asked_for and not layer.training and layer.running_mean is not None:
@@ -148,7 +150,7 @@ def _group_norm(
     x = _channelled(b, input)
     channels, *positions = x.shape
     if num_groups < 1 or channels % num_groups != 0:
-        raise Refusal(f"it has {num_groups} groups, and examples there {channels} channels")
+        raise LoweringError(f"it has {num_groups} groups, and examples there {channels} channels")
     if channels // num_groups * math.prod(positions) == 1:
         b.least_examples = 2
     return _norm(b, x, num_groups, weight, bias, eps, f"group norm {channels} by {num_groups}")
@@ -161,14 +163,14 @@ def _instance_norm_layer(b: Builder, input: Any, *, layer: Any, dims: int) -> Va
     if reads_running and layer.track_running_stats and layer.running_mean is not None:
         return _running_norm(b, x, layer, name)
     if channels != layer.num_features or math.prod(image) == 1:
-        raise Refusal(f"it does not take examples of shape {list(x.shape)}")
+        raise LoweringError(f"it does not take examples of shape {list(x.shape)}")
     return _norm(b, x, channels, layer.weight, layer.bias, layer.eps, name)
 
 
 def _per_step_norm_layer(b: Builder, input: Any, *, layer: Any, ndims: tuple[int, ...]) -> Value:
     x = _channelled(b, input)
     if len(x.shape) not in ndims or x.shape[0] != layer.channels:
-        raise Refusal(f"it does not take examples of shape {list(x.shape)}")
+        raise LoweringError(f"it does not take examples of shape {list(x.shape)}")
     if math.prod(x.shape[1:]) == 1:
         b.least_examples = 2
     b.per_step = True
@@ -221,9 +223,9 @@ def _max_pool(
     dims: int,
 ) -> Value:
     if return_indices:
-        raise Refusal("it returns indices")
+        raise LoweringError("it returns indices")
     if _pair(dilation, dims) != (1, 1):
-        raise Refusal("it is dilated")
+        raise LoweringError("it is dilated")
     return _pool(b, input, PoolKind.MAX, kernel_size, stride, padding, ceil_mode, False, dims)
 
 
@@ -240,7 +242,7 @@ def _average_pool(
     dims: int,
 ) -> Value:
     if divisor_override is not None:
-        raise Refusal("it divides by another number than that of its elements")
+        raise LoweringError("it divides by another number than that of its elements")
     options = kernel_size, stride, padding, ceil_mode, count_include_pad
     return _pool(b, input, PoolKind.AVERAGE, *options, dims)
 
@@ -258,12 +260,12 @@ def _pool(
 ) -> Value:
     x, channels, image = _image(b, input, dims)
     if ceil_mode:
-        raise Refusal("it rounds sizes up")
+        raise LoweringError("it rounds sizes up")
     kernel = _pair(kernel_size, dims)
     strides = _pair(stride, dims) if stride is not None else kernel
     windows = _Windows(image, kernel, strides, _pair(padding, dims, one=0))
     if any(2 * p > k for p, k in zip(windows.padding, kernel, strict=True)):
-        raise Refusal("its padding is more than half of its windows")
+        raise LoweringError("its padding is more than half of its windows")
     shape = channels, *windows.outputs()[2 - dims :]
     name = f"{kind.name.lower()} pool {_by(kernel)}"
     return _pooled(b, x, kind, windows, counts_padding, shape, name)
@@ -271,7 +273,7 @@ def _pool(
 
 def _global_pool(b: Builder, input: Any, output_size: Any, *, dims: int) -> Value:
     if _pair(output_size, dims) != (1, 1):
-        raise Refusal(f"its output size is {output_size}, not 1")
+        raise LoweringError(f"its output size is {output_size}, not 1")
     x, *_ = _image(b, input, dims)
     return mean(b, x, tuple(range(2, 2 + dims)), keepdim=True)
 
@@ -283,7 +285,7 @@ def mean(b: Builder, input: Any, dim: Any = None, keepdim: bool = False) -> Valu
     listed = dim if isinstance(dim, (tuple, list)) else (dim,)
     dims = {d + ndim if isinstance(d, int) and d < 0 else d for d in listed}
     if ndim not in (3, 4) or len(dims) != len(listed) or not dims <= set(range(2, ndim)):
-        raise Refusal(f"dimensions {dim} of {ndim} are not positions of images")
+        raise LoweringError(f"dimensions {dim} of {ndim} are not positions of images")
     x, channels, image = _image(b, x, ndim - 2)
     # The last dimension is the width.
     height, width = (n if i + ndim - 2 in dims else 1 for i, n in enumerate(image))
@@ -312,7 +314,9 @@ def _image(b: Builder, input: Any, dims: int) -> tuple[Value, int, Pair]:
     """A value that lies channels-last, its channels, and its height and width."""
     x = as_value(input)
     if len(x.shape) != 1 + dims:
-        raise Refusal(f"it takes {_EXAMPLES[dims]}, and examples there have shape {list(x.shape)}")
+        raise LoweringError(
+            f"it takes {_EXAMPLES[dims]}, and examples there have shape {list(x.shape)}"
+        )
     channels, *positions = x.shape
     return b.channels_last(x), channels, _pair(tuple(positions), dims)
 
@@ -320,7 +324,7 @@ def _image(b: Builder, input: Any, dims: int) -> tuple[Value, int, Pair]:
 def _channelled(b: Builder, input: Any) -> Value:
     x = as_value(input)
     if not x.shape:
-        raise Refusal("it takes [channels, ...], and examples there have no dimension")
+        raise LoweringError("it takes [channels, ...], and examples there have no dimension")
     return b.channels_last(x)
 
 
@@ -328,7 +332,7 @@ def _pair(option: Any, dims: int, one: int = 1) -> Pair:
     """An option as height and width; a sequence has ``one`` for the height."""
     numbers = option if isinstance(option, (tuple, list)) else (option,)
     if len(numbers) not in (1, dims) or not all(type(n) is int for n in numbers):
-        raise Refusal(f"an option of it is {option!r}, not {dims} integers")
+        raise LoweringError(f"an option of it is {option!r}, not {dims} integers")
     return (numbers[0] if dims == 2 else one), numbers[-1]
 
 

@@ -24,7 +24,7 @@ from fastmeta.engines.program.builder import (
     as_value,
     from_layer,
 )
-from fastmeta.engines.program.trace import Refusal, Trace
+from fastmeta.engines.program.trace import LoweringError, Trace
 from fastmeta.ops.task_program.bytecode import Activation, Opcode
 
 # Of images, tried one by one where no batch shows them; the usual ones first.
@@ -34,10 +34,12 @@ _SIDES = (28, 84, 32, 64, *range(1, 257))
 def _linear(b: Builder, input: Any, weight: Any, bias: Any = None) -> Value:
     x = b.channels_first(as_value(input))
     if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
-        raise Refusal("its weight is no parameter [outputs, inputs]")
+        raise LoweringError("its weight is no parameter [outputs, inputs]")
     outputs, inputs = weight.shape
     if not x.shape or x.shape[-1] != inputs:
-        raise Refusal(f"it takes {inputs} features, and examples there have shape {list(x.shape)}")
+        raise LoweringError(
+            f"it takes {inputs} features, and examples there have shape {list(x.shape)}"
+        )
     return b.emit(
         Opcode.LINEAR,
         x,
@@ -77,7 +79,7 @@ def _elu(b: Builder, input: Any, alpha: float = 1.0, inplace: bool = False) -> V
 def _gelu(b: Builder, input: Any, *, approximate: str = "none") -> Value:
     kinds = {"none": Activation.GELU, "tanh": Activation.GELU_TANH}
     if approximate not in kinds:
-        raise Refusal(f"its approximation is {approximate!r}")
+        raise LoweringError(f"its approximation is {approximate!r}")
     return _activation(b, input, kinds[approximate])
 
 
@@ -100,7 +102,7 @@ def _softplus(b: Builder, input: Any, beta: float = 1, threshold: float = 20) ->
 def _add(b: Builder, input: Any, other: Any, *, alpha: float = 1, inplace: bool = False) -> Value:
     x, x2 = as_value(input), as_value(other)
     if alpha != 1 or x.shape != x2.shape:
-        raise Refusal(f"it adds {alpha} times {list(x2.shape)} to {list(x.shape)}")
+        raise LoweringError(f"it adds {alpha} times {list(x2.shape)} to {list(x.shape)}")
     if x.channels_last != x2.channels_last:
         x, x2 = b.channels_last(x), b.channels_last(x2)
     if inplace:
@@ -118,7 +120,9 @@ def _layer_norm(
 ) -> Value:
     x, shape = b.channels_first(as_value(input)), tuple(normalized_shape)
     if not shape or x.shape[-len(shape) :] != shape:
-        raise Refusal(f"it takes {list(shape)}, and examples there have shape {list(x.shape)}")
+        raise LoweringError(
+            f"it takes {list(shape)}, and examples there have shape {list(x.shape)}"
+        )
     size = math.prod(shape)
     return b.emit(
         Opcode.LAYER_NORM,
@@ -135,7 +139,7 @@ def _dropout(
     b: Builder, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Value:
     if training and p != 0:
-        raise Refusal("it draws random numbers in training mode")
+        raise LoweringError("it draws random numbers in training mode")
     return as_value(input)
 
 
@@ -148,7 +152,7 @@ def _flatten(b: Builder, input: Any, start_dim: int = 0, end_dim: int = -1) -> V
     ndim = 1 + len(x.shape)
     start, end = (dim + ndim if dim < 0 else dim for dim in (start_dim, end_dim))
     if not 0 < start <= end < ndim:
-        raise Refusal(f"it flattens dimensions {start_dim} to {end_dim} of {ndim}")
+        raise LoweringError(f"it flattens dimensions {start_dim} to {end_dim} of {ndim}")
     middle = math.prod(x.shape[start - 1 : end])
     return _shaped(b, x, (*x.shape[: start - 1], middle, *x.shape[end:]))
 
@@ -157,13 +161,13 @@ def _reshape(b: Builder, input: Any, *shape: Any) -> Value:
     x = as_value(input)
     first, *rest = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
     if (first is not BatchSize and first != -1) or not all(isinstance(n, int) for n in rest):
-        raise Refusal("its first dimension is not the examples of the batch")
+        raise LoweringError("its first dimension is not the examples of the batch")
     size = math.prod(x.shape)
     known = math.prod(n for n in rest if n != -1)
     if first is BatchSize and rest.count(-1) == 1 and known > 0 and size % known == 0:
         rest[rest.index(-1)] = size // known
     if min(rest, default=1) < 0 or math.prod(rest) != size:
-        raise Refusal("its first dimension is not the examples of the batch")
+        raise LoweringError("its first dimension is not the examples of the batch")
     return _shaped(b, x, tuple(rest))
 
 
@@ -184,13 +188,13 @@ def _size(b: Builder, input: Any, dim: int | None = None) -> Any:
 
 def _getattr(b: Builder, input: Any, name: str) -> Shape:
     if name != "shape":
-        raise Refusal(f"it reads {name}")
+        raise LoweringError(f"it reads {name}")
     return Shape(as_value(input).shape)
 
 
 def _item(b: Builder, input: Any, index: Any) -> Any:
     if not isinstance(input, Shape) or not isinstance(index, int):
-        raise Refusal("it indexes a tensor")
+        raise LoweringError("it indexes a tensor")
     return (BatchSize, *input.example)[index]
 
 

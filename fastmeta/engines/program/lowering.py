@@ -14,12 +14,17 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.base import Loss
 from fastmeta.engines.program.builder import Builder
 from fastmeta.engines.program.layers import HANDLERS, examples_that_fit
-from fastmeta.engines.program.module_state import Watch, hooked, is_torchs_own, module_tables
-from fastmeta.engines.program.trace import Refusal, Trace
+from fastmeta.engines.program.module_state import (
+    ModuleSnapshot,
+    hooked,
+    is_torchs_own,
+    module_tables,
+)
+from fastmeta.engines.program.trace import LoweringError, Trace
 from fastmeta.ops.task_program.bytecode import LossCode, LossKind, Opcode
 
 
@@ -71,7 +76,7 @@ class Program:
     """
 
     code: Tensor
-    layout: Layout
+    layout: ParameterLayout
     adapted: tuple[nn.Parameter, ...]
     frozen: tuple[Tensor, ...]
     input_shape: tuple[int, ...]
@@ -111,14 +116,14 @@ class Lowering:
         self._module, self._loss, self._norm_statistics = module, loss, norm_statistics
         self._spec, self._loss_name = lower_loss(loss)
         self._programs: dict[tuple[int, ...], Program | str] = {}
-        layout, self._watch = Layout.of(module), Watch(module)
+        layout, self._snapshot = ParameterLayout.of(module), ModuleSnapshot(module)
         self._trace: Trace | str
         try:
             self._trace = Trace(module, layout, tuple(HANDLERS.layers))
-        except Refusal as refusal:
+        except LoweringError as refusal:
             self._trace = str(refusal)
         # A forward that changes its module does so at every call; nothing else is lost then.
-        self._changing = not self._watch.holds()
+        self._changing = not self._snapshot.is_unchanged()
         if self._changing:
             self._trace = "the forward of model changes model"
 
@@ -128,7 +133,7 @@ class Lowering:
             return False
         if norm_statistics != self._norm_statistics:
             return False
-        if not (self._watch.holds() or self._changing):
+        if not (self._snapshot.is_unchanged() or self._changing):
             return False
         return type(loss) is FunctionType or lower_loss(loss)[0] == self._spec
 
@@ -137,7 +142,7 @@ class Lowering:
 
         None where that does not say enough.
         """
-        tables = self._watch.tables()
+        tables = self._snapshot.tables()
         if tables is None or isinstance(self._loss, FunctionType):
             return tables
         if isinstance(self._loss, nn.Module) and is_torchs_own(self._loss):
@@ -174,7 +179,7 @@ class Lowering:
     def _made(self, trace: Trace, loss: LossCode, shape: tuple[int, ...]) -> Program | str:
         try:
             built = Builder(trace, shape, HANDLERS, self._norm_statistics)
-        except Refusal as refusal:
+        except LoweringError as refusal:
             return str(refusal)
         output = built.output.shape
         if loss.kind == LossKind.CROSS_ENTROPY and len(output) != 1:
@@ -201,7 +206,7 @@ def lower_loss(loss: Loss) -> tuple[LossCode | str, str]:
     """A loss as code, or the reason why there is none; and its name."""
     try:
         return _lowered_loss(loss)
-    except Refusal as refusal:
+    except LoweringError as refusal:
         return f"loss: {refusal}", ""
 
 
@@ -210,15 +215,15 @@ def _lowered_loss(loss: Loss) -> tuple[LossCode, str]:
     known = _LOSSES.get(function)
     if known is None:
         name = getattr(function, "__name__", type(function).__name__)
-        raise Refusal(f"it is {name}, which the program does not have yet")
+        raise LoweringError(f"it is {name}, which the program does not have yet")
     reduction = options.pop("reduction", "mean")
     if any(options.pop(name, None) is not None for name in _WEIGHTS):
-        raise Refusal(f"the program's {known.name} has no weights")
+        raise LoweringError(f"the program's {known.name} has no weights")
     if reduction not in ("mean", "sum") or not set(options) <= set(known.defaults):
-        raise Refusal(f"the program's {known.name} does not have these options")
+        raise LoweringError(f"the program's {known.name} does not have these options")
     numbers = {**known.defaults, **options}
     if any(type(number) not in (int, float) for number in numbers.values()):
-        raise Refusal(f"the options of {known.name} are not all numbers")
+        raise LoweringError(f"the options of {known.name} are not all numbers")
     return _coded(function, reduction == "mean", **numbers), known.name
 
 
@@ -243,7 +248,7 @@ def _coded(
         return LossCode(LossKind.L1, mean=mean)
     if function is F.smooth_l1_loss and beta > 0:
         return LossCode(LossKind.HUBER, float(beta), mean=mean, scale=1 / beta)
-    raise Refusal("an option is out of range")
+    raise LoweringError("an option is out of range")
 
 
 def _taken_apart(loss: Any) -> tuple[Any, dict[str, Any]]:

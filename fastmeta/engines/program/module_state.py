@@ -47,22 +47,21 @@ def is_torchs_own(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.")
 
 
-class Watch:
+class ModuleSnapshot:
     """The state of a module now: its submodules, flags, options, hooks and parameters.
 
-    ``holds()`` says whether all of it is unchanged; it runs at every call of a task program, so it
-    leaves the comparing to C (tuples and dicts). Attributes of the user's own modules count by
-    value where they are numbers, strings, or containers and objects of such, otherwise by identity.
-    Values of parameters and buffers do not count; globals, class attributes and closures are not
-    seen.
+    ``is_unchanged()`` compares all of it. It runs at every call of a task program, so the comparing
+    is left to C (tuples and dicts). Attributes of the user's own modules count by value if they are
+    numbers, strings, or containers and objects of such, otherwise by identity. Values of parameters
+    and buffers do not count; globals, class attributes and closures are not seen.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout())
-        >>> watch = Watch(net)
-        >>> watch.holds()
+        >>> snapshot = ModuleSnapshot(net)
+        >>> snapshot.is_unchanged()
         True
-        >>> watch = net.eval() and watch
-        >>> watch.holds()
+        >>> snapshot = net.eval() and snapshot
+        >>> snapshot.is_unchanged()
         False
     """
 
@@ -97,7 +96,7 @@ class Watch:
             return None
         return [*_GLOBAL_HOOKS, *(table for m in self._modules for table in module_tables(m))]
 
-    def holds(self) -> bool:
+    def is_unchanged(self) -> bool:
         try:
             for namespace, size, get, values in self._simple:
                 if len(namespace) != size or get(namespace) != values:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.program.module_state import globally_hooked, hooked, is_torchs_own
 
 _DTYPES = (torch.float32, torch.float64)
@@ -18,7 +18,7 @@ _DTYPES = (torch.float32, torch.float64)
 _MODULE = "module"
 
 
-class Refusal(Exception):
+class LoweringError(Exception):
     """Why there is no program; the message is for the user."""
 
 
@@ -31,11 +31,11 @@ class Trace:
         adapted, frozen: the parameters with and without ``requires_grad``.
 
     Raises:
-        Refusal: where the calls cannot be said once for all inputs, or other code runs with them.
+        LoweringError: the calls differ between inputs, or other code runs with them.
     """
 
     def __init__(
-        self, module: nn.Module, layout: Layout, leaves: tuple[type[nn.Module], ...]
+        self, module: nn.Module, layout: ParameterLayout, leaves: tuple[type[nn.Module], ...]
     ) -> None:
         self.module, self.layout = module, layout
         self._check_modules()
@@ -49,7 +49,7 @@ class Trace:
     def reference(self, parameter: Tensor) -> int:
         """A parameter as an instruction names it: its offset, ``-2 - offset`` if it is frozen."""
         if id(parameter) not in self._references:
-            raise Refusal("it uses a parameter that model does not own")
+            raise LoweringError("it uses a parameter that model does not own")
         return self._references[id(parameter)]
 
     def attribute(self, target: str) -> Any:
@@ -65,29 +65,31 @@ class Trace:
             graph = _Tracer(leaves).trace(_Root(self.module))
         except Exception as error:  # anything: a forward is the user's code
             what = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
-            raise Refusal(f"torch.fx cannot trace model: {what}") from error
+            raise LoweringError(f"torch.fx cannot trace model: {what}") from error
         drawn = not torch.equal(generators[0], torch.get_rng_state())
         if drawn or generators[1] != random.getstate():
-            raise Refusal("the forward of model draws random numbers")
+            raise LoweringError("the forward of model draws random numbers")
         return graph
 
     def _check_modules(self) -> None:
         if self.layout.dtype not in _DTYPES:
-            raise Refusal(f"the parameters are {self.layout.dtype}, not float32 or float64")
+            raise LoweringError(f"the parameters are {self.layout.dtype}, not float32 or float64")
         if globally_hooked():
-            raise Refusal("there are hooks on the calls of every module")
+            raise LoweringError("there are hooks on the calls of every module")
         for name, m in self.module.named_modules():
             if hooked(m):
-                raise Refusal(f"{path(name)} has hooks")
+                raise LoweringError(f"{path(name)} has hooks")
             if "forward" in m.__dict__ or m.__dict__.get("_compiled_call_impl") is not None:
-                raise Refusal(f"{path(name)} is compiled, or its forward was replaced")
+                raise LoweringError(f"{path(name)} is compiled, or its forward was replaced")
             if m._buffers and not is_torchs_own(m):
-                raise Refusal(f"{path(name)} has buffers, which the program does not follow")
+                raise LoweringError(f"{path(name)} has buffers, which the program does not follow")
         for name, p in self.module.named_parameters():
             if type(p) is not nn.Parameter:
-                raise Refusal(f"parameter {name!r} is a {type(p).__name__}")
+                raise LoweringError(f"parameter {name!r} is a {type(p).__name__}")
             if (p.dtype, p.device) != (self.layout.dtype, self.layout.device):
-                raise Refusal(f"parameter {name!r} is {p.dtype} on {p.device}, unlike the others")
+                raise LoweringError(
+                    f"parameter {name!r} is {p.dtype} on {p.device}, unlike the others"
+                )
 
 
 def _offsets(parameters: list[nn.Parameter]) -> list[int]:

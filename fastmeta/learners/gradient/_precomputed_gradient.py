@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.engines.base import differentiable_once
-from fastmeta.learners._compile import one_op
+from fastmeta.engines.base import once_differentiable
+from fastmeta.learners._compile import as_single_op
 from fastmeta.learners.base import MetaGradient
 from fastmeta.learners.gradient.maml import MAML
 
 
-class GivenGradient(MAML):
+class PrecomputedGradientLearner(MAML):
     """A learner that says what its meta-gradient is; it adapts as MAML does.
 
     ``_gradient`` gives the loss, the outputs on the queries and the meta-gradient ``[P]``.
     """
 
-    @one_op
+    @as_single_op
     def meta_loss(  # type: ignore[override]  # there are no step weights
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -69,4 +69,4 @@ class _Given(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             grads = grad_loss * ctx.saved_tensors[0]
-        return *differentiable_once([grads]), None, None
+        return *once_differentiable([grads]), None, None

@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta.core.checks import check_choice, check_integer
-from fastmeta.core.parameter_layout import Layout
-from fastmeta.engines.base import NORM_STATISTICS, is_learned, never_traced
+from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.engines.base import NORM_STATISTICS, exclude_from_compile, is_learned
 from fastmeta.engines.checks import check_data
 from fastmeta.engines.functional.task_module import TaskModule
 from fastmeta.engines.program.lowering import lower_loss
-from fastmeta.learners._compile import Enlisted, one_op
+from fastmeta.learners._compile import CompilableLearner, as_single_op
 from fastmeta.learners.base import MetaGradient, check_queries
 from fastmeta.ops import backend_of
 from fastmeta.ops._checks import check_floating, check_labels, check_together
 from fastmeta.ops._linear_head_arguments import checked_head, checked_number, step_sizes
-from fastmeta.ops.linear_head import FORMS, is_dual, linear_head
+from fastmeta.ops.linear_head import FORMS, linear_head, uses_kernel_form
 from fastmeta.ops.linear_head_loss import head_loss
 from fastmeta.ops.reference import check_label_range
 from fastmeta.ops.task_linear import task_linear
@@ -38,7 +38,7 @@ _LOSSES = {
 }
 
 
-class ANIL(Enlisted):
+class ANIL(CompilableLearner):
     """ANIL, "almost no inner loop" (Raghu et al. 2020, arXiv 1909.09157): adapts the head alone.
 
         W_{k+1} = W_k - lr grad_W L_s(W_k f(x_s))        f the body, W the head, K times
@@ -139,7 +139,7 @@ class ANIL(Enlisted):
         """The outputs of body and head, with their current parameters."""
         return self.module(x)
 
-    @one_op
+    @as_single_op
     def meta_loss(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,7 @@ class ANIL(Enlisted):
         features, parts = self._support_features(support_x), (self.head.weight, self.head.bias)
         head = checked_head(features, targets, *parts, self._inner_loss)
         rates = step_sizes(self._step_sizes(self.steps), self.steps, features)
-        dual = is_dual(self.form, head, self.steps)
+        dual = uses_kernel_form(self.form, head, self.steps)
         options = self._inner_loss, self.weight_decay, self.first_order, dual
         return head_loss(head, rates, self._features(query_x), query_targets, options)
 
@@ -221,7 +221,7 @@ class ANIL(Enlisted):
             >>> anil.body.weight.grad.shape
             torch.Size([4, 3])
         """
-        layout, named = Layout.of(self.module), dict(self.module.named_parameters())
+        layout, named = ParameterLayout.of(self.module), dict(self.module.named_parameters())
         learned = [self.lr] if is_learned(self.lr) else []
         sources = [*(named[name] for name in layout.names), *learned]
         data = support_x, support_y, query_x, query_y
@@ -277,7 +277,7 @@ class ANIL(Enlisted):
     def _outputs(self, query_x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return task_linear(self._features(query_x), weight, bias)
 
-    @never_traced
+    @exclude_from_compile
     def _features(self, x: Tensor) -> Tensor:
         """``[T, B, ...]`` -> ``[T, B, D]``, in the head's dtype whatever autocast made them."""
         call = TaskModule(self.body, self.norm_statistics)
@@ -352,7 +352,7 @@ class AdaptedHeads:
     """
 
     params: Tensor
-    layout: Layout
+    layout: ParameterLayout
     learner: ANIL
 
     def __call__(self, query_x: Tensor) -> Tensor:
@@ -389,11 +389,11 @@ def _named(loss: Any, ways: int) -> str:
     return name
 
 
-def _layout(head: nn.Linear) -> Layout:
+def _layout(head: nn.Linear) -> ParameterLayout:
     frozen = [name for name, p in head.named_parameters() if not p.requires_grad]
     if frozen:
         raise ValueError(f"head: expected trainable parameters to adapt, got frozen ones, {frozen}")
-    return Layout.of(head)
+    return ParameterLayout.of(head)
 
 
 def _check_step_size(lr: float | Tensor, steps: int) -> None:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from fastmeta.core.checks import check_integer
 from fastmeta.learners.gradient._conjugate_gradients import conjugate_gradients
-from fastmeta.learners.gradient._precomputed_gradient import GivenGradient
+from fastmeta.learners.gradient._precomputed_gradient import PrecomputedGradientLearner
 from fastmeta.learners.gradient.maml import StepSize
 from fastmeta.ops._linear_head_arguments import checked_number
 from fastmeta.rules import Proximal, Rule
 
 
-class IMAML(GivenGradient):
+class IMAML(PrecomputedGradientLearner):
     """iMAML (Rajeswaran et al. 2019, arXiv 1909.04630): implicit gradients.
 
     The inner loop goes towards ``theta* = argmin L_s(theta) + lambda / 2 |theta - theta_0|^2``.

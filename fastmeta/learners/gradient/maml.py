@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fastmeta.core.checks import check_choice
 from fastmeta.core.cuda_graphs import check_option
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.functional.engine import FunctionalEngine
-from fastmeta.engines.program.engine import MEMORY, Programs
-from fastmeta.learners._compile import Enlisted, one_op
+from fastmeta.engines.program.engine import MEMORY, ProgramCache
+from fastmeta.learners._compile import CompilableLearner, as_single_op
 from fastmeta.learners._explain import explain
 from fastmeta.learners.base import AdaptedTasks, MetaGradient
 from fastmeta.learners.gradient._adapt_step import descend, task_gradients
@@ -30,7 +30,7 @@ StepSize = float | Tensor | Mapping[str, "float | Tensor"]
 ENGINES = ("auto", "program", "functional")
 
 
-class MAML(Enlisted):
+class MAML(CompilableLearner):
     """MAML: parameters from which a few gradient steps solve a new task.
 
     ``meta_loss`` and ``adapt_tasks`` take many tasks at once and never unroll a graph;
@@ -138,17 +138,17 @@ class MAML(Enlisted):
         self.cuda_graph = cuda_graph
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
-        layout = Layout.of(model)
+        layout = ParameterLayout.of(model)
         self.rule: Rule | None = None if rule is None else rule.to(layout.device)
         inner_rule.check(layout)
-        self._programs = Programs()
+        self._programs = ProgramCache()
         self._set_step_size(_as_step_size(lr, layout, steps), learn_lr)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with its current parameters."""
         return self.module(*args, **kwargs)
 
-    @one_op
+    @as_single_op
     def meta_loss(
         self,
         support_x: Tensor,
@@ -202,7 +202,7 @@ class MAML(Enlisted):
         steps = self.steps if steps is None else steps
         engine, lr = self._engine(steps), self._step_size(steps)
         params = engine.adapt(None, lr, support_x, support_y)
-        return AdaptedTasks(params, Layout.of(self.module), self.module, engine)
+        return AdaptedTasks(params, ParameterLayout.of(self.module), self.module, engine)
 
     def meta_gradient(
         self,
@@ -235,7 +235,7 @@ class MAML(Enlisted):
             torch.Size([2, 3])
         """
         data = support_x, support_y, query_x, query_y
-        again = self._programs.again(self, data) if step_weights is None else None
+        again = self._programs.replay(self, data) if step_weights is None else None
         if again is not None:
             return MetaGradient(*again, None, {})
         engine = self._engine(self.steps)
@@ -243,7 +243,7 @@ class MAML(Enlisted):
         with torch.enable_grad() if isinstance(self.lr, Tensor) else nullcontext():
             lr = self._step_size(self.steps)
         loss, outputs, grads, lr_grad, rule_grads = engine.meta_gradient(lr, *data, step_weights)
-        self._programs.make_ready(self)
+        self._programs.prepare(self)
         if lr_grad is not None and lr is not self.lr:
             leaf, rows = cast("tuple[Tensor, Tensor]", (self.lr, lr))
             lr_grad = torch.autograd.grad(rows, leaf, lr_grad)[0]
@@ -319,7 +319,7 @@ class MAML(Enlisted):
         """
         learner = shallow_copy(self)
         learner._modules["module"] = clone_module(self.module)
-        learner._programs = Programs()
+        learner._programs = ProgramCache()
         learner.first_order = _default(first_order, self.first_order)
         learner.allow_unused = _default(allow_unused, self.allow_unused)
         learner.allow_nograd = _default(allow_nograd, self.allow_nograd)
@@ -360,7 +360,7 @@ class MAML(Enlisted):
             _default(allow_unused, self.allow_unused),
             _default(allow_nograd, self.allow_nograd),
         )
-        steps = _step_sizes(self.lr, Layout.of(self.module))
+        steps = _step_sizes(self.lr, ParameterLayout.of(self.module))
         descend(self.module, grads.items(), steps)
 
     def _engine(self, steps: int) -> FunctionalEngine:
@@ -384,7 +384,7 @@ class MAML(Enlisted):
         return lr[:steps].unsqueeze(1)
 
     def _set_step_size(self, lr: float | Tensor, learn: bool) -> None:
-        layout = Layout.of(self.module)
+        layout = ParameterLayout.of(self.module)
         if learn and not isinstance(lr, nn.Parameter):
             value = torch.as_tensor(lr, dtype=layout.dtype, device=layout.device)
             lr = nn.Parameter(value.detach().clone())
@@ -394,7 +394,7 @@ class MAML(Enlisted):
             self.lr = lr
 
 
-def _as_step_size(lr: StepSize, layout: Layout, steps: int) -> float | Tensor:
+def _as_step_size(lr: StepSize, layout: ParameterLayout, steps: int) -> float | Tensor:
     """A number, or a tensor of the parameters' dtype and device, checked against the layout."""
     if isinstance(lr, Mapping):
         lr = _joined(lr, layout)
@@ -410,7 +410,7 @@ def _as_step_size(lr: StepSize, layout: Layout, steps: int) -> float | Tensor:
     return lr
 
 
-def _joined(lr: Mapping[str, float | Tensor], layout: Layout) -> Tensor:
+def _joined(lr: Mapping[str, float | Tensor], layout: ParameterLayout) -> Tensor:
     """One number a parameter by name -> ``[L]``."""
     if set(lr) != set(layout.names):
         raise ValueError(f"lr: expected the names {list(layout.names)}, got {list(lr)}")
@@ -422,7 +422,7 @@ def _joined(lr: Mapping[str, float | Tensor], layout: Layout) -> Tensor:
     return torch.stack([value.reshape(()) for value in values])
 
 
-def _check_shape(lr: Tensor, layout: Layout, steps: int) -> None:
+def _check_shape(lr: Tensor, layout: ParameterLayout, steps: int) -> None:
     parameters, elements = len(layout.names), layout.numel
     rows = lr.ndim < 2 or (lr.ndim == 2 and len(lr) == steps)
     if not rows or (lr.ndim and lr.shape[-1] not in (1, parameters, elements)):
@@ -436,7 +436,7 @@ def _is_per_step(lr: float | Tensor) -> TypeGuard[Tensor]:
     return isinstance(lr, Tensor) and lr.ndim == 2
 
 
-def _step_sizes(lr: float | Tensor, layout: Layout) -> list[float | Tensor]:
+def _step_sizes(lr: float | Tensor, layout: ParameterLayout) -> list[float | Tensor]:
     """The step size of each parameter: a number, ``[]``, or one an element in its shape."""
     if _is_per_step(lr):
         raise ValueError(

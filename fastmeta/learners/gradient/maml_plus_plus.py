@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastmeta.core.checks import check_integer
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.functional.engine import FunctionalEngine
-from fastmeta.learners._compile import one_op
+from fastmeta.learners._compile import as_single_op
 from fastmeta.learners.base import MetaGradient
 from fastmeta.learners.gradient.maml import MAML
 from fastmeta.learners.schedules import cosine_schedule
@@ -83,7 +83,7 @@ class MAMLPlusPlus(MAML):
         check_integer("first_order_iterations", first_order_iterations, 0)
         if isinstance(lr, bool) or not isinstance(lr, (int, float)):
             raise TypeError(f"lr: expected a number, got {type(lr).__name__}")
-        layout = Layout.of(model)
+        layout = ParameterLayout.of(model)
         shape = steps, len(layout.names)
         sizes = torch.full(shape, float(lr), dtype=layout.dtype, device=layout.device)
         super().__init__(model, sizes, steps, loss=loss, learn_lr=True, **options)
@@ -99,7 +99,7 @@ class MAMLPlusPlus(MAML):
         share = (1 - t) / self.steps
         return [share] * (self.steps - 1) + [share + t]
 
-    @one_op
+    @as_single_op
     def meta_loss(  # type: ignore[override]  # it has step weights of its own
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> tuple[Tensor, Tensor]:

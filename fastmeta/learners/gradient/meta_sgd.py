@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta.core.parameter_layout import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.learners.gradient.maml import MAML
 
 
@@ -51,7 +51,7 @@ class MetaSGD(MAML):
         **options: Any,
     ) -> None:
         low, high = _range(lr)
-        layout = Layout.of(model)
+        layout = ParameterLayout.of(model)
         start = torch.empty(layout.numel, dtype=layout.dtype, device=layout.device)
         start.uniform_(low, high) if low < high else start.fill_(low)
         super().__init__(model, start, steps, loss=loss, learn_lr=True, **options)

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta.core.checks import check_integer
-from fastmeta.learners.gradient._precomputed_gradient import GivenGradient
-from fastmeta.rules import CarriedAdam, Rule
+from fastmeta.learners.gradient._precomputed_gradient import PrecomputedGradientLearner
+from fastmeta.rules import PersistentAdam, Rule
 
 
-class Reptile(GivenGradient):
+class Reptile(PrecomputedGradientLearner):
     """Reptile (Nichol et al. 2018, arXiv 1803.02999): no derivative of the inner loop at all.
 
     ``grad = mean over tasks of (theta_0 - theta_K)``, so that gradient descent with step size
@@ -33,7 +33,7 @@ class Reptile(GivenGradient):
         steps: inner steps K, at least 1; 5 as in the paper. A single one makes this joint training.
         loss: as for ``MAML``.
         inner_batch: examples an inner step; None: all of them. 10 as in the paper for one shot.
-        rule: what takes the inner steps; None: ``CarriedAdam(model)``, Adam with beta1 = 0 that
+        rule: what takes the inner steps; None: ``PersistentAdam(model)``, Adam with beta1 = 0 that
             goes on from meta-batch to meta-batch, as in the paper's own code.
         options: the options ``task_chunk``, ``engine`` and ``norm_statistics`` of ``MAML``.
 
@@ -65,7 +65,7 @@ class Reptile(GivenGradient):
         check_integer("steps", steps, 1)
         if inner_batch is not None:
             check_integer("inner_batch", inner_batch, 1)
-        rule = CarriedAdam(model) if rule is None else rule
+        rule = PersistentAdam(model) if rule is None else rule
         super().__init__(model, lr, steps, True, loss, rule=rule, **options)
         self.inner_batch = inner_batch
 
@@ -76,7 +76,7 @@ class Reptile(GivenGradient):
         pairs = (support_x, query_x), (support_y, query_y)
         x, y = (torch.cat(pair, 1) for pair in pairs)
         rows = self._rows(x.shape[1])
-        with engine.inner_rule.carrying():
+        with engine.inner_rule.persist_state():
             adapted = engine.adapt(None, self._step_size(self.steps), x, y, rows)
         losses, outputs, _ = engine.query_losses(adapted, query_x, query_y)
         return losses.mean(), outputs, (engine.parameters() - adapted).mean(0)

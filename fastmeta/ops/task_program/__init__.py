@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.core import backend as _native
+from fastmeta.core import backend
 from fastmeta.ops._registration import contiguous_like, register
 from fastmeta.ops.task_program import reference as _program_reference
 
@@ -26,7 +26,7 @@ def implementation(like: Any) -> SimpleNamespace | ModuleType:
 
     ``like`` is a tensor or layout that has them. Warns once where compiled ones were expected.
     """
-    return COMPILED if _native.is_native(_native.PROGRAM, like) else _program_reference
+    return COMPILED if backend.is_native(backend.PROGRAM, like) else _program_reference
 
 
 def _outputs(x: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ _FAKES: tuple[Callable[..., Any], ...] = (
 
 COMPILED = SimpleNamespace()
 
-if _native._C is not None:
+if backend._C is not None:
     for _name, _fake in zip(NAMES, _FAKES, strict=True):
         _op = getattr(torch.ops.fastmeta, f"task_program_{_name}").default
         register(f"task_program_{_name}", _fake, _looped(_op))

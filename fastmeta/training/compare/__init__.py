@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmeta.data import from_spec
-from fastmeta.training.compare.plan import SAME, naming
+from fastmeta.training.compare.plan import SAME, with_learner_name
 from fastmeta.training.compare.report import (
     DIVERGED,
     PICTURE,
@@ -218,7 +218,7 @@ def _check_folders(entries: Sequence[Entry], out: Path, resume: bool, overwrite:
         if not resume:
             check_folder(folder, resume, overwrite)
         elif (folder / CONFIG).exists():
-            with naming(entry.config.algorithm):
+            with with_learner_name(entry.config.algorithm):
                 check_same_run(dataclasses.asdict(entry.config), read_options(folder))
 
 
@@ -227,7 +227,7 @@ def _check_tasks(entries: Sequence[Entry], tasks: int) -> None:
     training = from_spec(config.data, "train", config.protocol)
     for entry in entries:
         config = entry.config
-        with naming(config.algorithm):
+        with with_learner_name(config.algorithm):
             training.check(config.train_ways or config.ways, config.shots, config.queries)
     _check_scoring(entries, tasks)
 

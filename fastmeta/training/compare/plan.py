@@ -133,12 +133,12 @@ def _check_own(own: Iterable[str], compared: Iterable[str]) -> None:
 
 
 def _config(algorithm: str, **options: Any) -> TrainConfig:
-    with naming(algorithm):
+    with with_learner_name(algorithm):
         return TrainConfig(algorithm, **options)
 
 
 @contextmanager
-def naming(learner: str) -> Iterator[None]:
+def with_learner_name(learner: str) -> Iterator[None]:
     """Say in errors whose options are wrong."""
     try:
         yield
