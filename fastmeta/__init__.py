@@ -13,7 +13,6 @@ backends    backend_of, use_backend, build_info
 
 from fastmeta import data, distributed, models, rules
 from fastmeta.core.backend import backend_of, build_info, use_backend
-from fastmeta.engines.functional.engine import hvp
 from fastmeta.learners.gradient.anil import ANIL
 from fastmeta.learners.gradient.fomaml import FOMAML
 from fastmeta.learners.gradient.imaml import IMAML
@@ -34,6 +33,7 @@ from fastmeta.ops import (
     task_conv2d,
     task_linear,
 )
+from fastmeta.ops.hvp import hvp
 
 __version__ = "0.1.0"
 

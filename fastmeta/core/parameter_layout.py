@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
-
-from fastmeta.core.dtypes import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -127,65 +125,4 @@ class ParameterLayout:
                     f"got {list(tensors[name].shape)}"
                 )
             pieces.append(tensors[name].reshape((*lead, size)))
-        return torch.cat(pieces, dim=-1)
-
-    def step_size_array(self, lr: float | Tensor, tasks: int, steps: int) -> Tensor:
-        """A step size in the one form that both engines take.
-
-        Args:
-            lr: a number; a tensor ``[]`` or ``[1]``; one number a parameter ``[L]``; one an element
-                ``[P]``; one row a task ``[T, 1]``, ``[T, L]`` or ``[T, P]``; or one matrix a step,
-                ``[K, T, P]`` where each of the three may be 1 and the last may be L.
-            tasks: T.
-            steps: K.
-
-        Returns:
-            ``[K or 1, T or 1, P or 1]``, differentiable in ``lr``; 1 where one step size serves
-            all. A number comes in the precision in which updates are computed (float32 for half
-            precision), a tensor in its own. Where L equals P every parameter has one element, and
-            both readings agree.
-
-        Raises:
-            TypeError: ``lr`` is no number or tensor, or its dtype is not the parameters'.
-            ValueError: it has another shape, or lies on another device.
-
-        Example:
-            >>> import torch
-            >>> layout = ParameterLayout.of(torch.nn.Linear(3, 2))
-            >>> layout.step_size_array(0.1, tasks=4, steps=5).shape
-            torch.Size([1, 1, 1])
-            >>> layout.step_size_array(torch.rand(5, 1, 2), tasks=4, steps=5).shape
-            torch.Size([5, 1, 8])
-        """
-        if isinstance(lr, (int, float)) and not isinstance(lr, bool):
-            dtype = accumulation_dtype(self.dtype)
-            return torch.full((1, 1, 1), float(lr), dtype=dtype, device=self.device)
-        if not isinstance(lr, Tensor):
-            raise TypeError(f"lr: expected a number or a tensor, got {type(lr).__name__}")
-        if lr.dtype != self.dtype:
-            raise TypeError(f"lr: expected dtype {self.dtype}, got {lr.dtype}")
-        if lr.device != self.device:
-            raise ValueError(f"lr: expected device {self.device}, got {lr.device}")
-        if lr.ndim <= 1 and lr.numel() == 1:
-            return lr.reshape(1, 1, 1)
-        self._check_step_size_shape(lr, tasks, steps)
-        array = lr.reshape((1,) * (3 - lr.ndim) + lr.shape)
-        return array if lr.shape[-1] in (1, self.numel) else self._repeat_over_elements(array)
-
-    def _check_step_size_shape(self, lr: Tensor, tasks: int, steps: int) -> None:
-        parameters, elements = len(self.names), self.numel
-        a_step = [(k, t) for k in (1, steps) for t in (1, tasks)]
-        of_dims: dict[int, Sequence[tuple[int, ...]]] = {1: [()], 2: [(tasks,)], 3: a_step}
-        leads = of_dims.get(lr.ndim, [])
-        if lr.shape[:-1] not in leads or lr.shape[-1] not in (1, parameters, elements):
-            raise ValueError(
-                f"lr: expected a number or shape [], [L], [P], [T, 1], [T, L], [T, P] or, with one "
-                f"matrix a step, [K, 1 or T, 1 or L or P] with L = {parameters}, P = {elements}, "
-                f"T = {tasks}, K = {steps}; got {list(lr.shape)}"
-            )
-
-    def _repeat_over_elements(self, array: Tensor) -> Tensor:
-        """One number a parameter ``[..., L]`` -> one an element ``[..., P]``."""
-        lead, columns = array.shape[:-1], array.split(1, dim=-1)
-        pieces = [c.expand(*lead, size) for c, size in zip(columns, self.sizes, strict=True)]
         return torch.cat(pieces, dim=-1)

@@ -1,90 +1,230 @@
-"""What both engines share: argument names, step weights, the limits of their derivatives."""
+"""The types that engines share: batches, options, the meta-gradient, and the contract itself."""
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, cast
 
-import torch
-from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch import Tensor, nn
+
+from fastmeta.core.checks import check_choice, check_integer
+from fastmeta.core.derivatives import MODES
+from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.rules.base import Rule
+from fastmeta.rules.sgd import PLAIN
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 NORM_STATISTICS = ("batch", "running")
 
 
-SUPPORT: tuple[str, ...] = ("support_x", "support_y")
+class Examples(NamedTuple):
+    """Inputs and targets of T tasks, in the role that they have for a task.
 
-QUERY: tuple[str, ...] = ("query_x", "query_y")
-
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def exclude_from_compile(method: Method) -> Method:
-    """The method, which torch.compile calls as it is.
-
-    Tracing it would lose, without a word, derivatives of the autograd functions inside.
+    Attributes:
+        x: ``[T, B, ...]``.
+        y: ``[T, B, ...]``; int64 labels or floating-point targets.
+        role: ``"support"`` or ``"query"``; empty for examples of neither. Errors and gradients name
+            the tensors by it.
     """
-    as_it_is = torch.compiler.disable(method)
 
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (as_it_is if torch.compiler.is_compiling() else method)(*args, **kwargs)
+    x: Tensor
+    y: Tensor
+    role: str = "support"
 
-    return cast("Method", call)
+    @property
+    def x_name(self) -> str:
+        return f"{self.role}_x" if self.role else "x"
+
+    @property
+    def y_name(self) -> str:
+        return f"{self.role}_y" if self.role else "y"
+
+    def of_tasks(self, tasks: slice) -> Examples:
+        return Examples(self.x[tasks], self.y[tasks], self.role)
 
 
-def read_step_weights(weights: Sequence[float] | Tensor | None, steps: int) -> list[float]:
-    """The weights w_1 .. w_K of the query losses as numbers; none of them for None.
+class TaskBatch(NamedTuple):
+    """A batch of T tasks: a support set to adapt to, a query set to score.
+
+    Attributes:
+        support_x: ``[T, S, ...]``.
+        support_y: ``[T, S, ...]``; int64 labels or floating-point targets.
+        query_x, query_y: the same with Q examples.
+    """
+
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+
+    @property
+    def support(self) -> Examples:
+        return Examples(self.support_x, self.support_y, "support")
+
+    @property
+    def query(self) -> Examples:
+        return Examples(self.query_x, self.query_y, "query")
+
+    def detached(self) -> TaskBatch:
+        """The batch without its graph. What is no tensor stays, for the engine to refuse."""
+        return TaskBatch(*(t.detach() if isinstance(t, Tensor) else t for t in self))
+
+
+class MetaGradient(NamedTuple):
+    """A meta-loss and its gradient, without a graph.
+
+    Attributes:
+        loss: scalar.
+        outputs: on the queries after the last step ``[T, Q, N]``.
+        grads: gradient to the module's trainable parameters ``[P]``, in the order of
+            ``ParameterLayout``.
+        lr_grad: gradient to a learned ``lr``, in its shape; otherwise None.
+        rule_grads: gradients to the rule's learned hyperparameters, by name.
+    """
+
+    loss: Tensor
+    outputs: Tensor
+    grads: Tensor
+    lr_grad: Tensor | None
+    rule_grads: dict[str, Tensor]
+
+    def assign_to(self, learner: Any) -> None:
+        """Set ``.grad`` of the learner's parameters for its optimizer, replacing earlier ones."""
+        named = dict(learner.module.named_parameters())
+        for name, grad in ParameterLayout.of(learner.module).views(self.grads).items():
+            named[name].grad = grad
+        if self.lr_grad is not None:
+            cast("Tensor", learner.lr).grad = self.lr_grad
+        for name, grad in self.rule_grads.items():
+            cast("nn.Module", learner.rule).get_parameter(name).grad = grad
+
+
+@dataclass(frozen=True)
+class InnerLoopOptions:
+    """Options of an inner loop that both engines have.
+
+    Args:
+        steps: K, inner gradient steps; 0 adapts nothing.
+        first_order: leave the Hessian out (FOMAML): ``v_k = v_{k+1}``. No graph of the inner
+            gradients is built and no Hessian-vector product taken. Step sizes still get
+            ``-g_k v_{k+1}``; the support gets no gradient.
+        hvp_mode: ``"reverse"``, ``"forward"`` or ``"finite_difference"``, as in ``fastmeta.hvp``.
+        task_chunk: tasks that run together; None is all of them. Memory grows with it; results do
+            not depend on it beyond rounding (random numbers, as in dropout, do). 1 runs each
+            task by itself, without vmap, for modules that vmap cannot take.
+        norm_statistics: statistics of batch and instance norms that track running ones:
+            ``"batch"``, always the batch's, or ``"running"``, in ``eval()`` the running ones
+            as in any module. Neither updates the running ones.
+        rule: the inner update rule, see ``fastmeta.rules``; None: plain descent.
 
     Raises:
-        TypeError: ``weights`` is no sequence of numbers and no tensor.
-        ValueError: not K of them, one that is not finite, or no steps.
+        TypeError, ValueError: an option of the wrong type or out of range.
     """
-    if weights is None:
-        return []
-    expected = f"step_weights: expected {steps} finite numbers, one a step"
-    if steps == 0:
-        raise ValueError("step_weights: expected None, as there are no steps")
-    if isinstance(weights, Tensor):
-        if weights.ndim != 1:
-            raise ValueError(f"{expected}, got shape {list(weights.shape)}")
-        weights = weights.tolist()
-    numbers = isinstance(weights, Sequence) and all(isinstance(w, (int, float)) for w in weights)
-    if not numbers:
-        raise TypeError(f"{expected}, got {weights!r}")
-    if len(weights) != steps or not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"{expected}, got {list(weights)}")
-    return [float(weight) for weight in weights]
+
+    steps: int = 1
+    first_order: bool = False
+    hvp_mode: str = "reverse"
+    task_chunk: int | None = None
+    norm_statistics: str = "batch"
+    rule: Rule | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("steps", self.steps, 0)
+        if self.task_chunk is not None:
+            check_integer("task_chunk", self.task_chunk, 1)
+        if not isinstance(self.first_order, bool):
+            raise TypeError(f"first_order: expected a bool, got {self.first_order!r}")
+        check_choice("hvp_mode", self.hvp_mode, MODES)
+        check_choice("norm_statistics", self.norm_statistics, NORM_STATISTICS)
+        if not (self.rule is None or isinstance(self.rule, Rule)):
+            raise TypeError(f"rule: expected a fastmeta.rules.Rule, got {type(self.rule).__name__}")
+
+    @property
+    def inner_rule(self) -> Rule:
+        """The rule that takes the inner steps."""
+        return PLAIN if self.rule is None else self.rule
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the inner steps are plain descent."""
+        return self.rule is None or self.rule.is_plain
+
+    def chunks(self, tasks: int) -> list[slice]:
+        """The tasks that run together."""
+        size = self.task_chunk or tasks
+        return [slice(start, start + size) for start in range(0, tasks, size)]
 
 
-class _RaiseOnDoubleBackward(torch.autograd.Function):
-    """Its inputs; a derivative of them raises."""
+class Engine(Protocol):
+    """Adaptation, meta-gradient and Hessian-vector product of a module and its loss.
 
-    @staticmethod
-    def forward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.clone() for grad in grads)
+    ``theta`` is ``[P]`` for all tasks, ``[T, P]``, or None for the module's own parameters; ``lr``
+    is read by ``StepSizes.of``. Methods raise TypeError and ValueError, naming the argument that
+    does not fit.
+    """
 
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "the meta-gradient comes from the adjoint recursion, which keeps no graph: it cannot "
-            "be differentiated again. MAML.clone() and adapt() unroll a graph that can."
-        )
+    @property
+    def module(self) -> nn.Module: ...
 
+    @property
+    def options(self) -> InnerLoopOptions: ...
 
-def once_differentiable(grads: list[Tensor | None]) -> list[Tensor | None]:
-    """The gradients; where a graph of them is asked for, one that raises when it is used."""
-    if not torch.is_grad_enabled():
-        return grads
-    present = [grad.detach().requires_grad_() for grad in grads if grad is not None]
-    marked = iter(_RaiseOnDoubleBackward.apply(*present) if present else ())
-    return [None if grad is None else next(marked) for grad in grads]
+    def with_steps(self, steps: int) -> Engine:
+        """The same engine with another number of inner steps."""
+        ...
 
+    def parameters(self) -> Tensor:
+        """The module's own trainable parameters as an arena ``[P]``, a differentiable copy."""
+        ...
 
-def is_learned(lr: float | Tensor) -> TypeGuard[Tensor]:
-    return isinstance(lr, Tensor) and lr.requires_grad
+    def adapt(
+        self,
+        theta: Tensor | None,
+        lr: float | Tensor,
+        support: Examples,
+        indices: Tensor | None = None,
+    ) -> Tensor:
+        """The parameters of every task after K steps ``[T, P]``.
+
+        ``indices`` ``[K, B]`` are the examples that each step sees; None: all of them.
+        """
+        ...
+
+    def meta_loss(
+        self,
+        theta: Tensor | None,
+        lr: float | Tensor,
+        batch: TaskBatch,
+        step_weights: Sequence[float] | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The mean query loss after adaptation, and the outputs on the queries."""
+        ...
+
+    def meta_gradient(
+        self,
+        lr: float | Tensor,
+        batch: TaskBatch,
+        step_weights: Sequence[float] | Tensor | None = None,
+    ) -> MetaGradient:
+        """The meta-loss from the module's own parameters, with its gradient."""
+        ...
+
+    def query_losses(
+        self, theta: Tensor, query: Examples, gradient: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Each task's query loss at given parameters, the outputs, and perhaps the gradient."""
+        ...
+
+    def hvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:
+        """The Hessian of each task's loss on the examples, times a vector."""
+        ...
+
+    def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
+        """The module's outputs ``[T, B, ...]`` on x with the parameters of adapted tasks."""
+        ...
+
+    def explain(self, support: Examples | None = None) -> str:
+        """Which engine runs, and how, in a few sentences."""
+        ...

@@ -1,28 +1,58 @@
-"""What the engines refuse: options, arenas and data that do not fit."""
+"""Checks of the engines' arguments: step weights, arenas, examples and their indices."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastmeta.core.derivatives import Tensors
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.engines.base import Examples
 
 
-def checked_rows(rows: Tensor, steps: int, support_x: Tensor) -> Tensor:
-    """The examples that each step sees, on the device of the support."""
-    if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
-        got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
-        raise TypeError(f"rows: expected an int64 tensor, got {got}")
-    if rows.ndim != 2 or len(rows) != steps or rows.shape[1] == 0:
-        raise ValueError(f"rows: expected shape [{steps}, B], a row a step, got {list(rows.shape)}")
-    examples = support_x.shape[1]
-    if rows.numel() and not (rows.min() >= 0 and rows.max() < examples):
-        raise ValueError(f"rows: expected examples from 0 to {examples - 1}")
-    return rows.to(support_x.device)
+def read_step_weights(weights: Sequence[float] | Tensor | None, steps: int) -> list[float]:
+    """The weights w_1 .. w_K of the query losses as numbers; none of them for None.
+
+    Raises:
+        TypeError: ``weights`` is no sequence of numbers and no tensor.
+        ValueError: not K of them, one that is not finite, or no steps.
+    """
+    if weights is None:
+        return []
+    expected = f"step_weights: expected {steps} finite numbers, one a step"
+    if steps == 0:
+        raise ValueError("step_weights: expected None, as there are no steps")
+    if isinstance(weights, Tensor):
+        if weights.ndim != 1:
+            raise ValueError(f"{expected}, got shape {list(weights.shape)}")
+        weights = weights.tolist()
+    numbers = isinstance(weights, Sequence) and all(isinstance(w, (int, float)) for w in weights)
+    if not numbers:
+        raise TypeError(f"{expected}, got {weights!r}")
+    if len(weights) != steps or not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"{expected}, got {list(weights)}")
+    return [float(weight) for weight in weights]
+
+
+def check_indices(indices: Tensor, steps: int, support: Examples) -> Tensor:
+    """The examples that each step sees ``[K, B]``, on the device of the support."""
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(f"indices: expected an int64 tensor, got {got}")
+    if indices.ndim != 2 or len(indices) != steps or indices.shape[1] == 0:
+        raise ValueError(
+            f"indices: expected shape [{steps}, B], a row a step, got {list(indices.shape)}"
+        )
+    examples = support.x.shape[1]
+    if indices.numel() and not (indices.min() >= 0 and indices.max() < examples):
+        raise ValueError(f"indices: expected examples from 0 to {examples - 1}")
+    return indices.to(support.x.device)
 
 
 def check_arena(name: str, layout: ParameterLayout, arena: Tensor, tasks: int) -> None:
+    """Raise unless ``arena`` is ``[P]`` or ``[T, P]`` of the layout's dtype and device."""
     if not isinstance(arena, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(arena).__name__}")
     if arena.shape not in ((layout.numel,), (tasks, layout.numel)):
@@ -36,27 +66,41 @@ def check_arena(name: str, layout: ParameterLayout, arena: Tensor, tasks: int) -
         raise ValueError(f"{name}: expected device {layout.device}, got {arena.device}")
 
 
-def check_data(layout: ParameterLayout, data: Tensors) -> int:
-    """The number of tasks in inputs and targets, which alternate."""
-    for name, tensor in data.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.ndim < 2 or 0 in tensor.shape[:2]:
-            raise ValueError(
-                f"{name}: expected shape [T, examples, ...] with at least one task and one "
-                f"example, got {list(tensor.shape)}"
-            )
-        if tensor.device != layout.device:
-            raise ValueError(f"{name}: expected device {layout.device}, got {tensor.device}")
-    tasks = len(next(iter(data.values())))
-    pairs = iter(data.items())
-    for (x_name, x), (y_name, y) in zip(pairs, pairs, strict=True):
-        for name, tensor in ((x_name, x), (y_name, y)):
-            if tensor.shape[:2] != (tasks, x.shape[1]):
+def check_examples(layout: ParameterLayout, *sets: Examples) -> int:
+    """The number of tasks in sets of examples, which all have the same.
+
+    Raises:
+        TypeError: what is no tensor; inputs of another floating-point dtype than the parameters.
+        ValueError: no tasks or no examples, different numbers of them, or another device.
+    """
+    for examples in sets:
+        _check_tensor(examples.x_name, examples.x, layout)
+        _check_tensor(examples.y_name, examples.y, layout)
+    tasks = len(sets[0].x)
+    for examples in sets:
+        expected = (tasks, examples.x.shape[1])
+        for name, tensor in ((examples.x_name, examples.x), (examples.y_name, examples.y)):
+            if tensor.shape[:2] != expected:
                 raise ValueError(
-                    f"{name}: expected shape [{tasks}, {x.shape[1]}, ...], got {list(tensor.shape)}"
+                    f"{name}: expected shape [{expected[0]}, {expected[1]}, ...], "
+                    f"got {list(tensor.shape)}"
                 )
-        mixed = x.is_floating_point() and x.dtype != layout.dtype
+        mixed = examples.x.is_floating_point() and examples.x.dtype != layout.dtype
+        # Under autocast the module itself brings its inputs to one dtype.
         if mixed and not torch.is_autocast_enabled(layout.device.type):
-            raise TypeError(f"{x_name}: expected dtype {layout.dtype}, got {x.dtype}")
+            raise TypeError(
+                f"{examples.x_name}: expected dtype {layout.dtype}, got {examples.x.dtype}"
+            )
     return tasks
+
+
+def _check_tensor(name: str, tensor: Tensor, layout: ParameterLayout) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.ndim < 2 or 0 in tensor.shape[:2]:
+        raise ValueError(
+            f"{name}: expected shape [T, examples, ...] with at least one task and one "
+            f"example, got {list(tensor.shape)}"
+        )
+    if tensor.device != layout.device:
+        raise ValueError(f"{name}: expected device {layout.device}, got {tensor.device}")

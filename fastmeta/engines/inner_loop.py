@@ -1,11 +1,16 @@
-"""K inner steps of many tasks without a graph, and the adjoint recursion back through them."""
+"""K inner steps of many tasks without a graph, and the adjoint recursion back through them.
+
+Symbols, as in the formulas of ``fastmeta.engines.adjoint``: theta the parameters ``[T, P]``, g_k
+the gradient of the support loss at theta_k, v_k the adjoint, that is, the gradient of the meta-loss
+to theta_k, and H_k the Hessian of the support loss at theta_k.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -13,48 +18,118 @@ from torch import Tensor
 from fastmeta.core.derivatives import Tensors
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.random_state import RandomState
-from fastmeta.engines.base import QUERY, SUPPORT
+from fastmeta.core.step_sizes import StepSizes
+from fastmeta.engines.base import Examples, InnerLoopOptions
 from fastmeta.rules.base import PREFIX, Pullback, Rule, State, Step
 
-_LEFT_OUT = cast("Tensor", None)  # for a plain step, whose derivative does not look at it
+SUPPORT_NAMES = ("support_x", "support_y")
+QUERY_NAMES = ("query_x", "query_y")
+
+_LEFT_OUT = cast("Tensor", None)  # on the tape of a plain step, whose derivative does not read it
 
 
 class Passes(Protocol):
     """Gradients, Hessian-vector products and query losses at parameters ``[T, P]``.
 
     An inner loop needs nothing else of a module. ``ModulePasses`` takes them by autograd,
-    ``ProgramPasses`` by compiled calls.
+    ``ProgramPasses`` by compiled calls. ``requires`` names the tensors whose gradient is asked for;
+    gradients of inputs come back by the same names.
     """
 
     @property
-    def layout(self) -> ParameterLayout: ...
+    def layout(self) -> ParameterLayout:
+        """The parameters in an arena ``[..., P]``."""
+        ...
 
     @property
-    def constants(self) -> Sequence[Tensor]: ...
+    def constants(self) -> Sequence[Tensor]:
+        """Tensors that the passes read besides their arguments; the backward reads them again."""
+        ...
 
-    def conditions(self) -> AbstractContextManager[None]: ...
+    def conditions(self) -> AbstractContextManager[None]:
+        """The context of all passes of one loop."""
+        ...
 
-    def random_state(self, device: torch.device) -> RandomState | None: ...
+    def random_state(self, device: torch.device) -> RandomState | None:
+        """The generators before the next gradient, for ``curvature`` to draw the same numbers."""
+        ...
 
-    def gradient(self, k: int, theta: Tensor, data: Tensors) -> Tensor: ...
+    def gradient(self, k: int, theta: Tensor, support: Examples) -> Tensor:
+        """g_k ``[T, P]``, the gradient of the support loss at theta_k."""
+        ...
 
     def curvature(
-        self, k: int, theta: Tensor, direction: Tensor, data: Tensors, inputs: Tensors, random: Any
-    ) -> tuple[Tensor, Tensors]: ...
+        self,
+        k: int,
+        theta: Tensor,
+        direction: Tensor,
+        support: Examples,
+        requires: set[str],
+        random: Any,
+    ) -> tuple[Tensor, Tensors]:
+        """``H_k direction`` ``[T, P]``, and the gradient of ``<g_k, direction>`` to the support."""
+        ...
 
     def query(
-        self, k: int, theta: Tensor, data: Tensors, wants: set[str], weight: float
-    ) -> tuple[Tensor, Tensor, Tensors]: ...
+        self, k: int, theta: Tensor, query: Examples, requires: set[str], weight: float
+    ) -> tuple[Tensor, Tensor, Tensors]:
+        """The query losses ``[T]`` at theta_k, the outputs, and the gradient of weighted losses.
+
+        If anything is required, the gradient has ``theta`` ``[T, P]`` and the required tensors.
+        """
+        ...
+
+
+class LoopInputs(NamedTuple):
+    """The detached tensors that an inner loop starts from.
+
+    Attributes:
+        theta: starting parameters ``[P]`` for all tasks, or ``[T, P]``.
+        step_sizes: the inner step sizes.
+        support: the examples to adapt to.
+        query: the examples to score; None if the loop only adapts.
+    """
+
+    theta: Tensor
+    step_sizes: StepSizes
+    support: Examples
+    query: Examples | None = None
+
+    def of_tasks(self, tasks: slice) -> LoopInputs:
+        """The inputs of some tasks; tensors that all tasks share stay whole."""
+        return LoopInputs(
+            of_tasks("theta", self.theta, tasks),
+            self.step_sizes.of_tasks(tasks),
+            self.support.of_tasks(tasks),
+            None if self.query is None else self.query.of_tasks(tasks),
+        )
+
+    def named(self) -> Tensors:
+        """The tensors by the names that gradients have."""
+        named = {"theta": self.theta, "lr": self.step_sizes.values}
+        for examples in (self.support, self.query):
+            if examples is not None:
+                named.update({examples.x_name: examples.x, examples.y_name: examples.y})
+        return named
+
+
+def of_tasks(name: str, tensor: Tensor, tasks: slice) -> Tensor:
+    """The part of a named tensor, or of its gradient, that belongs to some tasks."""
+    if name.startswith(PREFIX):
+        return tensor
+    if name == "lr":
+        return StepSizes(tensor).of_tasks(tasks).values
+    return tensor if name == "theta" and tensor.ndim < 2 else tensor[tasks]
 
 
 @dataclass
 class Tape:
-    """What K steps leave behind for the way back.
+    """The record of K steps that the adjoint recursion reads.
 
     Attributes:
         thetas: theta_0 .. theta_{K-1} ``[T, P]``, for the second order and for the rule.
         grads: g_0 .. g_{K-1} ``[T, P]``, for the step sizes and for the rule.
-        states: the rule's before each step.
+        states: the rule's state before each step.
         randoms: the generators before each step, for the second order.
     """
 
@@ -63,30 +138,31 @@ class Tape:
     states: list[State] = field(default_factory=list)
     randoms: list[RandomState | None] = field(default_factory=list)
 
-    def at(self, k: int, lr: Tensor) -> Step:
+    def at(self, k: int, step_sizes: Tensor) -> Step:
         """Where step k started."""
         theta, grads = (steps[k] if steps else _LEFT_OUT for steps in (self.thetas, self.grads))
-        return Step(k, theta, grads, lr, self.states[k] if self.states else ())
+        return Step(k, theta, grads, step_sizes, self.states[k] if self.states else ())
 
 
 @dataclass(frozen=True)
 class InnerLoop:
-    """The inner loop of the tasks of one call, its adjoint, and the query loss.
+    """The inner loop of one call, its adjoint, and the query loss.
 
-    ``wants`` names the tensors whose gradient is asked for, among ``theta``, ``lr``, ``support_x``,
-    ``support_y``, ``query_x``, ``query_y`` and the rule's parameters, ``rule.NAME``. ``step`` holds
-    the step sizes as ``[K or 1, T or 1, P or 1]``. All tensors come detached.
+    ``requires`` names the tensors whose gradient is asked for, among ``theta``, ``lr``,
+    ``support_x``, ``support_y``, ``query_x``, ``query_y`` and the rule's parameters, ``rule.NAME``.
 
     Attributes:
         passes: of the module, or of its task program; perhaps on minibatches.
-        steps, first_order: as in ``FunctionalEngine``.
-        rule: what takes the steps.
+        options: steps, order and rule.
     """
 
     passes: Passes
-    steps: int
-    first_order: bool
-    rule: Rule
+    options: InnerLoopOptions
+
+    @property
+    def rule(self) -> Rule:
+        """The inner update rule."""
+        return self.options.inner_rule
 
     @property
     def rule_parameters(self) -> Tensors:
@@ -95,178 +171,174 @@ class InnerLoop:
 
     def run(
         self,
-        theta: Tensor,
-        step: Tensor,
-        data: Tensors,
-        wants: set[str],
-        visit: Callable[[int, Tensor], None] | None = None,
+        inputs: LoopInputs,
+        requires: set[str],
+        on_step: Callable[[int, Tensor], None] | None = None,
     ) -> tuple[Tensor, Tape]:
-        """theta_K ``[T, P]``, K steps from ``theta`` ``[P]`` or ``[T, P]``, and their tape.
+        """Take the K steps: theta_K ``[T, P]`` and their tape.
 
-        ``visit(k, theta_k)`` is called on the way, for k = 0 .. K - 1.
+        ``on_step(k, theta_k)`` is called before each step, for k = 0 .. K - 1.
         """
-        tape, plain = Tape(), self.rule.is_plain
-        theta = theta.expand(len(data["support_x"]), self.passes.layout.numel)
+        first_order, plain, tape = self.options.first_order, self.rule.is_plain, Tape()
+        theta = inputs.theta.expand(len(inputs.support.x), self.passes.layout.numel)
         state = self.rule.start(theta)
-        goes_back = bool(wants.difference(QUERY, SUPPORT if self.first_order else ()))
+        # The queries' gradients need no tape; in first order the support has none.
+        taped = bool(requires.difference(QUERY_NAMES, SUPPORT_NAMES if first_order else ()))
         with self.passes.conditions():
-            for k in range(self.steps):
-                if visit is not None:
-                    visit(k, theta)
-                if goes_back and not self.first_order:
+            for k in range(self.options.steps):
+                if on_step is not None:
+                    on_step(k, theta)
+                if taped and not first_order:
                     tape.randoms.append(self.passes.random_state(theta.device))
-                grads = self.passes.gradient(k, theta, data)
-                if goes_back and not (plain and self.first_order):
+                grads = self.passes.gradient(k, theta, inputs.support)
+                if taped and not (plain and first_order):
                     tape.thetas.append(theta)
-                if goes_back and (not plain or "lr" in wants):
+                if taped and (not plain or "lr" in requires):
                     tape.grads.append(grads)
-                if goes_back and state:
+                if taped and state:
                     tape.states.append(state)
-                theta, state = self.rule.step(Step(k, theta, grads, step[_row(step, k)], state))
-        self.rule.finish(state, self.steps)
+                at = Step(k, theta, grads, inputs.step_sizes.at(k), state)
+                theta, state = self.rule.step(at)
+        self.rule.finish(state, self.options.steps)
         return theta, tape
 
     def adjoint(
-        self, tape: Tape, pulls: dict[int, Tensor], step: Tensor, data: Tensors, wants: set[str]
+        self,
+        tape: Tape,
+        query_grads: dict[int, Tensor],
+        inputs: LoopInputs,
+        requires: set[str],
     ) -> Tensors:
-        """The gradient before the K steps.
+        """Go back through the K steps by the adjoint recursion.
 
         Args:
             tape: of these steps.
-            pulls: k -> the gradient ``[T, P]`` of what reads theta_k besides the next step: always
-                for k = K, and for each k < K that has a query loss of its own.
-            step, data, wants: as for ``run``.
+            query_grads: for step k, the gradient ``[T, P]`` of the query loss evaluated at theta_k.
+                Always has k = K; has k < K if step k's query loss has a weight.
+            inputs, requires: as for ``run``.
 
         Returns:
-            name -> gradient: ``theta`` ``[T, P]``; ``lr`` in the shape of ``step``; the rule's
-            parameters and the support as they are, the latter not in first order.
+            name -> gradient: ``theta`` ``[T, P]``; ``lr`` in the shape of the step sizes; those of
+            the rule's parameters and of the support that are required. First order has no gradient
+            of the support.
         """
-        inputs = {} if self.first_order else {n: data[n] for n in SUPPORT if n in wants}
-        named = {n: p for n, p in {"lr": step, **self.rule_parameters}.items() if n in wants}
-        result = {name: torch.zeros_like(t) for name, t in (inputs | named).items()}
-        asked = set(named) if self.first_order else {"grads", *named}
-        v = pulls[self.steps]
-        state_v = Rule.start(self.rule, v)  # zeros: nothing differentiable reads the last state
+        named = {**inputs.named(), **self.rule_parameters}
+        support = set() if self.options.first_order else requires.intersection(SUPPORT_NAMES)
+        hyperparameters = requires.intersection({"lr", *self.rule_parameters})
+        result = {name: torch.zeros_like(named[name]) for name in support | hyperparameters}
+        # In first order v_{k+1} reaches theta_k directly, not through g_k.
+        of_step = hyperparameters if self.options.first_order else {"grads", *hyperparameters}
+        v = query_grads[self.options.steps]
+        # Zeros: nothing differentiable reads the last state. Not the rule's own start, which may be
+        # a remembered state.
+        state_v = Rule.start(self.rule, v)
         with self.passes.conditions():
-            for k in reversed(range(self.steps)):
-                row = _row(step, k)
-                back = self.rule.vjp(tape.at(k, step[row]), v, state_v, asked)
+            for k in reversed(range(self.options.steps)):
+                at = tape.at(k, inputs.step_sizes.at(k))
+                back = self.rule.vjp(at, v, state_v, of_step)
                 for name, tensor in back.named.items():
+                    row = inputs.step_sizes.row(k)
                     target = result["lr"][row] if name == "lr" else result[name]
                     target += tensor
                 v, state_v = back.theta, back.state
-                for pull in (self._curved(tape, k, back, data, inputs, result), pulls.get(k)):
-                    v = v if pull is None else v + pull
+                curved = self._curvature(tape, k, back, inputs.support, support, result)
+                for term in (curved, query_grads.get(k)):
+                    v = v if term is None else v + term
         return {**result, "theta": v}
 
-    def _curved(
-        self, tape: Tape, k: int, back: Pullback, data: Tensors, inputs: Tensors, result: Tensors
+    def _curvature(
+        self,
+        tape: Tape,
+        k: int,
+        back: Pullback,
+        support: Examples,
+        requires: set[str],
+        result: Tensors,
     ) -> Tensor | None:
-        """H_k times what goes back to g_k, whose share in the inputs is added to the result."""
+        """H_k times the gradient to g_k; adds the support's share to ``result``."""
         if back.grads is None:
             return None
-        random: Any = tape.randoms[k]
-        at = k, tape.thetas[k], back.grads
-        product, mixed = self.passes.curvature(*at, data, inputs, random)
+        product, mixed = self.passes.curvature(
+            k, tape.thetas[k], back.grads, support, requires, tape.randoms[k]
+        )
         for name, tensor in mixed.items():
             result[name] += tensor
         return product
 
     def meta_gradient(
-        self,
-        theta: Tensor,
-        step: Tensor,
-        data: Tensors,
-        wants: set[str],
-        chunks: Sequence[slice],
-        weights: Mapping[int, float],
+        self, inputs: LoopInputs, requires: set[str], weights: Mapping[int, float]
     ) -> tuple[Tensor, Tensor, Tensors]:
         """The meta-loss, the outputs on the queries, and the gradient of the meta-loss.
 
         Args:
-            theta, step, data, wants: as for ``run``.
-            chunks: the tasks that run together.
-            weights: k -> weight of the query loss at theta_k; K is among them, with 0 if need be.
+            inputs, requires: as for ``run``.
+            weights: k -> weight of the query loss at theta_k; has K, with 0 if need be.
 
         Returns:
             loss ``[]``, outputs at theta_K ``[T, Q, ...]``, and name -> gradient in the shape of
             the tensor.
         """
-        sources = {"theta": theta, "lr": step, **data}
-        unreached = SUPPORT if self.first_order else ()
-        shapes = {**sources, **self.rule_parameters}
-        result = {n: torch.zeros_like(shapes[n]) for n in wants if n not in unreached}
+        unreached = SUPPORT_NAMES if self.options.first_order else ()
+        shapes = {**inputs.named(), **self.rule_parameters}
+        result = {n: torch.zeros_like(shapes[n]) for n in requires if n not in unreached}
         losses: list[Any] = []  # tensors, as the weights have K
         outputs: list[Any] = []
-        for rows in chunks:
-            part = {name: take_tasks(name, tensor, rows) for name, tensor in sources.items()}
-            queries = _WeightedQueries(self, part, wants, weights)
-            adapted, tape = self.run(part["theta"], part["lr"], part, wants, queries.visit)
-            queries.visit(self.steps, adapted)
+        tasks = len(inputs.support.x)
+        for rows in self.options.chunks(tasks):
+            part = inputs.of_tasks(rows)
+            queries = _WeightedQueries(self.passes, cast("Examples", part.query), requires, weights)
+            adapted, tape = self.run(part, requires, queries.add)
+            queries.add(self.options.steps, adapted)
             losses.append(queries.losses)
             outputs.append(queries.outputs)
-            grads = queries.grads
-            if wants.difference(QUERY):
-                grads.update(self.adjoint(tape, queries.pulls, part["lr"], part, wants))
+            grads = queries.input_grads
+            if requires.difference(QUERY_NAMES):
+                grads.update(self.adjoint(tape, queries.theta_grads, part, requires))
             for name in result.keys() & grads.keys():
-                target = take_tasks(name, result[name], rows)
+                target = of_tasks(name, result[name], rows)
                 target += grads[name].sum_to_size(target.shape)
-        tasks = len(data["query_x"])
         means = {name: total.div_(tasks) for name, total in result.items()}
         return torch.cat(losses).mean(), torch.cat(outputs), means
 
 
 @dataclass
 class _WeightedQueries:
-    """The query losses of a chunk, ``sum_k w_k L_q(theta_k)``, gathered as the inner loop goes on.
+    """The query losses of a chunk, ``sum_k w_k L_q(theta_k)``, summed as the inner loop proceeds.
 
-    They are taken on the way there, in the order in which an unrolled loop would draw its random
-    numbers; the way back finds their gradients in ``pulls``.
+    They are taken in the forward loop, in the order in which an unrolled loop would draw its random
+    numbers; the adjoint reads their gradients from ``theta_grads``.
 
     Attributes:
-        loop, data, wants, weights: as in ``InnerLoop.meta_gradient``, of the chunk.
-        losses: their weighted sum ``[T]``.
-        outputs: those of the last visit ``[T, Q, ...]``.
-        pulls: k -> ``w_k grad L_q(theta_k)`` ``[T, P]``, if a gradient is wanted.
-        grads: name -> gradient of the wanted query tensors.
+        passes, query, requires, weights: as in ``InnerLoop.meta_gradient``, of the chunk.
+        losses: the weighted sum ``[T]``.
+        outputs: on the queries at the last parameters added ``[T, Q, ...]``.
+        theta_grads: k -> ``w_k grad L_q(theta_k)`` ``[T, P]``, if a gradient is required.
+        input_grads: name -> gradient of the required query tensors.
     """
 
-    loop: InnerLoop
-    data: Tensors
-    wants: set[str]
+    passes: Passes
+    query: Examples
+    requires: set[str]
     weights: Mapping[int, float]
     losses: Tensor | None = None
     outputs: Tensor | None = None
-    pulls: dict[int, Tensor] = field(default_factory=dict)
-    grads: Tensors = field(default_factory=dict)
+    theta_grads: dict[int, Tensor] = field(default_factory=dict)
+    input_grads: Tensors = field(default_factory=dict)
 
-    def visit(self, k: int, theta: Tensor) -> None:
-        """Adds the query loss at theta_k, if it has a weight."""
+    def add(self, k: int, theta: Tensor) -> None:
+        """Add the query loss at theta_k, if it has a weight."""
         if k not in self.weights:
             return
         weight = self.weights[k]
-        wants = self.wants if weight else set()
-        losses, self.outputs, grads = self.loop.passes.query(k, theta, self.data, wants, weight)
+        requires = self.requires if weight else set()
+        losses, self.outputs, grads = self.passes.query(k, theta, self.query, requires, weight)
         # A weight of 0 means not asked for: 0 times an infinite loss would be NaN.
         weighted = weight * losses if weight else torch.zeros_like(losses)
         self.losses = weighted if self.losses is None else self.losses + weighted
-        self.pulls[k] = grads.pop("theta") if wants else torch.zeros_like(theta)
+        self.theta_grads[k] = grads.pop("theta") if requires else torch.zeros_like(theta)
         for name, grad in grads.items():
-            self.grads[name] = self.grads[name] + grad if name in self.grads else grad
-
-
-def _row(step: Tensor, k: int) -> int:
-    """The row of step k: its own, or the one that all steps share."""
-    return k % len(step)
-
-
-def take_tasks(name: str, tensor: Tensor, rows: slice) -> Tensor:
-    """A chunk of the tasks' rows; what tasks share stays whole."""
-    if name.startswith(PREFIX):
-        return tensor
-    if name == "lr":
-        return tensor if tensor.shape[1] == 1 else tensor[:, rows]
-    return tensor if name == "theta" and tensor.ndim < 2 else tensor[rows]
+            known = self.input_grads.get(name)
+            self.input_grads[name] = grad if known is None else known + grad
 
 
 @dataclass(frozen=True)
@@ -275,31 +347,36 @@ class Minibatches:
 
     Attributes:
         passes: of all of them.
-        rows: ``[K, B]``, the examples of each step.
+        indices: ``[K, B]``, the examples of each step.
     """
 
     passes: Passes
-    rows: Tensor
+    indices: Tensor
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.passes, name)
 
-    def gradient(self, k: int, theta: Tensor, data: Tensors) -> Tensor:
-        return self.passes.gradient(k, theta, self._seen(k, data))
+    def gradient(self, k: int, theta: Tensor, support: Examples) -> Tensor:
+        return self.passes.gradient(k, theta, self._seen(k, support))
 
     def curvature(
-        self, k: int, theta: Tensor, direction: Tensor, data: Tensors, inputs: Tensors, random: Any
+        self,
+        k: int,
+        theta: Tensor,
+        direction: Tensor,
+        support: Examples,
+        requires: set[str],
+        random: Any,
     ) -> tuple[Tensor, Tensors]:
-        at = k, theta, direction, self._seen(k, data), self._seen(k, inputs)
-        product, mixed = self.passes.curvature(*at, random)
+        seen = self._seen(k, support)
+        product, mixed = self.passes.curvature(k, theta, direction, seen, requires, random)
+        tensors = {support.x_name: support.x, support.y_name: support.y}
         whole = {
-            name: torch.zeros_like(inputs[name]).index_add_(1, self.rows[k], part)
+            name: torch.zeros_like(tensors[name]).index_add_(1, self.indices[k], part)
             for name, part in mixed.items()
         }
         return product, whole
 
-    def _seen(self, k: int, data: Tensors) -> Tensors:
-        return {
-            name: tensor[:, self.rows[k]] if name in SUPPORT else tensor
-            for name, tensor in data.items()
-        }
+    def _seen(self, k: int, support: Examples) -> Examples:
+        indices = self.indices[k]
+        return Examples(support.x[:, indices], support.y[:, indices], support.role)

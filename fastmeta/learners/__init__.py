@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fastmeta.learners.base import AdaptedTasks, MetaGradient
+from fastmeta.engines.base import MetaGradient
+from fastmeta.learners.base import AdaptedTasks
 from fastmeta.learners.gradient.anil import ANIL, AdaptedHeads
 from fastmeta.learners.gradient.fomaml import FOMAML
 from fastmeta.learners.gradient.imaml import IMAML

@@ -1,8 +1,7 @@
-"""The passes of a module that an inner loop is made of, by autograd and vmap."""
+"""The passes of any module that an inner loop needs, by autograd and vmap."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -13,11 +12,12 @@ from fastmeta.core.derivatives import Tensors, Total, curvature, gradient
 from fastmeta.core.inner_step import inner_step
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.random_state import RandomState
-from fastmeta.engines.base import QUERY, Loss
+from fastmeta.engines.base import Examples, InnerLoopOptions, Loss
+from fastmeta.engines.functional.label_checks import with_checked_labels
 from fastmeta.engines.functional.task_module import TaskModule
 
-# Activations that a reverse Hessian-vector product keeps, in those of a gradient: measured 2.9 on
-# Conv4-64 and 2.8 on an MLP.
+# Activations that a reverse Hessian-vector product keeps, in multiples of a gradient's: measured
+# 2.9 on Conv4-64 and 2.8 on an MLP.
 _HVP_ACTIVATIONS = 3
 
 
@@ -25,37 +25,59 @@ _HVP_ACTIVATIONS = 3
 class ModulePasses:
     """Gradients, products and query losses of any module, at parameters ``[T, P]``.
 
+    The methods are documented in ``fastmeta.engines.inner_loop.Passes``.
+
     Attributes:
         layout: of the arenas.
-        call: the module.
-        losses: the loss by role, ``"support"`` and ``"query"``.
-        steps, first_order, hvp_mode: as in ``FunctionalEngine``.
+        task_module: the module as a function of the tasks' parameters.
+        support_loss, query_loss: the loss, which checks the labels of this batch.
+        hvp_mode: as in ``InnerLoopOptions``.
+        examples_together: query examples a task that one pass of all tasks could take; None: any.
     """
 
     layout: ParameterLayout
-    call: TaskModule
-    losses: dict[str, Loss]
-    steps: int
-    first_order: bool
+    task_module: TaskModule
+    support_loss: Loss
+    query_loss: Loss
     hvp_mode: str
+    examples_together: int | None
+
+    @classmethod
+    def of(
+        cls,
+        layout: ParameterLayout,
+        task_module: TaskModule,
+        loss: Loss,
+        options: InnerLoopOptions,
+        support: Examples | None,
+        query: Examples | None,
+    ) -> ModulePasses:
+        """The passes for a batch whose labels are checked here, once."""
+        support_loss, query_loss = (
+            loss if examples is None else with_checked_labels(loss, examples.y, examples.y_name)
+            for examples in (support, query)
+        )
+        together = None
+        if support is not None and options.steps > 0:
+            # As many activations as a Hessian-vector product on the support keeps, so that a large
+            # query set does not set the peak of the memory.
+            together = support.x.shape[1] * (1 if options.first_order else _HVP_ACTIVATIONS)
+        return cls(layout, task_module, support_loss, query_loss, options.hvp_mode, together)
 
     @property
     def constants(self) -> list[Tensor]:
-        """What a pass reads besides its arguments; it must stay as it is until the way back."""
-        return self.call.constants
+        return self.task_module.constants
 
     def conditions(self) -> AbstractContextManager[None]:
-        """What passes run in, all of a loop's together."""
-        return self.call.conditions()
+        return self.task_module.conditions()
 
     def random_state(self, device: torch.device) -> RandomState:
-        """What the next gradient draws, for ``curvature`` to draw it again."""
         return RandomState(device)
 
-    def gradient(self, k: int, theta: Tensor, data: Tensors) -> Tensor:
-        """g_k ``[T, P]``, that of the support loss at theta_k."""
+    def gradient(self, k: int, theta: Tensor, support: Examples) -> Tensor:
+        total = self._total(support, self.support_loss)
         with inner_step(k):
-            grads, _ = gradient(self._total("support", data), self.layout.views(theta), {})
+            grads, _ = gradient(total, self.layout.views(theta), {})
         return self.layout.flatten(grads)
 
     def curvature(
@@ -63,47 +85,31 @@ class ModulePasses:
         k: int,
         theta: Tensor,
         direction: Tensor,
-        data: Tensors,
-        inputs: Tensors,
+        support: Examples,
+        requires: set[str],
         random: RandomState,
     ) -> tuple[Tensor, Tensors]:
-        """``H_k direction`` ``[T, P]``, and the derivative of ``<g_k, direction>`` to the inputs.
-
-        Args:
-            k, theta, data: as for ``gradient``.
-            direction: ``[T, P]``.
-            inputs: those of the support whose derivative is wanted.
-            random: of the gradient at theta_k.
-        """
-        total = self._total("support", data)
+        total = self._total(support, self.support_loss)
         params, along = self.layout.views(theta), self.layout.views(direction)
+        inputs = _required(support, requires)
+        # The same random numbers as in the gradient of step k: the same dropout masks.
         with random.replay(), inner_step(k):
             product, mixed = curvature(total, params, along, inputs, self.hvp_mode)
         return self.layout.flatten(product), mixed
 
     def query(
-        self, k: int, theta: Tensor, data: Tensors, wants: set[str], weight: float
+        self, k: int, theta: Tensor, query: Examples, requires: set[str], weight: float
     ) -> tuple[Tensor, Tensor, Tensors]:
-        """The query losses at theta_k, the outputs, and the gradient of ``weight`` times their sum.
-
-        Tasks go in groups that keep no more activations than a Hessian-vector product on the
-        support does, so that a large query set does not set the peak of the memory.
-
-        Returns:
-            losses ``[T]``, outputs ``[T, Q, ...]``, and name -> gradient, if any is wanted: of
-            ``theta`` ``[T, P]`` and of the wanted query tensors.
-        """
         losses: list[Tensor] = []
         outputs: list[Tensor] = []
         grads: list[Tensors] = []
         with self.conditions(), inner_step(k):
-            for rows in self._query_groups(data):
-                part = {name: data[name][rows] for name in QUERY}
-                total = self._total("query", part, (losses, outputs), weight)
+            for rows in self._query_groups(query):
+                part = query.of_tasks(rows)
+                total = self._total(part, self.query_loss, weight, (losses, outputs))
                 params = self.layout.views(theta[rows])
-                if wants:
-                    inputs = {name: part[name] for name in QUERY if name in wants}
-                    to_params, to_inputs = gradient(total, params, inputs)
+                if requires:
+                    to_params, to_inputs = gradient(total, params, _required(part, requires))
                     grads.append({**to_inputs, "theta": self.layout.flatten(to_params)})
                 else:
                     total(params, {})
@@ -113,27 +119,35 @@ class ModulePasses:
 
     def _total(
         self,
-        role: str,
-        data: Tensors,
-        kept: tuple[list[Tensor], list[Tensor]] | None = None,
+        examples: Examples,
+        loss: Loss,
         weight: float = 1.0,
+        record: tuple[list[Tensor], list[Tensor]] | None = None,
     ) -> Total:
-        """The summed loss as a function of parameters and of the inputs that replace ``data``."""
+        """The summed loss as a function of parameters, and of inputs that replace the examples.
+
+        ``record`` gets the losses and the outputs of each call.
+        """
 
         def total(params: Tensors, inputs: Tensors) -> Tensor:
-            x, y = (inputs.get(name, data[name]) for name in (f"{role}_x", f"{role}_y"))
-            losses, outputs = self.call.losses(params, x, y, self.losses[role])
-            if kept is not None:
-                kept[0].append(losses.detach())
-                kept[1].append(outputs.detach())
+            x = inputs.get(examples.x_name, examples.x)
+            y = inputs.get(examples.y_name, examples.y)
+            losses, outputs = self.task_module.losses(params, x, y, loss)
+            if record is not None:
+                record[0].append(losses.detach())
+                record[1].append(outputs.detach())
             return losses.sum() if weight == 1 else weight * losses.sum()
 
         return total
 
-    def _query_groups(self, data: Tensors) -> Iterator[slice]:
-        tasks, queries = data["query_x"].shape[:2]
+    def _query_groups(self, query: Examples) -> list[slice]:
+        tasks, queries = query.x.shape[:2]
         size = tasks
-        if self.steps > 0 and "support_x" in data:
-            passes = 1 if self.first_order else _HVP_ACTIVATIONS
-            size = max(1, passes * tasks * data["support_x"].shape[1] // queries)
-        return (slice(start, start + size) for start in range(0, tasks, size))
+        if self.examples_together is not None:
+            size = max(1, tasks * self.examples_together // queries)
+        return [slice(start, start + size) for start in range(0, tasks, size)]
+
+
+def _required(examples: Examples, requires: set[str]) -> Tensors:
+    named = {examples.x_name: examples.x, examples.y_name: examples.y}
+    return {name: tensor for name, tensor in named.items() if name in requires}

@@ -207,8 +207,8 @@ class Builder:
             raise LoweringError(f"{where} {what} with unknown options: {error}") from error
         try:
             return handler(self, *args, **kwargs)
-        except LoweringError as refusal:
-            raise LoweringError(f"{where} {what}: {refusal}") from None
+        except LoweringError as error:
+            raise LoweringError(f"{where} {what}: {error.reason}") from None
 
     def _check_overwritten(self) -> None:
         # A transpose shares memory with its value in the module: it is the same tensor to it.

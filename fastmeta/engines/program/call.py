@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from fastmeta.core.cuda_graphs import Graphs
-from fastmeta.engines.base import once_differentiable
+from fastmeta.engines.autograd import once_differentiable
+from fastmeta.engines.base import InnerLoopOptions, TaskBatch
 from fastmeta.engines.program.lowering import Program
 from fastmeta.ops.task_program.bytecode import at_step
 
@@ -20,32 +21,39 @@ Tensors = tuple[Tensor, ...]
 
 
 class Call(NamedTuple):
-    """A program, the functions that run it (``fastmeta.ops.task_program``), and the options.
+    """A program on T tasks, the functions that run it, and the options.
 
-    Parameters come as one arena, ``[P]`` or ``[T, P]``, or, where they are the module's ``own``, as
-    all of them; autograd then sees one function instead of a concatenation and its parts. Where
-    there are ``graphs``, whole meta-gradients are replayed from them, the first one ``at_once``.
+    Attributes:
+        ops: the functions of ``fastmeta.ops.task_program``, compiled or not.
+        program: the module and its loss as code.
+        own_parameters: whether theta is the module's own parameters, given as all of them. Autograd
+            then sees one function instead of a concatenation and its parts. Otherwise theta is one
+            arena, ``[P]`` or ``[T, P]``.
+        tasks: T.
+        options: of the inner loop.
+        keep: whether the activations of all steps are kept for the backward.
+        step_weights: w_1 .. w_K, or none.
+        graphs: CUDA graphs that replay whole meta-gradients, if any.
+        capture_at_once: whether the first call of a kind is captured.
     """
 
     ops: SimpleNamespace | ModuleType
     program: Program
-    own: bool
+    own_parameters: bool
     tasks: int
-    steps: int
-    first_order: bool
+    options: InnerLoopOptions
     keep: bool
-    task_chunk: int | None
     step_weights: Sequence[float]
     graphs: Graphs | None = None
-    at_once: bool = False
+    capture_at_once: bool = False
 
     def arena(self, theta: Tensors) -> Tensor:
-        return _flatten_dense_tensors(theta) if self.own else theta[0]
+        return _flatten_dense_tensors(theta) if self.own_parameters else theta[0]
 
     def parts(self, arena: Tensor) -> Tensors:
         """The inverse of ``arena``, for gradients."""
         adapted = self.program.adapted
-        return _unflatten_dense_tensors(arena, adapted) if self.own else (arena,)
+        return _unflatten_dense_tensors(arena, adapted) if self.own_parameters else (arena,)
 
     def frozen(self, like: Tensor) -> Tensor:
         """The parameters that are not adapted ``[F]``."""
@@ -57,7 +65,7 @@ class Call(NamedTuple):
         results = []
         for rows in self._chunks():
             inputs = self.program.code, _of_tasks(theta, rows), frozen, _of_tasks(lr, rows)
-            results.append(self.ops.adapt(*inputs, x[rows], y[rows], self.steps))
+            results.append(self.ops.adapt(*inputs, x[rows], y[rows], self.options.steps))
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def adapt_backward(
@@ -68,33 +76,46 @@ class Call(NamedTuple):
         results = []
         for rows in self._chunks():
             inputs = self.program.code, _of_tasks(theta, rows), frozen, _of_tasks(lr, rows)
-            step = x[rows], y[rows], self.steps, v[rows], self.first_order, self.keep
+            step = (
+                x[rows],
+                y[rows],
+                self.options.steps,
+                v[rows],
+                self.options.first_order,
+                self.keep,
+            )
             results.append(self.ops.adapt_backward(*inputs, *step, lr_grad, x_grad))
         return map(_joined, zip(*results, strict=True), (theta, lr, x))
 
     def meta_gradient(
-        self, theta: Tensor, lr: Tensor, data: Tensors, wanted: tuple[bool, ...]
+        self, theta: Tensor, lr: Tensor, batch: TaskBatch, wanted: tuple[bool, ...]
     ) -> Sequence[Tensor]:
         """Meta-loss, outputs, and the gradients to theta, lr, support_x and query_x.
 
         Args:
             theta, lr: as the ops take them.
-            data: support_x, support_y, query_x, query_y.
+            batch: the tasks.
             wanted: whether any gradient is, and those to lr, support_x, query_x.
         """
         code, frozen = self.program.code, self.frozen(theta)
-        options = self.step_weights, self.steps, self.first_order, self.keep, *wanted
+        options = (
+            self.step_weights,
+            self.options.steps,
+            self.options.first_order,
+            self.keep,
+            *wanted,
+        )
         if self._is_whole():
-            return self._whole_meta_gradient((theta, frozen, lr, *data), options)
+            return self._whole_meta_gradient((theta, frozen, lr, *batch), options)
         results = []
         for rows in self._chunks():
             inputs = code, _of_tasks(theta, rows), frozen, _of_tasks(lr, rows)
-            part = [tensor[rows] for tensor in data]
+            part = [tensor[rows] for tensor in batch]
             loss, outputs, *grads = self.ops.meta_gradient(*inputs, *part, *options)
             share = len(outputs) / self.tasks
             results.append((share * loss, outputs, *(share * grad for grad in grads)))
         losses, outputs, *grads = zip(*results, strict=True)
-        joined = map(_joined, grads, (theta, lr, data[0], data[2]))
+        joined = map(_joined, grads, (theta, lr, batch.support_x, batch.query_x))
         return sum(losses), torch.cat(outputs), *joined
 
     def _whole_meta_gradient(self, inputs: Tensors, options: tuple[Any, ...]) -> Sequence[Tensor]:
@@ -111,34 +132,40 @@ class Call(NamedTuple):
 
         weights, *others = options
         key = self.program, tuple(weights), *others
-        return graphs.run(key, function, inputs, check, self.at_once)
+        return graphs.run(key, function, inputs, check, self.capture_at_once)
 
-    def meta_loss(self, theta: Tensors, lr: Tensor, data: Tensors) -> tuple[Tensor, Tensor]:
+    def meta_loss(self, theta: Tensors, lr: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """Meta-loss and outputs, differentiable once in theta, lr, support_x and query_x.
 
         The compiled function for the module's own parameters saves what autograd takes in Python:
         for a small network longer than the work.
         """
-        if not (self.own and self.is_one_compiled and self.graphs is None):
-            return MetaLoss.apply(self, lr, *data, *theta)
-        options = self.step_weights, self.steps, self.first_order, self.keep
+        if not (self.own_parameters and self.is_one_compiled and self.graphs is None):
+            return MetaLoss.apply(self, lr, *batch, *theta)
+        options = self.step_weights, self.options.steps, self.options.first_order, self.keep
         frozen = self.frozen(theta[0])
-        loss, outputs = self.ops.meta_loss(self.program.code, theta, frozen, lr, *data, *options)
+        loss, outputs = self.ops.meta_loss(self.program.code, theta, frozen, lr, *batch, *options)
         return loss, self.shaped(outputs)
 
     def loss_and_gradient(
-        self, lr: Tensor, data: Tensors, lr_grad: bool = False
+        self, lr: Tensor, batch: TaskBatch, lr_grad: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Meta-loss, outputs, and the gradients to the module's own parameters ``[P]`` and lr."""
         theta = self.program.adapted
         if self.is_one_compiled and self.graphs is None:
-            options = self.step_weights, self.steps, self.first_order, self.keep, lr_grad
+            options = (
+                self.step_weights,
+                self.options.steps,
+                self.options.first_order,
+                self.keep,
+                lr_grad,
+            )
             inputs = self.program.code, theta, self.frozen(theta[0]), lr
-            loss, outputs, to_theta, to_lr = self.ops.loss_and_gradient(*inputs, *data, *options)
+            loss, outputs, to_theta, to_lr = self.ops.loss_and_gradient(*inputs, *batch, *options)
         else:
             wanted = True, lr_grad, False, False
             with torch.no_grad():
-                results = self.meta_gradient(self.arena(theta), lr, data, wanted)
+                results = self.meta_gradient(self.arena(theta), lr, batch, wanted)
             loss, outputs, to_theta, to_lr, *_ = results
         return loss, self.shaped(outputs), to_theta, to_lr if lr_grad else None
 
@@ -155,7 +182,7 @@ class Call(NamedTuple):
         """The module's outputs ``[T, B, ...]`` with parameters after the call's steps."""
         code = self.program.code
         if self.program.per_step:
-            code = at_step(code, self.steps)
+            code = at_step(code, self.options.steps)
         return self.shaped(self.ops.forward(code, theta, self.frozen(theta), x))
 
     def shaped(self, outputs: Tensor) -> Tensor:
@@ -169,15 +196,15 @@ class Call(NamedTuple):
         return self._is_whole() and hasattr(self.ops, "loss_and_gradient")
 
     def _is_whole(self) -> bool:
-        return self.task_chunk is None or self.task_chunk >= self.tasks
+        return self.options.task_chunk is None or self.options.task_chunk >= self.tasks
 
     def _chunks(self) -> Iterator[slice]:
-        size = self.task_chunk or self.tasks
+        size = self.options.task_chunk or self.tasks
         return (slice(start, start + size) for start in range(0, self.tasks, size))
 
 
 class Adapt(torch.autograd.Function):
-    """theta_K; the way back runs the steps again."""
+    """theta_K; the backward runs the steps again."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, lr: Tensor, x: Tensor, y: Tensor, *theta: Tensor) -> Tensor:
@@ -190,7 +217,7 @@ class Adapt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         call, (_, lr_needed, x_needed, _, *theta_needed) = ctx.call, ctx.needs_input_grad
-        x_needed = x_needed and not call.first_order
+        x_needed = x_needed and not call.options.first_order
         with torch.no_grad():
             to_theta, to_lr, to_x = call.adapt_backward(ctx.saved_tensors, v, lr_needed, x_needed)
         to_theta = call.parts(to_theta) if theta_needed[0] else (None,)
@@ -214,10 +241,15 @@ class MetaLoss(torch.autograd.Function):
         *theta: Tensor,
     ) -> tuple[Tensor, Tensor]:
         _, lr_needed, support_needed, _, query_needed, _, theta_needed, *_ = ctx.needs_input_grad
-        needed = theta_needed, lr_needed, support_needed and not call.first_order, query_needed
-        data = support_x, support_y, query_x, query_y
+        needed = (
+            theta_needed,
+            lr_needed,
+            support_needed and not call.options.first_order,
+            query_needed,
+        )
+        batch = TaskBatch(support_x, support_y, query_x, query_y)
         wanted = any(needed), *needed[1:]
-        loss, outputs, *grads = call.meta_gradient(call.arena(theta), lr, data, wanted)
+        loss, outputs, *grads = call.meta_gradient(call.arena(theta), lr, batch, wanted)
         outputs = call.shaped(outputs)
         ctx.call, ctx.needed = call, needed
         ctx.save_for_backward(*itertools.compress(grads, needed))

@@ -120,8 +120,8 @@ class Lowering:
         self._trace: Trace | str
         try:
             self._trace = Trace(module, layout, tuple(HANDLERS.layers))
-        except LoweringError as refusal:
-            self._trace = str(refusal)
+        except LoweringError as error:
+            self._trace = error.reason
         # A forward that changes its module does so at every call; nothing else is lost then.
         self._changing = not self._snapshot.is_unchanged()
         if self._changing:
@@ -179,8 +179,8 @@ class Lowering:
     def _made(self, trace: Trace, loss: LossCode, shape: tuple[int, ...]) -> Program | str:
         try:
             built = Builder(trace, shape, HANDLERS, self._norm_statistics)
-        except LoweringError as refusal:
-            return str(refusal)
+        except LoweringError as error:
+            return error.reason
         output = built.output.shape
         if loss.kind == LossKind.CROSS_ENTROPY and len(output) != 1:
             return f"cross entropy takes [classes] of an example, and model gives {list(output)}"
@@ -206,8 +206,8 @@ def lower_loss(loss: Loss) -> tuple[LossCode | str, str]:
     """A loss as code, or the reason why there is none; and its name."""
     try:
         return _lowered_loss(loss)
-    except LoweringError as refusal:
-        return f"loss: {refusal}", ""
+    except LoweringError as error:
+        return f"loss: {error.reason}", ""
 
 
 def _lowered_loss(loss: Loss) -> tuple[LossCode, str]:

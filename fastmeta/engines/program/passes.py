@@ -1,4 +1,4 @@
-"""The passes of a task program that an inner loop is made of, where a rule takes the steps."""
+"""The passes of a task program, for inner loops whose rule steps between compiled calls."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.core.derivatives import Tensors
+from fastmeta.engines.base import Examples
 from fastmeta.engines.program.call import Call
 from fastmeta.ops.task_program.bytecode import at_step
 
@@ -19,7 +20,7 @@ class ProgramPasses:
         call: of the program.
     """
 
-    # Copied below, so the way back needs nothing of the module to stay as it is.
+    # The frozen parameters are copied below: the backward reads nothing of the module.
     constants: tuple[Tensor, ...] = ()
 
     def __init__(self, call: Call) -> None:
@@ -30,36 +31,36 @@ class ProgramPasses:
         return nullcontext()
 
     def random_state(self, device: torch.device) -> None:
-        """Nothing: programs draw no random numbers."""
+        """None: programs draw no random numbers."""
 
-    def gradient(self, k: int, theta: Tensor, data: Tensors) -> Tensor:
-        batch = data["support_x"], data["support_y"]
-        return self._call.ops.gradient(self._code(k), theta, self._frozen, *batch, False)[2]
+    def gradient(self, k: int, theta: Tensor, support: Examples) -> Tensor:
+        frozen, ops = self._frozen, self._call.ops
+        return ops.gradient(self._code(k), theta, frozen, support.x, support.y, False)[2]
 
     def curvature(
         self,
         k: int,
         theta: Tensor,
         direction: Tensor,
-        data: Tensors,
-        inputs: Tensors,
+        support: Examples,
+        requires: set[str],
         random: None,
     ) -> tuple[Tensor, Tensors]:
-        at = self._code(k), theta, self._frozen, data["support_x"], data["support_y"]
-        wanted = "support_x" in inputs
-        product, mixed = self._call.ops.hvp(*at, direction, wanted)
-        return product, {"support_x": mixed} if wanted else {}
+        at = self._code(k), theta, self._frozen, support.x, support.y
+        x_grad = support.x_name in requires
+        product, mixed = self._call.ops.hvp(*at, direction, x_grad)
+        return product, {support.x_name: mixed} if x_grad else {}
 
     def query(
-        self, k: int, theta: Tensor, data: Tensors, wants: set[str], weight: float
+        self, k: int, theta: Tensor, query: Examples, requires: set[str], weight: float
     ) -> tuple[Tensor, Tensor, Tensors]:
-        at = self._code(k), theta, self._frozen, data["query_x"], data["query_y"]
-        wanted = "query_x" in wants
-        losses, outputs, to_theta, to_x = self._call.ops.gradient(*at, wanted)
-        grads = {"theta": to_theta, **({"query_x": to_x} if wanted else {})}
+        at = self._code(k), theta, self._frozen, query.x, query.y
+        x_grad = query.x_name in requires
+        losses, outputs, to_theta, to_x = self._call.ops.gradient(*at, x_grad)
+        grads = {"theta": to_theta, **({query.x_name: to_x} if x_grad else {})}
         if weight != 1:
             grads = {name: weight * grad for name, grad in grads.items()}
-        return losses, self._call.shaped(outputs), grads if wants else {}
+        return losses, self._call.shaped(outputs), grads if requires else {}
 
     def _code(self, k: int) -> Tensor:
         """The program at theta_k."""

@@ -18,8 +18,16 @@ _DTYPES = (torch.float32, torch.float64)
 _MODULE = "module"
 
 
-class LoweringError(Exception):
-    """Why there is no program; the message is for the user."""
+class LoweringError(ValueError):
+    """A module, a loss or a batch has no task program.
+
+    Attributes:
+        reason: why, in words for the user.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"there is no task program: {reason}")
+        self.reason = reason
 
 
 class Trace:
@@ -64,7 +72,8 @@ class Trace:
         try:
             graph = _Tracer(leaves).trace(_Root(self.module))
         except Exception as error:  # anything: a forward is the user's code
-            what = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+            message = error.reason if isinstance(error, LoweringError) else str(error)
+            what = message.partition("\n")[0].rstrip(".") or type(error).__name__
             raise LoweringError(f"torch.fx cannot trace model: {what}") from error
         drawn = not torch.equal(generators[0], torch.get_rng_state())
         if drawn or generators[1] != random.getstate():

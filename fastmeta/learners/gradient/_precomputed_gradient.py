@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.engines.base import once_differentiable
+from fastmeta.engines.autograd import once_differentiable
+from fastmeta.engines.base import MetaGradient, TaskBatch
 from fastmeta.learners._compile import as_single_op
-from fastmeta.learners.base import MetaGradient
 from fastmeta.learners.gradient.maml import MAML
 
 
@@ -37,9 +37,9 @@ class PrecomputedGradientLearner(MAML):
         Raises:
             TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
         """
-        theta = self._engine(self.steps).parameters()
+        theta = self._engine.parameters()
         with torch.no_grad():
-            loss, outputs, grads = self._gradient(support_x, support_y, query_x, query_y)
+            loss, outputs, grads = self._gradient(TaskBatch(support_x, support_y, query_x, query_y))
         return _Given.apply(theta, loss, grads), outputs
 
     def meta_gradient(  # type: ignore[override]
@@ -47,12 +47,11 @@ class PrecomputedGradientLearner(MAML):
     ) -> MetaGradient:
         """The meta-loss and its gradient as values, as ``MAML.meta_gradient``."""
         with torch.no_grad():
-            result = self._gradient(support_x, support_y, query_x, query_y)
-        return MetaGradient(*result, None, {})
+            batch = TaskBatch(support_x, support_y, query_x, query_y)
+            loss, outputs, grads = self._gradient(batch)
+        return MetaGradient(loss, outputs, grads, None, {})
 
-    def _gradient(
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _gradient(self, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, the outputs on the queries, and the gradient ``[P]``."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its gradient is")
 

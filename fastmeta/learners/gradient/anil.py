@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from fastmeta.core.checks import check_choice, check_integer
 from fastmeta.core.parameter_layout import ParameterLayout
-from fastmeta.engines.base import NORM_STATISTICS, exclude_from_compile, is_learned
-from fastmeta.engines.checks import check_data
+from fastmeta.engines.autograd import exclude_from_compile, is_learned
+from fastmeta.engines.base import NORM_STATISTICS, Examples, MetaGradient, TaskBatch
+from fastmeta.engines.checks import check_examples
 from fastmeta.engines.functional.task_module import TaskModule
 from fastmeta.engines.program.lowering import lower_loss
 from fastmeta.learners._compile import CompilableLearner, as_single_op
-from fastmeta.learners.base import MetaGradient, check_queries
+from fastmeta.learners.base import check_queries
 from fastmeta.ops import backend_of
 from fastmeta.ops._checks import check_floating, check_labels, check_together
 from fastmeta.ops._linear_head_arguments import checked_head, checked_number, step_sizes
@@ -159,10 +160,10 @@ class ANIL(CompilableLearner):
         Raises:
             TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
         """
-        data = {"support_x": support_x, "support_y": support_y}
-        check_data(_layout(self.head), {**data, "query_x": query_x, "query_y": query_y})
+        batch = TaskBatch(support_x, support_y, query_x, query_y)
+        check_examples(_layout(self.head), batch.support, batch.query)
         targets, query_targets = (
-            self._targets(name, y) for name, y in (("support_y", support_y), ("query_y", query_y))
+            self._targets(e.y_name, e.y) for e in (batch.support, batch.query)
         )
         features, parts = self._support_features(support_x), (self.head.weight, self.head.bias)
         head = checked_head(features, targets, *parts, self._inner_loss)
@@ -190,7 +191,7 @@ class ANIL(CompilableLearner):
         steps = self.steps if steps is None else steps
         check_integer("steps", steps, 0)
         layout = _layout(self.head)
-        check_data(layout, {"support_x": support_x, "support_y": support_y})
+        check_examples(layout, Examples(support_x, support_y))
         weight, bias = self._adapt(support_x, support_y, steps)
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         return AdaptedHeads(layout.flatten(tensors), layout, self)
@@ -224,11 +225,9 @@ class ANIL(CompilableLearner):
         layout, named = ParameterLayout.of(self.module), dict(self.module.named_parameters())
         learned = [self.lr] if is_learned(self.lr) else []
         sources = [*(named[name] for name in layout.names), *learned]
-        data = support_x, support_y, query_x, query_y
+        batch = TaskBatch(support_x, support_y, query_x, query_y).detached()
         with torch.enable_grad():
-            loss, outputs = self.meta_loss(
-                *(t.detach() if isinstance(t, Tensor) else t for t in data)
-            )
+            loss, outputs = self.meta_loss(*batch)
         grads = torch.autograd.grad(loss, sources, materialize_grads=True)
         flat = layout.flatten(dict(zip(layout.names, grads, strict=False)))
         return MetaGradient(loss.detach(), outputs, flat, grads[-1] if learned else None, {})

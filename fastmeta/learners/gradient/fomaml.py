@@ -8,7 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta.learners.gradient.maml import MAML, StepSize
+from fastmeta.learners.gradient._step_size import StepSize
+from fastmeta.learners.gradient.maml import MAML
 
 
 class FOMAML(MAML):

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta.core.checks import check_integer
+from fastmeta.engines.base import TaskBatch
 from fastmeta.learners.gradient._conjugate_gradients import conjugate_gradients
 from fastmeta.learners.gradient._precomputed_gradient import PrecomputedGradientLearner
-from fastmeta.learners.gradient.maml import StepSize
+from fastmeta.learners.gradient._step_size import StepSize
 from fastmeta.ops._linear_head_arguments import checked_number
 from fastmeta.rules import Proximal, Rule
 
@@ -79,18 +80,15 @@ class IMAML(PrecomputedGradientLearner):
         self.regularization = regularization
         self.cg_steps, self.cg_damping = cg_steps, checked_number("cg_damping", cg_damping)
 
-    def _gradient(
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        engine = self._engine(self.steps)
-        lr = self._step_size(self.steps)
-        adapted = engine.adapt(None, lr, support_x, support_y)
-        found = engine.query_losses(adapted, query_x, query_y, gradient=True)
-        losses, outputs, grads = cast("tuple[Tensor, Tensor, Tensor]", found)
+    def _gradient(self, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor]:
+        engine = self._engine
+        adapted = engine.adapt(None, self._step_size(self.steps), batch.support)
+        result = engine.query_losses(adapted, batch.query, gradient=True)
+        losses, outputs, grads = cast("tuple[Tensor, Tensor, Tensor]", result)
 
         def product(v: Tensor) -> Tensor:
-            curved = engine.hvp(adapted, support_x, support_y, v) / self.regularization
-            return (1 + self.cg_damping) * v + curved
+            hv = engine.hvp(adapted, batch.support, v)
+            return (1 + self.cg_damping) * v + hv / self.regularization
 
         if self.cg_steps > 0:
             grads = conjugate_gradients(product, grads, self.cg_steps)

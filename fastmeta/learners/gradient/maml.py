@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta.core.checks import check_choice
-from fastmeta.core.cuda_graphs import check_option
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.engines.auto import AutoEngine
+from fastmeta.engines.base import Engine, Examples, InnerLoopOptions, MetaGradient, TaskBatch
 from fastmeta.engines.functional.engine import FunctionalEngine
-from fastmeta.engines.program.engine import MEMORY, ProgramCache
+from fastmeta.engines.program.cache import ProgramCache
+from fastmeta.engines.program.engine import ProgramEngine, ProgramOptions
 from fastmeta.learners._compile import CompilableLearner, as_single_op
-from fastmeta.learners._explain import explain
-from fastmeta.learners.base import AdaptedTasks, MetaGradient
+from fastmeta.learners.base import AdaptedTasks
 from fastmeta.learners.gradient._adapt_step import descend, task_gradients
 from fastmeta.learners.gradient._module_copy import clone_module, shallow_copy
+from fastmeta.learners.gradient._step_size import (
+    StepSize,
+    is_per_step,
+    read_step_size,
+    step_size_of_each_parameter,
+)
 from fastmeta.rules import Rule
 
 Learner = TypeVar("Learner", bound="MAML")
 
-StepSize = float | Tensor | Mapping[str, "float | Tensor"]
-
 ENGINES = ("auto", "program", "functional")
+
+# Attributes that the engine is built from.
+_ENGINE_OPTIONS = frozenset(
+    {
+        "module",
+        "loss",
+        "steps",
+        "first_order",
+        "hvp_mode",
+        "task_chunk",
+        "norm_statistics",
+        "rule",
+        "engine",
+        "memory",
+        "cuda_graph",
+    }
+)
 
 
 class MAML(CompilableLearner):
@@ -96,6 +117,8 @@ class MAML(CompilableLearner):
     """
 
     lr: float | Tensor
+    rule: Rule | None
+    _built_engine: Engine | None
 
     def __init__(
         self,
@@ -117,11 +140,7 @@ class MAML(CompilableLearner):
         allow_nograd: bool = False,
     ) -> None:
         super().__init__()
-        options = model, loss, steps, first_order, hvp_mode, task_chunk, norm_statistics, rule
-        inner_rule = FunctionalEngine(*options).inner_rule
         check_choice("engine", engine, ENGINES)
-        check_choice("memory", memory, MEMORY)
-        check_option(cuda_graph)
         if cuda_graph is True and engine == "functional":
             raise ValueError(
                 "cuda_graph: True needs the task program, engine='functional' has none"
@@ -138,11 +157,13 @@ class MAML(CompilableLearner):
         self.cuda_graph = cuda_graph
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
-        layout = ParameterLayout.of(model)
-        self.rule: Rule | None = None if rule is None else rule.to(layout.device)
-        inner_rule.check(layout)
+        self.rule = rule
         self._programs = ProgramCache()
-        self._set_step_size(_as_step_size(lr, layout, steps), learn_lr)
+        self._build_engine()  # checks the options
+        layout = ParameterLayout.of(model)
+        self.rule = None if rule is None else rule.to(layout.device)
+        self._engine.options.inner_rule.check(layout)
+        self._set_step_size(read_step_size(lr, layout, steps), learn_lr)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with its current parameters."""
@@ -178,9 +199,8 @@ class MAML(CompilableLearner):
         Raises:
             TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
         """
-        engine, lr = self._engine(self.steps), self._step_size(self.steps)
-        data = support_x, support_y, query_x, query_y
-        return engine.meta_loss(None, lr, *data, step_weights)
+        batch = TaskBatch(support_x, support_y, query_x, query_y)
+        return self._engine.meta_loss(None, self._step_size(self.steps), batch, step_weights)
 
     def adapt_tasks(
         self, support_x: Tensor, support_y: Tensor, steps: int | None = None
@@ -199,9 +219,9 @@ class MAML(CompilableLearner):
         Raises:
             TypeError, ValueError: as for ``meta_loss``.
         """
-        steps = self.steps if steps is None else steps
-        engine, lr = self._engine(steps), self._step_size(steps)
-        params = engine.adapt(None, lr, support_x, support_y)
+        engine = self._engine if steps is None else self._engine.with_steps(steps)
+        lr = self._step_size(engine.options.steps)
+        params = engine.adapt(None, lr, Examples(support_x, support_y))
         return AdaptedTasks(params, ParameterLayout.of(self.module), self.module, engine)
 
     def meta_gradient(
@@ -234,20 +254,21 @@ class MAML(CompilableLearner):
             >>> maml.module.weight.grad.shape
             torch.Size([2, 3])
         """
-        data = support_x, support_y, query_x, query_y
-        again = self._programs.replay(self, data) if step_weights is None else None
-        if again is not None:
-            return MetaGradient(*again, None, {})
-        engine = self._engine(self.steps)
-        # Or a row a step would no longer require a gradient.
+        batch = TaskBatch(support_x, support_y, query_x, query_y)
+        replayed = self._programs.replay(self, batch) if step_weights is None else None
+        if replayed is not None:
+            loss, outputs, grads = replayed
+            return MetaGradient(loss, outputs, grads, None, {})
+        engine = self._engine
+        # With gradients enabled: else a row a step would no longer require one.
         with torch.enable_grad() if isinstance(self.lr, Tensor) else nullcontext():
             lr = self._step_size(self.steps)
-        loss, outputs, grads, lr_grad, rule_grads = engine.meta_gradient(lr, *data, step_weights)
+        result = engine.meta_gradient(lr, batch, step_weights)
         self._programs.prepare(self)
-        if lr_grad is not None and lr is not self.lr:
-            leaf, rows = cast("tuple[Tensor, Tensor]", (self.lr, lr))
-            lr_grad = torch.autograd.grad(rows, leaf, lr_grad)[0]
-        return MetaGradient(loss, outputs, grads, lr_grad, rule_grads)
+        if result.lr_grad is None or lr is self.lr:
+            return result
+        rows, leaf = cast("tuple[Tensor, Tensor]", (lr, self.lr))
+        return result._replace(lr_grad=torch.autograd.grad(rows, leaf, result.lr_grad)[0])
 
     def hvp(self, params: Tensor, batch: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
         """The Hessian of each task's loss times a vector (Pearlmutter 1994).
@@ -281,7 +302,8 @@ class MAML(CompilableLearner):
             raise TypeError(f"batch: expected a pair (x, y), got {type(batch).__name__}")
         if len(batch) != 2:
             raise ValueError(f"batch: expected a pair (x, y), got {len(batch)} entries")
-        return self._engine(self.steps).hvp(params, *batch, vector)
+        x, y = batch
+        return self._engine.hvp(params, Examples(x, y, role=""), vector)
 
     def explain(self, support_x: Tensor | None = None, support_y: Tensor | None = None) -> str:
         """Which engine runs, and how, in a few sentences.
@@ -293,8 +315,9 @@ class MAML(CompilableLearner):
         Raises:
             TypeError, ValueError: naming the argument that does not fit.
         """
-        batch = cast("dict[str, Tensor]", {"support_x": support_x, "support_y": support_y})
-        return explain(self._engine(self.steps), None if support_x is None else batch)
+        if support_x is None:
+            return self._engine.explain()
+        return self._engine.explain(Examples(support_x, cast("Tensor", support_y)))
 
     def clone(
         self: Learner,
@@ -320,6 +343,7 @@ class MAML(CompilableLearner):
         learner = shallow_copy(self)
         learner._modules["module"] = clone_module(self.module)
         learner._programs = ProgramCache()
+        learner._built_engine = None
         learner.first_order = _default(first_order, self.first_order)
         learner.allow_unused = _default(allow_unused, self.allow_unused)
         learner.allow_nograd = _default(allow_nograd, self.allow_nograd)
@@ -360,21 +384,47 @@ class MAML(CompilableLearner):
             _default(allow_unused, self.allow_unused),
             _default(allow_nograd, self.allow_nograd),
         )
-        steps = _step_sizes(self.lr, ParameterLayout.of(self.module))
-        descend(self.module, grads.items(), steps)
+        step_sizes = step_size_of_each_parameter(self.lr, ParameterLayout.of(self.module))
+        descend(self.module, grads.items(), step_sizes)
 
-    def _engine(self, steps: int) -> FunctionalEngine:
-        """What computes: ``adapt``, ``meta_loss``, ``meta_gradient`` and ``hvp``."""
-        options = self.module, self.loss, steps, self.first_order, self.hvp_mode, self.task_chunk
-        both = *options, self.norm_statistics, self.rule
-        if self.engine == "functional":
-            return FunctionalEngine(*both)
-        return self._programs.engine(*both, self.memory, self.engine == "program", self.cuda_graph)
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _ENGINE_OPTIONS:
+            self.__dict__["_built_engine"] = None  # built anew at the next use
+
+    @property
+    def _engine(self) -> Engine:
+        """The engine of the options as they are set now."""
+        return self._built_engine or self._build_engine()
+
+    def _build_engine(self) -> Engine:
+        options = InnerLoopOptions(
+            steps=self.steps,
+            first_order=self.first_order,
+            hvp_mode=self.hvp_mode,
+            task_chunk=self.task_chunk,
+            norm_statistics=self.norm_statistics,
+            rule=self.rule,
+        )
+        program_options = ProgramOptions(
+            memory=self.memory,
+            cuda_graph=self.cuda_graph,
+            compiled_only=self.engine == "auto",
+        )
+        functional = FunctionalEngine(self.module, self.loss, options)
+        program = ProgramEngine(self.module, self.loss, options, program_options, self._programs)
+        engines: dict[str, Engine] = {
+            "auto": AutoEngine(program, functional),
+            "program": program,
+            "functional": functional,
+        }
+        self._built_engine = engines[self.engine]
+        return self._built_engine
 
     def _step_size(self, steps: int) -> float | Tensor:
         """``lr`` as the engines take it: one row a step becomes one matrix a step."""
         lr = self.lr
-        if not _is_per_step(lr):
+        if not is_per_step(lr):
             return lr
         if steps > len(lr):
             raise ValueError(
@@ -392,63 +442,6 @@ class MAML(CompilableLearner):
             self.register_buffer("lr", lr)
         else:
             self.lr = lr
-
-
-def _as_step_size(lr: StepSize, layout: ParameterLayout, steps: int) -> float | Tensor:
-    """A number, or a tensor of the parameters' dtype and device, checked against the layout."""
-    if isinstance(lr, Mapping):
-        lr = _joined(lr, layout)
-    if isinstance(lr, Tensor) and not isinstance(lr, nn.Parameter):
-        if not lr.is_floating_point():
-            raise TypeError(f"lr: expected a floating-point tensor, got {lr.dtype}")
-        lr = lr.to(layout.device, layout.dtype)
-    if isinstance(lr, Tensor):
-        _check_shape(lr, layout, steps)
-    layout.step_size_array(lr.unsqueeze(1) if _is_per_step(lr) else lr, tasks=1, steps=steps)
-    if isinstance(lr, (int, float)) and not math.isfinite(lr):
-        raise ValueError(f"lr: expected a finite number, got {lr}")
-    return lr
-
-
-def _joined(lr: Mapping[str, float | Tensor], layout: ParameterLayout) -> Tensor:
-    """One number a parameter by name -> ``[L]``."""
-    if set(lr) != set(layout.names):
-        raise ValueError(f"lr: expected the names {list(layout.names)}, got {list(lr)}")
-    like: dict[str, Any] = {"dtype": layout.dtype, "device": layout.device}
-    values = [torch.as_tensor(lr[name], **like) for name in layout.names]
-    for name, value in zip(layout.names, values, strict=True):
-        if value.numel() != 1:
-            raise ValueError(f"lr: expected one number for {name!r}, got shape {list(value.shape)}")
-    return torch.stack([value.reshape(()) for value in values])
-
-
-def _check_shape(lr: Tensor, layout: ParameterLayout, steps: int) -> None:
-    parameters, elements = len(layout.names), layout.numel
-    rows = lr.ndim < 2 or (lr.ndim == 2 and len(lr) == steps)
-    if not rows or (lr.ndim and lr.shape[-1] not in (1, parameters, elements)):
-        raise ValueError(
-            f"lr: expected a number or shape [], [L], [P] or, with one row a step, [K, 1], [K, L], "
-            f"[K, P] with L = {parameters}, P = {elements}, K = {steps}; got {list(lr.shape)}"
-        )
-
-
-def _is_per_step(lr: float | Tensor) -> TypeGuard[Tensor]:
-    return isinstance(lr, Tensor) and lr.ndim == 2
-
-
-def _step_sizes(lr: float | Tensor, layout: ParameterLayout) -> list[float | Tensor]:
-    """The step size of each parameter: a number, ``[]``, or one an element in its shape."""
-    if _is_per_step(lr):
-        raise ValueError(
-            "lr: adapt takes one step and cannot know which; expected a number or shape [], [L] "
-            f"or [P], got one row a step, {list(lr.shape)}"
-        )
-    if not isinstance(lr, Tensor):
-        return [lr] * len(layout.names)
-    step = layout.step_size_array(lr, tasks=1, steps=1)[0, 0]
-    if len(step) == 1:
-        return [step.squeeze(0)] * len(layout.names)
-    return list(layout.views(step).values())
 
 
 def _default(value: bool | None, otherwise: bool) -> bool:

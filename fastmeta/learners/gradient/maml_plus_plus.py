@@ -13,9 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fastmeta.core.checks import check_integer
 from fastmeta.core.parameter_layout import ParameterLayout
-from fastmeta.engines.functional.engine import FunctionalEngine
+from fastmeta.engines.base import Engine, MetaGradient
 from fastmeta.learners._compile import as_single_op
-from fastmeta.learners.base import MetaGradient
 from fastmeta.learners.gradient.maml import MAML
 from fastmeta.learners.schedules import cosine_schedule
 
@@ -131,6 +130,9 @@ class MAMLPlusPlus(MAML):
         if self.training and trains:
             self.iteration += 1
 
-    def _engine(self, steps: int) -> FunctionalEngine:
-        self.first_order = self.iteration < self.first_order_iterations
-        return super()._engine(steps)
+    @property
+    def _engine(self) -> Engine:
+        first_order = self.iteration < self.first_order_iterations
+        if first_order != self.first_order:
+            self.first_order = first_order
+        return super()._engine

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta import rules
-from fastmeta.learners.gradient.maml import MAML, StepSize
+from fastmeta.learners.gradient._step_size import StepSize
+from fastmeta.learners.gradient.maml import MAML
 
 
 class MetaCurvature(MAML):

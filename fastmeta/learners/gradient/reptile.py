@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta.core.checks import check_integer
+from fastmeta.engines.base import Examples, TaskBatch
 from fastmeta.learners.gradient._precomputed_gradient import PrecomputedGradientLearner
 from fastmeta.rules import PersistentAdam, Rule
 
@@ -69,19 +70,18 @@ class Reptile(PrecomputedGradientLearner):
         super().__init__(model, lr, steps, True, loss, rule=rule, **options)
         self.inner_batch = inner_batch
 
-    def _gradient(
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        engine = self._engine(self.steps)
-        pairs = (support_x, query_x), (support_y, query_y)
-        x, y = (torch.cat(pair, 1) for pair in pairs)
-        rows = self._rows(x.shape[1])
-        with engine.inner_rule.persist_state():
-            adapted = engine.adapt(None, self._step_size(self.steps), x, y, rows)
-        losses, outputs, _ = engine.query_losses(adapted, query_x, query_y)
+    def _gradient(self, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor]:
+        engine = self._engine
+        x = torch.cat((batch.support_x, batch.query_x), 1)
+        y = torch.cat((batch.support_y, batch.query_y), 1)
+        indices = self._draw_indices(x.shape[1])
+        with engine.options.inner_rule.persist_state():
+            lr = self._step_size(self.steps)
+            adapted = engine.adapt(None, lr, Examples(x, y), indices)
+        losses, outputs, _ = engine.query_losses(adapted, batch.query)
         return losses.mean(), outputs, (engine.parameters() - adapted).mean(0)
 
-    def _rows(self, examples: int) -> Tensor | None:
+    def _draw_indices(self, examples: int) -> Tensor | None:
         """The examples of each step: one shuffle of them all after another."""
         if self.inner_batch is None or self.inner_batch >= examples:
             return None

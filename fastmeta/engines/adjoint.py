@@ -1,0 +1,226 @@
+"""The meta-gradient by the adjoint recursion, as functions that autograd can differentiate once.
+
+The K inner steps run without a graph and leave only the parameters theta_k ``[T, P]`` behind. The
+backward takes one Hessian-vector product a step (Maclaurin 2015, Franceschi 2017; MAML: Finn 2017):
+
+    v_K    = grad L_q(theta_K)
+    v_k    = v_{k+1} - H_k (lr v_{k+1})           H_k = Hessian of L_s at theta_k
+    d lr  += -g_k v_{k+1}                         summed over what shares a step size
+    d x_s += -d<grad L_s(theta_k), lr v_{k+1}> / d x_s
+
+So memory is K P a task and the activations of one step; an unrolled graph keeps K times the
+activations. With a query loss at every step, ``sum_k w_k L_q(theta_k)`` (MAML++: Antoniou 2019),
+the recursion starts from ``w_K grad L_q(theta_K)`` and adds ``w_k grad L_q(theta_k)`` to v_k. Each
+weight other than 0 takes another P a task.
+
+A rule other than plain descent, ``theta_{k+1}, s_{k+1} = U(theta_k, g_k, s_k)``, replaces ``lr`` by
+its own derivative. With ``(a, b, d s_k, c)`` the vector-Jacobian product of U on
+``(v_{k+1}, d s_{k+1})``, ``v_k = a + H_k b``, and c goes to its learned hyperparameters. The
+backward then reads theta_k, g_k and s_k: K P a task for each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fastmeta.core.autocast import AutocastState
+from fastmeta.core.checks import refuse_inference_mode
+from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.step_sizes import StepSizes
+from fastmeta.engines.autograd import is_learned, once_differentiable
+from fastmeta.engines.base import Engine, Examples, InnerLoopOptions, MetaGradient, TaskBatch
+from fastmeta.engines.checks import (
+    check_arena,
+    check_examples,
+    check_indices,
+    read_step_weights,
+)
+from fastmeta.engines.inner_loop import (
+    QUERY_NAMES,
+    SUPPORT_NAMES,
+    InnerLoop,
+    LoopInputs,
+    Minibatches,
+    Passes,
+    Tape,
+    of_tasks,
+)
+
+_ADAPT_NAMES = ("theta", "lr", *SUPPORT_NAMES)
+_META_LOSS_NAMES = (*_ADAPT_NAMES, *QUERY_NAMES)
+
+
+def check_loop(
+    layout: ParameterLayout, options: InnerLoopOptions, theta: Tensor, *sets: Examples
+) -> int:
+    """Check what an inner loop starts from; returns the number of tasks."""
+    tasks = check_examples(layout, *sets)
+    check_arena("theta", layout, theta, tasks)
+    if options.steps > 0:
+        refuse_inference_mode("adaptation needs the gradient of the support loss")
+    options.inner_rule.check(layout)
+    return tasks
+
+
+def adapt(
+    passes: Passes,
+    options: InnerLoopOptions,
+    theta: Tensor,
+    lr: float | Tensor,
+    support: Examples,
+    indices: Tensor | None = None,
+) -> Tensor:
+    """The parameters of every task after K steps, as ``Engine.adapt``; the inputs are checked."""
+    tasks = len(support.x)
+    step_sizes = StepSizes.of(lr, passes.layout, tasks, options.steps)
+    if indices is not None:
+        passes = Minibatches(passes, check_indices(indices, options.steps, support))
+    if options.steps == 0:
+        return theta.expand(tasks, passes.layout.numel)
+    loop = InnerLoop(passes, options)
+    sources = LoopInputs(theta, step_sizes, support).named()
+    parts = (
+        [of_tasks(name, tensor, rows) for name, tensor in sources.items()]
+        for rows in options.chunks(tasks)
+    )
+    rule_parameters = loop.rule_parameters.values()
+    enabled = torch.is_grad_enabled()
+    chunks = [_Adapt.apply(loop, enabled, *part, *rule_parameters) for part in parts]
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+
+def meta_loss(
+    passes: Passes,
+    options: InnerLoopOptions,
+    theta: Tensor,
+    lr: float | Tensor,
+    batch: TaskBatch,
+    step_weights: Sequence[float] | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The meta-loss and the outputs, as ``Engine.meta_loss``; the inputs are checked."""
+    weights = read_step_weights(step_weights, options.steps)
+    step_sizes = StepSizes.of(lr, passes.layout, len(batch.support_x), options.steps)
+    nonzero = {k: weight for k, weight in enumerate(weights, 1) if weight}
+    by_step = {options.steps: 0.0, **nonzero} if weights else {options.steps: 1.0}
+    loop = InnerLoop(passes, options)
+    inputs = theta, step_sizes.values, *batch, *loop.rule_parameters.values()
+    return _MetaLoss.apply(loop, torch.is_grad_enabled(), by_step, *inputs)
+
+
+def meta_gradient(
+    engine: Engine,
+    theta: Tensor,
+    lr: float | Tensor,
+    batch: TaskBatch,
+    step_weights: Sequence[float] | Tensor | None = None,
+) -> MetaGradient:
+    """The meta-loss of an engine with its gradient, as ``Engine.meta_gradient``."""
+    theta = theta.detach().requires_grad_()
+    sources = [theta]
+    if is_learned(lr):
+        lr = lr.detach().requires_grad_()
+        sources.append(lr)
+    rule = engine.options.inner_rule
+    learned = {n: p for n, p in rule.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        loss, outputs = engine.meta_loss(theta, lr, batch.detached(), step_weights)
+    grads = torch.autograd.grad(loss, [*sources, *learned.values()])
+    lr_grad = grads[1] if is_learned(lr) else None
+    rule_grads = dict(zip(learned, grads[len(sources) :], strict=True))
+    return MetaGradient(loss.detach(), outputs, grads[0], lr_grad, rule_grads)
+
+
+def query_losses(
+    passes: Passes,
+    options: InnerLoopOptions,
+    theta: Tensor,
+    query: Examples,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Each task's query loss, as ``Engine.query_losses``; the inputs are checked."""
+    requires, parts = {"theta"} if gradient else set(), []
+    with torch.no_grad():
+        theta = theta.expand(len(query.x), passes.layout.numel)
+        for rows in options.chunks(len(query.x)):
+            part = query.of_tasks(rows)
+            parts.append(passes.query(options.steps, theta[rows], part, requires, 1.0))
+    losses, outputs, grads = zip(*parts, strict=True)
+    to_theta = torch.cat([g["theta"] for g in grads]) if gradient else None
+    return torch.cat(losses), torch.cat(outputs), to_theta
+
+
+class _Adapt(torch.autograd.Function):
+    """theta_K of a chunk of tasks; its backward is the adjoint recursion."""
+
+    @staticmethod
+    def forward(ctx: Any, loop: InnerLoop, enabled: bool, *inputs: Tensor) -> Tensor:
+        ctx.names = *_ADAPT_NAMES, *loop.rule_parameters
+        theta, step_sizes, x, y, *rule_parameters = (tensor.detach() for tensor in inputs)
+        ctx.requires = _requires(ctx, enabled, ctx.names)
+        sources = LoopInputs(theta, StepSizes(step_sizes), Examples(x, y))
+        adapted, tape = loop.run(sources, ctx.requires)
+        ctx.loop, ctx.randoms, ctx.autocast = loop, tape.randoms, AutocastState(theta.device)
+        tensors = [theta, step_sizes, x, y, *rule_parameters]
+        leaves, ctx.tree = tree_flatten((tensors, tape.thetas, tape.grads, tape.states))
+        # The module's constants are saved for their version check: the backward reads them.
+        ctx.save_for_backward(*leaves, *loop.passes.constants)
+        return adapted
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        leaves = ctx.saved_tensors[: ctx.tree.num_leaves]
+        tensors, thetas, grads, states = tree_unflatten(leaves, ctx.tree)
+        theta, step_sizes, x, y, *_ = tensors
+        sources = LoopInputs(theta, StepSizes(step_sizes), Examples(x, y))
+        loop, tape = ctx.loop, Tape(thetas, grads, states, ctx.randoms)
+        with torch.no_grad(), ctx.autocast.restored():
+            to_inputs = loop.adjoint(tape, {loop.options.steps: v}, sources, ctx.requires)
+        shaped = [
+            to_inputs[name].sum_to_size(tensor.shape)
+            if name in ctx.requires & set(to_inputs)
+            else None
+            for name, tensor in zip(ctx.names, tensors, strict=True)
+        ]
+        return None, None, *once_differentiable(shaped)
+
+
+class _MetaLoss(torch.autograd.Function):
+    """The meta-loss of all tasks, and its gradient in the same call.
+
+    With gradients enabled the meta-gradient is taken in the forward, chunk by chunk, so that no
+    more than a chunk's memory is ever held; the backward only hands it out.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loop: InnerLoop,
+        enabled: bool,
+        weights: Mapping[int, float],
+        *inputs: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        names = *_META_LOSS_NAMES, *loop.rule_parameters
+        theta, step_sizes, *data = (x.detach() for x in inputs[: len(_META_LOSS_NAMES)])
+        batch = TaskBatch(*data)
+        sources = LoopInputs(theta, StepSizes(step_sizes), batch.support, batch.query)
+        requires = _requires(ctx, enabled, names)
+        loss, outputs, grads = loop.meta_gradient(sources, requires, weights)
+        ctx.save_for_backward(*(grads.get(name) for name in names))
+        ctx.mark_non_differentiable(outputs)
+        return loss, outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = [None if g is None else g * grad_loss for g in ctx.saved_tensors]
+        return None, None, None, *once_differentiable(grads)
+
+
+def _requires(ctx: Any, enabled: bool, names: tuple[str, ...]) -> set[str]:
+    needed = ctx.needs_input_grad[-len(names) :]
+    return {name for name, need in zip(names, needed, strict=True) if need and enabled}

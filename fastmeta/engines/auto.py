@@ -1,0 +1,122 @@
+"""The engine that runs the task program if there is one, and the functional engine if not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fastmeta.engines.autograd import exclude_from_compile
+from fastmeta.engines.base import Examples, InnerLoopOptions, MetaGradient, TaskBatch
+from fastmeta.engines.explain import describe_functional
+from fastmeta.engines.functional.engine import FunctionalEngine
+from fastmeta.engines.program.engine import ProgramEngine
+from fastmeta.engines.program.lowering import Program
+from fastmeta.engines.program.trace import LoweringError
+
+
+@dataclass(frozen=True)
+class AutoEngine:
+    """The program engine, and the functional engine whenever there is no program.
+
+    Methods are those of ``FunctionalEngine``. A LoweringError comes before any work is done, so the
+    other engine starts afresh.
+
+    Args:
+        program: tried first.
+        functional: of the same module, loss and options.
+    """
+
+    program: ProgramEngine
+    functional: FunctionalEngine
+
+    @property
+    def module(self) -> nn.Module:
+        return self.functional.module
+
+    @property
+    def options(self) -> InnerLoopOptions:
+        return self.functional.options
+
+    def with_steps(self, steps: int) -> AutoEngine:
+        """The same engine with another number of inner steps."""
+        return AutoEngine(self.program.with_steps(steps), self.functional.with_steps(steps))
+
+    def parameters(self) -> Tensor:
+        """The module's own trainable parameters as an arena ``[P]``, a differentiable copy."""
+        return self.functional.parameters()
+
+    @exclude_from_compile
+    def adapt(
+        self,
+        theta: Tensor | None,
+        lr: float | Tensor,
+        support: Examples,
+        indices: Tensor | None = None,
+    ) -> Tensor:
+        """The parameters of every task after K steps, see ``FunctionalEngine.adapt``."""
+        with suppress(LoweringError):
+            return self.program.adapt(theta, lr, support, indices)
+        return self.functional.adapt(theta, lr, support, indices)
+
+    @exclude_from_compile
+    def meta_loss(
+        self,
+        theta: Tensor | None,
+        lr: float | Tensor,
+        batch: TaskBatch,
+        step_weights: Sequence[float] | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The mean query loss after adaptation, see ``FunctionalEngine.meta_loss``."""
+        with suppress(LoweringError):
+            return self.program.meta_loss(theta, lr, batch, step_weights)
+        return self.functional.meta_loss(theta, lr, batch, step_weights)
+
+    @exclude_from_compile
+    def meta_gradient(
+        self,
+        lr: float | Tensor,
+        batch: TaskBatch,
+        step_weights: Sequence[float] | Tensor | None = None,
+    ) -> MetaGradient:
+        """The meta-loss with its gradient, see ``FunctionalEngine.meta_gradient``."""
+        with suppress(LoweringError):
+            return self.program.meta_gradient(lr, batch, step_weights)
+        return self.functional.meta_gradient(lr, batch, step_weights)
+
+    @exclude_from_compile
+    def query_losses(
+        self, theta: Tensor, query: Examples, gradient: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Each task's query loss at given parameters, see ``FunctionalEngine.query_losses``."""
+        with suppress(LoweringError):
+            return self.program.query_losses(theta, query, gradient)
+        return self.functional.query_losses(theta, query, gradient)
+
+    @exclude_from_compile
+    def hvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:
+        """The Hessian of each task's loss times a vector, see ``FunctionalEngine.hvp``.
+
+        If gradients are enabled and an argument requires one, the functional engine makes the
+        product, which then has a graph.
+        """
+        with suppress(LoweringError):
+            return self.program.hvp(theta, examples, vector)
+        return self.functional.hvp(theta, examples, vector)
+
+    @exclude_from_compile
+    def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
+        """The module's outputs ``[T, B, ...]`` on x ``[T, B, ...]``, with parameters ``[T, P]``."""
+        return self.program.outputs(theta, x)
+
+    def explain(self, support: Examples | None = None) -> str:
+        """Which engine runs, and how, in a few sentences."""
+        program = self.program.program() if support is None else self.program.program(support)
+        if isinstance(program, Program):
+            return self.program.describe(program)
+        required = self.program.program_options.cuda_graph is True
+        raises = " cuda_graph=True: meta-losses raise ValueError." if required else ""
+        functional = describe_functional(self.module, self.options)
+        return f"{functional} No task program: {program}.{raises}"

@@ -1,0 +1,57 @@
+"""Limits of the engines' derivatives: what torch.compile must not trace, what has no second one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeGuard, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def exclude_from_compile(method: Method) -> Method:
+    """Keep torch.compile from tracing a method.
+
+    Tracing would silently drop the derivatives of the ``autograd.Function`` classes inside.
+    """
+    untraced = torch.compiler.disable(method)
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # The wrapper of torch.compiler.disable costs microseconds, so eager calls go around it.
+        return (untraced if torch.compiler.is_compiling() else method)(*args, **kwargs)
+
+    return cast("Method", call)
+
+
+class _RaiseOnDoubleBackward(torch.autograd.Function):
+    """Identity whose backward raises: the adjoint recursion has no graph to differentiate again."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.clone() for grad in grads)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "the meta-gradient comes from the adjoint recursion, which keeps no graph: it cannot "
+            "be differentiated again. MAML.clone() and adapt() unroll a graph that can."
+        )
+
+
+def once_differentiable(grads: list[Tensor | None]) -> list[Tensor | None]:
+    """The gradients; if a graph of them is asked for, one that raises when it is used."""
+    if not torch.is_grad_enabled():
+        return grads
+    present = [grad.detach().requires_grad_() for grad in grads if grad is not None]
+    marked = iter(_RaiseOnDoubleBackward.apply(*present) if present else ())
+    return [None if grad is None else next(marked) for grad in grads]
+
+
+def is_learned(lr: float | Tensor) -> TypeGuard[Tensor]:
+    """Whether a step size is a tensor whose gradient is asked for."""
+    return isinstance(lr, Tensor) and lr.requires_grad

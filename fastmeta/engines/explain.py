@@ -1,0 +1,46 @@
+"""Sentences about an engine, for ``explain``."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastmeta.core.backend import backend_of
+from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.engines.base import InnerLoopOptions
+
+
+def describe_functional(module: nn.Module, options: InnerLoopOptions) -> str:
+    """How the functional engine runs a module."""
+    layout, size = ParameterLayout.of(module), options.task_chunk
+    together = {None: "all tasks vmapped together", 1: "tasks one at a time, without vmap"}
+    tasks = together.get(size, f"tasks vmapped {size} at a time")
+    norms = "Norms in evaluation mode go by the running statistics that they track. "
+    return (
+        f"Functional engine, which takes any nn.Module (here {type(module).__name__}, "
+        f"{count_parameters(layout)}); {tasks}. "
+        f"{'' if options.norm_statistics == 'batch' else norms}"
+        f"{describe_steps(options, options.hvp_mode)} {describe_backend(layout, 'inner_update')}"
+    )
+
+
+def describe_steps(options: InnerLoopOptions, products: str) -> str:
+    """The number of inner steps, their rule and order."""
+    if options.first_order:
+        mode = "first order, no Hessian-vector products"
+    else:
+        mode = f"second order by the adjoint, one {products} Hessian-vector product a step"
+    rule = "" if options.is_plain else f" by {options.inner_rule.title}"
+    return f"Inner steps: {options.steps}{rule}, {mode}."
+
+
+def describe_backend(layout: ParameterLayout, op: str) -> str:
+    """The backend, the device and the dtype of an op."""
+    backend, dtype = backend_of(op, layout.device, layout.dtype), str(layout.dtype)
+    subject = "Everything" if op == "task_program" else "Inner updates"
+    name = dtype.removeprefix("torch.")
+    return f"{subject} by the {backend} backend on {layout.device.type} in {name}."
+
+
+def count_parameters(layout: ParameterLayout) -> str:
+    """The number of adapted parameters and of their tensors."""
+    return f"{layout.numel} adapted parameters in {len(layout.names)} tensors"

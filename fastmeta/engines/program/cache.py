@@ -1,0 +1,176 @@
+"""The programs of one learner, its CUDA graphs and its last call, kept while they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.core.cuda_graphs import Graphs
+from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.engines.base import Examples, Loss, TaskBatch
+from fastmeta.engines.checks import check_examples
+from fastmeta.engines.program.call import Call
+from fastmeta.engines.program.fast_path import CachedMetaGradient
+from fastmeta.engines.program.lowering import Lowering, Program
+from fastmeta.engines.program.trace import LoweringError
+from fastmeta.ops.task_program.bytecode import LossKind
+
+_PLANS_KEPT = 64
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class LoweredSource(NamedTuple):
+    """What a program is lowered from."""
+
+    module: nn.Module
+    loss: Loss
+    norm_statistics: str
+
+
+class Plan(NamedTuple):
+    """A program for one batch of tasks.
+
+    Attributes:
+        program: for examples of the batch's shape.
+        tasks: T.
+        kept: numbers that a task's inner step keeps: its activations and their gradients.
+    """
+
+    program: Program
+    tasks: int
+    kept: int
+
+
+class LastCall(NamedTuple):
+    """Arguments of the last meta-gradient, which decide whether the next may take the fast path.
+
+    Recorded only if ``lr`` is a number.
+    """
+
+    lr: float
+    call: Call
+    step_sizes: Tensor
+    batch: TaskBatch
+
+    def signature(self) -> tuple[Any, ...]:
+        """Equal for meta-gradients that are likely to differ only in values."""
+        return self.lr, id(self.call.program), *(tensor.shape for tensor in self.batch)
+
+
+class ProgramCache:
+    """The lowering, the plans by kind of batch, the CUDA graphs and the last call of one learner.
+
+    A lowering and what was made from it last while the module, the loss and their options are
+    unchanged. Copies and pickles are empty: a copy's module is another one.
+
+    Attributes:
+        graphs: the CUDA graphs of meta-gradients.
+        last_call: the last meta-gradient, if the fast path may take the next.
+    """
+
+    def __init__(self) -> None:
+        self._lowering: Lowering | None = None
+        self._plans: dict[tuple[Any, ...], Plan | str] = {}
+        self._fast_path: CachedMetaGradient | None = None
+        self._signature: tuple[Any, ...] = ()
+        self.graphs = Graphs()
+        self.last_call: LastCall | None = None
+
+    def __reduce__(self) -> tuple[type[ProgramCache], tuple[()]]:
+        return ProgramCache, ()
+
+    def lowering(self, source: LoweredSource) -> Lowering:
+        """The lowering of a module and a loss; the last one while it holds."""
+        if self._lowering is None or not self._lowering.current(*source):
+            self._lowering = Lowering(*source)
+            self._plans.clear()
+            self.graphs.clear()
+        return self._lowering
+
+    def plan(self, source: LoweredSource, sets: Sequence[Examples]) -> Plan:
+        """The plan for sets of examples.
+
+        Raises:
+            LoweringError: the program would not do what the module and the loss do with them.
+            TypeError, ValueError: naming the argument that does not fit.
+        """
+        lowering = self.lowering(source)
+        key: list[Any] = []
+        for examples in sets:
+            for name, tensor in (("x", examples.x), ("y", examples.y)):
+                if type(tensor) is not Tensor or tensor.layout is not torch.strided:
+                    check_plain(examples.x_name if name == "x" else examples.y_name, tensor)
+                key += (tensor.shape, tensor.dtype, tensor.device)
+            key.append(examples.role)
+        signature = tuple(key)
+        plan = self._plans.get(signature)
+        if plan is None:
+            if len(self._plans) >= _PLANS_KEPT:
+                self._plans.clear()
+            plan = self._plans[signature] = _plan(lowering, source.module, sets)
+        if isinstance(plan, str):
+            raise LoweringError(plan)
+        return plan
+
+    def replay(self, learner: nn.Module, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The learner's meta-gradient if only values have changed since the last; else None."""
+        result = None if self._fast_path is None else self._fast_path(learner, batch)
+        if result is not None:
+            self._signature = ()
+        return result
+
+    def prepare(self, learner: nn.Module) -> None:
+        """Open the fast path if the learner's last meta-gradient came twice in a row.
+
+        Nothing happens unless it was one compiled call with a number as step size.
+        """
+        last, self.last_call = self.last_call, None
+        if last is None or self._lowering is None:
+            return
+        before, self._signature = self._signature, last.signature()
+        tables = self._lowering.tables() if before == self._signature else None
+        if tables is not None:
+            self._fast_path = CachedMetaGradient(
+                learner, last.call, last.step_sizes, last.batch, tables
+            )
+
+
+def check_plain(name: str, tensor: Any) -> None:
+    """Raise unless compiled code can read the tensor's memory."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+        raise LoweringError(f"{name} is a {type(tensor).__name__} that is no plain dense tensor")
+
+
+def _plan(lowering: Lowering, module: nn.Module, sets: Sequence[Examples]) -> Plan | str:
+    layout = ParameterLayout.of(module)
+    tasks = check_examples(layout, *sets)
+    first = sets[0]
+    program = lowering.program(tuple(first.x.shape[2:]))
+    if isinstance(program, str):
+        return program
+    for examples in sets:
+        x, name = examples.x, examples.x_name
+        if x.dtype != layout.dtype or x.shape[2:] != first.x.shape[2:]:
+            return f"{name} is {x.dtype} {list(x.shape)}, unlike the parameters or {first.x_name}"
+        if not program.takes(x.shape[1]):
+            return f"{name} has one example, and a norm of model one value a channel of it"
+        reason = _targets_mismatch(program, examples.y_name, examples.y)
+        if reason:
+            return reason
+    return Plan(program, tasks, kept=2 * first.x.shape[1] * program.activations)
+
+
+def _targets_mismatch(program: Program, name: str, y: Tensor) -> str:
+    """Why the program's loss does not take the targets y as the loss itself does; or nothing."""
+    if program.loss.kind == LossKind.CROSS_ENTROPY:
+        expected, fits = "int64 labels [T, examples]", y.dtype == torch.int64 and y.ndim == 2
+    else:
+        shape, dtype = program.output_shape, program.layout.dtype
+        expected = f"{dtype} targets [T, examples, {', '.join(map(str, shape))}]"
+        fits = y.dtype == dtype and y.shape[2:] == shape
+    return "" if fits else f"{name} is {y.dtype} {list(y.shape)}; the program takes {expected}"
