@@ -1,6 +1,6 @@
 """Compiles the CUDA sources with all warnings as errors, and fails where a kernel spills registers.
 
-    python -m tests.cuda_check [--arch sm_90 ...]
+    python -m tools.cuda_check [--arch sm_90 ...]
 
 nvcc compiles every .cu for every architecture and g++ checks every *_cuda.cpp; neither needs a GPU
 or a torch with CUDA. Exit status: 0 all is well; 1 a source does not compile or a kernel spills;
@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.ninja_build import BuildError, Edge, run_ninja
+from tools.ninja_build import BuildError, Edge, run_ninja
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ["sm_80", "sm_90", "sm_120"]
@@ -246,7 +246,7 @@ def judge(rows: list[Row]) -> int:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.cuda_check", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.cuda_check", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", action="append", help=f"default: {' '.join(ARCHITECTURES)}")
     parser.add_argument("--jobs", type=int, help="compilations at once (default: as ninja chooses)")

@@ -1,6 +1,6 @@
 """Runs the tests against another torch than that of requirements-dev.txt.
 
-    python -m tests.other_torch 2.15.0
+    python -m tools.other_torch 2.15.0
 
 makes the source distribution, and of it a wheel in an environment that has that torch, both in
 build/torch-2.15.0, and runs the tests there away from the package's sources. What follows the
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ("numpy", "setuptools>=70", "wheel", "ninja", "pybind11>=2.13")
 # They look at the sources of the package, and not at what is installed.
 OF_THE_SOURCES = (
-    *("tests/test_packaging.py", "tests/test_wheel.py"),
+    *("tests/packaging/test_packaging.py", "tests/packaging/test_wheel.py"),
     "tests/test_docs.py::test_excerpts_are_what_the_files_say",
 )
 
@@ -62,7 +62,7 @@ def copy_without_package(folder: Path) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.other_torch",
+        prog="python -m tools.other_torch",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.networks import MLP, Conv4, Network, draw_parameters, parameter_count
+from benchmarks.common.networks import MLP, Conv4, Network, draw_parameters, parameter_count
 
 Arrays = dict[str, np.ndarray]
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import fastmeta as fm
-from benchmarks.agreement import TOLERANCE, relative_error
+from benchmarks.common.agreement import TOLERANCE, relative_error
 from benchmarks.gpu.machine import ROOT
 from benchmarks.gpu.outcomes import NOT_AVAILABLE
 from fastmeta._native import CONVOLUTION, KERNELS, WIDE_DTYPES

@@ -1,4 +1,4 @@
-"""What a measurement of `benchmarks.gpu_ops` consists of.
+"""What a measurement of `benchmarks.gpu.ops` consists of.
 
 A contender takes inputs and returns a tuple of tensors, which are compared with those of the plain
 PyTorch ops in float64 before anything is timed.
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 import fastmeta as fm
-from benchmarks.agreement import TF32_TOLERANCE, TOLERANCE
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.common.agreement import TF32_TOLERANCE, TOLERANCE
+from benchmarks.common.workloads import WORKLOADS, Workload
 
 Inputs = tuple[torch.Tensor, ...]
 Contender = Callable[..., Inputs]  # of the inputs

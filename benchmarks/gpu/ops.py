@@ -1,6 +1,6 @@
 """The ops on a GPU: time against plain PyTorch, and against what the device can do at most.
 
-    python -m benchmarks.gpu_ops [--json FILE] [--seconds 85]
+    python -m benchmarks.gpu.ops [--json FILE] [--seconds 85]
 
 Times are of CUDA events around several calls; contenders take turns, and the ratio of two is the
 median over rounds. Before anything is timed each contender is compared with plain PyTorch in
@@ -30,12 +30,12 @@ from typing import Any
 import torch
 
 import fastmeta as fm
-from benchmarks.agreement import relative_error
+from benchmarks.common.agreement import relative_error
+from benchmarks.common.timers import Call, CudaTimer, Seconds, Spread, Timer
+from benchmarks.gpu.measure import OURS, Contender, Inputs, Measure, Sizes, in_torch
 from benchmarks.gpu.runner import write_json
-from benchmarks.gpu_measure import OURS, Contender, Inputs, Measure, Sizes, in_torch
-from benchmarks.gpu_workloads import all_measures
-from benchmarks.meta_memory import peak
-from benchmarks.timers import Call, CudaTimer, Seconds, Spread, Timer
+from benchmarks.gpu.workloads import all_measures
+from benchmarks.memory.meta import peak
 from fastmeta._timing import ratio
 
 COPY = "copy"
@@ -256,10 +256,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=85, help="time after which none is begun")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks.gpu_ops: torch finds no CUDA device")
+        sys.exit("benchmarks.gpu.ops: torch finds no CUDA device")
     for op in fm._native.NAMES:
         if fm.backend_of(op, "cuda") != "native":
-            sys.exit(f"benchmarks.gpu_ops: fastmeta was built without {op} for CUDA")
+            sys.exit(f"benchmarks.gpu.ops: fastmeta was built without {op} for CUDA")
     content = run(
         CudaTimer(),
         Sizes(),

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu_ops` measures of task programs: meta-steps and Hessian-vector products."""
+"""What `benchmarks.gpu.ops` measures of task programs: meta-steps and Hessian-vector products."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from benchmarks.gpu_measure import OURS, Contender, Inputs, Measure, in_torch
-from benchmarks.networks import MLP, Network
-from benchmarks.workloads import Workload
+from benchmarks.common.networks import MLP, Network
+from benchmarks.common.workloads import Workload
+from benchmarks.gpu.measure import OURS, Contender, Inputs, Measure, in_torch
 from fastmeta import _program_reference as reference
 from fastmeta._native import PROGRAM, is_native
 from fastmeta.ops.task_program import COMPILED

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu_ops` measures: for each op its inputs, its contenders and its cost."""
+"""What `benchmarks.gpu.ops` measures: for each op its inputs, its contenders and its cost."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import fastmeta as fm
-from benchmarks.gpu_measure import OURS, Contender, Inputs, Measure, Sizes, in_torch
-from benchmarks.gpu_programs import image_programs, programs
-from benchmarks.prototype_loss import composed
+from benchmarks.gpu.measure import OURS, Contender, Inputs, Measure, Sizes, in_torch
+from benchmarks.gpu.programs import image_programs, programs
+from benchmarks.ops.prototype_loss import composed
 from fastmeta.ops.inner_update import inner_update_backward
 
 

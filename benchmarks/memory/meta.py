@@ -1,17 +1,17 @@
 """Peak memory of the second-order meta-gradient against that of an unrolled graph.
 
-    python -m benchmarks.meta_memory [--tasks 4] [--hidden 64]
+    python -m benchmarks.memory.meta [--tasks 4] [--hidden 64]
 
 Conv4 on 28x28 images, 5-way 1-shot with 75 queries, float32, K = 2 and K = 10. Compared are
 
 - fastmeta: the adjoint of the functional engine, all tasks together (the default), and with
-  ``task_chunk=1``; of task programs ``benchmarks.program_memory`` gives the memory;
+  ``task_chunk=1``; of task programs ``benchmarks.memory.program`` gives the memory;
 - unrolled: ``create_graph=True`` through all K steps, vmapped over all tasks; the strongest
   ordinary way to run the tasks together;
 - unrolled, task by task: ``backward`` after each task, the least memory that unrolling takes.
 
 On the CPU memory is counted, not sampled: the bytes of the tensors that operators allocate, and of
-those alive the peak (``tests.memory``); it agrees with the records of torch's allocator to 0.1 %.
+those alive the peak (``tests.helpers.memory``); it agrees with torch's allocator to 0.1 %.
 It is the same every time, which the resident size of the process is not: that has in it what the
 allocator holds back and what earlier work left behind. On a GPU: the caching allocator's peak.
 """
@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastmeta as fm
-from tests.memory import peak_bytes
-from tests.networks import Tasks
-from tests.unrolled import vmapped_meta_loss
+from tests.helpers.memory import peak_bytes
+from tests.helpers.networks import Tasks
+from tests.helpers.unrolled import vmapped_meta_loss
 
 STEPS = (2, 10)
 INNER_LR = 0.4

@@ -1,6 +1,6 @@
 """Memory of a meta-step: the engine that MAML picks, the functional engine, the unrolled graph.
 
-    python -m benchmarks.program_memory [--workload NAME ...]
+    python -m benchmarks.memory.program [--workload NAME ...]
 
 Counted is what torch's allocator hands out, in Python and within native ops alike, workspaces
 included: the most bytes alive at once besides what was there before, at K = 2 and at K = 10 inner
@@ -21,9 +21,9 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.common.workloads import WORKLOADS, Workload, draw
 from benchmarks.peers import fastmeta_steps, torch_steps
 from benchmarks.peers.step import Build, Problem
-from benchmarks.workloads import WORKLOADS, Workload, draw
 
 STEPS = (2, 10)
 DEFAULT = ("sin5", "omni_mlp")

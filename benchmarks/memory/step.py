@@ -1,6 +1,6 @@
 """Peak memory of a step, of fastmeta and of the libraries that loop over tasks.
 
-    python -m benchmarks.step_memory omni_conv1 omni_conv5 mini_conv5
+    python -m benchmarks.memory.step omni_conv1 omni_conv5 mini_conv5
 
 Each runs alone in a process of the peers' environment. The peak is the kernel's count of resident
 pages (VmHWM), which is set back after the step was built; what the step needs the first time it
@@ -14,10 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.common.workloads import WORKLOADS, draw
 from benchmarks.peers.contenders import CONTENDERS, OURS, prepared
 from benchmarks.peers.process import python
 from benchmarks.peers.step import Problem
-from benchmarks.workloads import WORKLOADS, draw
 
 NAMES = (OURS, "learn2learn", "higher", "torchopt")
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     for workload in arguments:
         print(f"{workload}: {WORKLOADS[workload]}")
         for name in NAMES:
-            command = [python(), "-m", "benchmarks.step_memory", "--one", workload, name]
+            command = [python(), "-m", "benchmarks.memory.step", "--one", workload, name]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             print(f"  {name:12} {int(done.stdout.split()[-1]) / 2**20:8.0f} MiB", flush=True)
 

@@ -1,6 +1,6 @@
 """learn2learn and higher against their stand-ins in fastmeta.compat, and against `meta_loss`.
 
-    .venv-bench/bin/python -m benchmarks.compat [--rounds 15] [--threads 1]
+    .venv-bench/bin/python -m benchmarks.ops.compat [--rounds 15] [--threads 1]
 
 in the environment of `make bench-env`. Prints how many times a stand-in's time, and that of
 `meta_loss`, the library takes for the gradient of the mean loss of 20 tasks; all take turns.
@@ -106,7 +106,7 @@ def contenders(setting: Setting) -> dict[str, Callable[[], None]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compat", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops.compat", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()

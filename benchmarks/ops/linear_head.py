@@ -1,6 +1,6 @@
 """The linear head's two forms: forward and backward of `fm.linear_head`, float32.
 
-    python -m benchmarks.linear_head [--rounds 30] [--threads 2]
+    python -m benchmarks.ops.linear_head [--rounds 30] [--threads 2]
 
 32 tasks of 5 ways. One line a size: the times of each form, and which one `form="auto"` takes.
 They take turns. Freed memory is kept, as in `python -m fastmeta train`.
@@ -55,7 +55,9 @@ def passes(support: int, features: int, steps: int) -> dict[str, Callable[[], ob
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.linear_head", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ops.linear_head", description=__doc__
+    )
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

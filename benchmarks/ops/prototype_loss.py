@@ -1,6 +1,6 @@
 """prototype_loss against the composition of torch ops that it replaces: time and memory.
 
-    python -m benchmarks.prototype_loss
+    python -m benchmarks.ops.prototype_loss
 
 Forward and backward to queries and prototypes, float32. The composition is the usual one: expanded
 squared distances, cross entropy, autograd. Embeddings have norm 1, as of a network in training
@@ -71,7 +71,7 @@ def peak_memory() -> int:
 def extra_memory(workload: str, contender: str) -> int:
     """Bytes by which a step raises the peak of a fresh process, warmed up on a small workload."""
     code = (
-        "from benchmarks.prototype_loss import *\n"
+        "from benchmarks.ops.prototype_loss import *\n"
         f"step(CONTENDERS[{contender!r}], rows('proto_small, T = 1'))\n"
         f"data = rows({workload!r}); before = peak_memory()\n"
         f"gradient = step(CONTENDERS[{contender!r}], data); print(peak_memory() - before)"

@@ -1,6 +1,6 @@
 """The functional engine on ResNet-12, its layers on fastmeta's kernels and on PyTorch's.
 
-    python -m benchmarks.routing [--rounds 5] [--threads 2]
+    python -m benchmarks.ops.routing [--rounds 5] [--threads 2]
 
 Second-order MAML, two tasks of 3 x 84 x 84 images, 5-way 1-shot with 5 queries, two inner steps.
 They take turns. Plain layers are those of `use_backend("torch")`. Freed memory is kept, as in
@@ -37,7 +37,7 @@ def meta_steps() -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.routing", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops.routing", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

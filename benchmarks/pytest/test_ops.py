@@ -1,4 +1,4 @@
-"""Every op case of tests/cases.py under pytest-benchmark, native and plain PyTorch side by side.
+"""Every op case of tests/helpers/cases.py under pytest-benchmark, native beside plain PyTorch.
 
 pytest benchmarks --benchmark-enable --benchmark-group-by=param:case
 """
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fastmeta as fm
-from tests.cases import CASES
-from tests.test_ops import BACKENDS, value_and_grads
+from tests.helpers.assertions import BACKENDS, value_and_grads
+from tests.helpers.cases import CASES
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -13,11 +13,11 @@ import functools
 import pytest
 import torch
 
-from benchmarks.agreement import TOLERANCE
+from benchmarks.common.agreement import TOLERANCE
+from benchmarks.common.workloads import WORKLOADS, Arrays, draw
 from benchmarks.peers.contenders import CONTENDERS, REFERENCES, prepared
 from benchmarks.peers.driver import disagreement
 from benchmarks.peers.step import Missing, Problem
-from benchmarks.workloads import WORKLOADS, Arrays, draw
 
 CASES = [
     pytest.param(workload, contender, id=f"{workload.name}-{contender.name}")

@@ -12,7 +12,7 @@ from mkdocs.structure.files import File
 
 from benchmarks.peers import picture, tables
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 _RESULTS_OF = re.compile(r"^\{\{ results ([\w-]+) \}\}$", re.MULTILINE)
 
 

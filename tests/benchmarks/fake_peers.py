@@ -14,7 +14,7 @@ from benchmarks.peers.step import Missing, Problem, Step
 
 def contender(name: str, kind: str = "meta") -> Contender:
     """The contender that a function of this module builds."""
-    return Contender(name, f"the {name} one", kind, f"tests.fake_peers:{name}")
+    return Contender(name, f"the {name} one", kind, f"tests.benchmarks.fake_peers:{name}")
 
 
 def _step(problem: Problem, offset: float) -> Step:

@@ -8,24 +8,17 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
+from benchmarks.common.timers import Spread
+from benchmarks.common.workloads import WORKLOADS, draw
 from benchmarks.peers import driver, process
 from benchmarks.peers.contenders import CONTENDERS, MATRIX, OURS, contenders_for
-from benchmarks.peers.driver import (
-    Race,
-    Turns,
-    calls_per_turn,
-    compared,
-    disagreement,
-    measure,
-)
+from benchmarks.peers.driver import Race, Turns, calls_per_turn, compared, disagreement, measure
 from benchmarks.peers.process import Process, Unable
 from benchmarks.peers.step import Problem
 from benchmarks.peers.worker import timed
-from benchmarks.timers import Spread
-from benchmarks.workloads import WORKLOADS, draw
 from fastmeta._timing import ratio
-from tests import fake_peers
-from tests.fake_peers import contender
+from tests.benchmarks import fake_peers
+from tests.benchmarks.fake_peers import contender
 
 SIN1 = WORKLOADS["sin1"]
 GRADIENT = {"loss": np.array(1.0), "gradient": np.array([3.0, 4.0])}

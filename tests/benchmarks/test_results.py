@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from benchmarks import cli
+from benchmarks.memory.program import allocated_peak
 from benchmarks.peers import driver, process, results, run, tables
 from benchmarks.peers.contenders import MATRIX, OURS
-from benchmarks.program_memory import allocated_peak
-from tests.fake_peers import contender
+from tests.benchmarks.fake_peers import contender
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def measured(label: str, median: float, ratio: float) -> dict:
@@ -161,7 +161,8 @@ def test_a_report_prints_and_draws_what_a_run_left(tmp_path, capsys):
 
 def test_a_run_measures_in_processes_prints_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(process, "ENVIRONMENT", tmp_path / "none")
-    fakes, right = [contender("different"), contender("absent")], "tests.fake_peers:right"
+    fakes = [contender("different"), contender("absent")]
+    right = "tests.benchmarks.fake_peers:right"
     monkeypatch.setattr(driver, "MATRIX", replace(MATRIX, build=right))
     monkeypatch.setattr(driver, "REFERENCES", {"meta": contender("right")})
     monkeypatch.setattr(run, "contenders_for", lambda *_: fakes)

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.networks import MLP, Conv4
+from benchmarks.common.networks import MLP, Conv4
+from benchmarks.common.workloads import WORKLOADS, draw
 from benchmarks.peers.contenders import CONTENDERS, OURS, REFERENCES, prepared
 from benchmarks.peers.driver import disagreement
 from benchmarks.peers.step import Problem
-from benchmarks.workloads import WORKLOADS, draw
 
 NAMES = (OURS, "fastmeta-functional", "torch-func", "adjoint", "autograd", "torch-forward")
 PLAIN = [c for c in CONTENDERS if c.name in NAMES]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.networks import MLP, Conv4, draw_parameters, parameter_count
+from benchmarks.common.networks import MLP, Conv4, draw_parameters, parameter_count
+from benchmarks.common.workloads import WORKLOADS, Workload, draw
 from benchmarks.peers.modules import TorchProblem
 from benchmarks.peers.step import Problem
-from benchmarks.workloads import WORKLOADS, Workload, draw
 
 SMALL_CONV = Workload("conv", Conv4(3, 5, 1, 16), "cross_entropy", 2, 5, 10, 1, 0.4)
 SMALL_HVP = Workload("hvp", MLP((6, 4, 3)), "cross_entropy", 2, 9, kind="hvp")

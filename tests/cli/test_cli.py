@@ -17,6 +17,7 @@ import torch
 import fastmeta as fm
 from fastmeta import cli, demo, evaluation, train
 from fastmeta.config import TrainConfig
+from tests.helpers.command_options import OPTIONS
 
 SMALL = ["--data", "sinusoid", "--hidden", "4", "--meta-batch", "2", "--iterations", "3"]
 
@@ -39,42 +40,6 @@ def arrived(monkeypatch):
 
 
 # train
-
-OPTIONS = [
-    ("protonet", "--ways 7", {"ways": 7}),
-    ("protonet", "--shots 2", {"shots": 2}),
-    ("protonet", "--queries 6", {"queries": 6}),
-    ("protonet", "--meta-batch 3", {"meta_batch": 3}),
-    ("protonet", "--hidden 9", {"hidden": 9}),
-    ("protonet", "--pool stride", {"pool": "stride"}),
-    ("protonet", "--precision bfloat16", {"precision": "bfloat16"}),
-    ("protonet", "--train-ways 30", {"train_ways": 30}),
-    ("protonet", "--metric euclidean", {"metric": "euclidean"}),
-    ("maml", "--steps 4", {"steps": 4, "eval_steps": 4}),
-    ("maml", "--eval-steps 6", {"eval_steps": 6}),
-    ("maml", "--inner-lr 0.2", {"inner_lr": 0.2}),
-    ("maml", "--first-order", {"first_order": True}),
-    ("maml", "--learn-lr", {"learn_lr": True}),
-    ("maml", "--lr 0.01", {"lr": 0.01}),
-    ("maml", "--lr-halve-every 50", {"lr_halve_every": 50}),
-    ("maml", "--optimizer sgd", {"optimizer": "sgd"}),
-    ("maml", "--lr-cosine 70", {"lr_cosine": 70}),
-    ("reptile", "--inner-batch 5", {"inner_batch": 5}),
-    ("mamlpp", "--multi-step-iterations 50", {"multi_step_iterations": 50}),
-    ("mamlpp", "--first-order-iterations 60", {"first_order_iterations": 60}),
-    ("imaml", "--regularization 0.5", {"regularization": 0.5}),
-    ("imaml", "--cg-steps 3", {"cg_steps": 3}),
-    ("imaml", "--cg-damping 0.5", {"cg_damping": 0.5}),
-    ("maml", "--iterations 8", {"iterations": 8}),
-    ("maml", "--seed 5", {"seed": 5}),
-    ("maml", "--device cpu:0", {"device": "cpu:0"}),
-    ("maml", "--threads 1", {"threads": 1}),
-    ("maml", "--protocol paper", {"protocol": "paper"}),
-    ("maml", "--eval-every 10", {"eval_every": 10}),
-    ("maml", "--eval-tasks 20", {"eval_tasks": 20}),
-    ("maml", "--checkpoint-every 30", {"checkpoint_every": 30}),
-    ("maml", "--time-limit 1.5", {"time_limit": 1.5}),
-]
 
 
 @pytest.mark.parametrize(("algorithm", "option", "expected"), OPTIONS)

@@ -13,9 +13,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import fastmeta.compat.higher as higher
-from tests.networks import NETWORKS, Tasks, build, classification, relative_error
-from tests.test_clone import Shared, TwoHeads, half_frozen, joined
-from tests.unrolled import meta_gradient, twice_differentiable
+from tests.helpers.networks import (
+    NETWORKS,
+    Shared,
+    Tasks,
+    TwoHeads,
+    build,
+    classification,
+    half_frozen,
+    joined,
+    relative_error,
+)
+from tests.helpers.unrolled import meta_gradient, twice_differentiable
 
 EXACT = 1e-10
 

@@ -11,9 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta.compat.learn2learn as l2l
-from tests.networks import NETWORKS, Tasks, build, classification, relative_error
-from tests.test_clone import Shared, TwoHeads, half_frozen, joined
-from tests.unrolled import meta_gradient, twice_differentiable
+from tests.helpers.networks import (
+    NETWORKS,
+    Shared,
+    Tasks,
+    TwoHeads,
+    build,
+    classification,
+    half_frozen,
+    joined,
+    relative_error,
+)
+from tests.helpers.unrolled import meta_gradient, twice_differentiable
 
 EXACT = 1e-10
 LEARNERS = [l2l.algorithms.MAML, l2l.algorithms.MetaSGD]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastmeta.compat import higher, learn2learn
-from tests.peer_scripts import FOLDER, SCRIPTS, load_peer, run
+from tests.compat.peer_scripts import FOLDER, SCRIPTS, load_peer, run
 
 # What learn2learn 0.2.0 and higher 0.2.1 computed, on one machine.
 GOLDEN = json.loads((FOLDER / "golden.json").read_text())
@@ -42,7 +42,7 @@ def test_scripts_differ_in_their_imports_alone(script):
 
 
 def test_python_of_the_page_on_porting_runs():
-    page = Path(__file__).resolve().parents[1] / "docs" / "how-to" / "port.md"
+    page = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "port.md"
     namespace: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     assert blocks

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import fastmeta as fm
 from fastmeta._routing import RoutedLayers
-from tests.cases import SMALL_CASES
-from tests.networks import Tasks
+from tests.helpers.cases import SMALL_CASES
+from tests.helpers.networks import Tasks
 
-PAGE = Path(__file__).resolve().parents[1] / "docs/how-to/compile.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/how-to/compile.md"
 WAYS, SHOTS, TASKS = 5, 5, 4
 SCALE = 1024
 DTYPES = (torch.bfloat16, torch.float16)

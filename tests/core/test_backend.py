@@ -9,8 +9,8 @@ import torch
 
 import fastmeta as fm
 from fastmeta import _native, reference
-from tests.cases import Maker
-from tests.test_ops import require_kernels
+from tests.helpers.assertions import require_kernels
+from tests.helpers.cases import Maker
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 

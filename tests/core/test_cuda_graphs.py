@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmeta import _graphs
 from fastmeta._graphs import CALLS, KEPT, Captured, Graphs
-from tests.fake_graphs import Graph, Stream, capture, gpu, on, replays
+from tests.helpers.fake_graphs import Graph, Stream, capture, gpu, on, replays
 
 __all__ = ["gpu"]
 

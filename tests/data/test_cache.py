@@ -78,7 +78,7 @@ def test_two_writers_never_leave_half_a_file(tmp_path: Path) -> None:
         "from fastmeta.data._cache import _save\n"
         "for _ in range(100): _save(pathlib.Path(sys.argv[1]), {'a': np.full(50_000, 7)})\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     other = subprocess.Popen([sys.executable, "-c", write, str(path)], env=environment)
     loads = 0
     with warnings.catch_warnings():

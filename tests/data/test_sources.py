@@ -21,7 +21,7 @@ from fastmeta.data import Episodes, Glyphs, Omniglot, Sinusoid, from_spec, omnig
 
 OMNIGLOT = Path(
     os.environ.get("FASTMETA_OMNIGLOT")
-    or Path(__file__).resolve().parents[2] / "shared" / "data" / "omniglot"
+    or Path(__file__).resolve().parents[3] / "shared" / "data" / "omniglot"
 )
 needs_omniglot = pytest.mark.skipif(
     not (OMNIGLOT / "images_background.zip").exists(),

@@ -21,8 +21,17 @@ from fastmeta.checkpoint import load_checkpoint, read_metrics
 from fastmeta.config import TrainConfig
 from fastmeta.data import Episode, Episodes, Glyphs, Sinusoid
 from fastmeta.runs import begin_folder, begun_by, build_learner
-from tests.ranks import on_ranks
-from tests.runs import images, maml, protonet, relative, run, sinusoid, weights, without_seconds
+from tests.helpers.ranks import on_ranks
+from tests.helpers.runs import (
+    images,
+    maml,
+    protonet,
+    relative,
+    run,
+    sinusoid,
+    weights,
+    without_seconds,
+)
 
 # PyTorch's own sums over tasks are rounded by how many there are.
 NATIVE = fm.build_info()["native"]

@@ -9,7 +9,7 @@ from fastmeta import compare as comparing
 from fastmeta import comparison, curves, evaluation
 from fastmeta import train as training
 from fastmeta.algorithms import MAML
-from tests.runs import images
+from tests.helpers.runs import images
 
 
 @pytest.fixture

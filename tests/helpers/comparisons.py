@@ -8,7 +8,7 @@ from pathlib import Path
 from fastmeta.checkpoint import load_checkpoint, read_metrics
 from fastmeta.compare import compare
 from fastmeta.comparison_plan import plan
-from tests.runs import TINY, without_seconds
+from tests.helpers.runs import TINY, without_seconds
 
 NAMES = ["maml", "reptile", "fomaml"]
 

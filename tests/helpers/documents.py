@@ -13,7 +13,7 @@ from typing import NamedTuple
 from fastmeta import cli
 from fastmeta.config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _BLOCK = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 _TITLE = re.compile(r'title="([\w./]+)"')
 

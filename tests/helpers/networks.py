@@ -120,3 +120,39 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     difference = (actual - expected).detach().abs().max()
     return float(difference / expected.detach().abs().max().clamp_min(1e-300))
+
+
+def joined(tensors) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def half_frozen(device: str) -> nn.Module:
+    net = build("mlp", device)
+    net[0].weight.requires_grad_(False)
+    return net
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+class Shared(nn.Module):
+    """A submodule, a weight and a buffer that are each in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.again = self.first
+        self.third = nn.Linear(3, 3, bias=False)
+        self.third.weight = self.first.weight
+        self.register_buffer("shift", torch.ones(3))
+        self.third.register_buffer("shift", self.shift)
+        self.none = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.again(self.first(x))) + self.shift

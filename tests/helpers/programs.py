@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastmeta as fm
 from fastmeta.lowering import Lowering, Program
-from tests.networks import Tasks
+from tests.helpers.networks import Tasks
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

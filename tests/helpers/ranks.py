@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 # A process that has imported everything once, of which ranks are forked in a moment.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.runs", "fastmeta.distributed"])
+_context.set_forkserver_preload(["tests.helpers.runs", "fastmeta.distributed"])
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

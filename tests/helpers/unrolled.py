@@ -14,7 +14,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastmeta as fm
-from tests.networks import Tasks
+from tests.helpers.networks import Tasks
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -13,8 +13,8 @@ from torch.func import functional_call
 
 import fastmeta as fm
 from fastmeta.arena import Layout
-from tests.networks import Tasks
-from tests.unrolled import Loss, twice_differentiable
+from tests.helpers.networks import Tasks
+from tests.helpers.unrolled import Loss, twice_differentiable
 
 # theta, gradient [P], lr, the state of a task (written to), k -> theta
 Update = Callable[[Tensor, Tensor, Tensor, dict, int], Tensor]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastmeta as fm
 from fastmeta import _one_op
-from tests.networks import Tasks, build, classification, relative_error
+from tests.helpers.networks import Tasks, build, classification, relative_error
 
 EXACT = 1e-10
 WAYS = 4

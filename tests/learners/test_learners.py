@@ -8,46 +8,25 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import fastmeta as fm
 from fastmeta.schedules import cosine_schedule
-from tests.networks import Tasks, build, classification, regression, regressor, relative_error
-from tests.test_functional import step_sizes
-from tests.unrolled import meta_gradient
+from tests.helpers.engines import step_sizes
+from tests.helpers.learners import EXACT, K, engine, gradient, problem
+from tests.helpers.networks import (
+    Tasks,
+    build,
+    classification,
+    regression,
+    regressor,
+    relative_error,
+)
+from tests.helpers.unrolled import meta_gradient
 
-EXACT = 1e-9
-K, L, P = 3, 6, 83  # steps here, and the layers and parameters of "mlp"
+__all__ = ["engine", "problem"]  # fixtures
 
-ENGINES = ["functional", "program"]
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request, device):
-    if request.param == "program" and (fm._native.PROGRAM, device) not in fm._native.KERNELS:
-        pytest.skip(f"the extension has no task program for {device}")
-    return request.param
-
-
-@pytest.fixture
-def problem(device) -> tuple[nn.Module, Tasks]:
-    return build("mlp", device), classification("mlp", device)
-
-
-def gradient(learner: fm.MAML, tasks: Tasks) -> Tensor:
-    """The meta-gradient by ``backward``, which is that of ``meta_gradient``."""
-    twin = copy.deepcopy(learner)  # one that has made as many meta-losses
-    torch.manual_seed(0)
-    value = twin.meta_gradient(*tasks)
-    learner.zero_grad()
-    torch.manual_seed(0)
-    loss, logits = learner.meta_loss(*tasks)
-    loss.backward()
-    found = torch.cat([p.grad.flatten() for p in learner.module.parameters()])
-    assert relative_error(found, value.grads) < 1e-12
-    assert relative_error(loss.detach(), value.loss) < 1e-12
-    assert relative_error(logits, value.outputs) < 1e-12
-    return found
+L, P = 6, 83  # layers and parameters of "mlp"
 
 
 def unrolled(net: nn.Module, tasks: Tasks, lr: object, steps: int, **options: object):

@@ -13,10 +13,10 @@ from fastmeta._program_reference import forward
 from fastmeta.arena import Layout
 from fastmeta.lowering import Lowering
 from fastmeta.models import PerStepBatchNorm1d, PerStepBatchNorm2d, inner_step
-from tests.conftest import needs_kernels
-from tests.networks import Tasks, relative_error
-from tests.programs import Raw, build, lowered, shape_of, tasks_for
-from tests.unrolled import meta_gradient, set_row, with_rows_by_hand
+from tests.helpers.networks import Tasks, relative_error
+from tests.helpers.programs import Raw, build, lowered, shape_of, tasks_for
+from tests.helpers.skips import needs_kernels
+from tests.helpers.unrolled import meta_gradient, set_row, with_rows_by_hand
 
 EXACT = 1e-9
 ENGINES = ("functional", "program")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fastmeta as fm
-from tests.cases import (
+from tests.helpers.assertions import TOLERANCE, assert_near, value_and_grads
+from tests.helpers.cases import (
     DTYPES,
     distance_case,
     head_case,
@@ -14,7 +15,6 @@ from tests.cases import (
     loss_case,
     prototypes_case,
 )
-from tests.test_ops import TOLERANCE, assert_near, value_and_grads
 
 # One less, as many, and one more than there are lanes in a warp and rows or columns in a tile.
 EDGES = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65)

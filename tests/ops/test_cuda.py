@@ -13,10 +13,16 @@ from torch import Tensor, nn
 
 import fastmeta as fm
 from fastmeta.functional import FunctionalEngine
-from tests.cases import CASES, Case, Maker
-from tests.networks import Tasks, build, classification, relative_error
-from tests.test_ops import TOLERANCE, assert_near, each_backend, require_kernels, value_and_grads
-from tests.unrolled import vmapped_meta_loss
+from tests.helpers.assertions import (
+    TOLERANCE,
+    assert_near,
+    each_backend,
+    require_kernels,
+    value_and_grads,
+)
+from tests.helpers.cases import CASES, Case, Maker
+from tests.helpers.networks import Tasks, build, classification, relative_error
+from tests.helpers.unrolled import vmapped_meta_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

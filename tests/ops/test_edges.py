@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fastmeta as fm
-from tests.cases import METRICS, Maker
-from tests.test_ops import BACKENDS
+from tests.helpers.assertions import BACKENDS
+from tests.helpers.cases import METRICS, Maker
 
 
 class Given(NamedTuple):

@@ -10,20 +10,22 @@ from torch.backends import cudnn
 from torch.func import functional_call, grad, vmap
 
 import fastmeta as fm
-from tests.networks import NETWORKS, build, classification, regression, regressor, relative_error
-from tests.unrolled import twice_differentiable
+from tests.helpers.networks import (
+    NETWORKS,
+    build,
+    classification,
+    regression,
+    regressor,
+    relative_error,
+)
+from tests.helpers.skips import MODES, skip_without_forward_derivative
+from tests.helpers.unrolled import twice_differentiable
 
-MODES = ("reverse", "forward", "finite_difference")
 TOLERANCE = {"reverse": 1e-10, "forward": 1e-10, "finite_difference": 1e-7}
 
 
 def rosenbrock(theta: Tensor, a: Tensor) -> Tensor:
     return ((1 - theta[:-1]) ** 2 + a * (theta[1:] - theta[:-1] ** 2) ** 2).sum()
-
-
-def skip_without_forward_derivative(network: str, mode: str, device: str) -> None:
-    if (network, mode, device) in {(n, "forward", "cuda") for n in ("gru", "lstm")}:
-        pytest.skip("the cells of GRU and LSTM on CUDA have no forward derivative in PyTorch")
 
 
 def points(device: str, tasks: int = 4, size: int = 5) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fastmeta as fm
-from tests.cases import Maker
-from tests.conftest import EMULATED
+from tests.helpers.cases import Maker
+from tests.helpers.skips import EMULATED
 
 # More tiles than a GPU has multiprocessors; the emulator's has two.
 TASKS = 1 if EMULATED else 60

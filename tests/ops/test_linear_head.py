@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from tests.cases import Maker
-from tests.test_ops import BACKENDS, assert_near
+from tests.helpers.assertions import BACKENDS, assert_near
+from tests.helpers.cases import Maker
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_form = pytest.mark.parametrize("form", ["primal", "dual"])

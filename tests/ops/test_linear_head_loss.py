@@ -11,8 +11,8 @@ from fastmeta._native import HEAD_LOSS, KERNELS
 from fastmeta.ops import _head_loss
 from fastmeta.ops._head import LOSSES, checked_head, step_sizes
 from fastmeta.ops._head_loss import Options, composed, head_loss
-from tests.cases import Maker
-from tests.test_ops import assert_near
+from tests.helpers.assertions import assert_near
+from tests.helpers.cases import Maker
 
 pytestmark = pytest.mark.skipif(
     (HEAD_LOSS, "cpu") not in KERNELS, reason="the extension has no such kernel"

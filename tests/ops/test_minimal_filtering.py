@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.func import jvp, vjp
 
 import fastmeta as fm
-from tests.test_ops import assert_near
+from tests.helpers.assertions import assert_near
 
 pytestmark = pytest.mark.skipif(
     not fm.build_info()["native"], reason="the native extension was not built"

@@ -13,9 +13,9 @@ from torch.func import vjp
 
 import fastmeta as fm
 from fastmeta import reference
-from tests.cases import TASK_BATCH_NORM, Maker
-from tests.conftest import needs_kernels
-from tests.test_ops import BACKENDS, assert_near
+from tests.helpers.assertions import BACKENDS, assert_near
+from tests.helpers.cases import TASK_BATCH_NORM, Maker
+from tests.helpers.skips import needs_kernels
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 

@@ -16,9 +16,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vjp, vmap
 
 import fastmeta as fm
-from tests.cases import TASK_BATCH_NORM, TASK_CONV2D, Maker, as_function, conv_case
-from tests.conftest import EMULATED, OLD_DYNAMO, OLD_DYNAMO_REASON, needs_kernels
-from tests.test_ops import BACKENDS, assert_near, value_and_grads
+from tests.helpers.assertions import BACKENDS, assert_near, value_and_grads
+from tests.helpers.cases import TASK_BATCH_NORM, TASK_CONV2D, Maker, as_function, conv_case
+from tests.helpers.skips import EMULATED, OLD_DYNAMO, OLD_DYNAMO_REASON, needs_kernels
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 # Whose copies in float32 are made by all threads.

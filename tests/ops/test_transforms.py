@@ -9,9 +9,9 @@ from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.utils._triton import has_triton
 
 import fastmeta as fm
-from tests.cases import SMALL_CASES, Case, Maker, as_function
-from tests.conftest import OLD_DYNAMO, OLD_DYNAMO_REASON
-from tests.test_ops import each_backend, each_case, each_small_case, require_kernels
+from tests.helpers.assertions import each_backend, each_case, each_small_case, require_kernels
+from tests.helpers.cases import SMALL_CASES, Case, Maker, as_function
+from tests.helpers.skips import OLD_DYNAMO, OLD_DYNAMO_REASON
 
 each_op = pytest.mark.parametrize("op", fm._native.OPS)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda_check import ToolkitMissing, find_toolkit
+from tools.cuda_check import ToolkitMissing, find_toolkit
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "cpp"
 NO_GPU = 77
 TOOLS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja's folder too

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import cuda_check
-from tests.cuda_check import Row, Usage, parse_ptxas, readable
-from tests.ninja_build import BuildError, Edge, manifest, run_ninja
+from tools import cuda_check
+from tools.cuda_check import Row, Usage, parse_ptxas, readable
+from tools.ninja_build import BuildError, Edge, manifest, run_ninja
 
 KERNEL = "_ZN8fastmeta12_GLOBAL__N_112weigh_kernelIfLi4EEEvPKT_l"
 SLOW = "_ZN8fastmeta12_GLOBAL__N_14slowEPKfi"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PYTHON = os.environ.get("FASTMETA_EXAMPLES_PYTHON")
 from_wheel = pytest.mark.skipif(
     PYTHON is None, reason="needs the wheel in FASTMETA_EXAMPLES_PYTHON: make test-examples"

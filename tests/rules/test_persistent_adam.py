@@ -13,8 +13,8 @@ from torch.func import functional_call, grad
 
 import fastmeta as fm
 from fastmeta.arena import Layout
-from tests.networks import Tasks, relative_error
-from tests.test_learners import EXACT, engine, gradient, problem
+from tests.helpers.learners import EXACT, engine, gradient, problem
+from tests.helpers.networks import Tasks, relative_error
 
 __all__ = ["engine", "problem"]  # fixtures
 

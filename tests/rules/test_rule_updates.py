@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import fastmeta as fm
 from fastmeta.rules._base import Step
-from tests.networks import regressor
-from tests.unrolled_rules import CASES
+from tests.helpers.networks import regressor
+from tests.helpers.unrolled_rules import CASES
 
 each_rule = pytest.mark.parametrize("name", CASES)
 

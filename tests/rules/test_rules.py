@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from tests.networks import Tasks, build, classification, regression, relative_error
-from tests.programs import build as build_program
-from tests.programs import tasks_for
-from tests.test_functional import step_sizes
-from tests.unrolled_rules import CASES, Case, RuleGradient, rule_gradient
+from tests.helpers.engines import step_sizes
+from tests.helpers.networks import Tasks, build, classification, regression, relative_error
+from tests.helpers.programs import build as build_program
+from tests.helpers.programs import tasks_for
+from tests.helpers.unrolled_rules import CASES, Case, RuleGradient, rule_gradient
 
 EXACT = 1e-9
 

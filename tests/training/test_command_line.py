@@ -9,7 +9,7 @@ import pytest
 from fastmeta import cli, train
 from fastmeta.commands import train_command
 from fastmeta.config import ALGORITHMS, TrainConfig
-from tests.test_cli import OPTIONS
+from tests.helpers.command_options import OPTIONS
 
 
 def parsed(command: str, monkeypatch) -> TrainConfig:

@@ -18,7 +18,7 @@ from fastmeta.config import TrainConfig, read_options
 from fastmeta.data import Episodes, Sinusoid
 from fastmeta.runs import build_learner, load_run
 from fastmeta.train import train
-from tests.runs import TINY, equal, images, maml, protonet, run, sinusoid, without_seconds
+from tests.helpers.runs import TINY, equal, images, maml, protonet, run, sinusoid, without_seconds
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastmeta import train as training
-from tests.runs import equal, maml, protonet, run, sinusoid, weights
+from tests.helpers.runs import equal, maml, protonet, run, sinusoid, weights
 
 
 @pytest.fixture

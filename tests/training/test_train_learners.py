@@ -12,7 +12,7 @@ from fastmeta.checkpoint import load_checkpoint
 from fastmeta.evaluation import evaluate_run
 from fastmeta.runs import build_learner, load_run
 from fastmeta.train import TrainConfig
-from tests.runs import equal, relative, run, without_seconds
+from tests.helpers.runs import equal, relative, run, without_seconds
 
 CLASSES = {
     "fomaml": fm.FOMAML,
@@ -113,7 +113,7 @@ def test_the_outer_step_size_falls_by_a_cosine(tmp_path):
 @each
 def test_a_run_is_evaluated(algorithm, tmp_path, monkeypatch):
     from fastmeta import evaluation
-    from tests.runs import images
+    from tests.helpers.runs import images
 
     monkeypatch.setattr(evaluation, "from_spec", lambda *_: images())
     result = run(relative(algorithm, tmp_path))

@@ -15,15 +15,10 @@ import torch
 
 from benchmarks.gpu import machine, steps
 from benchmarks.gpu.runner import Outcome, Step, is_good, run_steps, seconds_for, write_json
+from tests.benchmarks.gpu.stub_steps import FAIL, PASS, stub
 
-ROOT = Path(__file__).resolve().parents[1]
-PASS, FAIL = "print('fine')", "print('broken'); raise SystemExit(4)"
+ROOT = Path(__file__).resolve().parents[3]
 HANG = "import time; print('begun', flush=True); time.sleep(60)"
-
-
-def stub(name: str, code: str, **options) -> Step:
-    given = {"share": 5.0, "output": f"{name}.txt", **options}
-    return Step(name, machine.python("-c", code), **given)
 
 
 def statuses(report: dict) -> dict[str, str]:
@@ -115,7 +110,7 @@ def test_a_run_that_is_told_to_end_takes_its_steps_along(tmp_path):
     step = f"import os; open({str(pid)!r}, 'w').write(str(os.getpid())); {HANG}"
     script = (
         "from benchmarks.gpu import __main__ as driver\n"
-        "from tests.test_gpu_driver import stub\n"
+        "from tests.benchmarks.gpu.stub_steps import stub\n"
         "driver.machine.unfit = lambda: ''\n"
         "driver.machine.describe = lambda: {'capability': '9.0'}\n"
         f"driver.all_steps = lambda *_: [stub('a', {PASS!r}), stub('b', {step!r})]\n"

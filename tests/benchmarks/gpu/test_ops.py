@@ -11,14 +11,13 @@ import pytest
 import torch
 
 import fastmeta as fm
-from benchmarks import gpu_ops
-from benchmarks.agreement import relative_error
-from benchmarks.gpu import every_kernel, outcomes, results
-from benchmarks.gpu_measure import OURS, Measure, Sizes
-from benchmarks.gpu_workloads import all_measures
-from benchmarks.networks import MLP, Conv4
-from benchmarks.timers import CudaTimer, HostTimer, Spread
-from benchmarks.workloads import Workload
+from benchmarks.common.agreement import relative_error
+from benchmarks.common.networks import MLP, Conv4
+from benchmarks.common.timers import CudaTimer, HostTimer, Spread
+from benchmarks.common.workloads import Workload
+from benchmarks.gpu import every_kernel, ops, outcomes, results
+from benchmarks.gpu.measure import OURS, Measure, Sizes
+from benchmarks.gpu.workloads import all_measures
 
 TINY = Sizes(
     small=(6, 3, 4),
@@ -55,7 +54,7 @@ def only(op: str, **changes) -> Measure:
 
 def test_everything_is_measured_and_agrees(capsys):
     kept = []
-    content = gpu_ops.run(HostTimer(), TINY, 60, lambda c: kept.append(len(c["rows"])))
+    content = ops.run(HostTimer(), TINY, 60, lambda c: kept.append(len(c["rows"])))
     rows = content["rows"]
     assert kept == list(range(1, len(rows) + 1)) and len(rows) == len(list(all_measures(TINY)))
     assert all(value > 0 for value in content["ceilings"].values())
@@ -73,7 +72,7 @@ def test_everything_is_measured_and_agrees(capsys):
 def test_what_the_readme_shows_is_measured():
     measured = {
         (head["workload"], head["what"], head["dtype"], head["how"])
-        for head in map(gpu_ops.head, all_measures(Sizes()))
+        for head in map(ops.head, all_measures(Sizes()))
     }
     shown = {(s.workload, s.what, s.dtype, s.how) for s in results.SHOWN}
     assert shown <= measured
@@ -82,19 +81,19 @@ def test_what_the_readme_shows_is_measured():
 def test_a_contender_that_differs_gets_no_ratio():
     measure = only("inner_update")
     off = {**measure.contenders, "off": lambda p, g, lr: (p - 1.01 * lr * g,)}
-    row = gpu_ops.measured(dataclasses.replace(measure, contenders=off), HostTimer(), PEAKS, TINY)
+    row = ops.measured(dataclasses.replace(measure, contenders=off), HostTimer(), PEAKS, TINY)
     assert set(row["ratios"]) == {"torch backend"} and row["errors"]["off"] > 1e-4
-    assert "off differs by" in gpu_ops.line(row)
+    assert "off differs by" in ops.line(row)
 
 
 @pytest.mark.parametrize("wrong", [1.0, math.nan])
 def test_a_wrong_result_of_ours_is_an_error(wrong, monkeypatch):
     measure = only("prototypes")
-    exact = gpu_ops.in_float64
-    monkeypatch.setattr(gpu_ops, "in_float64", lambda *a: tuple(x + wrong for x in exact(*a)))
-    row = gpu_ops.attempted(measure, HostTimer(), PEAKS, TINY)
+    exact = ops.in_float64
+    monkeypatch.setattr(ops, "in_float64", lambda *a: tuple(x + wrong for x in exact(*a)))
+    row = ops.attempted(measure, HostTimer(), PEAKS, TINY)
     assert row["error"].startswith("the result is off by") and "ratios" not in row
-    assert "ERROR" in gpu_ops.line(row)
+    assert "ERROR" in ops.line(row)
 
 
 def test_a_wrong_replay_is_noticed():
@@ -107,7 +106,7 @@ def test_a_wrong_replay_is_noticed():
             captured.call = lambda i: tuple(x * 2 for x in right(i))
             return captured
 
-    row = gpu_ops.measured(measure, Stale(), PEAKS, TINY)
+    row = ops.measured(measure, Stale(), PEAKS, TINY)
     assert "error" in row and row["agree"] == []
 
 
@@ -116,13 +115,13 @@ def test_a_workload_that_fails_does_not_cost_the_others():
         raise RuntimeError("CUDA out of memory.\nmore")
 
     measure = only("inner_update", contenders={OURS: fail})
-    row = gpu_ops.attempted(measure, HostTimer(), PEAKS, TINY)
+    row = ops.attempted(measure, HostTimer(), PEAKS, TINY)
     assert row["error"] == "CUDA out of memory." and row["op"] == "inner_update"
-    assert gpu_ops.line(row).endswith("eager: CUDA out of memory.")
+    assert ops.line(row).endswith("eager: CUDA out of memory.")
 
 
 def test_without_time_left_rows_are_skipped_with_the_reason():
-    rows = gpu_ops.run(HostTimer(), TINY, -1.0, lambda content: None)["rows"]
+    rows = ops.run(HostTimer(), TINY, -1.0, lambda content: None)["rows"]
     assert all(row["skipped"] == "the -1 s were used up" for row in rows)
 
 
@@ -134,11 +133,11 @@ def test_each_measure_has_its_own_precision(monkeypatch):
         seen[measure.op, measure.precision] = torch.backends.cudnn.allow_tf32
         return {}
 
-    monkeypatch.setattr(gpu_ops, "measured", measured)
+    monkeypatch.setattr(ops, "measured", measured)
     before = torch.backends.cudnn.allow_tf32
     for measure in all_measures(TINY):
-        gpu_ops.attempted(measure, HostTimer(), PEAKS, TINY)
-        assert gpu_ops.head(measure)["dtype"] == measure.precision
+        ops.attempted(measure, HostTimer(), PEAKS, TINY)
+        assert ops.head(measure)["dtype"] == measure.precision
         assert torch.backends.cudnn.allow_tf32 == before
     allowed = {name for name, tf32 in seen.items() if tf32}
     assert allowed == {("task_conv2d", "tf32"), ("task_program", "tf32")}
@@ -146,16 +145,16 @@ def test_each_measure_has_its_own_precision(monkeypatch):
 
 
 def test_where_gradients_jump_plain_pytorch_says_how_far(monkeypatch):
-    monkeypatch.setattr(gpu_ops, "errors", lambda outputs, expected: 3e-4)
+    monkeypatch.setattr(ops, "errors", lambda outputs, expected: 3e-4)
     measure = only("task_program", jumps=True)
-    assert gpu_ops.measured(measure, HostTimer(), PEAKS, TINY)["agree"] != []
+    assert ops.measured(measure, HostTimer(), PEAKS, TINY)["agree"] != []
     strict = dataclasses.replace(measure, jumps=False)
-    assert gpu_ops.measured(strict, HostTimer(), PEAKS, TINY)["agree"] == []
+    assert ops.measured(strict, HostTimer(), PEAKS, TINY)["agree"] == []
 
 
 def test_the_precision_of_products_is_put_back():
     before = torch.get_float32_matmul_precision()
-    with pytest.raises(KeyError), gpu_ops.float32_products("high"):
+    with pytest.raises(KeyError), ops.float32_products("high"):
         assert torch.get_float32_matmul_precision() == "high"
         raise KeyError
     assert torch.get_float32_matmul_precision() == before
@@ -166,9 +165,9 @@ def test_inputs_rotate_and_outputs_stay():
         cache_bytes = 60
 
     measure = only("inner_update")
-    sets = gpu_ops.drawn(measure, SmallCache())
+    sets = ops.drawn(measure, SmallCache())
     assert len(sets) == 3  # 60 bytes and lr's 4, four times the cache is 240
-    call = gpu_ops.rotating(lambda *inputs: inputs, sets)
+    call = ops.rotating(lambda *inputs: inputs, sets)
     assert [call(i)[0] is sets[i % len(sets)][0] for i in range(5)] == [True] * 5
 
 
@@ -228,23 +227,23 @@ def test_a_graph_is_warmed_up_on_another_stream_and_replayed(played):
 def test_the_command_writes_rows_as_it_goes(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(fm, "backend_of", lambda op, device: "native")
-    monkeypatch.setattr(gpu_ops, "CudaTimer", HostTimer)
-    monkeypatch.setattr(gpu_ops, "Sizes", lambda: TINY)
-    monkeypatch.setattr("sys.argv", ["gpu_ops", "--json", str(tmp_path / "ops.json")])
-    assert gpu_ops.main() == 0
+    monkeypatch.setattr(ops, "CudaTimer", HostTimer)
+    monkeypatch.setattr(ops, "Sizes", lambda: TINY)
+    monkeypatch.setattr("sys.argv", ["ops", "--json", str(tmp_path / "ops.json")])
+    assert ops.main() == 0
     rows = json.loads((tmp_path / "ops.json").read_text())["rows"]
     assert len(rows) == len(list(all_measures(TINY)))
 
 
 def test_the_command_refuses_a_build_without_cuda(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["gpu_ops"])
+    monkeypatch.setattr("sys.argv", ["ops"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(fm, "backend_of", lambda op, device: "torch")
     with pytest.raises(SystemExit, match="built without inner_update for CUDA"):
-        gpu_ops.main()
+        ops.main()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="torch finds no CUDA device"):
-        gpu_ops.main()
+        ops.main()
 
 
 def test_relative_error():

@@ -12,9 +12,10 @@ import pytest
 from benchmarks.gpu import __main__ as driver
 from benchmarks.gpu import machine, outcomes, results
 from benchmarks.gpu.runner import run_steps, write_json
-from tests.test_gpu_driver import FAIL, PASS, stub
+from tests.benchmarks.gpu.stub_steps import PASS, stub
+from tests.benchmarks.gpu.test_driver import FAIL
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 # What outputs say

@@ -2,7 +2,7 @@
 
 Every script ends with numbers in ``RESULT``, which depend on no random generator. Those in
 golden.json come from learn2learn 0.2.0 and higher 0.2.1 themselves, in float64, by ``python -m
-tests.peer_scripts`` in the environment of ``make bench-env``.
+tests.compat.peer_scripts`` in the environment of ``make bench-env``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 import json
 
-from tests.peer_scripts import SCRIPTS, load_peer, run
+from tests.compat.peer_scripts import SCRIPTS, load_peer, run
 
 for script in SCRIPTS:
     load_peer(script)

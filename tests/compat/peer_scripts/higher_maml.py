@@ -4,7 +4,7 @@ import higher
 import torch
 from torch import nn
 
-from tests.deterministic import digest, filled, wave
+from tests.helpers.deterministic import digest, filled, wave
 
 net = filled(
     nn.Sequential(

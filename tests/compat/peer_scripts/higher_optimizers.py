@@ -4,7 +4,7 @@ import higher
 import torch
 from torch import nn
 
-from tests.deterministic import digest, filled, wave
+from tests.helpers.deterministic import digest, filled, wave
 
 RESULT = []
 net = filled(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)))

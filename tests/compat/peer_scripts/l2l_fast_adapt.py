@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn, optim
 
-from tests.deterministic import digest, filled, wave
+from tests.helpers.deterministic import digest, filled, wave
 
 
 def accuracy(predictions, targets):

@@ -5,7 +5,7 @@ import torch
 from learn2learn.utils import clone_module, detach_module
 from torch import nn
 
-from tests.deterministic import digest, filled, wave
+from tests.helpers.deterministic import digest, filled, wave
 
 X, y, lr = wave(6, 20), wave(6, 2, start=2), 0.1
 loss = nn.MSELoss()

@@ -3,7 +3,7 @@
 import learn2learn as l2l
 from torch import nn
 
-from tests.deterministic import digest, filled, wave
+from tests.helpers.deterministic import digest, filled, wave
 
 X, y = wave(6, 20), wave(6, 10, start=2)
 loss = nn.MSELoss()

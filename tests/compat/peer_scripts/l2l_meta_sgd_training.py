@@ -5,7 +5,7 @@ import torch
 from learn2learn.algorithms import MetaSGD
 from torch import nn
 
-from tests.deterministic import digest, filled, wave
+from tests.helpers.deterministic import digest, filled, wave
 
 model = filled(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)))
 meta = MetaSGD(model, lr=0.1)

@@ -4,7 +4,7 @@ import learn2learn as l2l
 import torch
 from torch import nn
 
-from tests.deterministic import digest, filled, wave
+from tests.helpers.deterministic import digest, filled, wave
 
 model = filled(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)))
 

@@ -4,7 +4,7 @@ import learn2learn as l2l
 import torch
 from torch import nn, optim
 
-from tests.deterministic import digest, filled, wave
+from tests.helpers.deterministic import digest, filled, wave
 
 
 class SineModel(nn.Module):

@@ -5,7 +5,7 @@ import torch as th
 from torch import distributions as dist
 from torch import nn, optim
 
-from tests.deterministic import digest, wave
+from tests.helpers.deterministic import digest, wave
 
 DIM = 5
 

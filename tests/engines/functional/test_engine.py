@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import pytest
@@ -11,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta._passes
-from benchmarks.meta_memory import peak
+from benchmarks.memory.meta import peak
 from fastmeta.arena import Layout
 from fastmeta.functional import FunctionalEngine
-from tests.memory import peak_bytes
-from tests.networks import (
+from tests.helpers.engines import EXACT, assert_equal, run, step_sizes
+from tests.helpers.memory import peak_bytes
+from tests.helpers.networks import (
     NETWORKS,
     Tasks,
     build,
@@ -24,55 +24,8 @@ from tests.networks import (
     regressor,
     relative_error,
 )
-from tests.test_hvp import skip_without_forward_derivative
-from tests.unrolled import MetaGradient, meta_gradient, vmapped_meta_loss
-
-EXACT = 1e-10
-
-
-def step_sizes(module: nn.Module, *shape: int) -> Tensor:
-    """Step sizes between 0.02 and 0.1; of the shape [P] if none is given."""
-    generator = torch.Generator().manual_seed(3)
-    shape = shape or (Layout.of(module).numel,)
-    sizes = 0.02 + 0.08 * torch.rand(shape, generator=generator, dtype=torch.float64)
-    return sizes.to(Layout.of(module).device)
-
-
-def run(
-    module: nn.Module,
-    tasks: Tasks,
-    lr: Tensor,
-    loss=F.cross_entropy,
-    step_weights: Sequence[float] | Tensor | None = None,
-    **options: object,
-) -> MetaGradient:
-    """The engine's meta-gradient by ``meta_loss`` and ``backward``."""
-    module.zero_grad()
-    lr = lr.detach().requires_grad_()
-    support_x, query_x = (x.detach().requires_grad_() for x in (tasks.support_x, tasks.query_x))
-    engine = FunctionalEngine(module, loss, **options)
-    value, logits = engine.meta_loss(
-        engine.parameters(),
-        lr,
-        support_x,
-        tasks.support_y,
-        query_x,
-        tasks.query_y,
-        step_weights,
-    )
-    value.backward()
-    grads = {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
-    return MetaGradient(value.detach(), logits, grads, lr.grad, support_x.grad, query_x.grad)
-
-
-def assert_equal(actual: MetaGradient, expected: MetaGradient, tolerance: float = EXACT) -> None:
-    assert list(actual.params) == list(expected.params)
-    flat = [torch.cat([g.flatten() for g in m.params.values()]) for m in (actual, expected)]
-    assert relative_error(*flat) < tolerance
-    for name in ("loss", "logits", "lr", "support_x", "query_x"):
-        got, wanted = getattr(actual, name), getattr(expected, name)
-        assert (got is None) == (wanted is None), name
-        assert wanted is None or relative_error(got, wanted) < tolerance, name
+from tests.helpers.skips import skip_without_forward_derivative
+from tests.helpers.unrolled import meta_gradient, vmapped_meta_loss
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])

@@ -8,28 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta.functional import FunctionalEngine
-from tests.networks import Tasks, build, classification, regression, regressor
+from tests.helpers.engines import ERRORS
+from tests.helpers.networks import Tasks, build, classification, regression, regressor
 
 
 def gradients(module: nn.Module, tasks: Tasks, loss=F.cross_entropy, **options) -> Tensor:
     engine = FunctionalEngine(module, loss, **options)
     theta = engine.parameters()
     return torch.autograd.grad(engine.meta_loss(theta, 0.1, *tasks)[0], theta)[0]
-
-
-ERRORS = [
-    ({"support_x": None}, TypeError, "support_x: expected a tensor, got NoneType"),
-    ({"support_x": (3,)}, ValueError, r"support_x: expected shape \[T, examples, ...\]"),
-    ({"support_x": (0, 6, 3)}, ValueError, "at least one task and one example"),
-    ({"query_x": (3, 0, 3)}, ValueError, "at least one task and one example"),
-    ({"query_x": (2, 5, 3)}, ValueError, r"query_x: expected shape \[3, 5, ...\], got \[2, "),
-    ({"support_x": (3, 7, 3)}, ValueError, r"support_y: expected shape \[3, 7, ...\], got"),
-    ({"query_x": torch.Tensor.float}, TypeError, "query_x: expected dtype torch.float64"),
-    ({"query_x": lambda x: x.to("meta")}, ValueError, "query_x: expected device DEVICE, got meta"),
-    ({"support_y": lambda y: y * 0 + 4}, ValueError, r"support_y: expected labels in 0..3.*to 4"),
-    ({"query_y": lambda y: y * 0 - 1}, ValueError, r"query_y: expected labels in 0..3.* -1 to"),
-    ({"support_y": torch.Tensor.int}, TypeError, "support_y: expected int64 class labels"),
-]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), ERRORS)

@@ -11,7 +11,7 @@ from torch.func import functional_call
 import fastmeta as fm
 from fastmeta.arena import Layout
 from fastmeta.functional import FunctionalEngine
-from tests.networks import (
+from tests.helpers.networks import (
     NETWORKS,
     build,
     classification,
@@ -19,8 +19,8 @@ from tests.networks import (
     regressor,
     relative_error,
 )
-from tests.test_hvp import MODES, skip_without_forward_derivative
-from tests.unrolled import twice_differentiable
+from tests.helpers.skips import MODES, skip_without_forward_derivative
+from tests.helpers.unrolled import twice_differentiable
 
 EXACT = 1e-10
 

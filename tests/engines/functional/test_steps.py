@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta.functional import FunctionalEngine
-from tests.networks import (
+from tests.helpers.engines import assert_equal, run, step_sizes
+from tests.helpers.networks import (
     NETWORKS,
     Tasks,
     build,
@@ -17,8 +18,7 @@ from tests.networks import (
     regressor,
     relative_error,
 )
-from tests.test_functional import assert_equal, run, step_sizes
-from tests.unrolled import meta_gradient
+from tests.helpers.unrolled import meta_gradient
 
 TASKS, PARAMETERS, ELEMENTS = 3, 6, 83  # of "mlp" and its tasks
 WEIGHTS = [0.25, -0.5, 1.5, 0.125, 0.75]

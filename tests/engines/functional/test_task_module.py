@@ -11,15 +11,9 @@ from torch import Tensor, nn
 
 from fastmeta.arena import Layout
 from fastmeta.functional import FunctionalEngine
-from tests.networks import (
-    Recurrent,
-    Tasks,
-    build,
-    classification,
-    relative_error,
-)
-from tests.test_hvp import skip_without_forward_derivative
-from tests.unrolled import meta_gradient, vmapped_meta_loss
+from tests.helpers.networks import Recurrent, Tasks, build, classification, relative_error
+from tests.helpers.skips import skip_without_forward_derivative
+from tests.helpers.unrolled import meta_gradient, vmapped_meta_loss
 
 EXACT = 1e-10
 

@@ -14,10 +14,10 @@ from torch.autograd import gradcheck
 import fastmeta as fm
 from fastmeta.functional import FunctionalEngine
 from fastmeta.program import ProgramEngine
-from tests.networks import Tasks, relative_error
-from tests.networks import build as build_network
-from tests.programs import LOSSES, NETWORKS, build, tasks_for
-from tests.test_functional_errors import ERRORS
+from tests.helpers.engines import ERRORS, engines, leaves
+from tests.helpers.networks import Tasks, relative_error
+from tests.helpers.networks import build as build_network
+from tests.helpers.programs import LOSSES, NETWORKS, build, tasks_for
 
 EXACT = 1e-10
 
@@ -26,21 +26,6 @@ EXACT = 1e-10
 def kernels(device):
     if (fm._native.PROGRAM, device) not in fm._native.KERNELS:
         pytest.skip(f"the extension has no task program for {device}")
-
-
-def engines(net: nn.Module, loss, *options, **more) -> tuple[FunctionalEngine, ProgramEngine]:
-    memory = {"memory": more.pop("memory")} if "memory" in more else {}
-    program = ProgramEngine(net, loss, *options, required=True, **more, **memory)
-    return FunctionalEngine(net, loss, *options, **more), program
-
-
-def leaves(engine: FunctionalEngine, tasks: Tasks, lr) -> tuple[Tensor | float, list, list]:
-    """Tasks and step sizes that require gradients, and all that does."""
-    data = [t.clone().requires_grad_() if i % 2 == 0 else t for i, t in enumerate(tasks)]
-    lr = lr.clone().requires_grad_() if isinstance(lr, Tensor) else lr
-    wanted = [p for p in engine.module.parameters() if p.requires_grad]
-    wanted += [data[0], data[2], *([lr] if isinstance(lr, Tensor) else [])]
-    return lr, data, wanted
 
 
 def compare(functional: FunctionalEngine, program: ProgramEngine, tasks: Tasks, lr, weights=None):

@@ -18,27 +18,17 @@ import fastmeta as fm
 from fastmeta import _program_reference as reference
 from fastmeta._code import Code, LossCode, LossKind, Opcode
 from fastmeta.lowering import Lowering, Program
-from tests.programs import IMAGES, LOSSES, NETWORKS, Raw, build, lowered, shape_of, tasks_for
-
-
-def outputs_of(net: nn.Module, x: Tensor) -> Tensor:
-    """The interpreted program's outputs for a batch ``[B, ...]``, in the module's shape."""
-    raw = Raw.of(net, F.mse_loss, tuple(x.shape[1:]))
-    shape = lowered(net, F.mse_loss, tuple(x.shape[1:])).output_shape
-    return reference.forward(*raw, x[None])[0].reshape(len(x), *shape)
-
-
-def assert_lowers(net: nn.Module, *shape: int) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(5, *shape, dtype=torch.float64)
-    net = net.double()
-    torch.testing.assert_close(outputs_of(net, x), net(x), rtol=1e-13, atol=1e-14)
-
-
-def reason(net: nn.Module, *shape: int, loss: Callable = F.mse_loss) -> str:
-    program = Lowering(net, loss).program(shape or (3,))
-    assert isinstance(program, str), program
-    return program
+from tests.helpers.lowering import assert_lowers, reason
+from tests.helpers.programs import (
+    IMAGES,
+    LOSSES,
+    NETWORKS,
+    Raw,
+    build,
+    lowered,
+    shape_of,
+    tasks_for,
+)
 
 
 class Calls(nn.Module):

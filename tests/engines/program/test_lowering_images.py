@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import fastmeta as fm
 from fastmeta._code import Code, Opcode
 from fastmeta.lowering import Lowering, Program
-from tests.programs import IMAGES, build, lowered, shape_of
-from tests.test_lowering import assert_lowers, reason
+from tests.helpers.lowering import assert_lowers, reason
+from tests.helpers.programs import IMAGES, build, lowered, shape_of
 
 
 class Calls(nn.Module):

@@ -14,9 +14,9 @@ import fastmeta as fm
 from fastmeta._prepared import Ready
 from fastmeta.arena import Layout
 from fastmeta.lowering import Lowering
-from tests.networks import Tasks, relative_error
-from tests.programs import build, tasks_for, with_running_statistics
-from tests.unrolled import meta_gradient
+from tests.helpers.networks import Tasks, relative_error
+from tests.helpers.programs import build, tasks_for, with_running_statistics
+from tests.helpers.unrolled import meta_gradient
 
 EXACT = 1e-9
 ENGINES = ("functional", "program")

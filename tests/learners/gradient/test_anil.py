@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fastmeta as fm
-from tests.networks import (
+from tests.helpers.networks import (
     Recurrent,
     Tasks,
     build,
@@ -21,8 +21,8 @@ from tests.networks import (
     regressor,
     relative_error,
 )
-from tests.programs import with_running_statistics
-from tests.unrolled import meta_gradient
+from tests.helpers.programs import with_running_statistics
+from tests.helpers.unrolled import meta_gradient
 
 EXACT = 1e-9
 K, RATE = 3, 0.4

@@ -15,8 +15,8 @@ import fastmeta as fm
 from fastmeta import _graphs, program
 from fastmeta._graphs import CALLS
 from fastmeta.algorithms import _explain
-from tests.fake_graphs import Graph, capture, gpu, replays
-from tests.networks import Tasks, build, classification
+from tests.helpers.fake_graphs import Graph, capture, gpu, replays
+from tests.helpers.networks import Tasks, build, classification
 
 __all__ = ["gpu"]
 

@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fastmeta as fm
-from tests.networks import Tasks, build, classification, regression, regressor, relative_error
-from tests.unrolled import meta_gradient
+from tests.helpers.networks import (
+    Tasks,
+    build,
+    classification,
+    regression,
+    regressor,
+    relative_error,
+)
+from tests.helpers.unrolled import meta_gradient
 
 EXACT = 1e-10
 

@@ -11,14 +11,21 @@ from torch import Tensor, nn
 
 import fastmeta as fm
 from fastmeta.algorithms._clone import clone_module
-from tests.networks import NETWORKS, Recurrent, Tasks, build, classification, relative_error
-from tests.unrolled import twice_differentiable
+from tests.helpers.networks import (
+    NETWORKS,
+    Recurrent,
+    Shared,
+    Tasks,
+    TwoHeads,
+    build,
+    classification,
+    half_frozen,
+    joined,
+    relative_error,
+)
+from tests.helpers.unrolled import twice_differentiable
 
 EXACT = 1e-10
-
-
-def joined(tensors) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def looped_meta_loss(maml: fm.MAML, tasks: Tasks) -> Tensor:
@@ -111,12 +118,6 @@ def test_first_order_builds_no_graph_and_frees_that_of_the_loss(device):
     assert modes == [False, True, True] or modes == [False, True, False]
 
 
-def half_frozen(device: str) -> nn.Module:
-    net = build("mlp", device)
-    net[0].weight.requires_grad_(False)
-    return net
-
-
 @pytest.mark.parametrize("where", ["constructor", "clone", "adapt"])
 def test_frozen_parameters_need_allow_nograd(where, device):
     tasks = classification("mlp", device)
@@ -137,15 +138,6 @@ def test_frozen_parameters_need_allow_nograd(where, device):
     assert not torch.equal(learner.module[2].weight, net[2].weight)
     expected = fm.MAML(net, 0.1).adapt_tasks(*tasks[:2]).task(0)
     assert relative_error(learner.module[2].weight, expected["2.weight"]) < EXACT
-
-
-class TwoHeads(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.used, self.unused = nn.Linear(3, 4), nn.Linear(3, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.used(x)
 
 
 @pytest.mark.parametrize("where", ["constructor", "clone", "adapt"])
@@ -224,23 +216,6 @@ def test_a_clone_keeps_subclass_and_options(device):
     assert learner.lr is maml.lr
     learner.first_order = False
     assert maml.first_order
-
-
-class Shared(nn.Module):
-    """A submodule, a weight and a buffer that are each in two places."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(3, 3)
-        self.again = self.first
-        self.third = nn.Linear(3, 3, bias=False)
-        self.third.weight = self.first.weight
-        self.register_buffer("shift", torch.ones(3))
-        self.third.register_buffer("shift", self.shift)
-        self.none = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.third(self.again(self.first(x))) + self.shift
 
 
 def test_what_is_shared_in_a_module_is_shared_in_its_clone():

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import fastmeta as fm
 from fastmeta.algorithms._conjugate_gradients import conjugate_gradients
 from fastmeta.functional import FunctionalEngine
-from tests.networks import Tasks, regression, regressor, relative_error
-from tests.programs import build as build_program
-from tests.programs import tasks_for
-from tests.test_learners import EXACT, K, engine, gradient, problem
+from tests.helpers.learners import EXACT, K, engine, gradient, problem
+from tests.helpers.networks import Tasks, regression, regressor, relative_error
+from tests.helpers.programs import build as build_program
+from tests.helpers.programs import tasks_for
 
 __all__ = ["engine", "problem"]  # fixtures
 

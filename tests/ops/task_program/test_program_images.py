@@ -16,12 +16,12 @@ import fastmeta as fm
 from fastmeta.functional import FunctionalEngine
 from fastmeta.ops.task_program import NAMES
 from fastmeta.program import ProgramEngine
-from tests.networks import Tasks, relative_error
-from tests.programs import IMAGES, build, tasks_for
-from tests.test_program import Setting
-from tests.test_program_engine import engines as both_engines
-from tests.test_program_engine import leaves
-from tests.unrolled import meta_gradient, set_row, with_rows_by_hand
+from tests.helpers.engines import engines as both_engines
+from tests.helpers.engines import leaves
+from tests.helpers.networks import Tasks, relative_error
+from tests.helpers.program_checks import Setting
+from tests.helpers.programs import IMAGES, build, tasks_for
+from tests.helpers.unrolled import meta_gradient, set_row, with_rows_by_hand
 
 EXACT = 1e-9
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.models import PerStepBatchNorm2d
-from tests.programs import ACTIVATIONS, with_running_statistics
-from tests.test_program import kernels
-from tests.test_program_random import check_random_tasks
+from tests.helpers.program_checks import check_random_tasks, kernels
+from tests.helpers.programs import ACTIVATIONS, with_running_statistics
 
 __all__ = ["kernels"]  # a fixture of every test here
 

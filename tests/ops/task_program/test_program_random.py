@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastmeta.ops.task_program import NAMES
-from tests.programs import ACTIVATIONS, CLASS_LOSSES, LOSSES, Raw
-from tests.test_program import check, kernels
+from tests.helpers.program_checks import check_random_tasks, kernels
+from tests.helpers.programs import ACTIVATIONS
 
 __all__ = ["kernels"]  # a fixture of every test here
 
@@ -69,52 +67,6 @@ class RandomNetwork(nn.Module):
             x = values[value]
             values.append(x + values[other] if layer is None else self.layers[layer](x))
         return self.head(values[-1].flatten(1))
-
-
-def check_random_tasks(
-    net: nn.Module,
-    choices: random.Random,
-    task_counts: Sequence[int],
-    supports: Sequence[int],
-    queries: Sequence[int],
-) -> None:
-    """Every op on random tasks of a network with a ``shape``, with random options."""
-    loss = choices.choice(list(LOSSES))
-    raw = Raw.of(net, LOSSES[loss], net.shape)
-    tasks, steps = choices.choice(task_counts), choices.choice((1, 2, 3))
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64).to(raw.theta)
-
-    def examples(count: int) -> tuple[Tensor, Tensor]:
-        y = numbers(tasks, count, 3).sigmoid()
-        if loss in CLASS_LOSSES:
-            y = y.argmax(2)
-            y[:, 0] = 0  # one that no loss ignores
-        return numbers(tasks, count, *net.shape), y
-
-    support, query = examples(choices.choice(supports)), examples(choices.choice(queries))
-    rows, columns = choices.choice((1, tasks)), choices.choice((1, raw.theta.numel()))
-    lr = 0.05 * numbers(choices.choice((1, steps)), rows, columns)
-    if choices.random() > 0.5:
-        raw = raw._replace(theta=raw.theta + 0.1 * numbers(tasks, raw.theta.numel()))
-    vector = numbers(tasks, raw.theta.shape[-1])
-    first_order, keep = choices.random() > 0.7, choices.random() > 0.5
-    weights = [choices.choice((0.0, 0.5, -0.3)) for _ in range(choices.choice((0, steps)))]
-    wanted = [choices.random() > 0.3 for _ in range(3)]
-    arguments = {
-        "forward": (support[0],),
-        "gradient": (*support, True),
-        "hvp": (*support, vector, True),
-        "adapt": (lr, *support, steps),
-        "adapt_backward": (lr, *support, steps, vector, first_order, keep, *wanted[:2]),
-        "meta_gradient": (
-            *(lr, *support, *query, weights, steps, first_order, keep, True),
-            *wanted,
-        ),
-    }
-    for op in NAMES:
-        check(op, *raw, *arguments[op])
 
 
 @pytest.mark.parametrize("seed", range(24))

@@ -8,8 +8,8 @@ from torch import Tensor
 
 import fastmeta as fm
 from fastmeta.ops.task_program import NAMES
-from tests.programs import build, tasks_for
-from tests.test_program import Setting, kernels, results
+from tests.helpers.program_checks import Setting, kernels, results
+from tests.helpers.programs import build, tasks_for
 
 __all__ = ["kernels"]  # a fixture of every test here
 

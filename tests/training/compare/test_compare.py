@@ -21,10 +21,10 @@ from fastmeta.commands import train_command
 from fastmeta.compare import compare
 from fastmeta.comparison_plan import plan, resumed_plan
 from fastmeta.config import read_options
-from tests.comparisons import NAMES, Killed, kill, learners, record, run, sinusoid, timeless
-from tests.runs import TINY
+from tests.helpers.comparisons import NAMES, Killed, kill, learners, record, run, sinusoid, timeless
+from tests.helpers.runs import TINY
 
-pytest_plugins = ("tests.comparison_fixtures",)
+pytest_plugins = ("tests.helpers.comparison_fixtures",)
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 

@@ -11,7 +11,7 @@ from fastmeta import cli, compare
 from fastmeta.comparison import Comparison, Entry
 from fastmeta.comparison_plan import parse_setting, plan
 from fastmeta.config import ALGORITHMS, OPTIONS, TrainConfig
-from tests.test_cli import OPTIONS as CASES
+from tests.helpers.command_options import OPTIONS as CASES
 
 OUT = Path("x")
 OF_SOME = {name for names in OPTIONS.values() for name in names}

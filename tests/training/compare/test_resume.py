@@ -11,9 +11,9 @@ from fastmeta import train as training
 from fastmeta.compare import compare
 from fastmeta.comparison_plan import resumed_plan
 from fastmeta.config import TrainConfig, read_options
-from tests.comparisons import Killed, kill, learners, record, run, sinusoid, timeless
+from tests.helpers.comparisons import Killed, kill, learners, record, run, sinusoid, timeless
 
-pytest_plugins = ("tests.comparison_fixtures",)
+pytest_plugins = ("tests.helpers.comparison_fixtures",)
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 

@@ -13,10 +13,10 @@ from fastmeta import train as training
 from fastmeta.compare import compare_runs
 from fastmeta.comparison_plan import resumed_plan
 from fastmeta.config import TrainConfig
-from tests.comparisons import Killed, kill, learners, record, run, sinusoid, timeless
-from tests.runs import TINY
+from tests.helpers.comparisons import Killed, kill, learners, record, run, sinusoid, timeless
+from tests.helpers.runs import TINY
 
-pytest_plugins = ("tests.comparison_fixtures",)
+pytest_plugins = ("tests.helpers.comparison_fixtures",)
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
