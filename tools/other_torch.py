@@ -22,6 +22,7 @@ BUILD = ("numpy", "setuptools>=70", "wheel", "ninja", "pybind11>=2.13")
 # They look at the sources of the package, and not at what is installed.
 OF_THE_SOURCES = (
     *("tests/packaging/test_packaging.py", "tests/packaging/test_wheel.py"),
+    "tests/test_layering.py",
     "tests/test_docs.py::test_excerpts_are_what_the_files_say",
 )
 
