@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastmeta.runs import build_learner
-from tests.training.test_loop import protonet, run
+from tests.helpers.runs import protonet, run
 
 
 def test_pool_is_how_the_network_halves_images(tmp_path):

@@ -12,8 +12,7 @@ import pytest
 from benchmarks.gpu import __main__ as driver
 from benchmarks.gpu import machine, outcomes, results
 from benchmarks.gpu.runner import run_steps, write_json
-from tests.benchmarks.gpu.stub_steps import PASS, stub
-from tests.benchmarks.gpu.test_driver import FAIL
+from tests.benchmarks.gpu.stub_steps import FAIL, PASS, stub
 
 ROOT = Path(__file__).resolve().parents[3]
 
