@@ -17,11 +17,11 @@ test: $(VENV)/.built lint
 # The examples as a user runs them: fastmeta from its wheel, away from the sources, and from C++.
 test-examples: .venv-wheel/.installed
 	FASTMETA_EXAMPLES_PYTHON=$(CURDIR)/.venv-wheel/bin/python \
-		$(RUN) -m pytest tests/test_examples.py tests/test_wheel.py tests/test_cpp_install.py
+		$(RUN) -m pytest tests/test_examples.py tests/packaging/test_wheel.py tests/packaging/test_cpp_install.py
 
 # The tests with a wheel for another torch: make test-torch TORCH=2.15.0
 test-torch: $(VENV)/.installed
-	$(RUN) -m tests.other_torch $(TORCH)
+	$(RUN) -m tools.other_torch $(TORCH)
 
 # The CUDA kernels on the CPU. Where g++ has no sanitizers it says so and ends with 3.
 cuda-test: $(VENV)/.installed
@@ -39,7 +39,7 @@ docs: $(VENV)/.built
 
 # Needs nvcc, but neither a GPU nor a torch with CUDA.
 cuda-check: $(VENV)/.installed
-	$(RUN) -m tests.cuda_check
+	$(RUN) -m tools.cuda_check
 
 bench: $(VENV)/.built
 	$(RUN) -m benchmarks

@@ -9,15 +9,17 @@
 
 import sys
 
-from benchmarks import cli, meta_memory, program_memory, prototype_loss
+from benchmarks import cli
+from benchmarks.memory import meta, program
+from benchmarks.ops import prototype_loss
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         sys.exit(cli.main())
     prototype_loss.main()
     print()
-    meta_memory.main()
+    meta.main()
     print()
-    program_memory.main()
+    program.main()
     print()
     sys.exit(cli.main(["run"]))

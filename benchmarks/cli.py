@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common.workloads import WORKLOADS
 from benchmarks.peers import results, tables
 from benchmarks.peers.contenders import CONTENDERS, OURS
 from benchmarks.peers.run import run
-from benchmarks.workloads import WORKLOADS
 
 PEERS = tuple(dict.fromkeys(c.name for c in CONTENDERS if c.name != OURS))
 ROUNDS = 15

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import fastmeta as fm
-from tests.documents import check_command, commands, excerpts, run_python
+from tests.helpers.documents import check_command, commands, excerpts, run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastmeta as fm
-from tests.documents import check_command, commands, run_python
+from tests.helpers.documents import check_command, commands, run_python
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 PUBLIC = [getattr(fm, name) for name in fm.__all__ if callable(getattr(fm, name))]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-USER = "tests/typed_user.py"
+USER = "tests/helpers/typed_user.py"
 
 pytestmark = pytest.mark.timeout(900)  # mypy's first run reads all of torch
 

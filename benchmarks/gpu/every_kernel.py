@@ -13,13 +13,14 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import fastmeta as fm
-from benchmarks.agreement import TOLERANCE, relative_error
+from benchmarks.common.agreement import TOLERANCE, relative_error
 from benchmarks.gpu.machine import ROOT
 from benchmarks.gpu.outcomes import NOT_AVAILABLE
 from fastmeta.core.backend import CONVOLUTION, KERNELS, WIDE_DTYPES
@@ -50,67 +51,97 @@ NETWORKS = (
 Call = tuple[str, tuple[Any, ...]]  # an op of torch.ops.fastmeta and its arguments
 
 
+@dataclass
+class Draws:
+    """Reproducible inputs of one dtype, in memory of the host."""
+
+    dtype: torch.dtype
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    @property
+    def wide(self) -> torch.dtype:
+        return accumulation_dtype(self.dtype)
+
+    def rows(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        numbers = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return numbers.to(dtype or self.dtype)
+
+    def labels(self, classes: int, *shape: int) -> torch.Tensor:
+        return torch.randint(classes, shape, generator=self.generator)
+
+    def images(self, t: int, b: int, c: int, h: int, w: int) -> torch.Tensor:
+        return self.rows(t, b, h, w, c).permute(0, 1, 4, 2, 3)  # as the kernels read them
+
+
 def calls(dtype: torch.dtype, device: str) -> Iterator[Call]:
     """Arguments of every op that `device` has, in memory of the host."""
-    generator = torch.Generator().manual_seed(0)
-    wide = accumulation_dtype(dtype)
+    draw = Draws(dtype)
+    yield from metric_calls(draw)
+    yield from head_calls(draw)
+    yield from layer_calls(draw, device)
+    yield from program_calls(draw)
 
-    def rows(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    def labels(classes: int, *shape: int) -> torch.Tensor:
-        return torch.randint(classes, shape, generator=generator)
-
+def metric_calls(draw: Draws) -> Iterator[Call]:
+    """Inner updates, prototypes, distances and their losses."""
     for t, p in UPDATES:
         for lr in ((1, 1), (t, 1), (1, p), (t, p)):
             for op in ("inner_update", "inner_update_backward"):
-                yield op, (rows(t, p), rows(t, p), rows(*lr, dtype=wide))
+                yield op, (draw.rows(t, p), draw.rows(t, p), draw.rows(*lr, dtype=draw.wide))
     for t, s, n, d in SUPPORTS:
-        yield "prototypes", (rows(t, s, d), labels(n, t, s), n)
-        yield "prototypes_backward", (rows(t, n, d), labels(n, t, s))
+        yield "prototypes", (draw.rows(t, s, d), draw.labels(n, t, s), n)
+        yield "prototypes_backward", (draw.rows(t, n, d), draw.labels(n, t, s))
     for t, q, n, d in PAIRS:
         for metric in METRICS:
-            x, y, target = rows(t, q, d), rows(t, n, d), labels(n, t, q)
+            x, y, target = draw.rows(t, q, d), draw.rows(t, n, d), draw.labels(n, t, q)
             yield "pairwise_distance", (x, y, metric)
-            yield "pairwise_distance_backward", (rows(t, q, n), x, y, metric)
+            yield "pairwise_distance_backward", (draw.rows(t, q, n), x, y, metric)
             yield "prototype_loss", (x, target, y, metric, 0.5)
-            weight = rows(t, q, dtype=wide)
+            weight = draw.rows(t, q, dtype=draw.wide)
             yield "prototype_loss_backward", (weight, x, target, y, metric, 0.5)
 
+
+def head_calls(draw: Draws) -> Iterator[Call]:
+    """Linear heads with every loss, in both forms."""
     for loss, n in HEADS:
         for dual in (False, True):
             t, s, d, steps = 2, 7, 33, 3
-            targets = rows(t, s, n) if loss == "mse" else labels(max(2, n), t, s)
-            head = rows(t, s, d), targets, rows(t, n, d), rows(t, n)
-            options = (rows(t, steps, dtype=wide).abs() / 100, loss, 0.1, dual)
+            targets = draw.rows(t, s, n) if loss == "mse" else draw.labels(max(2, n), t, s)
+            head = draw.rows(t, s, d), targets, draw.rows(t, n, d), draw.rows(t, n)
+            options = (draw.rows(t, steps, dtype=draw.wide).abs() / 100, loss, 0.1, dual)
             yield "linear_head", (*head, *options)
             *adapted, predictions, products = torch.ops.fastmeta.linear_head(*head, *options)
             lr, *rest = options
             kept = lr, predictions, products
             yield "linear_head_backward", (*adapted, *head, *kept, *rest, False, True)
 
-    def images(t: int, b: int, c: int, h: int, w: int) -> torch.Tensor:
-        return rows(t, b, h, w, c).permute(0, 1, 4, 2, 3)  # as the kernels read them
 
-    has_convolution = dtype in KERNELS.get((CONVOLUTION, device), ())
+def layer_calls(draw: Draws, device: str) -> Iterator[Call]:
+    """Convolutions and batch norms with weights of each task."""
+    has_convolution = draw.dtype in KERNELS.get((CONVOLUTION, device), ())
     for t, b, c, o, h, w, groups in CONVOLUTIONS if has_convolution else ():
-        x, weight, z = images(t, b, c, h, w), rows(t, o, c // groups, 3, 3), images(t, b, o, h, w)
+        x, weight = draw.images(t, b, c, h, w), draw.rows(t, o, c // groups, 3, 3)
+        z = draw.images(t, b, o, h, w)
         options = ([1, 1], [1, 1], [1, 1], groups)
-        yield "task_conv2d", (x, weight, rows(t, o), *options)
+        yield "task_conv2d", (x, weight, draw.rows(t, o), *options)
         yield "task_conv2d_input", (z, weight, [h, w], *options)
         yield "task_conv2d_weight", (z, x, [3, 3], *options)
-    for t, b, c, p in NORMS if dtype in WIDE_DTYPES else ():
-        v, g, x = rows(t, b, c, p), rows(t, b, c, p), rows(t, b, c, p)
-        weight, bias = rows(t, c), rows(t, c)
+    for t, b, c, p in NORMS if draw.dtype in WIDE_DTYPES else ():
+        v, g, x = draw.rows(t, b, c, p), draw.rows(t, b, c, p), draw.rows(t, b, c, p)
+        weight, bias = draw.rows(t, c), draw.rows(t, c)
         yield "task_batch_norm", (x, weight, bias, 1e-5)
         yield "task_batch_norm_backward", (g, x, weight, 1e-5)
         yield "task_batch_norm_backward_backward", (v, bias, weight, g, x, weight, 1e-5)
-    for make, shape, scale in NETWORKS if dtype in WIDE_DTYPES else ():
+
+
+def program_calls(draw: Draws) -> Iterator[Call]:
+    """Meta-gradients of the task programs of every network."""
+    for make, shape, scale in NETWORKS if draw.dtype in WIDE_DTYPES else ():
         program = Lowering(make(), F.mse_loss).program(shape)
-        theta = rows(program.layout.numel) * scale
+        theta = draw.rows(program.layout.numel) * scale
         lr, examples = (
-            torch.full((1, 1, 1), 0.1, dtype=dtype),
-            (rows(2, 5, *shape), rows(2, 5, *program.output_shape)),
+            torch.full((1, 1, 1), 0.1, dtype=draw.dtype),
+            (draw.rows(2, 5, *shape), draw.rows(2, 5, *program.output_shape)),
         )
         options = ([], 1, *(False, True, True, True, True, True))
         yield (

@@ -86,7 +86,7 @@ def sanitizer(tool: str) -> Step:
 def benchmarks(out: Path) -> Step:
     return Step(
         "benchmarks",
-        python("-m", "benchmarks.gpu_ops", "--json", str(out / "ops.json"), "--seconds", "85"),
+        python("-m", "benchmarks.gpu.ops", "--json", str(out / "ops.json"), "--seconds", "85"),
         share=95,
         output="ops.txt",
         read=outcomes.of_benchmarks(out / "ops.json"),

@@ -111,7 +111,7 @@ def prepared(contender: Contender, problem: Problem) -> Step:
     step = contender.load()(problem)
     if not contender.in_graph:
         return step
-    from benchmarks.timers import CudaTimer
+    from benchmarks.common.timers import CudaTimer
 
     captured = CudaTimer().captured(lambda _: step.run(), 1)
 

@@ -19,12 +19,12 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.agreement import TOLERANCE, relative_error
+from benchmarks.common.agreement import TOLERANCE, relative_error
+from benchmarks.common.timers import Spread
+from benchmarks.common.workloads import Arrays, Workload
 from benchmarks.peers.contenders import MATRIX, OURS, REFERENCES, Contender
 from benchmarks.peers.process import Unable
-from benchmarks.timers import Spread
-from benchmarks.workloads import Arrays, Workload
-from fastmeta.training.timing import ratio
+from fastmeta._timing import ratio
 
 TURN = 0.2  # seconds of a turn
 LONGEST = 60.0  # seconds of all turns of one contender

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 import fastmeta as fm
+from benchmarks.common.workloads import Arrays
 from benchmarks.peers.fastmeta_steps import facts_of
 from benchmarks.peers.library_steps import LIBRARIES
 from benchmarks.peers.modules import TASKS, TorchProblem, read_meta
 from benchmarks.peers.step import Problem, Step
 from benchmarks.peers.torch_steps import by_task_loss, compiled, unrolled_loss
-from benchmarks.workloads import Arrays
 
 Features = Tensor | Sequence[Tensor]
 Result = tuple[Tensor, Sequence[Tensor], Features, Features]

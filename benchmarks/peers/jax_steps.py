@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks.networks import MLP, Network
+from benchmarks.common.networks import MLP, Network
+from benchmarks.common.workloads import Arrays
 from benchmarks.peers.step import Missing, Problem, Step
-from benchmarks.workloads import Arrays
 
 Array = jax.Array
 Params = list[Array]

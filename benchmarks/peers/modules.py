@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
-from benchmarks.networks import MLP, Network
+from benchmarks.common.networks import MLP, Network
+from benchmarks.common.workloads import Arrays
 from benchmarks.peers.step import Missing, Problem, Step, nothing
-from benchmarks.workloads import Arrays
 
 Params = dict[str, Tensor]
 TASKS = ("support_x", "support_y", "query_x", "query_y")

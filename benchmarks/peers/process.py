@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.workloads import Arrays
 from benchmarks.gpu.machine import ROOT
 from benchmarks.peers.contenders import Contender
-from benchmarks.workloads import Arrays
 
 LIMIT = 900.0  # seconds that any one command may take; compiling takes minutes
 ENVIRONMENT = ROOT / ".venv-bench" / "bin" / "python"

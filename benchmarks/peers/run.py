@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.workloads import Workload, draw
 from benchmarks.gpu.machine import DECISIVE, commit
 from benchmarks.peers import results, tables
 from benchmarks.peers.contenders import Contender, contenders_for
 from benchmarks.peers.driver import Start, measure
 from benchmarks.peers.process import Process, python
-from benchmarks.workloads import Workload, draw
 
 
 def processor() -> str:

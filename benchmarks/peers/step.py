@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.workloads import Arrays, Workload
+from benchmarks.common.workloads import Arrays, Workload
 
 
 class Missing(Exception):

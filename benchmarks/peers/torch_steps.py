@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp
 
+from benchmarks.common.workloads import Arrays
 from benchmarks.peers.modules import (
     TASKS,
     Params,
@@ -17,7 +18,6 @@ from benchmarks.peers.modules import (
     read_product,
 )
 from benchmarks.peers.step import Problem, Step
-from benchmarks.workloads import Arrays
 
 Meta = Any  # (theta by name, *tasks) -> (gradients by name, meta-loss)
 

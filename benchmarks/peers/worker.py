@@ -17,9 +17,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from benchmarks.common.workloads import WORKLOADS
 from benchmarks.peers.contenders import Contender, prepared
 from benchmarks.peers.step import Missing, Problem, Step
-from benchmarks.workloads import WORKLOADS
 
 
 def use_threads(count: int) -> None:

@@ -1,7 +1,7 @@
 """Builds the emulator and runs the tests of the CUDA kernels in it.
 
     python -m tests.cuda_emulation                                        # everything
-    python -m tests.cuda_emulation --order shuffled tests/test_ops.py -k cosine
+    python -m tests.cuda_emulation --order shuffled tests/ops/test_every_op.py -k cosine
 
 Exit status: 0 all passed; 1 something failed; 3 this machine cannot build the emulator.
 """
@@ -18,15 +18,15 @@ from dataclasses import dataclass
 
 from tests.cuda_emulation.build import ROOT, build, sanitizer_libraries
 from tests.cuda_emulation.emulator import ORDER, ORDERS
-from tests.ninja_build import BuildError
+from tools.ninja_build import BuildError
 
 CANNOT_RUN = 3
 HERE = "tests/cuda_emulation"
 KERNEL_TESTS = [
-    "tests/test_ops.py",
-    "tests/test_boundaries.py",
-    "tests/test_large_tiles.py",
-    "tests/test_task_batch_norm.py",
+    "tests/ops/test_every_op.py",
+    "tests/ops/test_boundaries.py",
+    "tests/ops/test_large_tiles.py",
+    "tests/ops/test_task_batch_norm.py",
     f"{HERE}/test_runtime.py",
     f"{HERE}/test_task_program.py",
     f"{HERE}/test_task_program_images.py",
@@ -67,7 +67,7 @@ RUNS = [
         "natural",
         [
             *KERNEL_TESTS,
-            "tests/test_edges.py",
+            "tests/ops/test_edges.py",
             f"{HERE}/test_emulator.py",
             "-k",
             "not 2_to_the_31_e and not finite_differences",

@@ -11,9 +11,10 @@ from pathlib import Path
 import pybind11
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from tests.ninja_build import Edge, run_ninja
+from tools.ninja_build import Edge, run_ninja
 
 HERE = Path(__file__).resolve().parent
+EMULATOR = HERE / "emulator"
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "cuda_emulation"
 
@@ -23,11 +24,11 @@ RULES = {
 }
 
 COMMON = ["-std=c++20", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-RUNTIME = [*COMMON, "-O2", f"-I{HERE}"]
+RUNTIME = [*COMMON, "-O2", f"-I{EMULATOR}"]
 EMULATED = [
     *(*COMMON, "-O1", "-Wno-unknown-pragmas", "-Wno-unused-parameter"),
     *("-DFASTMETA_CUDA", "-DFASTMETA_EMULATED", '-DFASTMETA_ISA="emulated"'),
-    *(f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{ROOT / 'csrc'}"),
+    *(f"-I{EMULATOR / 'include'}", f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}"),
     *(f"-isystem{path}" for path in (*include_paths(), pybind11.get_include())),
     f"-isystem{sysconfig.get_paths()['include']}",
 ]
@@ -79,12 +80,12 @@ def build(folder: Path = BUILD, csrc: Path = ROOT / "csrc") -> None:
 
     Raises BuildError with the compiler's message.
     """
-    runtime = objects(sorted(HERE.glob("*.cpp")), RUNTIME)
+    runtime = objects(sorted(EMULATOR.glob("*.cpp")), RUNTIME)
     kernels = objects(sorted(csrc.glob("*/*.cu")), KERNEL)
     cpu = set(csrc.glob("*/*_cpu.cpp"))
     rest = sorted(path for path in csrc.glob("*/*.cpp") if path not in cpu)
     bindings = objects([csrc / "library.cpp", *rest], EMULATED)
-    own_kernels = objects(sorted(HERE.glob("*.cu")), KERNEL)
+    own_kernels = objects(sorted(EMULATOR.glob("*.cu")), KERNEL)
     emulator = library("libemulator.so", [edge.output for edge in runtime], [])
     libraries = {"_C.so": [*kernels, *bindings], "kernels.so": own_kernels}
     torch = [f"{kind}{path}" for path in library_paths() for kind in ("-L", "-Wl,-rpath,")]

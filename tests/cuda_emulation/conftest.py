@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from tests.conftest import EMULATED
+from tests.helpers.skips import EMULATED
 
 collect_ignore_glob = (
     [] if EMULATED else ["test_*.py"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cuda_emulation.build import BUILD, KERNEL, ROOT, RULES, library, objects
-from tests.ninja_build import run_ninja
+from tools.ninja_build import run_ninja
 
 CSRC = ROOT / "csrc"
 KERNELS = [path.relative_to(CSRC) for path in sorted(CSRC.glob("*/*.cu"))]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.cuda_emulation import emulator
 from tests.cuda_emulation.build import BUILD
-from tests.cuda_emulation.test_task_conv import MAPS, SHAPES, TOLERANCE, Shape, assert_near
+from tests.cuda_emulation.checks import MAPS, SHAPES, TOLERANCE, Shape, assert_near
 
 DTYPES = [torch.float32, torch.float64]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -15,7 +15,11 @@ from tests.cuda_emulation.mutants import Mutant, all_mutants
 # Every barrier matters in one of these: the one before the first tile where rows have no features,
 # so no tile; those around differences where products lose digits; those of small tiles where rows
 # are longer than a tile is deep.
-TESTS = ["tests/test_ops.py", "tests/test_large_tiles.py", "tests/cuda_emulation/test_runtime.py"]
+TESTS = [
+    "tests/ops/test_every_op.py",
+    "tests/ops/test_large_tiles.py",
+    "tests/cuda_emulation/test_runtime.py",
+]
 PROGRAM_TESTS = [
     "tests/cuda_emulation/test_task_program.py",
     "tests/cuda_emulation/test_task_program_images.py",

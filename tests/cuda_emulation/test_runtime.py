@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import fastmeta as fm
-from tests.cases import (
+from tests.cuda_emulation import emulator
+from tests.cuda_emulation.checks import no_fill
+from tests.helpers.assertions import TOLERANCE, assert_near, value_and_grads
+from tests.helpers.cases import (
     METRICS,
     Case,
     Maker,
@@ -18,8 +20,6 @@ from tests.cases import (
     loss_case,
     prototypes_case,
 )
-from tests.cuda_emulation import emulator
-from tests.test_ops import TOLERANCE, assert_near, value_and_grads
 
 # With two tiles of prototypes, and cosine's norms: as many launches as an op ever makes.
 CASES = [
@@ -123,17 +123,6 @@ def test_while_capturing_labels_are_not_read_back():
         loss = fm.prototype_loss(query, labels, prototypes, reduction="none")
     assert loss.isnan().tolist() == [[False, True, False]]
     assert len(launches) == 1
-
-
-@contextmanager
-def no_fill() -> Iterator[None]:
-    """Tensors of gigabytes stay unwritten, so that they take no memory."""
-    settings = torch.utils.deterministic
-    before, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
-    try:
-        yield
-    finally:
-        settings.fill_uninitialized_memory = before
 
 
 def huge_inner_update() -> tuple[torch.Tensor, torch.Tensor]:

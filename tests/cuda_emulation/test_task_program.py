@@ -12,9 +12,9 @@ from torch import nn
 
 from fastmeta.ops.task_program import COMPILED, NAMES, reference
 from tests.cuda_emulation import emulator
-from tests.cuda_emulation.test_task_conv import rounded_to_tf32
-from tests.programs import Raw
-from tests.test_program import STEP_SIZES, Setting, assert_same, check
+from tests.cuda_emulation.checks import rounded_to_tf32
+from tests.helpers.program_checks import STEP_SIZES, Setting, assert_same, check
+from tests.helpers.programs import Raw
 
 # Bytes of shared memory: enough for any small task, or for none.
 WAYS = {"block": 227 * 1024, "grid": 1024}

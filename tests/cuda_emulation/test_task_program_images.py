@@ -8,10 +8,9 @@ from torch import nn
 
 from fastmeta.ops.task_program import COMPILED, NAMES, reference
 from tests.cuda_emulation import emulator
-from tests.cuda_emulation.test_runtime import no_fill
-from tests.cuda_emulation.test_task_conv import ieee, rounded_to_tf32  # noqa: F401 (a fixture)
-from tests.programs import IMAGES, LOSSES, Raw, build, shape_of, with_running_statistics
-from tests.test_program import Setting, assert_same, results
+from tests.cuda_emulation.checks import ieee, no_fill, rounded_to_tf32  # noqa: F401 (a fixture)
+from tests.helpers.program_checks import Setting, assert_same, results
+from tests.helpers.programs import IMAGES, LOSSES, Raw, build, shape_of, with_running_statistics
 
 TINY = {"tasks": 2, "support": 3, "queries": 2}
 

@@ -1,0 +1,153 @@
+"""The workloads that fastmeta and its peers are measured on: sizes, numbers, operation counts.
+
+A new one is one line of `WORKLOADS`. Everything here is NumPy, so that a worker of any framework
+can read it.
+
+Operations. Counted is what the algorithm needs, the same for every contender whatever it really
+does: the products of linear and convolutional layers, a multiplication and an addition being two.
+With f the operations of one forward pass on the examples,
+
+- a gradient takes 3 f: outputs, gradient of the inputs, gradient of the weights;
+- a Hessian-vector product 6 f where activations and gradients are at hand, since each of those
+  three passes becomes a sum of two products; and 8 f from nothing: outputs and input gradients
+  besides.
+
+Nobody wants a gradient to the input of the first layer, and it has no tangent: there these are
+2 f, 2 f and 3 f. A meta-step of T tasks and K inner steps on S examples, with Q queries, is
+
+    T (K (gradient of S + product at hand of S) + gradient of Q)
+
+A head alone that is adapted under a body ("head") is one linear layer whose inputs get gradients:
+then a gradient on the queries takes 3 f, and a product 4 f, two for its part that goes to them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.common.networks import MLP, Conv4, Network, draw_parameters, parameter_count
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`kind` "meta": theta [P] and tasks -> meta-loss [], its gradient [P].
+
+    "hvp": theta and vector [T, P] and a batch of S examples a task -> products [T, P].
+    "head": as "meta" on features, with gradients to those of support and queries besides.
+    """
+
+    name: str
+    network: Network
+    loss: str  # "mse" or "cross_entropy"
+    tasks: int
+    support: int  # S
+    queries: int = 0  # Q
+    steps: int = 0  # K
+    lr: float = 0.0
+    kind: str = "meta"
+    default: bool = True  # measured where none is named
+
+    def __str__(self) -> str:
+        sizes = f"T = {self.tasks}, "
+        if self.kind != "hvp":
+            sizes += f"K = {self.steps}, S = {self.support}, Q = {self.queries}"
+        else:
+            sizes += f"batch {self.support}"
+        return f"{self.network}, {sizes}"
+
+    @property
+    def flops(self) -> int:
+        """Operations of one meta-step, or of one Hessian-vector product of every task."""
+        first, *others = self.network.layer_flops()
+        rest = sum(others)
+        gradient = 2 * first + 3 * rest
+        if self.kind == "hvp":
+            return self.tasks * self.support * (3 * first + 8 * rest)
+        if self.kind == "head":
+            inner = self.steps * self.support * 6 * first
+            return self.tasks * (inner + self.queries * 3 * first)
+        product = 2 * first + 6 * rest
+        inner = self.steps * self.support * (gradient + product)
+        return self.tasks * (inner + self.queries * gradient)
+
+    @property
+    def parameters(self) -> int:
+        return parameter_count(self.network)
+
+
+def _meta(name: str, network: Network, loss: str, lr: float, *sizes: int, **more) -> Workload:
+    """`sizes` are T, K, S, Q."""
+    tasks, steps, support, queries = sizes
+    return Workload(name, network, loss, tasks, support, queries, steps, lr, **more)
+
+
+_SINE = MLP((1, 40, 40, 1))
+_OMNI = MLP((784, 256, 128, 64, 64, 5))
+_HVP = MLP((784, 512, 512, 10))
+_LATER = {"default": False}
+
+_ALL = (
+    _meta("sin1_t1", _SINE, "mse", 0.01, 1, 1, 10, 10),
+    _meta("sin1", _SINE, "mse", 0.01, 25, 1, 10, 10),
+    _meta("sin5", _SINE, "mse", 0.01, 25, 5, 10, 10),
+    _meta("sin_big", _SINE, "mse", 0.01, 4096, 5, 10, 10),
+    _meta("omni_mlp", _OMNI, "cross_entropy", 0.4, 32, 1, 5, 75),
+    Workload("hvp_mlp_t1", _HVP, "cross_entropy", 1, 128, kind="hvp"),
+    Workload("hvp_mlp_t32", _HVP, "cross_entropy", 32, 128, kind="hvp"),
+    _meta("anil", MLP((1600, 5)), "cross_entropy", 0.1, 32, 5, 25, 75, kind="head", **_LATER),
+    _meta("anil_640", MLP((640, 5)), "cross_entropy", 0.1, 32, 5, 25, 75, kind="head", **_LATER),
+    _meta("omni_conv1", Conv4(64, 5), "cross_entropy", 0.4, 32, 1, 5, 75, **_LATER),
+    _meta("omni_conv5", Conv4(64, 5), "cross_entropy", 0.4, 8, 5, 5, 75, **_LATER),
+    _meta("omni_paper", Conv4(64, 5), "cross_entropy", 0.4, 32, 1, 5, 5, **_LATER),
+    _meta("omni_20w", Conv4(64, 20), "cross_entropy", 0.1, 16, 5, 20, 20, **_LATER),
+    _meta("mini_conv5", Conv4(32, 5, 3, 84), "cross_entropy", 0.01, 4, 5, 5, 75, **_LATER),
+)
+WORKLOADS = {workload.name: workload for workload in _ALL}
+
+
+def _sinusoids(tasks: int, counts: tuple[int, ...], generator: np.random.Generator) -> list:
+    """x and y = A sin(x - phi), [T, B, 1], for each count B: MAML's regression tasks."""
+    amplitude, phase = (generator.uniform(low, high, (tasks, 1, 1)) for low, high in _SINE_RANGES)
+    found = []
+    for count in counts:
+        x = generator.uniform(-5, 5, (tasks, count, 1))
+        found += [x.astype(np.float32), (amplitude * np.sin(x - phase)).astype(np.float32)]
+    return found
+
+
+_SINE_RANGES = ((0.1, 5.0), (0.0, np.pi))
+
+
+def _images(
+    network: Network, tasks: int, counts: tuple[int, ...], generator: np.random.Generator
+) -> list:
+    """Random images [T, B, ...] and labels [T, B], class by class, for each count B."""
+    found = []
+    for count in counts:
+        labels = np.arange(count) * network.outputs // count
+        x = generator.random((tasks, count, *network.input_shape), dtype=np.float32)
+        found += [x, np.tile(labels, (tasks, 1))]
+    return found
+
+
+def draw(workload: Workload, seed: int = 0) -> Arrays:
+    """The numbers of a workload, float32 and int64, the same for the same seed."""
+    generator = np.random.default_rng(seed)
+    tasks, network = workload.tasks, workload.network
+    if workload.kind == "hvp":
+        theta = np.stack([draw_parameters(network, generator) for _ in range(tasks)])
+        vector = generator.standard_normal(theta.shape, dtype=np.float32)
+        x, y = _images(network, tasks, (workload.support,), generator)
+        return {"theta": theta, "vector": vector, "x": x, "y": y}
+    theta = draw_parameters(network, generator)
+    counts = (workload.support, workload.queries)
+    if workload.loss == "mse":
+        data = _sinusoids(tasks, counts, generator)
+    else:
+        data = _images(network, tasks, counts, generator)
+    names = ("support_x", "support_y", "query_x", "query_y")
+    return {"theta": theta, **dict(zip(names, data, strict=True))}

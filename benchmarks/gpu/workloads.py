@@ -1,0 +1,287 @@
+"""What `benchmarks.gpu.ops` measures: for each op its inputs, its contenders and its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+import fastmeta as fm
+from benchmarks.gpu.measure import OURS, Contender, Inputs, Measure, Sizes, in_torch
+from benchmarks.gpu.programs import image_programs, programs
+from benchmarks.ops.prototype_loss import composed
+from fastmeta.ops.inner_update import inner_update_backward
+
+
+def unit_rows(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """Rows of norm about 1, as embeddings of a network in training have."""
+    x = torch.randn(shape, generator=generator, device=generator.device)
+    return x.mul_(shape[-1] ** -0.5).to(dtype)
+
+
+def differentiated(value: Callable[..., torch.Tensor], *places: int) -> Contender:
+    """The value and its gradient to the inputs at `places`; of a tensor, for an upstream of 1."""
+
+    def run(*inputs: torch.Tensor) -> Inputs:
+        leaves = [x.detach().requires_grad_(i in places) for i, x in enumerate(inputs)]
+        out = value(*leaves)
+        gradient = torch.autograd.grad(out, [leaves[i] for i in places], torch.ones_like(out))
+        return out.detach(), *gradient
+
+    return run
+
+
+def alone(value: Callable[..., torch.Tensor]) -> Contender:
+    return lambda *inputs: (value(*inputs),)
+
+
+def loss_inputs(dtype: torch.dtype, t: int, q: int, n: int, d: int) -> Callable:
+    def draw(generator: torch.Generator) -> Inputs:
+        labels = torch.randint(n, (t, q), generator=generator, device=generator.device)
+        query, prototypes = (unit_rows(generator, dtype, t, rows, d) for rows in (q, n))
+        return query, labels, prototypes
+
+    return draw
+
+
+def loss_of_each(query: torch.Tensor, labels: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return fm.prototype_loss(query, labels, y, reduction="none")
+
+
+def composed_of_each(query: torch.Tensor, labels: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return composed(query, labels, y, reduction="none").view(labels.shape)
+
+
+def in_chunks(value: Callable[..., torch.Tensor], chunk: int) -> Callable[..., torch.Tensor]:
+    """The loss of each query, `chunk` queries at a time."""
+
+    def run(query: torch.Tensor, labels: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        parts = zip(query.split(chunk, 1), labels.split(chunk, 1), strict=True)
+        return torch.cat([value(*part, y) for part in parts], 1)
+
+    return run
+
+
+def small_losses(sizes: Sizes) -> Iterator[Measure]:
+    """proto_small one call after the other, one call a graph, and many calls a graph."""
+    contenders = {
+        "forward": {OURS: alone(loss_of_each), "composition": alone(composed_of_each)},
+        "forward + backward": {
+            OURS: differentiated(fm.prototype_loss, 0, 2),
+            "composition": differentiated(composed, 0, 2),
+        },
+    }
+    for t in sizes.small_tasks:
+        for what, rivals in contenders.items():
+            for calls, in_graph in ((sizes.graph, False), (1, True), (sizes.graph, True)):
+                # In a graph, against the usual composition alone.
+                plain = {} if in_graph else {"torch backend": in_torch(rivals[OURS])}
+                yield Measure(
+                    "prototype_loss",
+                    f"proto_small, T = {t}",
+                    what,
+                    torch.float32,
+                    {**rivals, **plain},
+                    loss_inputs(torch.float32, t, *sizes.small),
+                    sizes.rounds,
+                    calls,
+                    in_graph,
+                )
+
+
+def big_losses(sizes: Sizes) -> Iterator[Measure]:
+    """proto_big, against the composition a chunk of queries at a time."""
+    q, n, d = sizes.big
+
+    def part(inputs: Inputs) -> Inputs:
+        query, labels, prototypes = inputs
+        return query[:, : sizes.big_checked], labels[:, : sizes.big_checked], prototypes
+
+    forward = {
+        OURS: alone(loss_of_each),
+        "composition": alone(in_chunks(composed_of_each, sizes.big_chunk)),
+    }
+    both = {OURS: differentiated(fm.prototype_loss, 0, 2)}
+    for what, contenders, dtype, products in (
+        ("forward", forward, torch.float32, 1),
+        ("forward", forward, torch.bfloat16, 1),
+        ("forward + backward", both, torch.float32, 3),
+    ):
+        yield Measure(
+            "prototype_loss",
+            "proto_big",
+            what,
+            dtype,
+            contenders,
+            loss_inputs(dtype, 1, q, n, d),
+            sizes.long_rounds,
+            calls=1,
+            checked=part,
+            flops=2 * products * q * n * d,
+            memory=True,
+        )
+
+
+def updates(sizes: Sizes) -> Iterator[Measure]:
+    def descend(params: torch.Tensor, grads: torch.Tensor, lr: torch.Tensor) -> Inputs:
+        return (fm.inner_update(params, grads, lr),)
+
+    def draw(t: int, p: int) -> Callable[[torch.Generator], Inputs]:
+        def inputs(generator: torch.Generator) -> Inputs:
+            device = generator.device
+            rows = (torch.randn(t, p, generator=generator, device=device) for _ in range(2))
+            return *rows, torch.full((1, 1), 0.1, device=device)
+
+        return inputs
+
+    for t, p in sizes.updates:
+        for what, ours in (("forward", descend), ("backward", inner_update_backward)):
+            yield Measure(
+                "inner_update",
+                f"{t} x {p}",
+                what,
+                torch.float32,
+                {OURS: ours, "torch backend": in_torch(ours)},
+                draw(t, p),
+                sizes.rounds,
+                calls=4,
+                moved=12 * t * p,
+            )
+
+
+def means(sizes: Sizes) -> Iterator[Measure]:
+    t, s, n, d = sizes.support
+
+    def draw(generator: torch.Generator) -> Inputs:
+        labels = torch.arange(s, device=generator.device).remainder(n).expand(t, s).contiguous()
+        return unit_rows(generator, torch.float32, t, s, d), labels
+
+    def value(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return fm.prototypes(x, labels, n)
+
+    forward = 4 * t * d * (s + n)
+    for what, ours, moved in (
+        ("forward", alone(value), forward),
+        ("forward + backward", differentiated(value, 0), 2 * forward),
+    ):
+        contenders = {OURS: ours, "torch backend": in_torch(ours)}
+        name = f"T = {t}, S = {s}, N = {n}, D = {d}"
+        yield Measure(
+            *("prototypes", name, what, torch.float32, contenders, draw, sizes.rounds),
+            calls=4,
+            moved=moved,
+        )
+
+
+def distances(sizes: Sizes) -> Iterator[Measure]:
+    t, q, n, d = sizes.pairs
+
+    def draw(generator: torch.Generator) -> Inputs:
+        return tuple(unit_rows(generator, torch.float32, t, rows, d) for rows in (q, n))
+
+    for what, ours, products in (
+        ("forward", alone(fm.pairwise_distance), 1),
+        ("forward + backward", differentiated(fm.pairwise_distance, 0, 1), 3),
+    ):
+        contenders = {OURS: ours, "torch backend": in_torch(ours)}
+        name = f"T = {t}, Q = {q}, N = {n}, D = {d}"
+        yield Measure(
+            *("pairwise_distance", name, what, torch.float32, contenders, draw, sizes.long_rounds),
+            calls=2,
+            flops=2 * products * t * q * n * d,
+        )
+
+
+def convolutions(sizes: Sizes) -> Iterator[Measure]:
+    """A layer of Conv4-64, 3 x 3 with padding 1."""
+    t, b, channels, size = sizes.images
+
+    def draw(dtype: torch.dtype) -> Callable[[torch.Generator], Inputs]:
+        def inputs(generator: torch.Generator) -> Inputs:
+            shapes = (t, b, channels, size, size), (t, channels, channels, 3, 3)
+            x, w = (torch.randn(s, generator=generator, device=generator.device) for s in shapes)
+            return x.to(dtype), (w / (9 * channels) ** 0.5).to(dtype)
+
+        return inputs
+
+    def value(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return fm.task_conv2d(x, weight, padding=1)
+
+    for what, ours, products in (
+        ("forward", alone(value), 1),
+        ("forward + backward", differentiated(value, 0, 1), 3),
+    ):
+        contenders = {OURS: ours, "torch backend": in_torch(ours)}
+        name = f"T = {t}, B = {b}, {channels} channels, {size} x {size}"
+        for dtype, tf32 in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
+            yield Measure(
+                *("task_conv2d", name, what, dtype, contenders, draw(dtype), sizes.rounds),
+                calls=2,
+                flops=2 * products * t * b * 9 * channels**2 * size**2,
+                tf32=tf32,
+            )
+
+
+def norms(sizes: Sizes) -> Iterator[Measure]:
+    """Of the outputs of the same layer."""
+    t, b, channels, size = sizes.images
+
+    def draw(generator: torch.Generator) -> Inputs:
+        images, rows = (t, b, channels, size, size), (t, channels)
+        device = generator.device
+        shapes = images, rows, rows, images
+        return tuple(torch.randn(s, generator=generator, device=device) for s in shapes)
+
+    def with_gradients(*inputs: torch.Tensor) -> Inputs:
+        *leaves, upstream = (x.detach().requires_grad_() for x in inputs)
+        out = fm.task_batch_norm(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, upstream)
+
+    name = f"T = {t}, B = {b}, {channels} channels, {size} x {size}"
+    contenders = {OURS: with_gradients, "torch backend": in_torch(with_gradients)}
+    what, dtype = "forward + backward", torch.float32
+    yield Measure("task_batch_norm", name, what, dtype, contenders, draw, sizes.rounds, calls=2)
+
+
+def heads(sizes: Sizes) -> Iterator[Measure]:
+    """anil: the inner steps, the loss on the queries, and its gradients."""
+    t, steps, s, q, n, d = sizes.head
+
+    def draw(generator: torch.Generator) -> Inputs:
+        device = generator.device
+        support, query = (unit_rows(generator, torch.float32, t, rows, d) for rows in (s, q))
+        labels = (torch.arange(rows, device=device).remainder(n).repeat(t, 1) for rows in (s, q))
+        weight = torch.randn(n, d, generator=generator, device=device)
+        return support, query, weight, torch.zeros(n, device=device), *labels
+
+    def value(
+        support: torch.Tensor, query: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
+        labels: torch.Tensor, query_labels: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        head = fm.linear_head(support, labels, weight, bias, lr=0.1, steps=steps)
+        outputs = fm.task_linear(query, *head)
+        return F.cross_entropy(outputs.flatten(0, 1), query_labels.flatten())
+
+    ours = differentiated(value, 0, 1, 2, 3)
+    contenders = {OURS: ours, "torch backend": in_torch(ours)}
+    for calls, in_graph in ((sizes.graph, False), (sizes.graph, True)):
+        yield Measure(
+            *("linear_head", "anil", "meta-step", torch.float32, contenders, draw, sizes.rounds),
+            calls=calls,
+            in_graph=in_graph,
+        )
+
+
+def all_measures(sizes: Sizes) -> Iterator[Measure]:
+    """What the README shows first."""
+    yield from small_losses(sizes)
+    yield from programs(sizes.programs, sizes.rounds, sizes.graph)
+    yield from heads(sizes)
+    yield from convolutions(sizes)
+    yield from norms(sizes)
+    yield from image_programs(sizes.image_programs, sizes.rounds)
+    yield from updates(sizes)
+    yield from big_losses(sizes)
+    yield from means(sizes)
+    yield from distances(sizes)

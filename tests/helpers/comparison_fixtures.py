@@ -1,0 +1,59 @@
+"""Fixtures of the tests that compare learners: a plugin of theirs."""
+
+from __future__ import annotations
+
+import pytest
+from matplotlib.figure import Figure
+
+from fastmeta import compare as comparing
+from fastmeta import comparison, curves, evaluation
+from fastmeta import train as training
+from fastmeta.algorithms import MAML
+from tests.helpers.runs import images
+
+
+@pytest.fixture
+def from_memory(monkeypatch):
+    """Data come from memory, whatever they are called."""
+    for module in (training, evaluation, comparing):
+        monkeypatch.setattr(module, "from_spec", lambda *_: images())
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures are empty files: drawing takes most of the time of so small a comparison."""
+    monkeypatch.setattr(training, "draw_curves", lambda path, *_: path.touch())
+    monkeypatch.setattr(comparison, "draw_comparison", lambda path, *_: path.touch())
+
+
+@pytest.fixture
+def figures(monkeypatch, undrawn) -> list[Figure]:
+    """The pictures of comparisons, which are drawn after all, in order."""
+    monkeypatch.setattr(comparison, "draw_comparison", curves.draw_comparison)
+    saved = []
+    savefig = Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        saved.append(figure)
+        savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return saved
+
+
+@pytest.fixture
+def at_call(monkeypatch):
+    """Have something happen when the outer loss is asked for the nth time from now."""
+    meta_loss = MAML.meta_loss
+
+    def arrange(number, happen):
+        calls = iter(range(1, 10**9))
+
+        def spy(self, *episode):
+            if next(calls) == number:
+                happen()
+            return meta_loss(self, *episode)
+
+        monkeypatch.setattr(MAML, "meta_loss", spy)
+
+    return arrange

@@ -1,0 +1,50 @@
+"""Small comparisons of learners, and what two of them are compared by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fastmeta.checkpoint import load_checkpoint, read_metrics
+from fastmeta.compare import compare
+from fastmeta.comparison_plan import plan
+from tests.helpers.runs import TINY, without_seconds
+
+NAMES = ["maml", "reptile", "fomaml"]
+
+
+class Killed(BaseException):
+    """What a process that is killed does not live to see."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+def sinusoid(out: Path, names=NAMES, own=None, **options):
+    return plan(out, "sinusoid", names, own, **{**TINY, **options})
+
+
+def run(out: Path, names=NAMES, **options):
+    return compare(sinusoid(out, names, **options), out, tasks=10)
+
+
+def record(out: Path) -> dict:
+    return json.loads((out / "comparison.json").read_text())
+
+
+def learners(out: Path) -> dict[str, dict]:
+    return {learner["algorithm"]: learner for learner in record(out)["learners"]}
+
+
+def timeless(out: Path) -> list[dict]:
+    """The learners' records without times and folders, and what their runs hold."""
+    found = []
+    for learner in record(out)["learners"]:
+        folder = Path(learner["options"]["out"])
+        state = load_checkpoint(folder / "checkpoint.pt")["learner"]
+        learner["options"].pop("out"), learner.pop("command")
+        learner.pop("seconds"), learner.pop("seconds_per_iteration")
+        metrics = without_seconds(read_metrics(folder / "metrics.jsonl"))
+        found.append({"record": learner, "metrics": metrics, "state": repr(state)})
+    return found

@@ -1,0 +1,69 @@
+"""What the tests of documents share: their code blocks and command lines."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from fastmeta import cli
+from fastmeta.training.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+_BLOCK = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+_TITLE = re.compile(r'title="([\w./]+)"')
+
+
+class Block(NamedTuple):
+    """A fenced block; ``source`` is the file of the repository that it is an excerpt of, if any."""
+
+    language: str
+    code: str
+    source: Path | None
+
+
+def blocks(text: str) -> Iterator[Block]:
+    for indent, language, options, code in _BLOCK.findall(text):
+        title = _TITLE.search(options)
+        source = ROOT / title[1] if title else None
+        yield Block(language, re.sub(f"^{indent}", "", code, flags=re.MULTILINE), source)
+
+
+def excerpts(text: str) -> Iterator[tuple[Path, str]]:
+    """The file and the text of every excerpt; a line of three dots parts two of them."""
+    for block in blocks(text):
+        if block.source:
+            for piece in re.split(r"^ *(?:#|//)? ?\.\.\.\n", block.code, flags=re.MULTILINE):
+                yield block.source, piece.strip("\n")
+
+
+def run_python(text: str, name: str) -> int:
+    """Runs the Python blocks in order, in one namespace. Returns how many there are."""
+    module = ModuleType(re.sub(r"\W", "_", name))  # torch.compile looks globals up in a module
+    found = [b.code for b in blocks(text) if b.language == "python" and b.source is None]
+    sys.modules[module.__name__] = module
+    try:
+        for number, code in enumerate(found, 1):
+            exec(compile(code, f"{name}, block {number}", "exec"), vars(module))
+    finally:
+        del sys.modules[module.__name__]
+    return len(found)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of every ``python -m fastmeta``."""
+    lines = re.findall(r"^\$? ?python -m fastmeta (.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def check_command(arguments: list[str]) -> None:
+    """Raises, or exits, unless the command line is valid, and the options of a training."""
+    given = vars(cli._parser().parse_args(arguments))
+    for name in ("command", "debug"):
+        given.pop(name)
+    if arguments[0] == "train":
+        assert TrainConfig(**given).algorithm == arguments[1]

@@ -1,0 +1,92 @@
+"""Meta-gradients of the functional and the program engine, for the tests that compare them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmeta.arena import Layout
+from fastmeta.functional import FunctionalEngine
+from fastmeta.program import ProgramEngine
+from tests.helpers.networks import Tasks, relative_error
+from tests.helpers.unrolled import MetaGradient
+
+EXACT = 1e-10
+
+
+def step_sizes(module: nn.Module, *shape: int) -> Tensor:
+    """Step sizes between 0.02 and 0.1; of the shape [P] if none is given."""
+    generator = torch.Generator().manual_seed(3)
+    shape = shape or (Layout.of(module).numel,)
+    sizes = 0.02 + 0.08 * torch.rand(shape, generator=generator, dtype=torch.float64)
+    return sizes.to(Layout.of(module).device)
+
+
+def run(
+    module: nn.Module,
+    tasks: Tasks,
+    lr: Tensor,
+    loss=F.cross_entropy,
+    step_weights: Sequence[float] | Tensor | None = None,
+    **options: object,
+) -> MetaGradient:
+    """The engine's meta-gradient by ``meta_loss`` and ``backward``."""
+    module.zero_grad()
+    lr = lr.detach().requires_grad_()
+    support_x, query_x = (x.detach().requires_grad_() for x in (tasks.support_x, tasks.query_x))
+    engine = FunctionalEngine(module, loss, **options)
+    value, logits = engine.meta_loss(
+        engine.parameters(),
+        lr,
+        support_x,
+        tasks.support_y,
+        query_x,
+        tasks.query_y,
+        step_weights,
+    )
+    value.backward()
+    grads = {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
+    return MetaGradient(value.detach(), logits, grads, lr.grad, support_x.grad, query_x.grad)
+
+
+def assert_equal(actual: MetaGradient, expected: MetaGradient, tolerance: float = EXACT) -> None:
+    assert list(actual.params) == list(expected.params)
+    flat = [torch.cat([g.flatten() for g in m.params.values()]) for m in (actual, expected)]
+    assert relative_error(*flat) < tolerance
+    for name in ("loss", "logits", "lr", "support_x", "query_x"):
+        got, wanted = getattr(actual, name), getattr(expected, name)
+        assert (got is None) == (wanted is None), name
+        assert wanted is None or relative_error(got, wanted) < tolerance, name
+
+
+ERRORS = [
+    ({"support_x": None}, TypeError, "support_x: expected a tensor, got NoneType"),
+    ({"support_x": (3,)}, ValueError, r"support_x: expected shape \[T, examples, ...\]"),
+    ({"support_x": (0, 6, 3)}, ValueError, "at least one task and one example"),
+    ({"query_x": (3, 0, 3)}, ValueError, "at least one task and one example"),
+    ({"query_x": (2, 5, 3)}, ValueError, r"query_x: expected shape \[3, 5, ...\], got \[2, "),
+    ({"support_x": (3, 7, 3)}, ValueError, r"support_y: expected shape \[3, 7, ...\], got"),
+    ({"query_x": torch.Tensor.float}, TypeError, "query_x: expected dtype torch.float64"),
+    ({"query_x": lambda x: x.to("meta")}, ValueError, "query_x: expected device DEVICE, got meta"),
+    ({"support_y": lambda y: y * 0 + 4}, ValueError, r"support_y: expected labels in 0..3.*to 4"),
+    ({"query_y": lambda y: y * 0 - 1}, ValueError, r"query_y: expected labels in 0..3.* -1 to"),
+    ({"support_y": torch.Tensor.int}, TypeError, "support_y: expected int64 class labels"),
+]
+
+
+def engines(net: nn.Module, loss, *options, **more) -> tuple[FunctionalEngine, ProgramEngine]:
+    memory = {"memory": more.pop("memory")} if "memory" in more else {}
+    program = ProgramEngine(net, loss, *options, required=True, **more, **memory)
+    return FunctionalEngine(net, loss, *options, **more), program
+
+
+def leaves(engine: FunctionalEngine, tasks: Tasks, lr) -> tuple[Tensor | float, list, list]:
+    """Tasks and step sizes that require gradients, and all that does."""
+    data = [t.clone().requires_grad_() if i % 2 == 0 else t for i, t in enumerate(tasks)]
+    lr = lr.clone().requires_grad_() if isinstance(lr, Tensor) else lr
+    wanted = [p for p in engine.module.parameters() if p.requires_grad]
+    wanted += [data[0], data[2], *([lr] if isinstance(lr, Tensor) else [])]
+    return lr, data, wanted

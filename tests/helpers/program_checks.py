@@ -1,0 +1,170 @@
+"""Checks of the compiled task programs against the reference."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastmeta as fm
+from fastmeta import _program_reference as reference
+from fastmeta.ops.task_program import COMPILED, NAMES
+from tests.helpers.programs import CLASS_LOSSES, LOSSES, Raw, build, shape_of, tasks_for
+
+# Relative to the largest entry of a result.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def kernels(device):
+    if (fm._native.PROGRAM, device) not in fm._native.KERNELS:
+        pytest.skip(f"the extension has no task program for {device}")
+
+
+def assert_same(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert actual.shape == expected.shape
+    if expected.numel() == 0:
+        return
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    torch.testing.assert_close(actual.isnan(), expected.isnan())
+    error = (actual - expected).nan_to_num().abs().max().item()
+    assert error <= tolerance * max(1e-2, expected.nan_to_num().abs().max().item())
+
+
+def results(op: str, arguments: tuple, functions=COMPILED) -> tuple[Tensor, ...]:
+    result = getattr(functions, op)(*arguments)
+    return (result,) if isinstance(result, Tensor) else result
+
+
+def check(op: str, *args) -> None:
+    """The compiled op against the reference on the same numbers in float64."""
+
+    def exact(value):
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.detach().double() if floating else value
+
+    dtype = args[1].dtype
+    expected = results(op, tuple(map(exact, args)), reference)
+    for a, e in zip(results(op, args), expected, strict=True):
+        assert a.dtype == dtype
+        assert_same(a, e, TOLERANCE[dtype])
+
+
+class Setting:
+    """A network, its loss, random tasks, and the arguments of every op for them."""
+
+    def __init__(
+        self,
+        name: str,
+        loss: str,
+        device: str,
+        dtype: torch.dtype = torch.float64,
+        steps: int = 2,
+        per_task: bool = False,
+        **sizes: int,
+    ) -> None:
+        net = build(name, device, dtype)
+        self.raw = Raw.of(net, LOSSES[loss], shape_of(name))
+        self.data = tasks_for(name, loss, device, dtype, **sizes)
+        self.tasks, self.steps = len(self.data.support_x), steps
+        self.generator = torch.Generator().manual_seed(5)
+        self.lr = self.random(1, 1, 1) * 0.02 + 0.1
+        if per_task:
+            shift = 0.1 * self.random(self.tasks, self.parameters)
+            self.raw = self.raw._replace(theta=self.raw.theta + shift)
+
+    @property
+    def parameters(self) -> int:
+        return self.raw.theta.shape[-1]
+
+    def random(self, *shape: int) -> Tensor:
+        x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return x.to(self.raw.theta)
+
+    def arguments(
+        self,
+        op: str,
+        weights: tuple[float, ...] = (),
+        first_order: bool = False,
+        keep: bool = False,
+        inputs: bool = True,
+        lr: bool = True,
+    ) -> tuple:
+        x, y, query_x, query_y = self.data
+        vector = self.random(self.tasks, self.parameters)
+        inner = (self.lr, x, y)
+        options = (first_order, keep)
+        return *self.raw, *{
+            "forward": (x,),
+            "gradient": (x, y, inputs),
+            "hvp": (x, y, vector, inputs),
+            "adapt": (*inner, self.steps),
+            "adapt_backward": (*inner, self.steps, vector, *options, lr, inputs),
+            "meta_gradient": (
+                *(*inner, query_x, query_y, list(weights), self.steps, *options),
+                *(True, lr, inputs, inputs),
+            ),
+        }[op]
+
+    def check(self, op: str, **options) -> None:
+        check(op, *self.arguments(op, **options))
+
+
+STEP_SIZES = {
+    "per_step": lambda k, t, p: (k, 1, 1),
+    "per_task": lambda k, t, p: (1, t, 1),
+    "per_element": lambda k, t, p: (1, 1, p),
+    "per_task_and_element": lambda k, t, p: (1, t, p),
+    "per_step_and_task": lambda k, t, p: (k, t, 1),
+    "per_step_and_element": lambda k, t, p: (k, 1, p),
+    "per_step_task_and_element": lambda k, t, p: (k, t, p),
+}
+
+
+def check_random_tasks(
+    net: nn.Module,
+    choices: random.Random,
+    task_counts: Sequence[int],
+    supports: Sequence[int],
+    queries: Sequence[int],
+) -> None:
+    """Every op on random tasks of a network with a ``shape``, with random options."""
+    loss = choices.choice(list(LOSSES))
+    raw = Raw.of(net, LOSSES[loss], net.shape)
+    tasks, steps = choices.choice(task_counts), choices.choice((1, 2, 3))
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).to(raw.theta)
+
+    def examples(count: int) -> tuple[Tensor, Tensor]:
+        y = numbers(tasks, count, 3).sigmoid()
+        if loss in CLASS_LOSSES:
+            y = y.argmax(2)
+            y[:, 0] = 0  # one that no loss ignores
+        return numbers(tasks, count, *net.shape), y
+
+    support, query = examples(choices.choice(supports)), examples(choices.choice(queries))
+    rows, columns = choices.choice((1, tasks)), choices.choice((1, raw.theta.numel()))
+    lr = 0.05 * numbers(choices.choice((1, steps)), rows, columns)
+    if choices.random() > 0.5:
+        raw = raw._replace(theta=raw.theta + 0.1 * numbers(tasks, raw.theta.numel()))
+    vector = numbers(tasks, raw.theta.shape[-1])
+    first_order, keep = choices.random() > 0.7, choices.random() > 0.5
+    weights = [choices.choice((0.0, 0.5, -0.3)) for _ in range(choices.choice((0, steps)))]
+    wanted = [choices.random() > 0.3 for _ in range(3)]
+    arguments = {
+        "forward": (support[0],),
+        "gradient": (*support, True),
+        "hvp": (*support, vector, True),
+        "adapt": (lr, *support, steps),
+        "adapt_backward": (lr, *support, steps, vector, first_order, keep, *wanted[:2]),
+        "meta_gradient": (
+            *(lr, *support, *query, weights, steps, first_order, keep, True),
+            *wanted,
+        ),
+    }
+    for op in NAMES:
+        check(op, *raw, *arguments[op])

@@ -1,0 +1,159 @@
+"""The meta-gradient by unrolling: the ordinary way, and the oracle of the tests."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.backends import cudnn
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fastmeta as fm
+from tests.helpers.networks import Tasks
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Keeps torch from flash attention and cuDNN's recurrent layers: no second derivatives."""
+    with sdpa_kernel(SDPBackend.MATH), cudnn.flags(enabled=False):
+        yield
+
+
+class MetaGradient(NamedTuple):
+    loss: Tensor
+    logits: Tensor
+    params: dict[str, Tensor]
+    lr: Tensor | None
+    support_x: Tensor | None
+    query_x: Tensor | None
+
+
+def meta_gradient(
+    module: nn.Module,
+    tasks: Tasks,
+    loss: Loss,
+    lr: Tensor,
+    steps: int,
+    first_order: bool = False,
+    step_weights: Sequence[float] | None = None,
+    training: bool | None = True,
+    at_step: Callable[[nn.Module, int], object] = lambda module, k: None,
+) -> MetaGradient:
+    """A loop over tasks and steps with ``create_graph=True``, differentiated as one graph.
+
+    ``lr`` is a scalar, one number a parameter ``[L]``, one an element ``[P]``, one a task and
+    element ``[T, P]``, or such a matrix a step ``[K or 1, T or 1, P or L or 1]``. ``step_weights``
+    weigh the query losses after each step. The module runs in training mode, so batch norm uses
+    batch statistics, or as ``training`` says; None: as it is. ``at_step(module, k)`` is called
+    before each pass at theta_k.
+    """
+    module = copy.deepcopy(module)
+    if training is not None:
+        module.train(training)
+    params = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    lr = lr.detach().requires_grad_()
+    support_x, query_x = (x.detach().requires_grad_() for x in (tasks.support_x, tasks.query_x))
+    losses, logits = [], []
+    with twice_differentiable():
+        for t in range(len(support_x)):
+            fast = dict(params)
+            weighted = []
+            at_step(module, 0)
+            for k in range(steps):
+                outputs = functional_call(module, fast, (support_x[t],))
+                value = loss(outputs, tasks.support_y[t])
+                grads = torch.autograd.grad(
+                    value, list(fast.values()), create_graph=not first_order, allow_unused=True
+                )
+                fast = {
+                    name: p if g is None else p - step * g
+                    for (name, p), g, step in zip(
+                        fast.items(), grads, _split(lr, params, t, k), strict=True
+                    )
+                }
+                at_step(module, k + 1)
+                if step_weights is not None:
+                    outputs = functional_call(module, fast, (query_x[t],))
+                    weighted.append(step_weights[k] * loss(outputs, tasks.query_y[t]))
+            outputs = functional_call(module, fast, (query_x[t],))
+            losses.append(sum(weighted) if weighted else loss(outputs, tasks.query_y[t]))
+            logits.append(outputs)
+        total = torch.stack(losses).mean()
+        inputs = [*params.values(), lr, support_x, query_x]
+        grads = torch.autograd.grad(total, inputs, allow_unused=True)
+    by_name = {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(params.items(), grads, strict=False)
+    }
+    return MetaGradient(
+        total.detach(), torch.stack(logits).detach(), by_name, *grads[len(params) :]
+    )
+
+
+def _split(lr: Tensor, params: dict[str, Tensor], task: int, step: int) -> list[Tensor]:
+    if lr.ndim == 3:
+        rows = lr[step if len(lr) > 1 else 0]
+        return _split(rows[task if len(rows) > 1 else 0], params, task, step)
+    if lr.numel() == 1:
+        return [lr] * len(params)
+    if lr.shape == (len(params),):
+        return list(lr)
+    row = lr[task] if lr.ndim == 2 else lr
+    pieces = row.split([p.numel() for p in params.values()])
+    return [piece.view_as(p) for piece, p in zip(pieces, params.values(), strict=True)]
+
+
+class _RowNorm(nn.Module):
+    """A batch norm with rows of weight and bias, by hand."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps, self.row = norm.weight, norm.bias, norm.eps, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        dims = [d for d in range(x.ndim) if d != 1]
+        centred = x - x.mean(dims, keepdim=True)
+        normalised = centred / (centred.square().mean(dims, keepdim=True) + self.eps).sqrt()
+        row, shape = min(self.row, len(self.weight) - 1), (-1, *[1] * (x.ndim - 2))
+        return normalised * self.weight[row].view(shape) + self.bias[row].view(shape)
+
+
+def with_rows_by_hand(net: nn.Sequential) -> nn.Sequential:
+    """A network whose norms of each step are replaced; it has the same parameters."""
+    kinds = fm.models.PerStepBatchNorm1d, fm.models.PerStepBatchNorm2d
+    norms = {m: _RowNorm(m) for m in net if isinstance(m, kinds)}
+    return nn.Sequential(*(norms.get(m, m) for m in net))
+
+
+def set_row(net: nn.Module, k: int) -> None:
+    """What ``at_step`` is for such a network."""
+    for module in net.modules():
+        if isinstance(module, _RowNorm):
+            module.row = k
+
+
+def vmapped_meta_loss(module: nn.Module, tasks: Tasks, loss: Loss, lr: float, steps: int) -> Tensor:
+    """All tasks at once, unrolled: the strongest ordinary baseline for memory and speed.
+
+    Each task draws random numbers of its own. The module must keep no running statistics.
+    """
+    params = dict(module.named_parameters())
+    count = len(tasks.support_x)
+    fast = {name: p.expand(count, *p.shape) for name, p in params.items()}
+
+    def task_loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss(functional_call(module, params, (x,)), y)
+
+    mapped = vmap(task_loss, randomness="different")
+    for _ in range(steps):
+        losses = mapped(fast, tasks.support_x, tasks.support_y)
+        grads = torch.autograd.grad(losses.sum(), list(fast.values()), create_graph=True)
+        fast = {name: p - lr * g for (name, p), g in zip(fast.items(), grads, strict=True)}
+    return mapped(fast, tasks.query_x, tasks.query_y).mean()

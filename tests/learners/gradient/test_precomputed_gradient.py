@@ -1,0 +1,313 @@
+"""Reptile and iMAML, whose meta-gradient is not that of the inner loop; and minibatches."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastmeta as fm
+from fastmeta.algorithms._conjugate_gradients import conjugate_gradients
+from fastmeta.functional import FunctionalEngine
+from tests.helpers.learners import EXACT, K, engine, gradient, problem
+from tests.helpers.networks import Tasks, regression, regressor, relative_error
+from tests.helpers.programs import build as build_program
+from tests.helpers.programs import tasks_for
+
+__all__ = ["engine", "problem"]  # fixtures
+
+
+# Reptile
+
+
+def joint_gradient(net: nn.Module, tasks: Tasks) -> Tensor:
+    """Of the mean over tasks of the loss on all of a task's examples."""
+    losses = [
+        F.cross_entropy(net(torch.cat([sx, qx])), torch.cat([sy, qy]))
+        for sx, sy, qx, qy in zip(*tasks, strict=True)
+    ]
+    grads = torch.autograd.grad(torch.stack(losses).mean(), list(net.parameters()))
+    return torch.cat([g.flatten() for g in grads])
+
+
+def test_reptile_with_one_step_is_joint_training(problem, engine):
+    net, tasks = problem
+    options = {"inner_batch": None, "rule": fm.rules.SGD(), "engine": engine}
+    learner = fm.Reptile(net, 0.1, 1, **options)
+    assert relative_error(gradient(learner, tasks) / 0.1, joint_gradient(net, tasks)) < EXACT
+
+
+def reptile_by_hand(net: nn.Module, tasks: Tasks, rows: Tensor, lr: float) -> Tensor:
+    """theta_0 - theta_K of each task, by PyTorch's Adam with an epsilon that does not matter."""
+    moved = []
+    for sx, sy, qx, qy in zip(*tasks, strict=True):
+        twin = copy.deepcopy(net)
+        optimizer = torch.optim.Adam(twin.parameters(), lr, betas=(0.0, 0.999), eps=1e-15)
+        x, y = torch.cat([sx, qx]), torch.cat([sy, qy])
+        for batch in rows:
+            optimizer.zero_grad()
+            F.cross_entropy(twin(x[batch]), y[batch]).backward()
+            optimizer.step()
+        pairs = zip(net.parameters(), twin.parameters(), strict=True)
+        moved.append(torch.cat([(a - b).flatten() for a, b in pairs]).detach())
+    return torch.stack(moved)
+
+
+def reptile(net: nn.Module, **options: object) -> fm.Reptile:
+    rule = fm.rules.Adam((0.0, 0.999), eps=1e-30)
+    return fm.Reptile(net, 0.01, K, rule=rule, **{"inner_batch": 4, **options})
+
+
+def test_reptile_in_batches(problem, engine):
+    net, tasks = problem
+    with torch.no_grad():
+        net[0].bias += 5  # no dead unit, whose Adam steps hang on the epsilon
+    learner = reptile(net, engine=engine)
+    torch.manual_seed(0)
+    rows = learner._rows(11)
+    expected = reptile_by_hand(net, tasks, rows, 0.01).mean(0)
+    assert relative_error(gradient(learner, tasks), expected) < EXACT
+
+
+def test_reptile_of_one_task_after_another_is_its_serial_version(problem):
+    net, tasks = problem
+    with torch.no_grad():
+        net[0].bias += 5
+    twin, epsilon = copy.deepcopy(net), 0.5
+    learner = reptile(net, inner_batch=None)
+    outer = torch.optim.SGD(learner.parameters(), epsilon)
+    rows = torch.arange(11).repeat(K, 1)
+    for t in range(3):
+        task = Tasks(*(tensor[t : t + 1] for tensor in tasks))
+        outer.zero_grad()
+        learner.meta_loss(*task)[0].backward()
+        outer.step()
+        moved = reptile_by_hand(twin, task, rows, 0.01)[0]
+        with torch.no_grad():
+            start = torch.nn.utils.parameters_to_vector(twin.parameters())
+            torch.nn.utils.vector_to_parameters(start - epsilon * moved, twin.parameters())
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        assert relative_error(a, b) < EXACT
+
+
+def test_the_examples_of_each_step_of_reptile(problem):
+    learner = reptile(problem[0])
+    rows = learner._rows(11)
+    assert rows.shape == (K, 4)
+    assert len(set(rows.flatten()[:11].tolist())) == 11
+    assert not torch.equal(learner._rows(11), rows)
+    assert learner._rows(4) is None
+    assert reptile(problem[0], inner_batch=None)._rows(11) is None
+    usual = fm.Reptile(problem[0])
+    assert (usual.inner_batch, usual.steps, usual.lr, usual.first_order) == (10, 5, 1e-3, True)
+
+
+def test_reptile_adapts_to_the_support_alone(problem):
+    net, tasks = problem
+    rule = fm.rules.Adam((0.0, 0.999), eps=1e-30)
+    same = fm.MAML(net, 0.01, K, rule=rule).adapt_tasks(*tasks[:2]).params
+    assert torch.equal(reptile(net).adapt_tasks(*tasks[:2]).params, same)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"steps": 0}, ValueError, "steps: expected at least 1, got 0"),
+        ({"inner_batch": 0}, ValueError, "inner_batch: expected at least 1, got 0"),
+        ({"inner_batch": "all"}, TypeError, "inner_batch: expected an integer, got 'all'"),
+        ({"rule": "adam"}, TypeError, "rule: expected a fastmeta.rules.Rule, got str"),
+    ],
+)
+def test_bad_options_of_reptile(options, error, message):
+    with pytest.raises(error, match=message):
+        fm.Reptile(nn.Linear(3, 2), **options)
+
+
+# The engine's minibatches
+
+
+def test_minibatches_have_exact_derivatives(device):
+    net, tasks = regressor(device), regression(device, tasks=2, examples=4)
+    engine = FunctionalEngine(net, F.mse_loss, 2, rule=fm.rules.SGD(0.5))
+    rows = torch.tensor([[0, 1, 1], [3, 2, 0]])
+    inputs = [engine.parameters().detach(), *tasks[:2]]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    assert torch.autograd.gradcheck(lambda p, x, y: engine.adapt(p, 0.1, x, y, rows), inputs)
+
+
+@pytest.mark.parametrize("rule", [None, fm.rules.SGD(0.5)], ids=["plain", "momentum"])
+def test_minibatches_are_the_same_by_both_engines(problem, rule, engine):
+    net, tasks = problem
+    rows = torch.tensor([[0, 1, 4], [3, 2, 5], [0, 0, 1]])
+    found = [
+        fm.MAML(net, 0.1, K, rule=rule, engine=which)._engine(K).adapt(None, 0.1, *tasks[:2], rows)
+        for which in ("functional", engine)
+    ]
+    assert relative_error(found[1], found[0]) < EXACT
+    whole = fm.MAML(net, 0.1, K, rule=rule).adapt_tasks(*tasks[:2]).params
+    assert relative_error(found[0], whole) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([[0]], TypeError, "rows: expected an int64 tensor, got list"),
+        (torch.zeros(K, 2), TypeError, "rows: expected an int64 tensor, got torch.float32"),
+        (torch.zeros(2, 2, dtype=torch.int64), ValueError, r"rows: expected shape \[3, B\].*2, 2"),
+        (torch.zeros(K, 0, dtype=torch.int64), ValueError, r"rows: expected shape \[3, B\].*3, 0"),
+        (torch.full((K, 1), 6), ValueError, "rows: expected examples from 0 to 5"),
+        (torch.full((K, 1), -1), ValueError, "rows: expected examples from 0 to 5"),
+    ],
+)
+def test_bad_rows_are_named(problem, rows, error, message):
+    net, tasks = problem
+    with pytest.raises(error, match=message):
+        fm.MAML(net, 0.1, K)._engine(K).adapt(None, 0.1, *tasks[:2], rows)
+
+
+# iMAML
+
+
+def linear_tasks(device) -> tuple[nn.Module, Tasks]:
+    generator = torch.Generator().manual_seed(2)
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+
+    torch.manual_seed(0)
+    net = nn.Linear(3, 1, bias=False).double().to(device)
+    return net, Tasks(make(4, 6, 3), make(4, 6, 1), make(4, 5, 3), make(4, 5, 1))
+
+
+def hypergradient(net: nn.Module, tasks: Tasks, strength: float, damping: float) -> Tensor:
+    """In closed form: ``theta* = (H + lambda)^-1 (H b + lambda theta)`` of each task."""
+    start, grads = net.weight.detach()[0], []
+    for sx, sy, qx, qy in zip(*tasks, strict=True):
+        hessian = 2 * sx.T @ sx / len(sx)
+        system = hessian + strength * torch.eye(3, dtype=torch.float64, device=sx.device)
+        theta = torch.linalg.solve(system, 2 * sx.T @ sy[:, 0] / len(sx) + strength * start)
+        outer = 2 * qx.T @ (qx @ theta - qy[:, 0]) / len(qx)
+        damped = system + damping * strength * torch.eye(3, dtype=torch.float64, device=sx.device)
+        grads.append(strength * torch.linalg.solve(damped, outer))
+    return torch.stack(grads).mean(0)
+
+
+@pytest.mark.parametrize("strength", [0.5, 2.0])
+@pytest.mark.parametrize("damping", [0.0, 1.5])
+def test_imaml_on_a_quadratic_is_the_closed_form(damping, strength, engine, device):
+    net, tasks = linear_tasks(device)
+    options = {"regularization": strength, "cg_steps": 3, "cg_damping": damping, "engine": engine}
+    learner = fm.IMAML(net, 0.1, 600, F.mse_loss, **options)
+    expected = hypergradient(net, tasks, strength, damping)
+    assert relative_error(gradient(learner, tasks), expected) < EXACT
+
+
+def test_imaml_adapts_to_the_regularised_loss(engine, device):
+    net, tasks = linear_tasks(device)
+    learner = fm.IMAML(net, 0.1, 600, F.mse_loss, regularization=2.0, engine=engine)
+    params = learner.adapt_tasks(*tasks[:2]).params.detach().requires_grad_()
+    outputs = (tasks.support_x @ params[:, :, None] - tasks.support_y).square().mean((1, 2))
+    total = (outputs + (params - net.weight).square().sum(1)).sum()
+    assert torch.autograd.grad(total, params)[0].abs().max() < 1e-12
+
+
+def test_imaml_with_no_products_is_first_order(problem):
+    net, tasks = problem
+    plain = fm.MAML(net, 0.1, K, True, rule=fm.rules.Proximal(2.0))
+    learner = fm.IMAML(net, 0.1, K, cg_steps=0)
+    assert relative_error(gradient(learner, tasks), gradient(plain, tasks)) < EXACT
+    one, two = (gradient(fm.IMAML(net, 0.1, K, cg_steps=n), tasks) for n in (1, 2))
+    assert relative_error(one, two) > 1e-6
+
+
+def test_imaml_takes_its_steps_by_a_rule(problem):
+    net, tasks = problem
+    found = fm.IMAML(net, 0.1, K, rule=fm.rules.SGD(0.9)).adapt_tasks(*tasks[:2]).params
+    rule = fm.rules.Proximal(2.0, fm.rules.SGD(0.9))
+    assert torch.equal(found, fm.MAML(net, 0.1, K, rule=rule).adapt_tasks(*tasks[:2]).params)
+
+
+def test_conjugate_gradients_stop_where_there_is_nothing_to_do():
+    matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
+    b = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    signs = torch.tensor([[1.0], [1.0], [-1.0]], dtype=torch.float64)
+    x = conjugate_gradients(lambda v: signs * (v @ matrix), b, 10)
+    expected = torch.tensor([[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"regularization": 0.0}, ValueError, "regularization: expected a finite number above 0"),
+        ({"regularization": math.inf}, ValueError, "regularization: .* got inf"),
+        ({"regularization": "2"}, TypeError, "regularization: expected a number, got str"),
+        ({"cg_steps": -1}, ValueError, "cg_steps: expected at least 0, got -1"),
+        ({"cg_steps": 1.5}, TypeError, "cg_steps: expected an integer, got 1.5"),
+        ({"cg_damping": -0.5}, ValueError, "cg_damping must be at least 0, got -0.5"),
+        ({"cg_damping": "1"}, TypeError, "cg_damping must be a number, got str"),
+    ],
+)
+def test_bad_options_of_imaml(options, error, message):
+    with pytest.raises(error, match=message):
+        fm.IMAML(nn.Linear(3, 2), **options)
+
+
+# Those with a meta-gradient of their own
+
+
+@pytest.mark.parametrize("make", [fm.Reptile, fm.IMAML])
+def test_their_tasks_can_run_in_chunks(make, problem, engine):
+    net, tasks = problem
+    whole, parts = (
+        gradient(make(net, 0.1, K, engine=engine, task_chunk=chunk), tasks) for chunk in (None, 2)
+    )
+    assert relative_error(parts, whole) < 1e-12
+
+
+@pytest.mark.parametrize("rule", [None, fm.rules.SGD(0.5)], ids=["plain", "momentum"])
+def test_query_losses_at_given_parameters(rule, engine, device):
+    """As after K steps, for networks with parameters of each step too."""
+    net = build_program("norms_of_each_step", device)
+    tasks = tasks_for("norms_of_each_step", "mse", device)
+    learner = fm.MAML(net, 0.1, K, loss=F.mse_loss, rule=rule, engine=engine, task_chunk=2)
+    params = learner.adapt_tasks(*tasks[:2]).params.detach().requires_grad_()
+    losses, outputs, grads = learner._engine(K).query_losses(params, *tasks[2:], gradient=True)
+    plain = fm.MAML(net, 0.1, K, loss=F.mse_loss, engine="functional").adapt_tasks(*tasks[:2])
+    expected = dataclasses.replace(plain, params=params)(tasks.query_x)
+    own = (expected - tasks.query_y).square().mean((1, 2))
+    assert relative_error(outputs, expected) < EXACT
+    assert relative_error(losses, own) < EXACT
+    assert relative_error(grads, torch.autograd.grad(own.sum(), params)[0]) < EXACT
+    assert learner._engine(K).query_losses(params, *tasks[2:])[2] is None
+
+
+@pytest.mark.parametrize("make", [fm.Reptile, fm.IMAML])
+def test_given_gradients(make, problem):
+    net, tasks = problem
+    learner = make(net, 0.1, K, rule=fm.rules.Adam((0.0, 0.999)))  # that carries nothing on
+    torch.manual_seed(0)
+    once = gradient(learner, tasks).clone()
+    torch.manual_seed(0)
+    loss, logits = learner.meta_loss(*tasks)
+    assert not logits.requires_grad
+    (3 * loss).backward()
+    found = torch.cat([p.grad.flatten() for p in net.parameters()])
+    assert relative_error(found, 4 * once) < 1e-12
+    grads = torch.autograd.grad(learner.meta_loss(*tasks)[0], net[0].weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        grads[0].sum().backward()
+    with torch.no_grad():
+        assert not learner.meta_loss(*tasks)[0].requires_grad
+    assert torch.equal(learner.adapt_tasks(*tasks[:2], steps=0).params[0], learner_theta(net))
+    with pytest.raises(ValueError, match=r"support_x: .* at least one task"):
+        learner.meta_loss(*(tensor[:0] for tensor in tasks))
+
+
+def learner_theta(net: nn.Module) -> Tensor:
+    return torch.cat([p.flatten() for p in net.parameters()])

@@ -1,7 +1,0 @@
-import json
-
-from tests.peer_scripts import SCRIPTS, load_peer, run
-
-for script in SCRIPTS:
-    load_peer(script)
-print(json.dumps({script: run(script, ported=False) for script in SCRIPTS}, indent=0))
