@@ -36,7 +36,7 @@ from benchmarks.gpu.measure import OURS, Contender, Inputs, Measure, Sizes, in_t
 from benchmarks.gpu.runner import write_json
 from benchmarks.gpu.workloads import all_measures
 from benchmarks.memory.meta import peak
-from fastmeta._timing import ratio
+from fastmeta.training.timing import ratio
 
 COPY = "copy"
 Row = dict[str, Any]
@@ -257,7 +257,7 @@ def main() -> int:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu.ops: torch finds no CUDA device")
-    for op in fm._native.NAMES:
+    for op in fm.core.backend.NAMES:
         if fm.backend_of(op, "cuda") != "native":
             sys.exit(f"benchmarks.gpu.ops: fastmeta was built without {op} for CUDA")
     content = run(

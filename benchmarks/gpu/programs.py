@@ -12,10 +12,9 @@ import fastmeta as fm
 from benchmarks.common.networks import MLP, Network
 from benchmarks.common.workloads import Workload
 from benchmarks.gpu.measure import OURS, Contender, Inputs, Measure, in_torch
-from fastmeta import _program_reference as reference
-from fastmeta._native import PROGRAM, is_native
-from fastmeta.ops.task_program import COMPILED
-from fastmeta.program import Lowering
+from fastmeta.core.backend import PROGRAM, is_native
+from fastmeta.engines.program.engine import Lowering
+from fastmeta.ops.task_program import COMPILED, reference
 
 LOSSES = {"mse": F.mse_loss, "cross_entropy": F.cross_entropy}
 

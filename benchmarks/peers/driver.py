@@ -24,7 +24,7 @@ from benchmarks.common.timers import Spread
 from benchmarks.common.workloads import Arrays, Workload
 from benchmarks.peers.contenders import MATRIX, OURS, REFERENCES, Contender
 from benchmarks.peers.process import Unable
-from fastmeta._timing import ratio
+from fastmeta.training.timing import ratio
 
 TURN = 0.2  # seconds of a turn
 LONGEST = 60.0  # seconds of all turns of one contender

@@ -16,7 +16,7 @@ from benchmarks.peers.driver import Race, Turns, calls_per_turn, compared, disag
 from benchmarks.peers.process import Process, Unable
 from benchmarks.peers.step import Problem
 from benchmarks.peers.worker import timed
-from fastmeta._timing import ratio
+from fastmeta.training.timing import ratio
 from tests.benchmarks import fake_peers
 from tests.benchmarks.fake_peers import contender
 

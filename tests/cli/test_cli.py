@@ -15,8 +15,11 @@ import pytest
 import torch
 
 import fastmeta as fm
-from fastmeta import cli, demo, evaluation, train
-from fastmeta.config import TrainConfig
+from fastmeta import cli
+from fastmeta.cli import demo
+from fastmeta.training import evaluation
+from fastmeta.training import loop as train
+from fastmeta.training.config import TrainConfig
 from tests.helpers.command_options import OPTIONS
 
 SMALL = ["--data", "sinusoid", "--hidden", "4", "--meta-batch", "2", "--iterations", "3"]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta._routing import RoutedLayers
+from fastmeta.engines.functional.layer_routing import RoutedLayers
 from tests.helpers.cases import SMALL_CASES
 from tests.helpers.networks import Tasks
 

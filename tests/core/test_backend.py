@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fastmeta as fm
-from fastmeta import _native, reference
+from fastmeta.core import backend
+from fastmeta.ops import reference
 from tests.helpers.assertions import require_kernels
 from tests.helpers.cases import Maker
 

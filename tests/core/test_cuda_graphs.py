@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmeta import _graphs
-from fastmeta._graphs import CALLS, KEPT, Captured, Graphs
+from fastmeta.core import cuda_graphs as _graphs
+from fastmeta.core.cuda_graphs import CALLS, KEPT, Captured, Graphs
 from tests.helpers.fake_graphs import Graph, Stream, capture, gpu, on, replays
 
 __all__ = ["gpu"]

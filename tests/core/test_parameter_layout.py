@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.step_sizes import StepSizes
 
 
 class Tied(nn.Module):
@@ -77,11 +78,11 @@ def test_scalar_and_empty_parameters_have_their_place(device):
 def test_every_form_of_step_size_becomes_one_array(shape, expected, device):
     layout = ParameterLayout.of(nn.Linear(3, 2, device=device))
     lr = torch.ones(shape, device=device, requires_grad=True)
-    array = layout.step_size_array(lr, tasks=4, steps=3)
+    array = StepSizes.of(lr, layout, tasks=4, steps=3).values
     assert list(array.shape) == expected
     array.sum().backward()
     assert lr.grad.sum() == array.numel()
-    assert torch.equal(layout.step_size_array(array, tasks=4, steps=3), array)
+    assert torch.equal(StepSizes.of(array, layout, tasks=4, steps=3).values, array)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_every_form_of_step_size_becomes_one_array(shape, expected, device):
 )
 def test_a_number_keeps_its_digits_whatever_the_parameters(dtype, expected, device):
     layout = ParameterLayout.of(nn.Linear(3, 2, device=device, dtype=dtype))
-    array = layout.step_size_array(0.1, tasks=4, steps=3)
+    array = StepSizes.of(0.1, layout, tasks=4, steps=3).values
     assert array.shape == (1, 1, 1)
     assert array.device == layout.device
     assert torch.equal(array.cpu(), torch.full((1, 1, 1), 0.1, dtype=expected))
@@ -99,10 +100,10 @@ def test_a_number_keeps_its_digits_whatever_the_parameters(dtype, expected, devi
 def test_a_step_size_per_parameter_is_repeated_over_its_elements(device):
     lr = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]], device=device)
     layout = ParameterLayout.of(nn.Linear(3, 2, device=device))
-    first, second = layout.step_size_array(lr, tasks=4, steps=2)[:, 0].tolist()
+    first, second = StepSizes.of(lr, layout, tasks=4, steps=2).values[:, 0].tolist()
     assert first == [1.0] * 6 + [2.0] * 2
     assert second == [3.0] * 6 + [4.0] * 2
-    assert layout.step_size_array(lr[0, 0], tasks=4, steps=2)[0, 0].tolist() == first
+    assert StepSizes.of(lr[0, 0], layout, tasks=4, steps=2).values[0, 0].tolist() == first
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_a_step_size_per_parameter_is_repeated_over_its_elements(device):
 )
 def test_a_bad_step_size_is_named(lr, error, message):
     with pytest.raises(error, match=message):
-        ParameterLayout.of(nn.Linear(3, 2)).step_size_array(lr, tasks=4, steps=5)
+        StepSizes.of(lr, ParameterLayout.of(nn.Linear(3, 2)), tasks=4, steps=5)
 
 
 def mixed(value: torch.Tensor) -> nn.Module:

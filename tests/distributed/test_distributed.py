@@ -17,7 +17,12 @@ from torch import nn
 import fastmeta as fm
 from fastmeta import cli, distributed
 from fastmeta.data import Episode, Episodes, Glyphs, Sinusoid
-from fastmeta.runs import begin_folder, begun_by, build_learner
+from fastmeta.training import loop as training
+from fastmeta.training.checkpoint import load_checkpoint
+from fastmeta.training.config import TrainConfig
+from fastmeta.training.learner_factory import build_learner
+from fastmeta.training.metrics_log import read_metrics
+from fastmeta.training.run_folder import begin_folder, was_started_by
 from tests.helpers.ranks import on_ranks
 from tests.helpers.runs import (
     images,

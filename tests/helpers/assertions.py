@@ -21,7 +21,7 @@ BACKENDS = [b for b in ("native", "torch") if b == "torch" or fm.build_info()["n
 
 def require_kernels(device: str) -> None:
     """Skips the test where the extension has no kernels for the device."""
-    if not all((op, device) in fm._native.KERNELS for op in fm._native.OPS):
+    if not all((op, device) in fm.core.backend.KERNELS for op in fm.core.backend.OPS):
         pytest.skip(f"the extension has no kernels for {device}")
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 from matplotlib.figure import Figure
 
-from fastmeta import compare as comparing
-from fastmeta import comparison, curves, evaluation
-from fastmeta import train as training
-from fastmeta.algorithms import MAML
+from fastmeta.learners import MAML
+from fastmeta.training import compare as comparing
+from fastmeta.training import evaluation
+from fastmeta.training import loop as training
+from fastmeta.training import plots as curves
+from fastmeta.training.compare import report as comparison
 from tests.helpers.runs import images
 
 

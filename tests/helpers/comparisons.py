@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fastmeta.checkpoint import load_checkpoint, read_metrics
-from fastmeta.compare import compare
-from fastmeta.comparison_plan import plan
+from fastmeta.training.checkpoint import load_checkpoint
+from fastmeta.training.compare import compare
+from fastmeta.training.compare.plan import plan
+from fastmeta.training.metrics_log import read_metrics
 from tests.helpers.runs import TINY, without_seconds
 
 NAMES = ["maml", "reptile", "fomaml"]

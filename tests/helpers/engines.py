@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta.arena import Layout
-from fastmeta.functional import FunctionalEngine
-from fastmeta.program import ProgramEngine
+from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.engines.base import InnerLoopOptions, TaskBatch
+from fastmeta.engines.functional.engine import FunctionalEngine
+from fastmeta.engines.program.engine import ProgramEngine, ProgramOptions
 from tests.helpers.networks import Tasks, relative_error
 from tests.helpers.unrolled import MetaGradient
 
@@ -20,9 +21,9 @@ EXACT = 1e-10
 def step_sizes(module: nn.Module, *shape: int) -> Tensor:
     """Step sizes between 0.02 and 0.1; of the shape [P] if none is given."""
     generator = torch.Generator().manual_seed(3)
-    shape = shape or (Layout.of(module).numel,)
+    shape = shape or (ParameterLayout.of(module).numel,)
     sizes = 0.02 + 0.08 * torch.rand(shape, generator=generator, dtype=torch.float64)
-    return sizes.to(Layout.of(module).device)
+    return sizes.to(ParameterLayout.of(module).device)
 
 
 def run(
@@ -37,14 +38,11 @@ def run(
     module.zero_grad()
     lr = lr.detach().requires_grad_()
     support_x, query_x = (x.detach().requires_grad_() for x in (tasks.support_x, tasks.query_x))
-    engine = FunctionalEngine(module, loss, **options)
+    engine = FunctionalEngine(module, loss, InnerLoopOptions(**options))
     value, logits = engine.meta_loss(
         engine.parameters(),
         lr,
-        support_x,
-        tasks.support_y,
-        query_x,
-        tasks.query_y,
+        TaskBatch(support_x, tasks.support_y, query_x, tasks.query_y),
         step_weights,
     )
     value.backward()
@@ -78,9 +76,9 @@ ERRORS = [
 
 
 def engines(net: nn.Module, loss, *options, **more) -> tuple[FunctionalEngine, ProgramEngine]:
-    memory = {"memory": more.pop("memory")} if "memory" in more else {}
-    program = ProgramEngine(net, loss, *options, required=True, **more, **memory)
-    return FunctionalEngine(net, loss, *options, **more), program
+    memory = ProgramOptions(memory=more.pop("memory", "auto"))
+    inner = InnerLoopOptions(*options, **more)
+    return FunctionalEngine(net, loss, inner), ProgramEngine(net, loss, inner, memory)
 
 
 def leaves(engine: FunctionalEngine, tasks: Tasks, lr) -> tuple[Tensor | float, list, list]:

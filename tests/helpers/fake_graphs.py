@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmeta.core import cuda_graphs as _graphs
 from fastmeta.engines.program import engine as program
-from fastmeta.learners import _explain
+from fastmeta.engines.program import explain
 
 
 class Stream:
@@ -125,7 +125,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream.current)
     monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: None)
-    for module in (_graphs, program, _explain):
+    for module in (_graphs, program, explain):
         monkeypatch.setattr(module, "DEVICE_TYPE", "cpu")
     monkeypatch.setattr(_graphs, "_FAILED", [])
     yield

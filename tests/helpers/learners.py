@@ -22,7 +22,10 @@ ENGINES = ["functional", "program"]
 
 @pytest.fixture(params=ENGINES)
 def engine(request, device):
-    if request.param == "program" and (fm._native.PROGRAM, device) not in fm._native.KERNELS:
+    if (
+        request.param == "program"
+        and (fm.core.backend.PROGRAM, device) not in fm.core.backend.KERNELS
+    ):
         pytest.skip(f"the extension has no task program for {device}")
     return request.param
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta import _program_reference as reference
-from fastmeta.lowering import Lowering
+from fastmeta.engines.program.lowering import Lowering
+from fastmeta.ops.task_program import reference
 from tests.helpers.programs import Raw, lowered
 
 

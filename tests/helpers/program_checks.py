@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta import _program_reference as reference
-from fastmeta.ops.task_program import COMPILED, NAMES
+from fastmeta.ops.task_program import COMPILED, NAMES, reference
 from tests.helpers.programs import CLASS_LOSSES, LOSSES, Raw, build, shape_of, tasks_for
 
 # Relative to the largest entry of a result.
@@ -20,7 +19,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 @pytest.fixture(autouse=True)
 def kernels(device):
-    if (fm._native.PROGRAM, device) not in fm._native.KERNELS:
+    if (fm.core.backend.PROGRAM, device) not in fm.core.backend.KERNELS:
         pytest.skip(f"the extension has no task program for {device}")
 
 

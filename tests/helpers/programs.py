@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta.lowering import Lowering, Program
+from fastmeta.engines.program.lowering import Lowering, Program
 from tests.helpers.networks import Tasks
 
 Loss = Callable[[Tensor, Tensor], Tensor]

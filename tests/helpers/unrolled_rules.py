@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fastmeta as fm
-from fastmeta.arena import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 from tests.helpers.networks import Tasks
 from tests.helpers.unrolled import Loss, twice_differentiable
 

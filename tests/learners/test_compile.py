@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta import _one_op
+from fastmeta.learners import _compile as _one_op
 from tests.helpers.networks import Tasks, build, classification, relative_error
 
 EXACT = 1e-10

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastmeta as fm
-from fastmeta.schedules import cosine_schedule
+from fastmeta.learners.schedules import cosine_schedule
 from tests.helpers.engines import step_sizes
 from tests.helpers.learners import EXACT, K, engine, gradient, problem
 from tests.helpers.networks import (

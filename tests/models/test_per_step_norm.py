@@ -11,6 +11,8 @@ import fastmeta as fm
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.program.lowering import Lowering
 from fastmeta.models import PerStepBatchNorm1d, PerStepBatchNorm2d, inner_step
+from fastmeta.ops.task_program.bytecode import Code, Opcode, at_step
+from fastmeta.ops.task_program.reference import forward
 from tests.helpers.networks import Tasks, relative_error
 from tests.helpers.programs import Raw, build, lowered, shape_of, tasks_for
 from tests.helpers.skips import needs_kernels

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta.functional import FunctionalEngine
+from fastmeta.engines.base import Examples
+from fastmeta.engines.functional.engine import FunctionalEngine
 from tests.helpers.assertions import (
     TOLERANCE,
     assert_near,
@@ -356,7 +357,9 @@ def maml_loss(on_the_cpu: str) -> Tensor:
 
 def adapted_from_the_cpu() -> Tensor:
     engine = FunctionalEngine(build("mlp", "cuda"), F.cross_entropy)
-    return engine.adapt(engine.parameters().cpu(), 0.1, *classification("mlp", "cuda")[:2])
+    return engine.adapt(
+        engine.parameters().cpu(), 0.1, Examples(*classification("mlp", "cuda")[:2])
+    )
 
 
 @pytest.mark.parametrize("name", MIXED)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.func import vjp
 
 import fastmeta as fm
-from fastmeta import reference
+from fastmeta.ops import reference
 from tests.helpers.assertions import BACKENDS, assert_near
 from tests.helpers.cases import TASK_BATCH_NORM, Maker
 from tests.helpers.skips import needs_kernels

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 import fastmeta as fm
-from fastmeta.arena import Layout
+from fastmeta.core.parameter_layout import ParameterLayout
 from tests.helpers.learners import EXACT, engine, gradient, problem
 from tests.helpers.networks import Tasks, relative_error
 

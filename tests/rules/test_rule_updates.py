@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta.rules._base import Step
+from fastmeta.rules.base import Step
 from tests.helpers.networks import regressor
 from tests.helpers.unrolled_rules import CASES
 

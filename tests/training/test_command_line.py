@@ -6,9 +6,10 @@ import shlex
 
 import pytest
 
-from fastmeta import cli, train
-from fastmeta.commands import train_command
-from fastmeta.config import ALGORITHMS, TrainConfig
+from fastmeta import cli
+from fastmeta.training import loop as train
+from fastmeta.training.command_line import train_command
+from fastmeta.training.config import ALGORITHMS, TrainConfig
 from tests.helpers.command_options import OPTIONS
 
 

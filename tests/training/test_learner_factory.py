@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastmeta.runs import build_learner
+from fastmeta.training.learner_factory import build_learner
 from tests.helpers.runs import protonet, run
 
 

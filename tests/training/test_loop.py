@@ -11,8 +11,15 @@ import torch
 from torch import nn
 
 from fastmeta.data import Episodes, Sinusoid
-from fastmeta.runs import build_learner, load_run
-from fastmeta.train import train
+from fastmeta.learners.metric.protonet import ProtoNet
+from fastmeta.training import evaluation
+from fastmeta.training import loop as training
+from fastmeta.training.checkpoint import load_checkpoint
+from fastmeta.training.config import TrainConfig, read_options
+from fastmeta.training.learner_factory import build_learner
+from fastmeta.training.loop import train
+from fastmeta.training.metrics_log import read_metrics
+from fastmeta.training.run_folder import load_run
 from tests.helpers.runs import TINY, equal, images, maml, protonet, run, sinusoid, without_seconds
 
 

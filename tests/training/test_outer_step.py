@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fastmeta import train as training
+from fastmeta.training import loop as training
 from tests.helpers.runs import equal, maml, protonet, run, sinusoid, weights
 
 

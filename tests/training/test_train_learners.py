@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import fastmeta as fm
-from fastmeta.checkpoint import load_checkpoint
-from fastmeta.evaluation import evaluate_run
-from fastmeta.runs import build_learner, load_run
-from fastmeta.train import TrainConfig
+from fastmeta.training.checkpoint import load_checkpoint
+from fastmeta.training.evaluation import evaluate_run
+from fastmeta.training.learner_factory import build_learner
+from fastmeta.training.loop import TrainConfig
+from fastmeta.training.run_folder import load_run
 from tests.helpers.runs import equal, relative, run, without_seconds
 
 CLASSES = {
@@ -112,7 +113,7 @@ def test_the_outer_step_size_falls_by_a_cosine(tmp_path):
 
 @each
 def test_a_run_is_evaluated(algorithm, tmp_path, monkeypatch):
-    from fastmeta import evaluation
+    from fastmeta.training import evaluation
     from tests.helpers.runs import images
 
     monkeypatch.setattr(evaluation, "from_spec", lambda *_: images())

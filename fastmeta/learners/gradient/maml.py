@@ -159,10 +159,11 @@ class MAML(CompilableLearner):
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
         self.rule = rule
         self._programs = ProgramCache()
-        self._build_engine()  # checks the options
+        options = self._build_engine().options  # checked there
         layout = ParameterLayout.of(model)
-        self.rule = None if rule is None else rule.to(layout.device)
-        self._engine.options.inner_rule.check(layout)
+        if rule is not None:
+            rule.to(layout.device)
+        options.inner_rule.check(layout)
         self._set_step_size(read_step_size(lr, layout, steps), learn_lr)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

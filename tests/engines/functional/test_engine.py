@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fastmeta._passes
+import fastmeta.engines.functional.passes
 from benchmarks.memory.meta import peak
-from fastmeta.arena import Layout
-from fastmeta.functional import FunctionalEngine
+from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.engines.base import Examples, InnerLoopOptions, TaskBatch
+from fastmeta.engines.functional.engine import FunctionalEngine
 from tests.helpers.engines import EXACT, assert_equal, run, step_sizes
 from tests.helpers.memory import peak_bytes
 from tests.helpers.networks import (
@@ -108,21 +109,29 @@ def test_finite_differences_give_nearly_the_same_meta_gradient(device):
 @pytest.mark.parametrize("options", [{}, {"task_chunk": 1}, {"hvp_mode": "forward"}])
 def test_all_derivatives_pass_gradcheck(options, device):
     net, tasks = regressor(device), regression(device, tasks=2, examples=3)
-    engine = FunctionalEngine(net, F.mse_loss, steps=2, **options)
+    engine = FunctionalEngine(net, F.mse_loss, InnerLoopOptions(steps=2, **options))
     lr = torch.tensor(0.1, dtype=torch.float64, device=device)
     inputs = [engine.parameters().detach(), lr, *tasks]
     inputs = [tensor.requires_grad_() for tensor in inputs]
-    assert torch.autograd.gradcheck(lambda *args: engine.meta_loss(*args)[0], inputs)
+
+    def meta_loss(theta, lr, *tensors):
+        return engine.meta_loss(theta, lr, TaskBatch(*tensors))[0]
+
+    assert torch.autograd.gradcheck(meta_loss, inputs)
 
 
 def test_adapted_parameters_pass_gradcheck(device):
     net, tasks = regressor(device), regression(device, tasks=2, examples=3)
-    engine = FunctionalEngine(net, F.mse_loss, steps=2)
+    engine = FunctionalEngine(net, F.mse_loss, InnerLoopOptions(steps=2))
     theta = engine.parameters().detach()
     theta = theta + 0.1 * torch.randn(2, 25, dtype=torch.float64).to(device)
     inputs = [theta, torch.full_like(theta[:, :1], 0.1), *tasks[:2]]
     inputs = [tensor.requires_grad_() for tensor in inputs]
-    assert torch.autograd.gradcheck(engine.adapt, inputs)
+
+    def adapt(theta, lr, x, y):
+        return engine.adapt(theta, lr, Examples(x, y))
+
+    assert torch.autograd.gradcheck(adapt, inputs)
 
 
 @pytest.mark.parametrize("first_order", [False, True])
@@ -131,19 +140,19 @@ def test_a_loss_on_adapted_parameters_gives_the_same_meta_gradient(chunk, first_
     net, tasks = build("conv4", device), classification("conv4", device)
     options = {"steps": 2, "first_order": first_order, "task_chunk": chunk}
     expected = run(net, tasks, step_sizes(net), **options)
-    engine = FunctionalEngine(net, F.cross_entropy, **options)
+    engine = FunctionalEngine(net, F.cross_entropy, InnerLoopOptions(**options))
     net.zero_grad()
-    adapted = engine.adapt(engine.parameters(), step_sizes(net), *tasks[:2])
-    after = FunctionalEngine(net, F.cross_entropy, steps=0)
-    after.meta_loss(adapted, 0.0, *tasks)[0].backward()
+    adapted = engine.adapt(engine.parameters(), step_sizes(net), Examples(*tasks[:2]))
+    after = FunctionalEngine(net, F.cross_entropy, InnerLoopOptions(steps=0))
+    after.meta_loss(adapted, 0.0, TaskBatch(*tasks))[0].backward()
     actual = {name: p.grad for name, p in net.named_parameters()}
     assert_equal(expected._replace(params=actual), expected)
 
 
 def test_zero_steps_leave_the_parameters_alone(device):
     net, tasks = build("mlp", device), classification("mlp", device)
-    engine = FunctionalEngine(net, F.cross_entropy, steps=0)
-    adapted = engine.adapt(engine.parameters(), 0.1, *tasks[:2])
+    engine = FunctionalEngine(net, F.cross_entropy, InnerLoopOptions(steps=0))
+    adapted = engine.adapt(engine.parameters(), 0.1, Examples(*tasks[:2]))
     assert torch.equal(adapted, engine.parameters().expand(3, -1))
     lr = torch.tensor(0.1, dtype=torch.float64, device=device)
     expected = meta_gradient(net, tasks, F.cross_entropy, lr, 0)
@@ -157,14 +166,14 @@ def test_backward_scales_with_the_gradient_from_above(device):
     once = run(net, tasks, step_sizes(net)).params["0.weight"].clone()
     engine = FunctionalEngine(net, F.cross_entropy)
     net.zero_grad()
-    (-3 * engine.meta_loss(engine.parameters(), step_sizes(net), *tasks)[0]).backward()
+    (-3 * engine.meta_loss(engine.parameters(), step_sizes(net), TaskBatch(*tasks))[0]).backward()
     assert relative_error(net[0].weight.grad, -3 * once) < EXACT
 
 
 def test_backward_can_run_twice_over_a_kept_graph(device):
     net, tasks = build("mlp", device), classification("mlp", device)
-    engine = FunctionalEngine(net, F.cross_entropy, steps=2)
-    total = engine.adapt(engine.parameters(), 0.1, *tasks[:2]).sum()
+    engine = FunctionalEngine(net, F.cross_entropy, InnerLoopOptions(steps=2))
+    total = engine.adapt(engine.parameters(), 0.1, Examples(*tasks[:2])).sum()
     total.backward(retain_graph=True)
     first = net[0].weight.grad.clone()
     total.backward()
@@ -176,8 +185,8 @@ def test_a_second_derivative_of_the_meta_gradient_raises(device):
     engine = FunctionalEngine(net, F.cross_entropy)
     theta = engine.parameters()
     for value in (
-        engine.meta_loss(theta, 0.1, *tasks)[0],
-        engine.adapt(theta, 0.1, *tasks[:2]).sum(),
+        engine.meta_loss(theta, 0.1, TaskBatch(*tasks))[0],
+        engine.adapt(theta, 0.1, Examples(*tasks[:2])).sum(),
     ):
         grad = torch.autograd.grad(value, theta, create_graph=True)[0]
         with pytest.raises(RuntimeError, match="cannot be differentiated again"):
@@ -187,12 +196,14 @@ def test_a_second_derivative_of_the_meta_gradient_raises(device):
 def test_without_gradients_nothing_but_the_loss_is_computed(monkeypatch, device):
     net, tasks = build("mlp", device), classification("mlp", device)
     expected = run(net, tasks, step_sizes(net), steps=2)
-    monkeypatch.setattr(module_passes, "curvature", lambda *_: pytest.fail("an HVP was taken"))
-    engine = FunctionalEngine(net, F.cross_entropy, steps=2)
+    monkeypatch.setattr(
+        fastmeta.engines.functional.passes, "curvature", lambda *_: pytest.fail("an HVP was taken")
+    )
+    engine = FunctionalEngine(net, F.cross_entropy, InnerLoopOptions(steps=2))
     theta = engine.parameters()
     with torch.no_grad():
-        loss, logits = engine.meta_loss(theta, step_sizes(net), *tasks)
-        adapted = engine.adapt(theta, step_sizes(net), *tasks[:2])
+        loss, logits = engine.meta_loss(theta, step_sizes(net), TaskBatch(*tasks))
+        adapted = engine.adapt(theta, step_sizes(net), Examples(*tasks[:2]))
     assert not loss.requires_grad
     assert not adapted.requires_grad
     assert torch.equal(loss, expected.loss)
@@ -256,7 +267,9 @@ def test_the_inner_loop_does_not_track_what_asks_for_a_gradient(device):
 
 
 def test_first_order_takes_no_hessian_vector_product(monkeypatch, device):
-    monkeypatch.setattr(module_passes, "curvature", lambda *_: pytest.fail("an HVP was taken"))
+    monkeypatch.setattr(
+        fastmeta.engines.functional.passes, "curvature", lambda *_: pytest.fail("an HVP was taken")
+    )
     net, tasks = build("mlp", device), classification("mlp", device)
     run(net, tasks, step_sizes(net), steps=3, first_order=True)
 
@@ -303,11 +316,12 @@ def image_tasks(tasks: int = 4, queries: int = 75) -> Tasks:
 
 def peak_of_meta_gradient(net: nn.Module, tasks: Tasks, steps: int, **options: object) -> int:
     """Bytes at the peak, less the K P parameters a task that the second order has to keep."""
-    engine = FunctionalEngine(net, F.cross_entropy, steps, **options)
-    peak = peak_bytes(lambda: engine.meta_loss(engine.parameters(), 0.1, *tasks)[0].backward())
-    return peak - (
-        0 if engine.first_order else 4 * steps * len(tasks[0]) * ParameterLayout.of(net).numel
+    engine = FunctionalEngine(net, F.cross_entropy, InnerLoopOptions(steps, **options))
+    peak = peak_bytes(
+        lambda: engine.meta_loss(engine.parameters(), 0.1, TaskBatch(*tasks))[0].backward()
     )
+    kept = 4 * steps * len(tasks[0]) * ParameterLayout.of(net).numel
+    return peak - (0 if engine.options.first_order else kept)
 
 
 def test_memory_does_not_grow_with_steps_as_an_unrolled_graph_does():

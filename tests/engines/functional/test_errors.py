@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta.functional import FunctionalEngine
+from fastmeta.engines.base import Examples, InnerLoopOptions, TaskBatch
+from fastmeta.engines.functional.engine import FunctionalEngine
 from tests.helpers.engines import ERRORS
 from tests.helpers.networks import Tasks, build, classification, regression, regressor
 
 
 def gradients(module: nn.Module, tasks: Tasks, loss=F.cross_entropy, **options) -> Tensor:
-    engine = FunctionalEngine(module, loss, **options)
+    engine = FunctionalEngine(module, loss, InnerLoopOptions(**options))
     theta = engine.parameters()
-    return torch.autograd.grad(engine.meta_loss(theta, 0.1, *tasks)[0], theta)[0]
+    return torch.autograd.grad(engine.meta_loss(theta, 0.1, TaskBatch(*tasks))[0], theta)[0]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), ERRORS)
@@ -84,11 +85,11 @@ def test_wrong_starting_parameters_are_named(device):
         (theta.to("meta"), ValueError, f"theta: expected device {theta.device}, got meta"),
     ):
         with pytest.raises(error, match=message):
-            engine.adapt(wrong, 0.1, *tasks[:2])
+            engine.adapt(wrong, 0.1, Examples(*tasks[:2]))
 
 
 def test_inference_mode_is_refused_with_the_reason(device):
     engine = FunctionalEngine(build("mlp", device), F.cross_entropy)
     tasks = classification("mlp", device)
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch.no_grad\(\)"):
-        engine.meta_loss(engine.parameters(), 0.1, *tasks)
+        engine.meta_loss(engine.parameters(), 0.1, TaskBatch(*tasks))

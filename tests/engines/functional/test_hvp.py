@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fastmeta as fm
-from fastmeta.arena import Layout
-from fastmeta.functional import FunctionalEngine
+from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.engines.base import Examples, InnerLoopOptions
+from fastmeta.engines.functional.engine import FunctionalEngine
 from tests.helpers.networks import (
     NETWORKS,
     build,
@@ -55,8 +56,10 @@ def test_every_network_and_mode_against_autograd(name, mode, chunk, device):
     net, tasks = build(name, device), classification(name, device)
     theta, vector = points(net)
     expected = by_autograd(net, theta, *tasks[:2], vector)
-    engine = FunctionalEngine(net, F.cross_entropy, hvp_mode=mode, task_chunk=chunk)
-    actual = engine.hvp(theta, *tasks[:2], vector)
+    engine = FunctionalEngine(
+        net, F.cross_entropy, InnerLoopOptions(hvp_mode=mode, task_chunk=chunk)
+    )
+    actual = engine.hvp(theta, Examples(*tasks[:2], role=""), vector)
     assert relative_error(actual, expected) < (1e-5 if mode == "finite_difference" else EXACT)
 
 
@@ -95,10 +98,14 @@ def test_a_vector_of_little_length_keeps_its_digits_beside_others(device):
 @pytest.mark.parametrize("options", [{}, {"task_chunk": 1}, {"hvp_mode": "forward"}])
 def test_the_product_is_differentiable(options, device):
     net, tasks = regressor(device), regression(device, tasks=2, examples=3)
-    engine = FunctionalEngine(net, F.mse_loss, **options)
+    engine = FunctionalEngine(net, F.mse_loss, InnerLoopOptions(**options))
     theta, vector = points(net, tasks=2)
     inputs = [tensor.requires_grad_() for tensor in (theta, *tasks[:2], vector)]
-    assert torch.autograd.gradcheck(engine.hvp, inputs)
+
+    def product(params, x, y, vector):
+        return engine.hvp(params, Examples(x, y, role=""), vector)
+
+    assert torch.autograd.gradcheck(product, inputs)
 
 
 def test_without_gradients_the_product_is_the_same(device):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastmeta as fm
+from fastmeta.engines.base import InnerLoopOptions, TaskBatch
 from fastmeta.engines.functional import layer_routing as _routing
 from fastmeta.engines.functional.engine import FunctionalEngine
 from fastmeta.engines.functional.task_module import TaskModule
@@ -67,7 +68,8 @@ def engine_and_batch(first, device, dtype=torch.float64, **options):
     net = Net(FIRSTS[first]()).to(device, dtype)
     x = torch.randn(2, 3, 16, 9, 8, dtype=dtype, device=device)
     y = torch.arange(3, device=device).repeat(2, 1)
-    return FunctionalEngine(net, F.cross_entropy, steps=2, **options), (0.3, x, y, x.cos(), y)
+    engine = FunctionalEngine(net, F.cross_entropy, InnerLoopOptions(steps=2, **options))
+    return engine, (0.3, TaskBatch(x, y, x.cos(), y))
 
 
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
@@ -87,11 +89,11 @@ def test_the_gradient_is_that_of_torchs_convolutions(first, mode, device, calls)
 
 
 def test_what_is_not_routed(device, calls):
-    engine, (lr, *data) = engine_and_batch("dense", device, torch.float32)
-    single = [tensor[:1] for tensor in data]
-    engine.meta_gradient(lr, *single)  # without vmap a convolution is an ordinary one
+    engine, (lr, batch) = engine_and_batch("dense", device, torch.float32)
+    single = [tensor[:1] for tensor in batch]
+    engine.meta_gradient(lr, TaskBatch(*single))  # without vmap a convolution is an ordinary one
     assert set(calls) == {"task_batch_norm"}
-    engine.meta_gradient(lr, *data)
+    engine.meta_gradient(lr, batch)
     assert "task_conv2d" in calls
 
 
@@ -148,7 +150,7 @@ def test_norms_of_images_of_one_pixel(device):
     x = torch.randn(3, 4, 2, 5, 5, device=device)
     y = torch.zeros(3, 4, dtype=torch.long, device=device)
     engine = FunctionalEngine(net, F.cross_entropy)
-    loss, *_ = engine.meta_gradient(0.1, x, y, x, y)
+    loss, *_ = engine.meta_gradient(0.1, TaskBatch(x, y, x, y))
     with fm.use_backend("torch"):
-        expected, *_ = engine.meta_gradient(0.1, x, y, x, y)
+        expected, *_ = engine.meta_gradient(0.1, TaskBatch(x, y, x, y))
     torch.testing.assert_close(loss, expected)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta.functional import FunctionalEngine
+from fastmeta.engines.base import Examples, InnerLoopOptions, TaskBatch
+from fastmeta.engines.functional.engine import FunctionalEngine
 from tests.helpers.engines import assert_equal, run, step_sizes
 from tests.helpers.networks import (
     NETWORKS,
@@ -124,18 +125,18 @@ def test_a_weight_of_zero_costs_no_query_pass(weights, passes, first_order, devi
             with_gradient.append(torch.is_grad_enabled())
         return F.cross_entropy(outputs, y)
 
-    engine = FunctionalEngine(net, loss, 3, first_order)
-    engine.meta_loss(engine.parameters(), 0.1, *data, step_weights=weights)
+    engine = FunctionalEngine(net, loss, InnerLoopOptions(3, first_order))
+    engine.meta_loss(engine.parameters(), 0.1, TaskBatch(*data), step_weights=weights)
     assert with_gradient == passes
 
 
 def test_without_gradients_the_weighted_loss_is_the_same(device):
     net, data = build("mlp", device), classification("mlp", device)
     expected = run(net, data, step_sizes(net), step_weights=WEIGHTS, steps=5)
-    engine = FunctionalEngine(net, F.cross_entropy, 5)
+    engine = FunctionalEngine(net, F.cross_entropy, InnerLoopOptions(5))
     with torch.no_grad():
         loss, outputs = engine.meta_loss(
-            engine.parameters(), step_sizes(net), *data, step_weights=WEIGHTS
+            engine.parameters(), step_sizes(net), TaskBatch(*data), step_weights=WEIGHTS
         )
     assert not loss.requires_grad
     assert torch.equal(loss, expected.loss)
@@ -144,11 +145,15 @@ def test_without_gradients_the_weighted_loss_is_the_same(device):
 
 def test_an_infinite_loss_of_no_weight_is_left_out(device):
     net, data = build("mlp", device), classification("mlp", device)
-    engine = FunctionalEngine(net, lambda outputs, y: F.cross_entropy(outputs, y).exp(), 2)
+    engine = FunctionalEngine(
+        net, lambda outputs, y: F.cross_entropy(outputs, y).exp(), InnerLoopOptions(2)
+    )
     lr = torch.tensor([0.1, 1e200], dtype=torch.float64, device=device).reshape(2, 1, 1)
     with torch.no_grad():
-        loss, _ = engine.meta_loss(engine.parameters(), lr, *data, step_weights=[1.0, 0.0])
-        diverged, _ = engine.meta_loss(engine.parameters(), lr, *data)
+        loss, _ = engine.meta_loss(
+            engine.parameters(), lr, TaskBatch(*data), step_weights=[1.0, 0.0]
+        )
+        diverged, _ = engine.meta_loss(engine.parameters(), lr, TaskBatch(*data))
     assert loss.isfinite()
     assert not diverged.isfinite()
 
@@ -170,15 +175,18 @@ def test_random_numbers_are_those_of_an_unrolled_loop(first_order, device):
 @pytest.mark.parametrize("options", [{}, {"task_chunk": 1}, {"hvp_mode": "forward"}])
 def test_all_derivatives_pass_gradcheck(options, device):
     net, data = regressor(device), regression(device, tasks=2, examples=2)
-    engine = FunctionalEngine(net, F.mse_loss, steps=2, **options)
+    engine = FunctionalEngine(net, F.mse_loss, InnerLoopOptions(steps=2, **options))
     inputs = [engine.parameters().detach(), step_sizes(net, 2, 2, 4), *data]
     inputs = [tensor.requires_grad_() for tensor in inputs]
 
-    def meta_loss(*args: Tensor) -> Tensor:
-        return engine.meta_loss(*args, step_weights=[0.75, 1.25])[0]
+    def meta_loss(theta: Tensor, lr: Tensor, *tensors: Tensor) -> Tensor:
+        return engine.meta_loss(theta, lr, TaskBatch(*tensors), [0.75, 1.25])[0]
+
+    def adapt(theta: Tensor, lr: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return engine.adapt(theta, lr, Examples(x, y))
 
     assert torch.autograd.gradcheck(meta_loss, inputs)
-    assert torch.autograd.gradcheck(engine.adapt, inputs[:4])
+    assert torch.autograd.gradcheck(adapt, inputs[:4])
 
 
 @pytest.mark.parametrize(
@@ -194,24 +202,24 @@ def test_all_derivatives_pass_gradcheck(options, device):
     ],
 )
 def test_bad_step_weights_are_named(weights, error, message):
-    engine = FunctionalEngine(build("mlp", "cpu"), F.cross_entropy, 2)
+    engine = FunctionalEngine(build("mlp", "cpu"), F.cross_entropy, InnerLoopOptions(2))
     data = classification("mlp", "cpu")
     with pytest.raises(error, match=message):
-        engine.meta_loss(engine.parameters(), 0.1, *data, step_weights=weights)
+        engine.meta_loss(engine.parameters(), 0.1, TaskBatch(*data), step_weights=weights)
 
 
 def test_step_weights_without_steps_are_refused():
-    engine = FunctionalEngine(build("mlp", "cpu"), F.cross_entropy, 0)
+    engine = FunctionalEngine(build("mlp", "cpu"), F.cross_entropy, InnerLoopOptions(0))
     data = classification("mlp", "cpu")
     with pytest.raises(ValueError, match="step_weights: expected None, as there are no steps"):
-        engine.meta_loss(engine.parameters(), 0.1, *data, step_weights=[])
+        engine.meta_loss(engine.parameters(), 0.1, TaskBatch(*data), step_weights=[])
 
 
 def test_step_sizes_of_another_number_of_steps_are_refused():
-    engine = FunctionalEngine(build("mlp", "cpu"), F.cross_entropy, 2)
+    engine = FunctionalEngine(build("mlp", "cpu"), F.cross_entropy, InnerLoopOptions(2))
     lr = step_sizes(engine.module, 3, 1, 1)
     with pytest.raises(ValueError, match=r"lr: expected .* K = 2; got \[3, 1, 1\]"):
-        engine.adapt(engine.parameters(), lr, *classification("mlp", "cpu")[:2])
+        engine.adapt(engine.parameters(), lr, Examples(*classification("mlp", "cpu")[:2]))
 
 
 @pytest.mark.parametrize("options", [{}, {"hvp_mode": "forward"}, {"first_order": True}])
@@ -221,8 +229,8 @@ def test_a_number_is_taken_in_half_precision(options, device):
     first_order = "first_order" in options
     expected = meta_gradient(net, data, F.cross_entropy, lr, 2, first_order, weights)
     half = [t.bfloat16() if t.is_floating_point() else t for t in data]
-    engine = FunctionalEngine(net.bfloat16(), F.cross_entropy, 2, **options)
-    engine.meta_loss(engine.parameters(), 0.1, *half, step_weights=weights)[0].backward()
+    engine = FunctionalEngine(net.bfloat16(), F.cross_entropy, InnerLoopOptions(2, **options))
+    engine.meta_loss(engine.parameters(), 0.1, TaskBatch(*half), step_weights=weights)[0].backward()
     for name, p in net.named_parameters():
         assert p.grad.dtype == torch.bfloat16
         assert relative_error(p.grad.double(), expected.params[name]) < 0.1

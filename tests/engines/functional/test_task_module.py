@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta.arena import Layout
-from fastmeta.functional import FunctionalEngine
+from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.engines.base import Examples, InnerLoopOptions, TaskBatch
+from fastmeta.engines.functional.engine import FunctionalEngine
 from tests.helpers.networks import Recurrent, Tasks, build, classification, relative_error
 from tests.helpers.skips import skip_without_forward_derivative
 from tests.helpers.unrolled import meta_gradient, vmapped_meta_loss
@@ -20,9 +21,9 @@ EXACT = 1e-10
 
 def gradients(module: nn.Module, tasks: Tasks, loss=F.cross_entropy, **options) -> Tensor:
     """The engine's meta-gradient ``[P]`` by ``meta_loss``, with step size 0.1."""
-    engine = FunctionalEngine(module, loss, **{"steps": 2, **options})
+    engine = FunctionalEngine(module, loss, InnerLoopOptions(**{"steps": 2, **options}))
     theta = engine.parameters()
-    return torch.autograd.grad(engine.meta_loss(theta, 0.1, *tasks)[0], theta)[0]
+    return torch.autograd.grad(engine.meta_loss(theta, 0.1, TaskBatch(*tasks))[0], theta)[0]
 
 
 def unrolled(module: nn.Module, tasks: Tasks, loss=F.cross_entropy, steps: int = 2) -> Tensor:
@@ -33,11 +34,11 @@ def unrolled(module: nn.Module, tasks: Tasks, loss=F.cross_entropy, steps: int =
 
 def through_adapt(module: nn.Module, tasks: Tasks, between=lambda: None) -> Tensor:
     """The meta-gradient ``[P]`` by ``adapt``; ``between`` runs before its backward."""
-    engine = FunctionalEngine(module, F.cross_entropy, steps=2)
+    engine = FunctionalEngine(module, F.cross_entropy, InnerLoopOptions(steps=2))
     theta = engine.parameters()
-    adapted = engine.adapt(theta, 0.1, *tasks[:2])
-    after = FunctionalEngine(module, F.cross_entropy, steps=0)
-    loss = after.meta_loss(adapted, 0.0, *tasks)[0]
+    adapted = engine.adapt(theta, 0.1, Examples(*tasks[:2]))
+    after = FunctionalEngine(module, F.cross_entropy, InnerLoopOptions(steps=0))
+    loss = after.meta_loss(adapted, 0.0, TaskBatch(*tasks))[0]
     between()
     return torch.autograd.grad(loss, theta)[0]
 
@@ -91,10 +92,10 @@ def test_dropout_masks_differ_between_tasks(device):
     net, tasks = dropout_net(device), classification("mlp", device)
     same = [t[:1].expand(3, *t.shape[1:]) for t in tasks[:2]]
     engine = FunctionalEngine(net, F.cross_entropy)
-    adapted = engine.adapt(engine.parameters(), 0.1, *same)
+    adapted = engine.adapt(engine.parameters(), 0.1, Examples(*same))
     assert not torch.equal(adapted[0], adapted[1])
     net.eval()
-    adapted = engine.adapt(engine.parameters(), 0.1, *same)
+    adapted = engine.adapt(engine.parameters(), 0.1, Examples(*same))
     assert torch.equal(adapted[0], adapted[1])
 
 
@@ -156,7 +157,7 @@ def test_frozen_parameters_are_not_adapted(device):
     assert relative_error(actual, unrolled(net, tasks)) < EXACT
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     engine = FunctionalEngine(net, F.cross_entropy)
-    engine.meta_loss(engine.parameters(), 0.1, *tasks)[0].backward()
+    engine.meta_loss(engine.parameters(), 0.1, TaskBatch(*tasks))[0].backward()
     assert net[0].weight.grad is None
     assert net[-1].weight.grad is not None
 
@@ -185,8 +186,10 @@ class Unused(nn.Module):
 @pytest.mark.parametrize("mode", ["reverse", "forward", "finite_difference"])
 def test_unused_parameters_get_zero_gradients(mode, device):
     net = Unused().double().to(device)
-    engine = FunctionalEngine(net, F.cross_entropy, steps=2, hvp_mode=mode)
-    engine.meta_loss(engine.parameters(), 0.1, *classification("mlp", device))[0].backward()
+    engine = FunctionalEngine(net, F.cross_entropy, InnerLoopOptions(steps=2, hvp_mode=mode))
+    engine.meta_loss(engine.parameters(), 0.1, TaskBatch(*classification("mlp", device)))[
+        0
+    ].backward()
     assert net.unused.weight.grad is not None
     assert not net.unused.weight.grad.any()
     assert net.used.weight.grad.any()
@@ -334,9 +337,9 @@ def test_integer_inputs_are_taken(device):
     tokens = torch.randint(0, 7, (3, 6, 4)).to(device)
     tasks = classification("mlp", device)._replace(support_x=tokens, query_x=tokens[:, :5])
 
-    engine = FunctionalEngine(net, F.cross_entropy, steps=2)
+    engine = FunctionalEngine(net, F.cross_entropy, InnerLoopOptions(steps=2))
     theta = engine.parameters()
-    actual = torch.autograd.grad(engine.meta_loss(theta, 0.1, *tasks)[0], theta)[0]
+    actual = torch.autograd.grad(engine.meta_loss(theta, 0.1, TaskBatch(*tasks))[0], theta)[0]
     loss = vmapped_meta_loss(net, tasks, F.cross_entropy, 0.1, 2)
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
     assert relative_error(actual, expected) < EXACT
@@ -368,11 +371,11 @@ def test_autocast_of_the_way_there_holds_on_the_way_back(device):
     tasks = Tasks(*(t.float() if t.is_floating_point() else t for t in tasks))
     with torch.autocast(device, dtype=torch.bfloat16):
         expected = gradients(net, tasks)
-        engine = FunctionalEngine(net, F.cross_entropy, steps=2)
+        engine = FunctionalEngine(net, F.cross_entropy, InnerLoopOptions(steps=2))
         theta = engine.parameters()
-        adapted = engine.adapt(theta, 0.1, *tasks[:2])
-        after = FunctionalEngine(net, F.cross_entropy, steps=0)
-        loss = after.meta_loss(adapted, 0.0, *tasks)[0]
+        adapted = engine.adapt(theta, 0.1, Examples(*tasks[:2]))
+        after = FunctionalEngine(net, F.cross_entropy, InnerLoopOptions(steps=0))
+        loss = after.meta_loss(adapted, 0.0, TaskBatch(*tasks))[0]
     actual = torch.autograd.grad(loss, theta)[0]
     assert relative_error(actual, expected) < 1e-6
     assert relative_error(gradients(net, tasks), expected) > 1e-4

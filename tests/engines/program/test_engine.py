@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 import fastmeta as fm
-from fastmeta.functional import FunctionalEngine
-from fastmeta.program import ProgramEngine
+from fastmeta.engines.base import Examples, InnerLoopOptions, TaskBatch
+from fastmeta.engines.functional.engine import FunctionalEngine
+from fastmeta.engines.program.engine import ProgramEngine, ProgramOptions
 from tests.helpers.engines import ERRORS, engines, leaves
 from tests.helpers.networks import Tasks, relative_error
 from tests.helpers.networks import build as build_network
@@ -33,7 +34,7 @@ def compare(functional: FunctionalEngine, program: ProgramEngine, tasks: Tasks, 
     results = []
     for engine in (functional, program):
         step, data, wanted = leaves(engine, tasks, lr)
-        loss, outputs = engine.meta_loss(None, step, *data, weights)
+        loss, outputs = engine.meta_loss(None, step, TaskBatch(*data), weights)
         grads = torch.autograd.grad(3 * loss, wanted, allow_unused=True)
         results.append((loss.detach(), outputs, *grads))
     assert_equal(*results)
@@ -103,15 +104,15 @@ def test_chunks_change_nothing(chunk, shape, device):
     compare_adapted(functional, program, tasks, lr)
     theta = program.parameters().detach()
     x, y, *_ = tasks
-    expected = functional.hvp(theta, x, y, theta)
-    assert relative_error(program.hvp(theta, x, y, theta), expected) < EXACT
+    expected = functional.hvp(theta, Examples(x, y, role=""), theta)
+    assert relative_error(program.hvp(theta, Examples(x, y, role=""), theta), expected) < EXACT
 
 
 def compare_adapted(functional, program, tasks: Tasks, lr) -> None:
     results = []
     for engine in (functional, program):
         step, data, wanted = leaves(engine, tasks, lr)
-        adapted = engine.adapt(None, step, *data[:2])
+        adapted = engine.adapt(None, step, Examples(*data[:2]))
         weight = torch.linspace(-1, 1, adapted.numel(), dtype=torch.float64).to(adapted)
         value = (weight.view_as(adapted) * adapted.sin()).sum()
         results.append((adapted.detach(), *torch.autograd.grad(value, wanted, allow_unused=True)))
@@ -137,8 +138,8 @@ def test_from_other_parameters(rows, steps, chunk, device):
     results = []
     for engine in (functional, program):
         theta = (1.1 * start).expand(*rows, -1).clone().requires_grad_()
-        loss, outputs = engine.meta_loss(theta, 0.1, *tasks)
-        adapted = engine.adapt(theta, 0.1, *tasks[:2])
+        loss, outputs = engine.meta_loss(theta, 0.1, TaskBatch(*tasks))
+        adapted = engine.adapt(theta, 0.1, Examples(*tasks[:2]))
         grads = (torch.autograd.grad(v, theta)[0] for v in (loss, adapted.square().sum()))
         results.append((loss.detach(), outputs, adapted.detach(), *grads))
     assert_equal(*results)
@@ -152,14 +153,14 @@ def test_hessian_vector_products(name, device):
     vector = theta.cos()
     rows = torch.stack([vector, 2 * vector, -vector])
     for params, v in ((theta, vector), (theta, rows), (rows, vector), (rows, rows)):
-        expected = functional.hvp(params, x, y, v)
-        assert relative_error(program.hvp(params, x, y, v), expected) < EXACT
+        expected = functional.hvp(params, Examples(x, y, role=""), v)
+        assert relative_error(program.hvp(params, Examples(x, y, role=""), v), expected) < EXACT
 
 
 @pytest.mark.parametrize("name", ["softplus", "layer_norm", "frozen"])
 def test_derivatives_match_finite_differences(name, device):
     net = build(name, device)
-    engine = ProgramEngine(net, F.mse_loss, 2, required=True)
+    engine = ProgramEngine(net, F.mse_loss, InnerLoopOptions(2))
     tasks = tasks_for(name, "mse", device, tasks=2, support=2, queries=2)
     theta = engine.parameters().detach().requires_grad_()
     lr = torch.full((2, 1, 1), 0.1, dtype=torch.float64, device=device, requires_grad=True)
@@ -167,10 +168,10 @@ def test_derivatives_match_finite_differences(name, device):
 
     def meta_loss(theta, lr, support_x, query_x):
         data = support_x, tasks.support_y, query_x, tasks.query_y
-        return engine.meta_loss(theta, lr, *data)[0]
+        return engine.meta_loss(theta, lr, TaskBatch(*data))[0]
 
     def adapted(theta, lr, support_x):
-        return engine.adapt(theta, lr, support_x, tasks.support_y)
+        return engine.adapt(theta, lr, Examples(support_x, tasks.support_y))
 
     assert gradcheck(meta_loss, (theta, lr, support_x, query_x))
     assert gradcheck(adapted, (theta, lr, support_x), fast_mode=True)
@@ -178,14 +179,17 @@ def test_derivatives_match_finite_differences(name, device):
 
 def test_gradients_can_be_taken_again_but_not_differentiated(device):
     net, tasks = build("tanh", device), tasks_for("tanh", device=device)
-    engine = ProgramEngine(net, F.cross_entropy, required=True)
-    loss, _ = engine.meta_loss(None, 0.1, *tasks)
+    engine = ProgramEngine(net, F.cross_entropy)
+    loss, _ = engine.meta_loss(None, 0.1, TaskBatch(*tasks))
     loss.backward(retain_graph=True)
     first = [p.grad.clone() for p in net.parameters()]
     (2 * loss).backward()
     for p, g in zip(net.parameters(), first, strict=True):
         assert torch.equal(p.grad, g + 2 * g)
-    for value in (engine.meta_loss(None, 0.1, *tasks)[0], engine.adapt(None, 0.1, *tasks[:2])):
+    for value in (
+        engine.meta_loss(None, 0.1, TaskBatch(*tasks))[0],
+        engine.adapt(None, 0.1, Examples(*tasks[:2])),
+    ):
         grads = torch.autograd.grad(value.sum(), list(net.parameters()), create_graph=True)
         with pytest.raises(RuntimeError, match="cannot be differentiated again"):
             sum(g.sum() for g in grads).backward()
@@ -194,28 +198,30 @@ def test_gradients_can_be_taken_again_but_not_differentiated(device):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(mode, device):
     net, tasks = build("frozen", device), tasks_for("frozen", device=device)
-    engine = ProgramEngine(net, F.cross_entropy, 3, required=True)
-    expected = [t.detach() for t in (*engine.meta_loss(None, 0.1, *tasks),)]
-    adapted = engine.adapt(None, 0.1, *tasks[:2]).detach()
+    engine = ProgramEngine(net, F.cross_entropy, InnerLoopOptions(3))
+    expected = [t.detach() for t in (*engine.meta_loss(None, 0.1, TaskBatch(*tasks)),)]
+    adapted = engine.adapt(None, 0.1, Examples(*tasks[:2])).detach()
     with mode():
-        loss, outputs = engine.meta_loss(None, 0.1, *tasks)
+        loss, outputs = engine.meta_loss(None, 0.1, TaskBatch(*tasks))
         assert not loss.requires_grad
-        again = engine.adapt(None, 0.1, *tasks[:2])
+        again = engine.adapt(None, 0.1, Examples(*tasks[:2]))
     for a, b in ((loss, expected[0]), (outputs, expected[1]), (again, adapted)):
         torch.testing.assert_close(a.clone(), b, rtol=1e-12, atol=1e-14)
 
 
 def test_parameters_changed_since_do_not_change_a_gradient(device):
     net, tasks = build("frozen", device), tasks_for("frozen", device=device)
-    engine = ProgramEngine(net, F.cross_entropy, required=True)
-    expected = torch.autograd.grad(engine.adapt(None, 0.1, *tasks[:2]).sum(), net[3].weight)
-    adapted = engine.adapt(None, 0.1, *tasks[:2])
+    engine = ProgramEngine(net, F.cross_entropy)
+    expected = torch.autograd.grad(
+        engine.adapt(None, 0.1, Examples(*tasks[:2])).sum(), net[3].weight
+    )
+    adapted = engine.adapt(None, 0.1, Examples(*tasks[:2]))
     with torch.no_grad():
         for p in net.parameters():
             p += 1
     assert torch.equal(torch.autograd.grad(adapted.sum(), net[3].weight)[0], expected[0])
-    assert not torch.equal(engine.adapt(None, 0.1, *tasks[:2]), adapted)
-    adapted = engine.adapt(None, 0.1, *tasks[:2])
+    assert not torch.equal(engine.adapt(None, 0.1, Examples(*tasks[:2])), adapted)
+    adapted = engine.adapt(None, 0.1, Examples(*tasks[:2]))
     tasks.support_x.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         adapted.sum().backward()
@@ -254,9 +260,7 @@ def test_batches_that_a_program_does_not_take(words, device):
     loss, change = BATCHES[words]
     tasks = change(tasks_for("tanh", loss, device))
     with pytest.raises(ValueError, match="there is no task program: ") as error:
-        ProgramEngine(build("tanh", device), LOSSES[loss], required=True).meta_loss(
-            None, 0.1, *tasks
-        )
+        ProgramEngine(build("tanh", device), LOSSES[loss]).meta_loss(None, 0.1, TaskBatch(*tasks))
     assert words in str(error.value)
 
 
@@ -264,39 +268,43 @@ def test_what_a_program_does_not_take_the_functional_engine_does(device):
     net = build("tanh", device)
     tasks = replaced(tasks_for("tanh", "mse", device), "query_y", lambda y: y[:, :, :1])
     with pytest.warns(UserWarning, match="different to the input size"):
-        expected, _ = FunctionalEngine(net, F.mse_loss).meta_loss(None, 0.1, *tasks)
-        actual, _ = ProgramEngine(net, F.mse_loss).meta_loss(None, 0.1, *tasks)
+        expected, _ = FunctionalEngine(net, F.mse_loss).meta_loss(None, 0.1, TaskBatch(*tasks))
+        actual, _ = ProgramEngine(net, F.mse_loss).meta_loss(None, 0.1, TaskBatch(*tasks))
     assert torch.equal(actual, expected)
 
 
 def test_circumstances_that_a_program_does_not_take(device):
     net, tasks = build("tanh", device, torch.float32), tasks_for("tanh", device=device)
     tasks = Tasks(*(t.float() if t.is_floating_point() else t for t in tasks))
-    engine = ProgramEngine(net, F.cross_entropy, required=True)
+    engine = ProgramEngine(net, F.cross_entropy)
     with (
         torch.autocast(device, torch.bfloat16),
         pytest.raises(ValueError, match="autocast is on"),
     ):
-        engine.meta_loss(None, 0.1, *tasks)
-    rough = ProgramEngine(net, F.cross_entropy, hvp_mode="finite_difference", required=True)
+        engine.meta_loss(None, 0.1, TaskBatch(*tasks))
+    rough = ProgramEngine(net, F.cross_entropy, InnerLoopOptions(hvp_mode="finite_difference"))
     with pytest.raises(ValueError, match="hvp_mode is 'finite_difference'"):
-        rough.meta_loss(None, 0.1, *tasks)
+        rough.meta_loss(None, 0.1, TaskBatch(*tasks))
     theta = engine.parameters()
     with pytest.raises(ValueError, match="the product is to be differentiated"):
-        engine.hvp(theta, *tasks[:2], theta)
-    expected = FunctionalEngine(net, F.cross_entropy).hvp(theta, *tasks[:2], theta)
-    product = ProgramEngine(net, F.cross_entropy).hvp(theta, *tasks[:2], theta)
+        engine.hvp(theta, Examples(*tasks[:2], role=""), theta)
+    expected = FunctionalEngine(net, F.cross_entropy).hvp(
+        theta, Examples(*tasks[:2], role=""), theta
+    )
+    product = ProgramEngine(net, F.cross_entropy).hvp(theta, Examples(*tasks[:2], role=""), theta)
     assert product.requires_grad and torch.equal(product, expected)
 
 
 def test_without_compiled_ops(device):
     net, tasks = build("tanh", device), tasks_for("tanh", device=device)
-    compiled, _ = ProgramEngine(net, F.cross_entropy, 2).meta_loss(None, 0.1, *tasks)
+    compiled, _ = ProgramEngine(net, F.cross_entropy, InnerLoopOptions(2)).meta_loss(
+        None, 0.1, TaskBatch(*tasks)
+    )
     with fm.use_backend("torch"):
         assert "Functional engine" in fm.MAML(net).explain()
         assert "the torch backend was asked for" in fm.MAML(net).explain()
-        required = ProgramEngine(net, F.cross_entropy, 2, required=True)
-        plain, _ = required.meta_loss(None, 0.1, *tasks)
+        required = ProgramEngine(net, F.cross_entropy, InnerLoopOptions(2))
+        plain, _ = required.meta_loss(None, 0.1, TaskBatch(*tasks))
     assert relative_error(compiled, plain) < EXACT
 
 
@@ -307,7 +315,7 @@ def test_the_backend_of_the_program(device):
 
 def test_an_option_that_is_not_there():
     with pytest.raises(ValueError, match=r"memory: expected one of .*, got 'all'"):
-        ProgramEngine(nn.Linear(3, 3), F.mse_loss, memory="all")
+        ProgramEngine(nn.Linear(3, 3), F.mse_loss, program_options=ProgramOptions(memory="all"))
 
 
 @pytest.mark.parametrize(("change", "error", "message"), ERRORS)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import fastmeta as fm
-from fastmeta import _program_reference as reference
-from fastmeta._code import Code, LossCode, LossKind, Opcode
-from fastmeta.lowering import Lowering, Program
+from fastmeta.engines.program.lowering import Lowering, Program
+from fastmeta.ops.task_program import reference
+from fastmeta.ops.task_program.bytecode import Code, LossCode, LossKind, Opcode
 from tests.helpers.lowering import assert_lowers, reason
 from tests.helpers.programs import (
     IMAGES,

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta._code import Code, Opcode
-from fastmeta.lowering import Lowering, Program
+from fastmeta.engines.program.lowering import Lowering, Program
+from fastmeta.ops.task_program.bytecode import Code, Opcode
 from tests.helpers.lowering import assert_lowers, reason
 from tests.helpers.programs import IMAGES, build, lowered, shape_of
 

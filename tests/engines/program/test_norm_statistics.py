@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta._prepared import Ready
-from fastmeta.arena import Layout
-from fastmeta.lowering import Lowering
+from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.engines.program.fast_path import CachedMetaGradient
+from fastmeta.engines.program.lowering import Lowering
 from tests.helpers.networks import Tasks, relative_error
 from tests.helpers.programs import build, tasks_for, with_running_statistics
 from tests.helpers.unrolled import meta_gradient

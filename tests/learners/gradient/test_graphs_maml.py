@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta import _graphs, program
-from fastmeta._graphs import CALLS
-from fastmeta.algorithms import _explain
+from fastmeta.core import cuda_graphs as _graphs
+from fastmeta.core.cuda_graphs import CALLS
+from fastmeta.engines.program import engine as program
+from fastmeta.engines.program import explain
 from tests.helpers.fake_graphs import Graph, capture, gpu, replays
 from tests.helpers.networks import Tasks, build, classification
 
@@ -198,7 +198,7 @@ def test_true_raises_where_there_can_be_no_graph(words):
 
 
 def test_on_the_cpu_auto_does_nothing_and_true_raises(monkeypatch):
-    for module in (_graphs, program, _explain):
+    for module in (_graphs, program, explain):
         monkeypatch.setattr(module, "DEVICE_TYPE", "cuda")
     maml = learner()
     for _ in range(CALLS + 1):
@@ -216,4 +216,4 @@ def test_the_option_is_checked():
     with pytest.raises(ValueError, match="cuda_graph: True needs the task program"):
         learner(cuda_graph=True, engine="functional")
     with pytest.raises(ValueError, match="cuda_graph: expected"):
-        program.ProgramEngine(nn.Linear(3, 3), F.mse_loss, cuda_graph="always")
+        program.ProgramOptions(cuda_graph="always")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta.algorithms._clone import clone_module
+from fastmeta.learners.gradient._module_copy import clone_module
 from tests.helpers.networks import (
     NETWORKS,
     Recurrent,

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta.algorithms._conjugate_gradients import conjugate_gradients
-from fastmeta.functional import FunctionalEngine
+from fastmeta.engines.base import Examples, InnerLoopOptions
+from fastmeta.engines.functional.engine import FunctionalEngine
+from fastmeta.learners.gradient._conjugate_gradients import conjugate_gradients
 from tests.helpers.learners import EXACT, K, engine, gradient, problem
 from tests.helpers.networks import Tasks, regression, regressor, relative_error
 from tests.helpers.programs import build as build_program
@@ -133,11 +134,13 @@ def test_bad_options_of_reptile(options, error, message):
 
 def test_minibatches_have_exact_derivatives(device):
     net, tasks = regressor(device), regression(device, tasks=2, examples=4)
-    engine = FunctionalEngine(net, F.mse_loss, 2, rule=fm.rules.SGD(0.5))
+    engine = FunctionalEngine(net, F.mse_loss, InnerLoopOptions(2, rule=fm.rules.SGD(0.5)))
     rows = torch.tensor([[0, 1, 1], [3, 2, 0]])
     inputs = [engine.parameters().detach(), *tasks[:2]]
     inputs = [tensor.requires_grad_() for tensor in inputs]
-    assert torch.autograd.gradcheck(lambda p, x, y: engine.adapt(p, 0.1, x, y, rows), inputs)
+    assert torch.autograd.gradcheck(
+        lambda p, x, y: engine.adapt(p, 0.1, Examples(x, y), rows), inputs
+    )
 
 
 @pytest.mark.parametrize("rule", [None, fm.rules.SGD(0.5)], ids=["plain", "momentum"])
@@ -145,7 +148,9 @@ def test_minibatches_are_the_same_by_both_engines(problem, rule, engine):
     net, tasks = problem
     rows = torch.tensor([[0, 1, 4], [3, 2, 5], [0, 0, 1]])
     found = [
-        fm.MAML(net, 0.1, K, rule=rule, engine=which)._engine(K).adapt(None, 0.1, *tasks[:2], rows)
+        fm.MAML(net, 0.1, K, rule=rule, engine=which)._engine.adapt(
+            None, 0.1, Examples(*tasks[:2]), rows
+        )
         for which in ("functional", engine)
     ]
     assert relative_error(found[1], found[0]) < EXACT
@@ -156,18 +161,26 @@ def test_minibatches_are_the_same_by_both_engines(problem, rule, engine):
 @pytest.mark.parametrize(
     ("rows", "error", "message"),
     [
-        ([[0]], TypeError, "rows: expected an int64 tensor, got list"),
-        (torch.zeros(K, 2), TypeError, "rows: expected an int64 tensor, got torch.float32"),
-        (torch.zeros(2, 2, dtype=torch.int64), ValueError, r"rows: expected shape \[3, B\].*2, 2"),
-        (torch.zeros(K, 0, dtype=torch.int64), ValueError, r"rows: expected shape \[3, B\].*3, 0"),
-        (torch.full((K, 1), 6), ValueError, "rows: expected examples from 0 to 5"),
-        (torch.full((K, 1), -1), ValueError, "rows: expected examples from 0 to 5"),
+        ([[0]], TypeError, "indices: expected an int64 tensor, got list"),
+        (torch.zeros(K, 2), TypeError, "indices: expected an int64 tensor, got torch.float32"),
+        (
+            torch.zeros(2, 2, dtype=torch.int64),
+            ValueError,
+            r"indices: expected shape \[3, B\].*2, 2",
+        ),
+        (
+            torch.zeros(K, 0, dtype=torch.int64),
+            ValueError,
+            r"indices: expected shape \[3, B\].*3, 0",
+        ),
+        (torch.full((K, 1), 6), ValueError, "indices: expected examples from 0 to 5"),
+        (torch.full((K, 1), -1), ValueError, "indices: expected examples from 0 to 5"),
     ],
 )
 def test_bad_rows_are_named(problem, rows, error, message):
     net, tasks = problem
     with pytest.raises(error, match=message):
-        fm.MAML(net, 0.1, K)._engine(K).adapt(None, 0.1, *tasks[:2], rows)
+        fm.MAML(net, 0.1, K)._engine.adapt(None, 0.1, Examples(*tasks[:2]), rows)
 
 
 # iMAML
@@ -277,14 +290,16 @@ def test_query_losses_at_given_parameters(rule, engine, device):
     tasks = tasks_for("norms_of_each_step", "mse", device)
     learner = fm.MAML(net, 0.1, K, loss=F.mse_loss, rule=rule, engine=engine, task_chunk=2)
     params = learner.adapt_tasks(*tasks[:2]).params.detach().requires_grad_()
-    losses, outputs, grads = learner._engine(K).query_losses(params, *tasks[2:], gradient=True)
+    losses, outputs, grads = learner._engine.query_losses(
+        params, Examples(*tasks[2:], role="query"), gradient=True
+    )
     plain = fm.MAML(net, 0.1, K, loss=F.mse_loss, engine="functional").adapt_tasks(*tasks[:2])
     expected = dataclasses.replace(plain, params=params)(tasks.query_x)
     own = (expected - tasks.query_y).square().mean((1, 2))
     assert relative_error(outputs, expected) < EXACT
     assert relative_error(losses, own) < EXACT
     assert relative_error(grads, torch.autograd.grad(own.sum(), params)[0]) < EXACT
-    assert learner._engine(K).query_losses(params, *tasks[2:])[2] is None
+    assert learner._engine.query_losses(params, Examples(*tasks[2:], role="query"))[2] is None
 
 
 @pytest.mark.parametrize("make", [fm.Reptile, fm.IMAML])

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
+from fastmeta.engines.base import Examples, TaskBatch
 from fastmeta.engines.functional.engine import FunctionalEngine
 from fastmeta.engines.program.engine import ProgramEngine
 from fastmeta.ops.task_program import NAMES
-from fastmeta.program import ProgramEngine
 from tests.helpers.engines import engines as both_engines
 from tests.helpers.engines import leaves
 from tests.helpers.networks import Tasks, relative_error
@@ -59,7 +59,7 @@ def compare(pair: tuple[FunctionalEngine, ProgramEngine], tasks: Tasks, lr=0.1, 
     results = []
     for engine in pair:
         step, data, wanted = leaves(engine, tasks, lr)
-        loss, outputs = engine.meta_loss(None, step, *data, weights)
+        loss, outputs = engine.meta_loss(None, step, TaskBatch(*data), weights)
         grads = torch.autograd.grad(loss, wanted, materialize_grads=True)
         results.append((loss.detach(), outputs, *grads))
     assert_equal(*results)
@@ -79,7 +79,7 @@ def test_meta_gradients_are_those_of_an_unrolled_loop(name, backend):
     expected = meta_gradient(by_hand, tasks, F.cross_entropy, lr, 2, **options)
     _, engine = engines(net, F.cross_entropy, 2)
     step, data, wanted = leaves(engine, tasks, lr)
-    loss, outputs = engine.meta_loss(None, step, *data)
+    loss, outputs = engine.meta_loss(None, step, TaskBatch(*data))
     grads = torch.autograd.grad(loss, wanted)
     inputs = expected.support_x, expected.query_x, expected.lr
     assert_equal(
@@ -94,7 +94,7 @@ def test_adapted_parameters_and_their_gradient(name, backend):
     results = []
     for engine in engines(build(name), F.cross_entropy, 2):
         step, data, wanted = leaves(engine, tasks, lr)
-        adapted = engine.adapt(None, step, *data[:2])
+        adapted = engine.adapt(None, step, Examples(*data[:2]))
         value = (adapted.detach().cos() * adapted).sum()
         grads = torch.autograd.grad(value, wanted, materialize_grads=True)
         results.append((adapted.detach(), *grads))
@@ -106,8 +106,10 @@ def test_hessian_vector_products(name, backend):
     functional, program = engines(build(name), F.cross_entropy)
     x, y, *_ = tasks_for(name)
     theta = functional.parameters().detach()
-    expected = functional.hvp(theta, x, y, theta.cos())
-    assert relative_error(program.hvp(theta, x, y, theta.cos()), expected) < EXACT
+    expected = functional.hvp(theta, Examples(x, y, role=""), theta.cos())
+    assert (
+        relative_error(program.hvp(theta, Examples(x, y, role=""), theta.cos()), expected) < EXACT
+    )
 
 
 @pytest.mark.parametrize("first_order", [False, True])
@@ -182,7 +184,7 @@ def test_feature_maps_are_outputs_as_the_module_gives_them(backend):
     torch.manual_seed(5)
     data = [torch.randn(2, 4, *shape, dtype=torch.float64) for shape in ((2, 3, 4), (3, 2, 3))]
     pair = engines(net, F.mse_loss, 2)
-    assert pair[1].meta_loss(None, 0.1, *data, *data)[1].shape == (2, 4, 3, 2, 3)
+    assert pair[1].meta_loss(None, 0.1, TaskBatch(*data, *data))[1].shape == (2, 4, 3, 2, 3)
     compare(pair, Tasks(*data, *data))
 
 

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta import _program_reference as reference
-from fastmeta.ops.task_program import COMPILED, NAMES
+from fastmeta.ops.task_program import COMPILED, NAMES, reference
 from tests.helpers.program_checks import STEP_SIZES, Setting, assert_same, check, kernels, results
 from tests.helpers.programs import LOSSES, NETWORKS, Raw, tasks_for
 

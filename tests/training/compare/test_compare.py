@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from fastmeta import cli
-from fastmeta import compare as comparing
-from fastmeta import train as training
-from fastmeta.checkpoint import load_checkpoint, read_metrics
-from fastmeta.commands import train_command
-from fastmeta.compare import compare
-from fastmeta.comparison_plan import plan, resumed_plan
-from fastmeta.config import read_options
+from fastmeta.training import compare as comparing
+from fastmeta.training import loop as training
+from fastmeta.training.checkpoint import load_checkpoint
+from fastmeta.training.command_line import train_command
+from fastmeta.training.compare import compare
+from fastmeta.training.compare.plan import plan, resumed_plan
+from fastmeta.training.config import read_options
+from fastmeta.training.metrics_log import read_metrics
 from tests.helpers.comparisons import NAMES, Killed, kill, learners, record, run, sinusoid, timeless
 from tests.helpers.runs import TINY
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fastmeta import cli, compare
-from fastmeta.comparison import Comparison, Entry
-from fastmeta.comparison_plan import parse_setting, plan
-from fastmeta.config import ALGORITHMS, OPTIONS, TrainConfig
+from fastmeta import cli
+from fastmeta.training import compare
+from fastmeta.training.compare.plan import parse_setting, plan
+from fastmeta.training.compare.report import Comparison, Entry
+from fastmeta.training.config import ALGORITHMS, OPTIONS, TrainConfig
 from tests.helpers.command_options import OPTIONS as CASES
 
 OUT = Path("x")

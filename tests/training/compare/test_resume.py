@@ -6,11 +6,11 @@ import signal
 
 import pytest
 
-from fastmeta import compare as comparing
-from fastmeta import train as training
-from fastmeta.compare import compare
-from fastmeta.comparison_plan import resumed_plan
-from fastmeta.config import TrainConfig, read_options
+from fastmeta.training import compare as comparing
+from fastmeta.training import loop as training
+from fastmeta.training.compare import compare
+from fastmeta.training.compare.plan import resumed_plan
+from fastmeta.training.config import TrainConfig, read_options
 from tests.helpers.comparisons import Killed, kill, learners, record, run, sinusoid, timeless
 
 pytest_plugins = ("tests.helpers.comparison_fixtures",)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from fastmeta import cli
-from fastmeta import compare as comparing
-from fastmeta import train as training
-from fastmeta.compare import compare_runs
-from fastmeta.comparison_plan import resumed_plan
-from fastmeta.config import TrainConfig
+from fastmeta.training import compare as comparing
+from fastmeta.training import loop as training
+from fastmeta.training.compare import compare_runs
+from fastmeta.training.compare.plan import resumed_plan
+from fastmeta.training.config import TrainConfig
 from tests.helpers.comparisons import Killed, kill, learners, record, run, sinusoid, timeless
 from tests.helpers.runs import TINY
 
