@@ -1,7 +1,7 @@
 // Elementwise steps that several layers need.
 #pragma once
 
-#include "task_program/executor.h"
+#include "execution/executor.h"
 
 namespace fastmeta {
 

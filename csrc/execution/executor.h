@@ -35,7 +35,7 @@
 #include <cstdint>
 
 #include "common/host_device.h"
-#include "convolution/convolution.h"
+#include "execution/conv_shape.h"
 
 namespace fastmeta {
 

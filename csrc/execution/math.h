@@ -1,4 +1,4 @@
-// The functions that layers need of a number: of float and double here, of vectors in cpu_math.h.
+// The functions that layers need of a number: of float and double here, of vectors in cpu/math.h.
 #pragma once
 
 #include <cmath>

@@ -5,8 +5,8 @@
 #include <string_view>
 
 #include "common/labels.h"
-#include "linear_head/check.h"
-#include "linear_head/cpu_head.h"
+#include "linear_head/arguments.h"
+#include "linear_head/head_cpu.h"
 
 namespace fastmeta {
 

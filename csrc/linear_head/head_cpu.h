@@ -6,11 +6,11 @@
 #include <cstdint>
 
 #include "common/ceil_div.h"
-#include "common/register_gemm.h"
-#include "common/row_dots.h"
-#include "common/widen.h"
-#include "linear_head/cpu_losses.h"
+#include "common/cpu/register_gemm.h"
+#include "common/cpu/row_dots.h"
+#include "common/cpu/widen.h"
 #include "linear_head/linear_head.h"
+#include "linear_head/losses_cpu.h"
 
 namespace fastmeta {
 

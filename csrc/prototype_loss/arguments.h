@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/check.h"
-#include "pairwise_distance/check.h"
+#include "pairwise_distance/arguments.h"
 
 namespace fastmeta {
 

@@ -1,7 +1,7 @@
 // The meta-gradient of a call that came before, on other values: checks that nothing else has
 // changed and runs the op. In C++, because for a small network the checks in Python take half as
 // long as the work.
-#include "python/prepared.h"
+#include "python/fast_path.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
@@ -17,7 +17,7 @@
 #include <string_view>
 #include <vector>
 
-#include "task_program/own_parameters.h"
+#include "task_program/parameter_arena.h"
 
 namespace fastmeta {
 namespace {

@@ -1,5 +1,5 @@
-#include "convolution/task_conv.h"
-#include "task_program/grid_executor.cuh"
+#include "task_conv2d/task_conv2d.h"
+#include "task_program/cuda/grid_executor.cuh"
 
 namespace fastmeta {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/dtype.h"
-#include "task_program/executor.h"
+#include "execution/executor.h"
 
 namespace fastmeta {
 

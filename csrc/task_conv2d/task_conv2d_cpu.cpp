@@ -3,11 +3,11 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
-#include "common/kept_memory.h"
-#include "common/parallel.h"
-#include "common/widen.h"
-#include "convolution/cpu_convolution.h"
-#include "convolution/task_conv_ops.h"
+#include "common/cpu/kept_memory.h"
+#include "common/cpu/parallel.h"
+#include "common/cpu/widen.h"
+#include "convolution/cpu/convolution.h"
+#include "task_conv2d/task_conv2d_ops.h"
 
 namespace fastmeta {
 namespace {

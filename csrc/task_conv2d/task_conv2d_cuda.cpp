@@ -4,10 +4,10 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
-#include "common/cuda_check.h"
-#include "convolution/int_sizes.h"
-#include "convolution/task_conv.h"
-#include "convolution/task_conv_ops.h"
+#include "common/cuda/cuda_check.h"
+#include "convolution/cuda/int_sizes.h"
+#include "task_conv2d/task_conv2d.h"
+#include "task_conv2d/task_conv2d_ops.h"
 
 namespace fastmeta {
 namespace {

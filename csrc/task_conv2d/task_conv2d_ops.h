@@ -15,7 +15,7 @@
 
 #include "common/check.h"
 #include "common/dtype.h"
-#include "convolution/convolution.h"
+#include "execution/conv_shape.h"
 
 namespace fastmeta {
 

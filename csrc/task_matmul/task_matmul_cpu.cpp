@@ -7,9 +7,9 @@
 #include <torch/library.h>
 
 #include "common/check.h"
-#include "common/denormals.h"
-#include "common/register_gemm.h"
-#include "common/row_dots.h"
+#include "common/cpu/denormals.h"
+#include "common/cpu/register_gemm.h"
+#include "common/cpu/row_dots.h"
 
 namespace fastmeta {
 namespace {

@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "common/ceil_div.h"
-#include "common/gemm.h"
+#include "common/cpu/gemm.h"
 
 namespace fastmeta {
 

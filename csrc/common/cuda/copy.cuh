@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
+#include "common/cuda/scalar.cuh"
 #include "common/host_device.h"
-#include "common/scalar.cuh"
 
 namespace fastmeta {
 

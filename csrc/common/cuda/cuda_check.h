@@ -9,7 +9,7 @@
 #include <algorithm>
 
 #include "common/check.h"
-#include "common/label_range.h"
+#include "common/cuda/label_range.h"
 #include "common/labels.h"
 
 namespace fastmeta {

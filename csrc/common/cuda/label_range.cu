@@ -1,5 +1,5 @@
-#include "common/label_range.h"
-#include "common/launch.cuh"
+#include "common/cuda/label_range.h"
+#include "common/cuda/launch.cuh"
 
 namespace fastmeta {
 namespace {

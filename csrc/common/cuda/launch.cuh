@@ -8,7 +8,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "common/kernel_call.cuh"
+#include "common/cuda/kernel_call.cuh"
 
 namespace fastmeta {
 

@@ -11,8 +11,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "common/copy.cuh"
-#include "common/reduce.cuh"
+#include "common/cuda/copy.cuh"
+#include "common/cuda/reduce.cuh"
 
 namespace fastmeta {
 

@@ -1,7 +1,7 @@
 // Sums over a warp and a block, in a fixed order.
 #pragma once
 
-#include "common/launch.cuh"
+#include "common/cuda/launch.cuh"
 
 namespace fastmeta {
 

@@ -1,6 +1,6 @@
 // The three maps for one task on the CPU, each the sum over one pair of arrays or two: patches of a
 // block of rows are put in order in the L2 cache (no more of them ever exists), and multiplied with
-// weights packed once a call; or, where it is less work, minimal filtering (cpu_winograd.h).
+// weights packed once a call; or, where it is less work, minimal filtering (winograd.h).
 //
 // Rows are the output positions of all examples. They are always cut at the same places, whatever
 // the number of threads, and sums run over the pieces in order: the bits do not depend on it.
@@ -10,8 +10,8 @@
 
 #include <array>
 
-#include "convolution/blas_threads.h"
-#include "convolution/cpu_winograd.h"
+#include "convolution/cpu/blas_threads.h"
+#include "convolution/cpu/winograd.h"
 
 namespace fastmeta {
 

@@ -4,8 +4,8 @@
 
 #include <span>
 
-#include "common/register_gemm.h"
-#include "convolution/cpu_patches.h"
+#include "common/cpu/register_gemm.h"
+#include "convolution/cpu/patches.h"
 
 namespace fastmeta {
 

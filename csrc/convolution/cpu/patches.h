@@ -8,9 +8,9 @@
 #include <cstdint>
 
 #include "common/ceil_div.h"
-#include "common/gemm.h"
-#include "common/transpose.h"
-#include "convolution/convolution.h"
+#include "common/cpu/gemm.h"
+#include "common/cpu/transpose.h"
+#include "execution/conv_shape.h"
 
 namespace fastmeta {
 

@@ -14,8 +14,8 @@
 
 #include <ATen/Parallel.h>
 
-#include "convolution/blas_threads.h"
-#include "convolution/cpu_kernels.h"
+#include "convolution/cpu/blas_threads.h"
+#include "convolution/cpu/kernels.h"
 
 namespace fastmeta {
 

@@ -1,4 +1,4 @@
-#include "convolution/convolution_kernel.cuh"
+#include "convolution/cuda/convolution_kernel.cuh"
 
 namespace fastmeta {
 

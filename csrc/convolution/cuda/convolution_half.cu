@@ -1,5 +1,5 @@
 // The half types' kernels, in a file of their own so that both files compile at once.
-#include "convolution/convolution_kernel.cuh"
+#include "convolution/cuda/convolution_kernel.cuh"
 
 namespace fastmeta {
 

@@ -1,14 +1,14 @@
 // Convolutions of all tasks as matrix products whose operands are patches of images; see patches.cuh.
 //
-// As in task_program/grid_product.cuh a block owns a tile of a task's C and all of the sum or a
+// As in execution/cuda/grid_product.cuh a block owns a tile of a task's C and all of the sum or a
 // split, a thread 4 x 4, 8 x 4 or 8 x 8 sums; both pairs go into the same sums. No array of patches
 // is in global memory, where it would be taps times as large as the images. float32 is IEEE's, or
 // TF32 in tensor cores where that is allowed; half types are summed in float32 in tensor cores.
 #pragma once
 
-#include "convolution/launch.cuh"
-#include "convolution/patches.cuh"
-#include "convolution/tensor_sums.cuh"
+#include "convolution/cuda/launch.cuh"
+#include "convolution/cuda/patches.cuh"
+#include "convolution/cuda/tensor_sums.cuh"
 
 namespace fastmeta {
 

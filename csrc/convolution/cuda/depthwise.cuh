@@ -2,9 +2,9 @@
 // summed where it is: there is nothing that a tile could share but the taps' numbers.
 #pragma once
 
-#include "convolution/convolution.h"
-#include "task_program/elementwise.h"
-#include "task_program/grid_cells.cuh"
+#include "execution/conv_shape.h"
+#include "execution/cuda/grid_cells.cuh"
+#include "execution/elementwise.h"
 
 namespace fastmeta {
 

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "convolution/convolution.h"
+#include "execution/conv_shape.h"
 
 namespace fastmeta {
 

@@ -1,9 +1,9 @@
-// Convolutions of all tasks with one launch each; tasks' arrays as in task_program/executor.h.
+// Convolutions of all tasks with one launch each; tasks' arrays as in execution/executor.h.
 #pragma once
 
-#include "task_program/elementwise.h"
-#include "task_program/grid_images.cuh"
-#include "task_program/grid_product.cuh"
+#include "execution/cuda/grid_images.cuh"
+#include "execution/cuda/grid_product.cuh"
+#include "execution/elementwise.h"
 
 namespace fastmeta {
 

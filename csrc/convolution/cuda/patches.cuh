@@ -8,8 +8,8 @@
 // the position, a thread carries from one slice to the next, so that it divides only where it begins.
 #pragma once
 
-#include "convolution/convolution.h"
-#include "task_program/grid_product.cuh"
+#include "execution/conv_shape.h"
+#include "execution/cuda/grid_product.cuh"
 
 namespace fastmeta {
 

@@ -3,8 +3,8 @@
 // the tile; of its accesses to a slice, whose rows are kWidth words apart, no two meet in a bank.
 #pragma once
 
-#include "common/mma.cuh"
-#include "task_program/grid_product.cuh"
+#include "common/cuda/mma.cuh"
+#include "execution/cuda/grid_product.cuh"
 
 namespace fastmeta {
 

@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "common/ceil_div.h"
-#include "task_program/executor.h"
+#include "execution/executor.h"
 
 namespace fastmeta {
 

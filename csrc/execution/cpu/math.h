@@ -5,7 +5,7 @@
 
 #include <type_traits>
 
-#include "task_program/math.h"
+#include "execution/math.h"
 
 namespace fastmeta {
 

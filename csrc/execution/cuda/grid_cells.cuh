@@ -2,10 +2,10 @@
 // are stored in half types are loaded as float, and rounded as they are stored.
 #pragma once
 
-#include "common/reduce.cuh"
-#include "common/scalar.cuh"
-#include "task_program/executor.h"
-#include "task_program/warp_team.cuh"
+#include "common/cuda/reduce.cuh"
+#include "common/cuda/scalar.cuh"
+#include "execution/cuda/warp_team.cuh"
+#include "execution/executor.h"
 
 namespace fastmeta {
 

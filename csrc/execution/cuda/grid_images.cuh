@@ -11,9 +11,9 @@
 #include <limits>
 
 #include "common/ceil_div.h"
-#include "common/launch.cuh"
-#include "task_program/elementwise.h"
-#include "task_program/grid_cells.cuh"
+#include "common/cuda/launch.cuh"
+#include "execution/cuda/grid_cells.cuh"
+#include "execution/elementwise.h"
 
 namespace fastmeta {
 

@@ -5,16 +5,17 @@
 // shared memory: while one is summed, the next is on its way in registers. A tile takes
 // kDepth (kRows + kColumns) reads for kDepth kRows kColumns multiplications. Splits, where tiles are
 // too few for the device, are parts that the next launch adds up in their order. float32 is IEEE's,
-// or, in the two larger tiles, TF32 in tensor cores where that is allowed (tensor_sums.cuh).
+// or, in the two larger tiles, TF32 in tensor cores where that is allowed
+// (convolution/cuda/tensor_sums.cuh).
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
 #include "common/ceil_div.h"
-#include "common/copy.cuh"
-#include "common/launch.cuh"
-#include "task_program/grid_cells.cuh"
+#include "common/cuda/copy.cuh"
+#include "common/cuda/launch.cuh"
+#include "execution/cuda/grid_cells.cuh"
 
 namespace fastmeta {
 

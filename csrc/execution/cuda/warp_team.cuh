@@ -1,7 +1,7 @@
 // What a warp that takes a row together has of a team.
 #pragma once
 
-#include "common/reduce.cuh"
+#include "common/cuda/reduce.cuh"
 
 namespace fastmeta {
 

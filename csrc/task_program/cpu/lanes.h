@@ -6,8 +6,8 @@
 
 #include <type_traits>
 
-#include "task_program/cpu_math.h"
-#include "task_program/executor.h"
+#include "execution/cpu/math.h"
+#include "execution/executor.h"
 
 namespace fastmeta {
 

@@ -3,9 +3,9 @@
 #include <torch/library.h>
 
 #include "common/ceil_div.h"
-#include "common/denormals.h"
-#include "common/kept_memory.h"
-#include "task_program/cpu_worker.h"
+#include "common/cpu/denormals.h"
+#include "common/cpu/kept_memory.h"
+#include "task_program/cpu/worker.h"
 #include "task_program/labels.h"
 #include "task_program/ops.h"
 

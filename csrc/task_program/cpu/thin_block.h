@@ -4,8 +4,8 @@
 // 28 x 28: 15 MB an array and 34 million multiplications.) One thread; no gradient of the images.
 #pragma once
 
-#include "convolution/cpu_convolution.h"
-#include "task_program/cpu_images.h"
+#include "convolution/cpu/convolution.h"
+#include "execution/cpu/images.h"
 #include "task_program/layers/norm.h"
 
 namespace fastmeta {

@@ -9,14 +9,14 @@
 #include <array>
 #include <type_traits>
 
-#include "common/gemm.h"
-#include "common/parallel.h"
-#include "convolution/cpu_convolution.h"
-#include "task_program/cpu_images.h"
-#include "task_program/cpu_math.h"
-#include "task_program/cpu_thin_block.h"
-#include "task_program/executor.h"
-#include "task_program/program.h"
+#include "common/cpu/gemm.h"
+#include "common/cpu/parallel.h"
+#include "convolution/cpu/convolution.h"
+#include "execution/cpu/images.h"
+#include "execution/cpu/math.h"
+#include "execution/executor.h"
+#include "task_program/cpu/thin_block.h"
+#include "task_program/program/program.h"
 
 namespace fastmeta {
 

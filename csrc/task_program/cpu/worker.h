@@ -5,10 +5,10 @@
 #include <cstring>
 #include <type_traits>
 
-#include "common/transpose.h"
-#include "common/widen.h"
-#include "task_program/cpu_lanes.h"
-#include "task_program/cpu_thread.h"
+#include "common/cpu/transpose.h"
+#include "common/cpu/widen.h"
+#include "task_program/cpu/lanes.h"
+#include "task_program/cpu/thread.h"
 #include "task_program/job.h"
 
 namespace fastmeta {

@@ -1,7 +1,7 @@
 // Arrays in the shared memory of a block.
 #pragma once
 
-#include "task_program/host_passes.cuh"
+#include "task_program/cuda/host_passes.cuh"
 
 namespace fastmeta {
 

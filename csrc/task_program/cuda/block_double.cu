@@ -1,5 +1,5 @@
-#include "task_program/block_run.cuh"
-#include "task_program/block_run.h"
+#include "task_program/cuda/block_run.cuh"
+#include "task_program/cuda/block_run.h"
 
 namespace fastmeta {
 

@@ -1,8 +1,8 @@
 // The kernel that takes a block through the steps of a job.
 #pragma once
 
-#include "task_program/block_product.cuh"
-#include "task_program/warp_team.cuh"
+#include "execution/cuda/warp_team.cuh"
+#include "task_program/cuda/block_product.cuh"
 
 namespace fastmeta {
 

@@ -1,10 +1,10 @@
 // Sums of matrix products in the shared memory of a block.
 #pragma once
 
-#include "common/copy.cuh"
-#include "common/launch.cuh"
-#include "common/reduce.cuh"
-#include "task_program/block_steps.cuh"
+#include "common/cuda/copy.cuh"
+#include "common/cuda/launch.cuh"
+#include "common/cuda/reduce.cuh"
+#include "task_program/cuda/block_steps.cuh"
 
 namespace fastmeta {
 

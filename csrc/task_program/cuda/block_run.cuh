@@ -9,10 +9,10 @@
 #include <utility>
 
 #include "common/ceil_div.h"
-#include "common/multiprocessors.cuh"
-#include "common/workspace.h"
-#include "task_program/block_kernel.cuh"
-#include "task_program/sum_over_tasks.h"
+#include "common/cuda/multiprocessors.cuh"
+#include "common/cuda/workspace.h"
+#include "task_program/cuda/block_kernel.cuh"
+#include "task_program/cuda/sum_over_tasks.h"
 
 namespace fastmeta {
 

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "task_program/block_waits.cuh"
+#include "task_program/cuda/block_waits.cuh"
 
 namespace fastmeta {
 

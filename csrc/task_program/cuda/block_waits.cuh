@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <initializer_list>
 
-#include "task_program/block_arrays.cuh"
+#include "task_program/cuda/block_arrays.cuh"
 
 namespace fastmeta {
 

@@ -4,12 +4,12 @@
 
 #include <algorithm>
 
-#include "common/multiprocessors.cuh"
-#include "common/tf32.h"
-#include "convolution/depthwise.cuh"
-#include "convolution/launch.cuh"
-#include "convolution/tensor_sums.cuh"
-#include "task_program/grid_images.cuh"
+#include "common/cuda/multiprocessors.cuh"
+#include "common/cuda/tf32.h"
+#include "convolution/cuda/depthwise.cuh"
+#include "convolution/cuda/launch.cuh"
+#include "convolution/cuda/tensor_sums.cuh"
+#include "execution/cuda/grid_images.cuh"
 
 namespace fastmeta {
 

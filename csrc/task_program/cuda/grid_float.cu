@@ -1,5 +1,5 @@
-#include "task_program/grid_run.cuh"
-#include "task_program/grid_run.h"
+#include "task_program/cuda/grid_run.cuh"
+#include "task_program/cuda/grid_run.h"
 
 namespace fastmeta {
 

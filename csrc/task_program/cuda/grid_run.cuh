@@ -1,10 +1,10 @@
 // A job as one launch for each step: its memory, and the way of the tasks' numbers in and out.
 #pragma once
 
-#include "common/workspace.h"
-#include "task_program/grid_executor.cuh"
-#include "task_program/host_passes.cuh"
-#include "task_program/sum_over_tasks.h"
+#include "common/cuda/workspace.h"
+#include "task_program/cuda/grid_executor.cuh"
+#include "task_program/cuda/host_passes.cuh"
+#include "task_program/cuda/sum_over_tasks.h"
 
 #ifndef FASTMETA_TASK_BYTES
 #define FASTMETA_TASK_BYTES (int64_t(4) << 30)  // of all tasks that are done at a time

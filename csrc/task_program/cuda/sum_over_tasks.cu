@@ -1,7 +1,7 @@
 #include "common/ceil_div.h"
-#include "common/launch.cuh"
-#include "common/reduce.cuh"
-#include "task_program/sum_over_tasks.h"
+#include "common/cuda/launch.cuh"
+#include "common/cuda/reduce.cuh"
+#include "task_program/cuda/sum_over_tasks.h"
 
 namespace fastmeta {
 namespace {

@@ -9,10 +9,10 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
-#include "common/cuda_check.h"
-#include "convolution/int_sizes.h"
-#include "task_program/block_run.h"
-#include "task_program/grid_run.h"
+#include "common/cuda/cuda_check.h"
+#include "convolution/cuda/int_sizes.h"
+#include "task_program/cuda/block_run.h"
+#include "task_program/cuda/grid_run.h"
 #include "task_program/labels.h"
 #include "task_program/ops.h"
 

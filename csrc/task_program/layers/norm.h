@@ -22,9 +22,9 @@
 // dy xh, then a and c; behind the tangents the same of those.
 #pragma once
 
-#include "task_program/elementwise.h"
-#include "task_program/math.h"
-#include "task_program/network.h"
+#include "execution/elementwise.h"
+#include "execution/math.h"
+#include "task_program/program/network.h"
 
 namespace fastmeta {
 

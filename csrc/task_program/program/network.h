@@ -1,9 +1,9 @@
 // One pass of a batch of examples through a program: the arrays of its values, and what the layers
-// need of them. The passes themselves are in passes.h.
+// need of them. The passes themselves are in task_program/passes.h.
 #pragma once
 
-#include "task_program/executor.h"
-#include "task_program/program.h"
+#include "execution/executor.h"
+#include "task_program/program/program.h"
 
 namespace fastmeta {
 

@@ -1,4 +1,4 @@
-// The emulator's twin of csrc/common/kernel_call.cuh.
+// The emulator's twin of csrc/common/cuda/kernel_call.cuh.
 #pragma once
 
 #include <cuda_runtime.h>
