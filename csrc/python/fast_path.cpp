@@ -89,8 +89,8 @@ using Data = std::array<PyObject*, 4>;
 class CachedStep {
  public:
   CachedStep(Tensor code, Tensor lr, const std::vector<Tensor>& parameters,
-               const std::vector<Tensor>& frozen, const std::vector<Tensor>& data,
-               std::vector<int64_t> output_shape, int64_t steps, bool first_order, bool keep)
+             const std::vector<Tensor>& frozen, const std::vector<Tensor>& data,
+             std::vector<int64_t> output_shape, int64_t steps, bool first_order, bool keep)
       : code_(std::move(code)),
         lr_(std::move(lr)),
         parameters_(kinds(parameters)),
