@@ -60,7 +60,7 @@ TORCH_LIBRARY(fastmeta, m) {
   // a [T, M, K] or transposed, b [T, K, N] or transposed, not both -> [T, M, N]; CPU alone
   m.def("task_product(Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> Tensor");
 
-  // The three maps of convolution, see convolution/convolution.h: x [T, B, C, H, W],
+  // The three maps of convolution, see execution/conv_shape.h: x [T, B, C, H, W],
   // weight [T, O, C / groups, kh, kw], bias [T, O] -> [T, B, O, H', W']; the gradient of that to x,
   // of height and width `size`, and to the weight. Images come out channels-last in memory if they
   // came in so, which takes no copies, else contiguous.
@@ -85,7 +85,7 @@ TORCH_LIBRARY(fastmeta, m) {
       " Tensor grad_grad_bias, Tensor grad, Tensor x, Tensor weight, float eps)"
       " -> (Tensor grad_grad, Tensor grad_x, Tensor grad_weight)");
 
-  // A network and its loss as a list of instructions: code, see task_program/program.h.
+  // A network and its loss as a list of instructions: code, see task_program/program/program.h.
   // theta [P] or [T, P]; frozen [F]; lr [K or 1, T or 1, P or 1]; x [T, B, ...]; y [T, B] int64
   // labels, or [T, B, ...]; n elements in an example's output. A gradient has the shape of what it
   // is of, and is empty where it is not asked for.

@@ -1,7 +1,7 @@
 #include "batch_norm/batch_norm.h"
-#include "common/launch.cuh"
-#include "common/reduce.cuh"
-#include "common/scalar.cuh"
+#include "common/cuda/launch.cuh"
+#include "common/cuda/reduce.cuh"
+#include "common/cuda/scalar.cuh"
 
 namespace fastmeta {
 namespace {

@@ -7,7 +7,7 @@
 #include <array>
 
 #include "batch_norm/batch_norm_ops.h"
-#include "common/parallel.h"
+#include "common/cpu/parallel.h"
 
 namespace fastmeta {
 namespace {

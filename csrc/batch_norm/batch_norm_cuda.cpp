@@ -2,7 +2,7 @@
 #include <c10/cuda/CUDAGuard.h>
 
 #include "batch_norm/batch_norm_ops.h"
-#include "common/cuda_check.h"
+#include "common/cuda/cuda_check.h"
 
 namespace fastmeta {
 namespace {

@@ -1,10 +1,10 @@
 #include <algorithm>
 
 #include "common/ceil_div.h"
-#include "common/copy.cuh"
-#include "common/launch.cuh"
-#include "common/reduce.cuh"
-#include "common/workspace.h"
+#include "common/cuda/copy.cuh"
+#include "common/cuda/launch.cuh"
+#include "common/cuda/reduce.cuh"
+#include "common/cuda/workspace.h"
 #include "inner_update/inner_update.h"
 
 namespace fastmeta {

@@ -11,9 +11,9 @@
 #include <tuple>
 #include <vector>
 
-#include "common/parallel.h"
-#include "common/widen.h"
-#include "inner_update/check.h"
+#include "common/cpu/parallel.h"
+#include "common/cpu/widen.h"
+#include "inner_update/arguments.h"
 
 namespace fastmeta {
 namespace {

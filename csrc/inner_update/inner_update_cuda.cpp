@@ -6,8 +6,8 @@
 
 #include <tuple>
 
-#include "common/cuda_check.h"
-#include "inner_update/check.h"
+#include "common/cuda/cuda_check.h"
+#include "inner_update/arguments.h"
 
 namespace fastmeta {
 namespace {

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "common/launch.cuh"
+#include "common/cuda/launch.cuh"
 #include "linear_head/block_products.cuh"
 #include "linear_head/linear_head.h"
 

@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "common/ceil_div.h"
-#include "common/reduce.cuh"
-#include "common/scalar.cuh"
+#include "common/cuda/reduce.cuh"
+#include "common/cuda/scalar.cuh"
 
 namespace fastmeta {
 

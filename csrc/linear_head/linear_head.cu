@@ -1,6 +1,6 @@
-#include "common/launch.cuh"
-#include "common/multiprocessors.cuh"
-#include "common/workspace.h"
+#include "common/cuda/launch.cuh"
+#include "common/cuda/multiprocessors.cuh"
+#include "common/cuda/workspace.h"
 #include "linear_head/block_head.cuh"
 
 namespace fastmeta {

@@ -8,8 +8,8 @@
 #include <string_view>
 #include <tuple>
 
-#include "common/denormals.h"
-#include "linear_head/cpu_arguments.h"
+#include "common/cpu/denormals.h"
+#include "linear_head/arguments_cpu.h"
 
 namespace fastmeta {
 namespace {

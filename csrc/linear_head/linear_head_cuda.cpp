@@ -8,8 +8,8 @@
 #include <string_view>
 #include <tuple>
 
-#include "common/cuda_check.h"
-#include "linear_head/check.h"
+#include "common/cuda/cuda_check.h"
+#include "linear_head/arguments.h"
 
 namespace fastmeta {
 namespace {

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "common/workspace.h"
+#include "common/cuda/workspace.h"
 #include "pairwise_distance/gradient.h"
 #include "pairwise_distance/large_tile.cuh"
 

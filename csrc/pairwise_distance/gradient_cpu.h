@@ -11,10 +11,10 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/denormals.h"
-#include "common/gemm.h"
-#include "common/parallel.h"
-#include "common/transpose.h"
+#include "common/cpu/denormals.h"
+#include "common/cpu/gemm.h"
+#include "common/cpu/parallel.h"
+#include "common/cpu/transpose.h"
 #include "pairwise_distance/tile_cpu.h"
 
 namespace fastmeta {

@@ -12,7 +12,7 @@
 
 #include <limits>
 
-#include "common/multiprocessors.cuh"
+#include "common/cuda/multiprocessors.cuh"
 #include "pairwise_distance/tile.cuh"
 
 namespace fastmeta {

@@ -1,4 +1,4 @@
-#include "common/workspace.h"
+#include "common/cuda/workspace.h"
 #include "pairwise_distance/gradient.h"
 #include "pairwise_distance/large_tile.cuh"
 #include "pairwise_distance/pairwise_distance.h"

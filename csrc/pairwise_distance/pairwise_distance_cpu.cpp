@@ -10,9 +10,9 @@
 #include <tuple>
 
 #include "common/check.h"
-#include "common/parallel.h"
-#include "common/widen.h"
-#include "pairwise_distance/check.h"
+#include "common/cpu/parallel.h"
+#include "common/cpu/widen.h"
+#include "pairwise_distance/arguments.h"
 #include "pairwise_distance/gradient_cpu.h"
 #include "pairwise_distance/tile_cpu.h"
 

@@ -7,8 +7,8 @@
 #include <string_view>
 #include <tuple>
 
-#include "common/cuda_check.h"
-#include "pairwise_distance/check.h"
+#include "common/cuda/cuda_check.h"
+#include "pairwise_distance/arguments.h"
 
 namespace fastmeta {
 namespace {

@@ -1,10 +1,10 @@
 #include <limits>
 
 #include "common/ceil_div.h"
-#include "common/launch.cuh"
-#include "common/reduce.cuh"
-#include "common/scalar.cuh"
-#include "common/workspace.h"
+#include "common/cuda/launch.cuh"
+#include "common/cuda/reduce.cuh"
+#include "common/cuda/scalar.cuh"
+#include "common/cuda/workspace.h"
 #include "pairwise_distance/operands.h"
 
 namespace fastmeta {

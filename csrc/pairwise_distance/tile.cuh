@@ -12,9 +12,9 @@
 #include <type_traits>
 
 #include "common/ceil_div.h"
-#include "common/copy.cuh"
-#include "common/launch.cuh"
-#include "common/reduce.cuh"
+#include "common/cuda/copy.cuh"
+#include "common/cuda/launch.cuh"
+#include "common/cuda/reduce.cuh"
 #include "pairwise_distance/operands.h"
 
 namespace fastmeta {

@@ -12,9 +12,9 @@
 #include <cstdint>
 #include <utility>
 
-#include "common/parallel.h"
-#include "common/transpose.h"
-#include "common/widen.h"
+#include "common/cpu/parallel.h"
+#include "common/cpu/transpose.h"
+#include "common/cpu/widen.h"
 #include "pairwise_distance/pairwise_distance.h"
 
 namespace fastmeta {

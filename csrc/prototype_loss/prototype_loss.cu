@@ -2,7 +2,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "common/workspace.h"
+#include "common/cuda/workspace.h"
 #include "pairwise_distance/gradient.h"
 #include "pairwise_distance/large_tile.cuh"
 #include "prototype_loss/prototype_loss.h"

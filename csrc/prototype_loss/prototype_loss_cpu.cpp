@@ -11,12 +11,12 @@
 #include <string_view>
 #include <tuple>
 
+#include "common/cpu/parallel.h"
+#include "common/cpu/widen.h"
 #include "common/labels.h"
-#include "common/parallel.h"
-#include "common/widen.h"
 #include "pairwise_distance/gradient_cpu.h"
 #include "pairwise_distance/tile_cpu.h"
-#include "prototype_loss/check.h"
+#include "prototype_loss/arguments.h"
 #include "prototype_loss/prototype_loss.h"
 
 namespace fastmeta {

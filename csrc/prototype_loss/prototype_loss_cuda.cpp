@@ -7,8 +7,8 @@
 #include <string_view>
 #include <tuple>
 
-#include "common/cuda_check.h"
-#include "prototype_loss/check.h"
+#include "common/cuda/cuda_check.h"
+#include "prototype_loss/arguments.h"
 #include "prototype_loss/prototype_loss.h"
 
 namespace fastmeta {

@@ -8,10 +8,10 @@
 #include <array>
 #include <vector>
 
+#include "common/cpu/parallel.h"
+#include "common/cpu/widen.h"
 #include "common/labels.h"
-#include "common/parallel.h"
-#include "common/widen.h"
-#include "prototypes/check.h"
+#include "prototypes/arguments.h"
 
 namespace fastmeta {
 namespace {

@@ -3,8 +3,8 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
-#include "common/cuda_check.h"
-#include "prototypes/check.h"
+#include "common/cuda/cuda_check.h"
+#include "prototypes/arguments.h"
 
 namespace fastmeta {
 namespace {

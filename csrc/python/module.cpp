@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
-#include "python/prepared.h"
+#include "python/fast_path.h"
 
 namespace {
 

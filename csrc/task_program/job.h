@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/cuda/tf32.h"
 #include "common/dtype.h"
-#include "common/tf32.h"
 #include "task_program/task_arrays.h"
 
 namespace fastmeta {

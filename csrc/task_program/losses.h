@@ -11,9 +11,9 @@
 // Rows with the label to ignore, here -1, have no loss and no gradient.
 #pragma once
 
-#include "task_program/executor.h"
-#include "task_program/math.h"
-#include "task_program/program.h"
+#include "execution/executor.h"
+#include "execution/math.h"
+#include "task_program/program/program.h"
 
 namespace fastmeta {
 

@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "task_program/own_parameters.h"
+#include "task_program/parameter_arena.h"
 
 namespace fastmeta {
 namespace {

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "task_program/program.h"
+#include "task_program/program/program.h"
 
 namespace fastmeta {
 

@@ -10,7 +10,7 @@
 #include "task_program/layers/pool.h"
 #include "task_program/layers/transpose.h"
 #include "task_program/losses.h"
-#include "task_program/network.h"
+#include "task_program/program/network.h"
 
 namespace fastmeta {
 

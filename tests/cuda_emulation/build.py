@@ -58,12 +58,17 @@ def sanitizer_libraries() -> list[str]:
     return found
 
 
-def objects(sources: list[Path], flags: list[str]) -> list[Edge]:
-    """An edge that compiles each source."""
+def objects(sources: list[Path], root: Path, flags: list[str]) -> list[Edge]:
+    """An edge that compiles each source; the object's path is the source's below `root`."""
     return [
-        Edge(f"{source.parent.name}/{source.name}.o", "compile", (str(source),), _flags(flags))
+        Edge(f"{source.relative_to(root)}.o", "compile", (str(source),), _flags(flags))
         for source in sources
     ]
+
+
+def is_cpu(source: Path) -> bool:
+    """Whether a C++ source holds CPU kernels, which are not emulated."""
+    return source.name.endswith("_cpu.cpp") or source.parent.name == "cpu"
 
 
 def library(name: str, inputs: list[str], flags: list[str]) -> Edge:
@@ -80,12 +85,10 @@ def build(folder: Path = BUILD, csrc: Path = ROOT / "csrc") -> None:
 
     Raises BuildError with the compiler's message.
     """
-    runtime = objects(sorted(EMULATOR.glob("*.cpp")), RUNTIME)
-    kernels = objects(sorted(csrc.glob("*/*.cu")), KERNEL)
-    cpu = set(csrc.glob("*/*_cpu.cpp"))
-    rest = sorted(path for path in csrc.glob("*/*.cpp") if path not in cpu)
-    bindings = objects([csrc / "library.cpp", *rest], EMULATED)
-    own_kernels = objects(sorted(EMULATOR.glob("*.cu")), KERNEL)
+    runtime = objects(sorted(EMULATOR.glob("*.cpp")), HERE, RUNTIME)
+    kernels = objects(sorted(csrc.rglob("*.cu")), csrc, KERNEL)
+    bindings = objects(sorted(p for p in csrc.rglob("*.cpp") if not is_cpu(p)), csrc, EMULATED)
+    own_kernels = objects(sorted(EMULATOR.glob("*.cu")), HERE, KERNEL)
     emulator = library("libemulator.so", [edge.output for edge in runtime], [])
     libraries = {"_C.so": [*kernels, *bindings], "kernels.so": own_kernels}
     torch = [f"{kind}{path}" for path in library_paths() for kind in ("-L", "-Wl,-rpath,")]

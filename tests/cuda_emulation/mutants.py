@@ -14,7 +14,7 @@ from tests.cuda_emulation.build import BUILD, KERNEL, ROOT, RULES, library, obje
 from tools.ninja_build import run_ninja
 
 CSRC = ROOT / "csrc"
-KERNELS = [path.relative_to(CSRC) for path in sorted(CSRC.glob("*/*.cu"))]
+KERNELS = [path.relative_to(CSRC) for path in sorted(CSRC.rglob("*.cu"))]
 BARRIER = re.compile(r"^ *__sync(threads|warp)\(.*\);\n", re.MULTILINE)
 
 
@@ -41,10 +41,11 @@ class Mutant:
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         (folder / place).write_text(text[: self.start] + "\n" + text[self.end :])
         changed = [path for path in KERNELS if place in included(path)]
-        compiled = objects(
-            [folder / place if path == place else CSRC / path for path in changed],
-            [f"-I{folder}", *KERNEL],
-        )
+        flags = [f"-I{folder}", *KERNEL]
+        unchanged = [CSRC / path for path in changed if path != place]
+        compiled = objects(unchanged, CSRC, flags)
+        if place in changed:
+            compiled += objects([folder / place], folder, flags)
         kept = [path for path in KERNELS if path not in changed]
         inputs = [*(edge.output for edge in compiled), *(str(BUILD / f"{path}.o") for path in kept)]
         emulator = [f"-L{BUILD}", "-lemulator", f"-Wl,-rpath,{BUILD}"]

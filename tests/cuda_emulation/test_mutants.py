@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.cuda_emulation.emulator import MUTANT
-from tests.cuda_emulation.mutants import Mutant, all_mutants
+from tests.cuda_emulation.mutants import CSRC, Mutant, all_mutants
 
 # Every barrier matters in one of these: the one before the first tile where rows have no features,
 # so no tile; those around differences where products lose digits; those of small tiles where rows
@@ -24,6 +24,7 @@ PROGRAM_TESTS = [
     "tests/cuda_emulation/test_task_program.py",
     "tests/cuda_emulation/test_task_program_images.py",
 ]
+PROGRAM_ROOMS = ("execution", "convolution", "task_program")
 SELECTED = (
     "(float64_reference and torch.float32) or keep_their_digits or small_tiles_walk "
     "or no_launch_has_no_blocks or every_barrier"
@@ -42,8 +43,8 @@ def test_a_missing_barrier_is_found(mutant: Mutant):
     environment = {**os.environ, MUTANT: str(mutant.library)}
     environment["LD_PRELOAD"] += f":{mutant.library}"
     command = [sys.executable, "-m", "pytest", "-x", "-p", "tests.cuda_emulation.plugin"]
-    is_of_programs = mutant.source.parent.name in ("task_program", "convolution")
-    tests = PROGRAM_TESTS if is_of_programs else TESTS
+    room = mutant.source.relative_to(CSRC).parts[0]
+    tests = PROGRAM_TESTS if room in PROGRAM_ROOMS else TESTS
     command += [*tests, "-k", SELECTED]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 1, process.stdout + process.stderr

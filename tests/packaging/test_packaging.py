@@ -36,7 +36,7 @@ def test_the_kernels_headers_compile_without_torch(tmp_path):
     plan = run(sys.executable, "setup.py", "plan", FASTMETA_CUDA="0")
     kernels = [line[7:] for line in plan.stdout.splitlines() if line.startswith("kernel ")]
     assert {"prototypes/prototypes.h", "prototypes/prototypes.cu"} <= set(kernels)
-    assert "common/gemm.h" not in kernels and "prototypes/check.h" not in kernels
+    assert "common/cpu/gemm.h" not in kernels and "prototypes/arguments.h" not in kernels
     headers = [name for name in kernels if name.endswith(".h")]
     program = tmp_path / "all.h"
     program.write_text("".join(f'#include "{name}"\n' for name in headers))

@@ -6,9 +6,9 @@
 //                                                                         + f''(z) z_dot dy
 #pragma once
 
-#include "task_program/executor.h"
-#include "task_program/math.h"
-#include "task_program/program.h"
+#include "execution/executor.h"
+#include "execution/math.h"
+#include "task_program/program/program.h"
 
 namespace fastmeta {
 

@@ -8,7 +8,7 @@
 //                     dw_dot = f_w(dz_dot, x) + f_w(dz, x_dot)               db_dot = sum of dz_dot
 //
 // linear, on the last dimension, weight [O, I]:   z = x W', dx = dz W, dW = dz' x
-// convolution of channels-last images:            convolution/convolution.h
+// convolution of channels-last images:            execution/conv_shape.h
 //
 // `finish` is done with each element that the pass to the next layer makes, `update` with each of
 // the gradient of a parameter.
@@ -16,8 +16,8 @@
 
 #include <type_traits>
 
-#include "task_program/elementwise.h"
-#include "task_program/network.h"
+#include "execution/elementwise.h"
+#include "task_program/program/network.h"
 
 namespace fastmeta {
 

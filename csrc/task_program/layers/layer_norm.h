@@ -14,9 +14,9 @@
 // Kept beside y for each row: mean and 1/s; beside y_dot: mean(x_dot) and s_dot.
 #pragma once
 
-#include "task_program/elementwise.h"
-#include "task_program/math.h"
-#include "task_program/network.h"
+#include "execution/elementwise.h"
+#include "execution/math.h"
+#include "task_program/program/network.h"
 
 namespace fastmeta {
 

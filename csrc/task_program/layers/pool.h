@@ -7,8 +7,8 @@
 //   backward          dx += dy at that place, or dy / count at each; tangent backward: of dy_dot
 #pragma once
 
-#include "task_program/math.h"
-#include "task_program/network.h"
+#include "execution/math.h"
+#include "task_program/program/network.h"
 
 namespace fastmeta {
 

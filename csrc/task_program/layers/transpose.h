@@ -2,7 +2,7 @@
 // back. Every pass is one.
 #pragma once
 
-#include "task_program/network.h"
+#include "task_program/program/network.h"
 
 namespace fastmeta {
 

@@ -1,6 +1,7 @@
 """The code of a task program: what Python writes as a tensor and C++ reads.
 
-An int64 tensor ``[16 + V + 24 N]`` on the CPU; csrc/task_program/program.h reads the same format.
+An int64 tensor ``[16 + V + 24 N]`` on the CPU;
+csrc/task_program/program/program.h reads the same format.
 
     header  format, V values, N instructions, P parameters, F frozen ones, output value,
             loss kind (-1: none), its a and b, mean (1) or sum (0), scale of the loss, first step

@@ -1,8 +1,8 @@
 // Steps of the grid executor, for test_grid_steps.py.
 #include <string_view>
 
-#include "convolution/convolution_kernel.cuh"
-#include "task_program/grid_executor.cuh"
+#include "convolution/cuda/convolution_kernel.cuh"
+#include "task_program/cuda/grid_executor.cuh"
 
 namespace fastmeta {
 namespace {

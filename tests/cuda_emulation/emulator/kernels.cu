@@ -2,8 +2,8 @@
 // out[i] = in[the next lane's i], and has a version with one bug planted.
 #include <string_view>
 
-#include "common/launch.cuh"
-#include "common/reduce.cuh"
+#include "common/cuda/launch.cuh"
+#include "common/cuda/reduce.cuh"
 
 namespace fastmeta {
 namespace {

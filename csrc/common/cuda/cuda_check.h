@@ -1,0 +1,54 @@
+// What every CUDA binding shares: errors of launches, labels, scratch memory.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <algorithm>
+
+#include "common/check.h"
+#include "common/cuda/label_range.h"
+#include "common/labels.h"
+
+namespace fastmeta {
+
+inline void check_launch(int error, const char* op) {
+  TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(static_cast<cudaError_t>(error)));
+}
+
+inline void* current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+inline at::Tensor scratch(int64_t bytes, const at::Tensor& like) {
+  return at::empty({bytes}, like.options().dtype(at::kByte));
+}
+
+// Whether the current stream is being captured into a graph.
+inline bool is_being_captured() {
+  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+}
+
+// Whether an entry of labels [T, E], contiguous, is outside 0 <= label < classes. It waits for the
+// answer, which a stream being captured cannot: there the kernels do with such a label what their
+// header says.
+inline bool has_cuda_label_out_of_range(const at::Tensor& labels, int64_t classes,
+                                        const char* name) {
+  if (labels.numel() == 0 || is_being_captured()) return false;
+  const auto bad = at::empty({kLabelRangeParts}, labels.options().dtype(at::kInt));
+  check_launch(launch_label_range(labels.const_data_ptr<int64_t>(), labels.numel(), classes,
+                                  bad.mutable_data_ptr<int>(), current_stream()),
+               name);
+  const auto answer = bad.cpu();
+  const int* part = answer.const_data_ptr<int>();
+  return std::any_of(part, part + answer.numel(), [](int found) { return found != 0; });
+}
+
+// Raises ValueError for the first such entry.
+inline void check_cuda_label_range(const at::Tensor& labels, int64_t classes, const char* name) {
+  if (has_cuda_label_out_of_range(labels, classes, name)) {
+    check_label_range(labels.cpu(), classes, name);
+  }
+}
+
+}  // namespace fastmeta

@@ -1,0 +1,11 @@
+#include "task_program/cpu/run.h"
+#include "task_program/cpu/workers.h"
+
+namespace fastmeta {
+
+template <>
+void run_on_cpu<float>(const Job& job) {
+  run_with_threads<float>(job);
+}
+
+}  // namespace fastmeta

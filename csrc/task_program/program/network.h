@@ -1,0 +1,85 @@
+// One pass of a batch of examples through a program: the arrays of its values, and what the layers
+// need of them. The passes themselves are in task_program/passes.h.
+#pragma once
+
+#include "execution/executor.h"
+#include "task_program/program/program.h"
+
+namespace fastmeta {
+
+// Examples of a task. `targets` are labels as numbers, -1 where ignored, or what a regression is to
+// give; `norm`, one number, multiplies the loss of an example.
+template <typename storage_t>
+struct Examples {
+  int64_t count;
+  Array<storage_t> x, targets, norm;
+};
+
+template <typename storage_t>
+struct Parameters {
+  Array<storage_t> theta, frozen;
+
+  FASTMETA_HOST_DEVICE Array<storage_t> at(int64_t parameter) const {
+    if (parameter == kNoParameter) return {};
+    return is_adapted(parameter) ? theta.from(parameter) : frozen.from(-2 - parameter);
+  }
+};
+
+// Arrays of a value each, [B, elements], one after the other, in an arena of its own for the values,
+// their gradients, and the tangents of both. The input is not in them.
+template <typename storage_t>
+struct Activations {
+  Array<storage_t> value, delta, value_dot, delta_dot;
+  Array<storage_t> input_delta, input_delta_dot;  // where wanted
+  Array<storage_t> row_loss;                      // [B]
+};
+
+template <typename storage_t>
+struct Network {
+  const Program& program;
+  Parameters<storage_t> parameters;
+  Parameters<storage_t> direction;  // theta_dot
+  Examples<storage_t> examples;
+  Activations<storage_t> arrays;
+  int64_t step = 0;  // k, of theta_k
+
+  FASTMETA_HOST_DEVICE const Value& info(int v) const { return program.values[v]; }
+  FASTMETA_HOST_DEVICE int64_t size(int v) const { return examples.count * info(v).elements; }
+
+  FASTMETA_HOST_DEVICE Array<storage_t> value(int v) const {
+    return v == 0 ? examples.x : inside(arrays.value, v);
+  }
+  // Empty where nobody needs it.
+  FASTMETA_HOST_DEVICE Array<storage_t> delta(int v) const {
+    if (v == 0) return arrays.input_delta;
+    return reaches_what_is_wanted(v) ? inside(arrays.delta, v) : Array<storage_t>{};
+  }
+  // Empty where the tangent is zero.
+  FASTMETA_HOST_DEVICE Array<storage_t> value_dot(int v) const {
+    return info(v).adapts ? inside(arrays.value_dot, v) : Array<storage_t>{};
+  }
+  FASTMETA_HOST_DEVICE Array<storage_t> delta_dot(int v) const {
+    if (v == 0) return arrays.input_delta_dot;
+    return reaches_what_is_wanted(v) ? inside(arrays.delta_dot, v) : Array<storage_t>{};
+  }
+  // What a layer keeps beside its output y, and the tangent of that.
+  FASTMETA_HOST_DEVICE Array<storage_t> extra(int y) const { return value(y).from(size(y)); }
+  FASTMETA_HOST_DEVICE Array<storage_t> extra_dot(int y) const {
+    const auto tangent = value_dot(y);
+    return tangent ? tangent.from(size(y)) : tangent;
+  }
+  // The tangent of a parameter; empty where it is not adapted.
+  FASTMETA_HOST_DEVICE Array<storage_t> tangent_of(int64_t parameter) const {
+    return is_adapted(parameter) ? direction.at(parameter) : Array<storage_t>{};
+  }
+
+ private:
+  FASTMETA_HOST_DEVICE bool reaches_what_is_wanted(int v) const {
+    return info(v).adapts || arrays.input_delta || arrays.input_delta_dot;
+  }
+  FASTMETA_HOST_DEVICE Array<storage_t> inside(const Array<storage_t>& arena, int v) const {
+    return arena.from(examples.count * info(v).offset);
+  }
+};
+
+}  // namespace fastmeta
