@@ -31,8 +31,6 @@ class Times:
 def calls_per_turn(side: Side, seconds: float) -> int:
     """Counts the steps that take about so many seconds; a longer step is a turn by itself."""
     calls = 1
-    if side.time(calls) >= seconds:
-        return calls
     # The best of several: one that was disturbed would make all turns too short.
     while (taken := min(side.time(calls) for _ in range(TRIES))) < seconds / 4:
         calls *= 4
