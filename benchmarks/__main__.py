@@ -3,8 +3,11 @@
     python -m benchmarks run [--workload NAME ...] [--peer NAME ...] [--rounds N]
                              [--device cpu|cuda] [--threads N] [--out DIR]
     python -m benchmarks report [--device cpu|cuda] [--out DIR] [--keep]
+    python -m benchmarks regression --base REV [--only NAME ...] [--rounds N] [--seconds S]
+                                    [--threads N] [--threshold R] [--out FILE]
 
-`run` measures fastmeta against its peers alone, `report` draws and prints what it left.
+`run` measures fastmeta against its peers alone, `report` draws and prints what it left,
+`regression` says whether the working tree is slower than a revision.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The commands `run` and `report` of `python -m benchmarks`."""
+"""The commands `run`, `report` and `regression` of `python -m benchmarks`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from benchmarks.common.workloads import WORKLOADS
 from benchmarks.peers import results, tables
 from benchmarks.peers.contenders import CONTENDERS, OURS
 from benchmarks.peers.run import run
+from benchmarks.regression import command as regression
 
 PEERS = tuple(dict.fromkeys(c.name for c in CONTENDERS if c.name != OURS))
 ROUNDS = 15
@@ -57,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
     for command in (measure, report):
         command.add_argument("--device", choices=results.DEVICES, default="cpu")
         command.add_argument("--out", type=Path, default=results.OUT, help="folder of the results")
+    about = "compile an earlier revision and say whether the working tree is slower"
+    regression.add_arguments(commands.add_parser("regression", help=about))
     return top
 
 
@@ -89,4 +92,6 @@ def report(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    if options.command == "regression":
+        return regression.main(options)
     return report(options) if options.command == "report" else peers(options)

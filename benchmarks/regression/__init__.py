@@ -1,0 +1,1 @@
+"""Speed of the working tree over the speed of an earlier revision, workload by workload."""
