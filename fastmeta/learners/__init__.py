@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastmeta.engines.base import MetaGradient
-from fastmeta.learners.base import AdaptedTasks
+from fastmeta.learners.base import AdaptedTasks, Learner
 from fastmeta.learners.gradient.anil import ANIL, AdaptedHeads
 from fastmeta.learners.gradient.fomaml import FOMAML
 from fastmeta.learners.gradient.imaml import IMAML
@@ -21,6 +21,7 @@ __all__ = [
     "MAML",
     "AdaptedHeads",
     "AdaptedTasks",
+    "Learner",
     "MAMLPlusPlus",
     "MetaCurvature",
     "MetaGradient",

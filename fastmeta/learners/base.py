@@ -1,13 +1,36 @@
-"""Modules adapted to tasks, which learners hand out."""
+"""The contract of learners, and the modules adapted to tasks that they hand out."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.base import Engine
+
+
+class Learner(Protocol):
+    """The calls that every learner has: a meta-loss, adaptation to tasks, an explanation.
+
+    Learners add options of their own; code that takes any learner relies on these three.
+    """
+
+    def meta_loss(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The mean query loss over tasks, to call ``backward()`` on, and the query outputs."""
+        ...
+
+    def adapt_tasks(self, support_x: Tensor, support_y: Tensor) -> Callable[[Tensor], Tensor]:
+        """The learner adapted to every task: queries ``[T, Q, ...]`` -> outputs ``[T, Q, N]``."""
+        ...
+
+    def explain(self) -> str:
+        """How it computes, in a few sentences."""
+        ...
 
 
 @dataclass(frozen=True)

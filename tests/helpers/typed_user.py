@@ -10,7 +10,7 @@ from typing_extensions import assert_type
 
 import fastmeta as fm
 from fastmeta.data import Episode
-from fastmeta.learners import AdaptedHeads, AdaptedTasks, MetaGradient
+from fastmeta.learners import AdaptedHeads, AdaptedTasks, Learner, MetaGradient
 
 
 def ops() -> None:
@@ -41,6 +41,16 @@ def trees() -> None:
 
     assert_type(fm.hvp(loss, tree, tree, torch.rand(2, 3)), dict[str, Tensor])
     assert_type(fm.hvp(lambda p: (p**3).sum(), arena, arena, mode="forward"), Tensor)
+
+
+def contract() -> None:
+    net, head = nn.Linear(3, 2), nn.Linear(2, 2)
+    x, y = torch.randn(2, 4, 3), torch.arange(2).repeat(2, 2)
+    every: list[Learner] = [fm.MAML(net), fm.Reptile(net), fm.ANIL(net, head), fm.ProtoNet(net)]
+    for learner in every:
+        assert_type(learner.meta_loss(x, y, x, y), tuple[Tensor, Tensor])
+        assert_type(learner.adapt_tasks(x, y)(x), Tensor)
+        assert_type(learner.explain(), str)
 
 
 def learners() -> None:
@@ -84,5 +94,6 @@ def backends() -> None:
 ops()
 trees()
 learners()
+contract()
 metric_learner()
 backends()
