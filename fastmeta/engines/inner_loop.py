@@ -197,8 +197,8 @@ class InnerLoop:
                     tape.grads.append(grads)
                 if taped and state:
                     tape.states.append(state)
-                at = Step(k, theta, grads, inputs.step_sizes.at(k), state)
-                theta, state = self.rule.step(at)
+                # Step in place: a name would keep theta_k alive during the next gradient.
+                theta, state = self.rule.step(Step(k, theta, grads, inputs.step_sizes.at(k), state))
         self.rule.finish(state, self.options.steps)
         return theta, tape
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.engines.auto import AutoEngine
 from fastmeta.engines.base import InnerLoopOptions, TaskBatch
 from fastmeta.engines.functional.engine import FunctionalEngine
 from fastmeta.engines.program.engine import ProgramEngine, ProgramOptions
@@ -79,6 +80,13 @@ def engines(net: nn.Module, loss, *options, **more) -> tuple[FunctionalEngine, P
     memory = ProgramOptions(memory=more.pop("memory", "auto"))
     inner = InnerLoopOptions(*options, **more)
     return FunctionalEngine(net, loss, inner), ProgramEngine(net, loss, inner, memory)
+
+
+def auto_engine(net: nn.Module, loss, options: InnerLoopOptions | None = None) -> AutoEngine:
+    """The engine of a learner with ``engine="auto"``."""
+    options = InnerLoopOptions() if options is None else options
+    program = ProgramEngine(net, loss, options, ProgramOptions(compiled_only=True))
+    return AutoEngine(program, FunctionalEngine(net, loss, options))
 
 
 def leaves(engine: FunctionalEngine, tasks: Tasks, lr) -> tuple[Tensor | float, list, list]:

@@ -325,7 +325,8 @@ def test_no_graph_of_the_steps_of_a_rule(problem):
     with pytest.raises(ValueError, match="cuda_graph=True: "):
         maml.meta_loss(*tasks)
     if fm.build_info()["native"]:
-        assert "the inner rule is Adam" in maml._engine.why_no_graph(maml._engine.program())
+        program = maml._engine.program
+        assert "the inner rule is Adam" in program.why_no_graph(program.program())
 
 
 def test_a_clone_takes_plain_steps_only(problem):

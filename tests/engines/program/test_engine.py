@@ -15,7 +15,7 @@ import fastmeta as fm
 from fastmeta.engines.base import Examples, InnerLoopOptions, TaskBatch
 from fastmeta.engines.functional.engine import FunctionalEngine
 from fastmeta.engines.program.engine import ProgramEngine, ProgramOptions
-from tests.helpers.engines import ERRORS, engines, leaves
+from tests.helpers.engines import ERRORS, auto_engine, engines, leaves
 from tests.helpers.networks import Tasks, relative_error
 from tests.helpers.networks import build as build_network
 from tests.helpers.programs import LOSSES, NETWORKS, build, tasks_for
@@ -269,7 +269,7 @@ def test_what_a_program_does_not_take_the_functional_engine_does(device):
     tasks = replaced(tasks_for("tanh", "mse", device), "query_y", lambda y: y[:, :, :1])
     with pytest.warns(UserWarning, match="different to the input size"):
         expected, _ = FunctionalEngine(net, F.mse_loss).meta_loss(None, 0.1, TaskBatch(*tasks))
-        actual, _ = ProgramEngine(net, F.mse_loss).meta_loss(None, 0.1, TaskBatch(*tasks))
+        actual, _ = auto_engine(net, F.mse_loss).meta_loss(None, 0.1, TaskBatch(*tasks))
     assert torch.equal(actual, expected)
 
 
@@ -291,13 +291,13 @@ def test_circumstances_that_a_program_does_not_take(device):
     expected = FunctionalEngine(net, F.cross_entropy).hvp(
         theta, Examples(*tasks[:2], role=""), theta
     )
-    product = ProgramEngine(net, F.cross_entropy).hvp(theta, Examples(*tasks[:2], role=""), theta)
+    product = auto_engine(net, F.cross_entropy).hvp(theta, Examples(*tasks[:2], role=""), theta)
     assert product.requires_grad and torch.equal(product, expected)
 
 
 def test_without_compiled_ops(device):
     net, tasks = build("tanh", device), tasks_for("tanh", device=device)
-    compiled, _ = ProgramEngine(net, F.cross_entropy, InnerLoopOptions(2)).meta_loss(
+    compiled, _ = auto_engine(net, F.cross_entropy, InnerLoopOptions(2)).meta_loss(
         None, 0.1, TaskBatch(*tasks)
     )
     with fm.use_backend("torch"):

@@ -240,7 +240,7 @@ def test_statistics_are_frozen_parameters_once_each():
 
 
 def test_an_unknown_choice_is_an_error():
-    expected = r"norm_statistics: expected one of \('batch', 'running'\), got 'population'"
+    expected = r"norm_statistics: expected one of batch, running, got 'population'"
     with pytest.raises(ValueError, match=expected):
         fm.MAML(nn.Linear(3, 2), norm_statistics="population")
 

@@ -375,12 +375,12 @@ def test_explain_says_what_the_functional_engine_does(device):
         (
             {"engine": "native"},
             ValueError,
-            r"engine: expected one of \('auto', 'program', .*'native'",
+            r"engine: expected one of auto, program, .*'native'",
         ),
         (
             {"memory": None},
             ValueError,
-            r"memory: expected one of \('auto', 'recompute', .* got None",
+            r"memory: expected one of auto, recompute, .* got None",
         ),
     ],
 )

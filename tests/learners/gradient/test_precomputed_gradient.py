@@ -70,7 +70,7 @@ def test_reptile_in_batches(problem, engine):
         net[0].bias += 5  # no dead unit, whose Adam steps hang on the epsilon
     learner = reptile(net, engine=engine)
     torch.manual_seed(0)
-    rows = learner._rows(11)
+    rows = learner._draw_indices(11)
     expected = reptile_by_hand(net, tasks, rows, 0.01).mean(0)
     assert relative_error(gradient(learner, tasks), expected) < EXACT
 
@@ -98,12 +98,12 @@ def test_reptile_of_one_task_after_another_is_its_serial_version(problem):
 
 def test_the_examples_of_each_step_of_reptile(problem):
     learner = reptile(problem[0])
-    rows = learner._rows(11)
+    rows = learner._draw_indices(11)
     assert rows.shape == (K, 4)
     assert len(set(rows.flatten()[:11].tolist())) == 11
-    assert not torch.equal(learner._rows(11), rows)
-    assert learner._rows(4) is None
-    assert reptile(problem[0], inner_batch=None)._rows(11) is None
+    assert not torch.equal(learner._draw_indices(11), rows)
+    assert learner._draw_indices(4) is None
+    assert reptile(problem[0], inner_batch=None)._draw_indices(11) is None
     usual = fm.Reptile(problem[0])
     assert (usual.inner_batch, usual.steps, usual.lr, usual.first_order) == (10, 5, 1e-3, True)
 
