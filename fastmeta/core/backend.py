@@ -1,6 +1,6 @@
 """Which implementation an op runs: the compiled one, or plain PyTorch.
 
-`FASTMETA_BACKEND=native|torch` (read at every call) or `use_backend` force the choice; without
+``FASTMETA_BACKEND=native|torch`` (read at every call) or ``use_backend`` force the choice; without
 either, native kernels run wherever they exist.
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def _compiled_with(file: str) -> str:
@@ -106,7 +107,7 @@ def _checked_backend(value: str, source: str) -> str:
 
 @contextlib.contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Forces "native" or "torch" for the ops called inside a `with` block, on every thread.
+    """Forces "native" or "torch" for the ops called inside a ``with`` block, on every thread.
 
     Overrides the environment variable FASTMETA_BACKEND. Raises ValueError for another name.
 
@@ -153,14 +154,14 @@ def _select(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
     return ("torch" if requested == "torch" or reason else "native"), reason
 
 
-def is_available(op: str, x: torch.Tensor) -> bool:
-    """Whether `op`, in whose place others run without a warning, has a kernel and may run it."""
+def is_available(op: str, x: Tensor) -> bool:
+    """Whether ``op``, in whose place others run without a warning, has a kernel and may run it."""
     built = x.dtype in KERNELS.get((op, x.device.type), ())
     return built and _selected() != "torch"
 
 
-def is_native(op: str, x: torch.Tensor) -> bool:
-    """Whether `op` on `x` runs its native kernel; warns once where one was to be expected."""
+def is_native(op: str, x: Tensor) -> bool:
+    """Whether ``op`` on ``x`` runs its native kernel; warns once where one was to be expected."""
     backend, reason = _select(op, x.device.type, x.dtype)
     if reason and not torch.compiler.is_compiling():
         _warn(reason)
@@ -170,7 +171,7 @@ def is_native(op: str, x: torch.Tensor) -> bool:
 def backend_of(
     op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> str:
-    """The implementation that `op` runs for tensors of `dtype` on `device`: "native" or "torch".
+    """The implementation that ``op`` runs for tensors of ``dtype`` on ``device``: "native" or "torch".
 
     Args:
         op: "inner_update", "prototypes", "pairwise_distance", "prototype_loss", "linear_head",
@@ -190,7 +191,7 @@ def backend_of(
 
 
 def build_info() -> dict[str, Any]:
-    """What was built: `native` (bool) and, with it, compiler, torch, isa and cuda; else `reason`.
+    """What was built: ``native`` (bool) and, with it, compiler, torch, isa and cuda; else ``reason``.
 
     >>> fm.build_info()["native"]
     True

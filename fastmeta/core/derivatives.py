@@ -83,7 +83,7 @@ def tangent(gradients: Callable[[Any], Any], params: Any, vector: Any) -> tuple[
     zero tangents, and jvp(vmap(grad)) silently drops the tangent of the statistics that a
     normalisation layer saves.
     """
-    dense = tree_map(torch.Tensor.contiguous, (params, vector))
+    dense = tree_map(Tensor.contiguous, (params, vector))
     value, along, *_ = jvp(gradients, dense[:1], dense[1:])
     return value, along
 

@@ -6,7 +6,7 @@ import torch
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for bfloat16 and float16, else `dtype`."""
+    """float32 for bfloat16 and float16, else ``dtype``."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 

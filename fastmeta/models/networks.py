@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = [
     "MLP",
@@ -57,7 +56,7 @@ class Conv4(nn.Module):
             mean.
 
     Raises:
-        ValueError: unknown `pool`, or an image too small to be halved four times.
+        ValueError: unknown ``pool``, or an image too small to be halved four times.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class Conv4(nn.Module):
         self.embedding_size = hidden if self.mean else hidden * (image_size // 16) ** 2
         self.head = nn.Identity() if ways is None else nn.Linear(self.embedding_size, ways)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         features = self.features(x)
         embedding = features.mean((2, 3)) if self.mean else features.flatten(1)
         return self.head(embedding)
@@ -101,7 +100,7 @@ class _ResidualBlock(nn.Module):
         )
         self.end = nn.Sequential(_leaky_relu(), nn.MaxPool2d(2))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.end(self.body(x) + self.shortcut(x))
 
 
@@ -143,5 +142,5 @@ class ResNet12(nn.Module):
         self.embedding_size = widths[-1]
         self.head = nn.Identity() if ways is None else nn.Linear(self.embedding_size, ways)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x).mean((2, 3)))

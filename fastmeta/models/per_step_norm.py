@@ -6,7 +6,7 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastmeta.core.inner_step import current_step
@@ -27,7 +27,7 @@ class _PerStepBatchNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(steps + 1, channels))
         self.bias = nn.Parameter(torch.zeros(steps + 1, channels))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if x.ndim not in self._ndims or x.shape[1] != self.channels:
             ndims = " or ".join(map(str, self._ndims))
             raise ValueError(

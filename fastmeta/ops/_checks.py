@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 METRICS = ("sqeuclidean", "euclidean", "cosine", "dot")
 
 
-def check_floating(name: str, x: torch.Tensor) -> None:
-    if not isinstance(x, torch.Tensor):
+def check_floating(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
 
 
-def check_together(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+def check_together(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """Same dtype and device."""
     if x.dtype != other.dtype:
         raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}")
@@ -22,15 +23,15 @@ def check_together(name: str, x: torch.Tensor, other_name: str, other: torch.Ten
         raise ValueError(f"{name} must be on {other.device} like {other_name}, got {x.device}")
 
 
-def check_dims(name: str, x: torch.Tensor, shape: str) -> None:
-    """`shape` is written "[T, Q, D]"; the leading T may be missing."""
+def check_dims(name: str, x: Tensor, shape: str) -> None:
+    """``shape`` is written "[T, Q, D]"; the leading T may be missing."""
     dims = shape.count(",") + 1
     if x.dim() not in (dims, dims - 1):
         raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
 
 
-def check_labels(name: str, labels: torch.Tensor, shape: torch.Size, device: torch.device) -> None:
-    if not isinstance(labels, torch.Tensor):
+def check_labels(name: str, labels: Tensor, shape: torch.Size, device: torch.device) -> None:
+    if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
     if labels.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {labels.dtype}")
@@ -46,7 +47,7 @@ def check_option(name: str, value: object, options: tuple[str, ...]) -> None:
 
 
 def check_rows(
-    name: str, x: torch.Tensor, other_name: str, other: torch.Tensor, shape: str, other_shape: str
+    name: str, x: Tensor, other_name: str, other: Tensor, shape: str, other_shape: str
 ) -> None:
     """Two sets of rows, [T, Q, D] and [T, N, D], that agree in T and D."""
     for n, tensor, s in ((name, x, shape), (other_name, other, other_shape)):

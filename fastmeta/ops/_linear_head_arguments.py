@@ -29,7 +29,7 @@ class Head(NamedTuple):
 def _for_all(
     name: str, tensor: Tensor, shape: tuple[int, ...], tasks: int | None, x: Tensor
 ) -> Tensor:
-    """`tensor` of `shape`, one for all tasks or with the task dimension in front -> [T, *shape]."""
+    """``tensor`` of ``shape``, one for all tasks or with the task dimension in front -> [T, *shape]."""
     check_floating(name, tensor)
     check_together(name, tensor, "x", x)
     allowed = [list(shape)] if tasks is None else [list(shape), [tasks, *shape]]
@@ -96,7 +96,7 @@ def checked_steps(steps: int) -> int:
 
 
 def step_sizes(lr: float | Tensor, steps: int, x: Tensor) -> Tensor:
-    """`lr` for x [T, S, D] as [T, K], in the accumulation dtype. Differentiable."""
+    """``lr`` for x [T, S, D] as [T, K], in the accumulation dtype. Differentiable."""
     tasks, dtype = x.shape[0], accumulation_dtype(x.dtype)
     if not isinstance(lr, Tensor):
         return torch.full((1, 1), float(lr), dtype=dtype, device=x.device).expand(tasks, steps)

@@ -13,67 +13,68 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
 from fastmeta.ops._registration import as_function
 
-Rows = tuple[torch.Tensor, torch.Tensor]
+Rows = tuple[Tensor, Tensor]
 
 
 class PairwiseOptions(NamedTuple):
     """What an op takes after x and y; None where it has no such argument."""
 
-    labels: torch.Tensor | None
+    labels: Tensor | None
     metric: str
     scale: float | None
 
 
 class PairwiseOp(NamedTuple):
-    forward: Callable[..., torch.Tensor]  # (x, y, *rest) -> out
+    forward: Callable[..., Tensor]  # (x, y, *rest) -> out
     backward: Callable[..., Rows]  # (grad_out, x, y, *rest) -> grad_x, grad_y
-    tangent: Callable[..., torch.Tensor]  # (x, y, x_dot, y_dot, *rest) -> out_dot
+    tangent: Callable[..., Tensor]  # (x, y, x_dot, y_dot, *rest) -> out_dot
 
 
-def _or_zeros(tangent: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+def _or_zeros(tangent: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if tangent is None else tangent
 
 
 def hessian_vector_product(
-    tangent: Callable[..., torch.Tensor],
-    g: torch.Tensor,
+    tangent: Callable[..., Tensor],
+    g: Tensor,
     rows: Rows,
-    direction: tuple[torch.Tensor | None, ...],
+    direction: tuple[Tensor | None, ...],
     rest: PairwiseOptions,
 ) -> Rows:
-    """H v of <g, f> for v = `direction`, None meaning zero."""
+    """H v of <g, f> for v = ``direction``, None meaning zero."""
     v = tuple(_or_zeros(d, r) for d, r in zip(direction, rows, strict=True))
     pullback = torch.func.vjp(lambda x, y: tangent(x, y, *v, *rest), *rows)[1]
     return pullback(g)
 
 
-def save(ctx: Any, tensors: tuple[torch.Tensor, ...], rest: tuple[Any, ...]) -> None:
+def save(ctx: Any, tensors: tuple[Tensor, ...], rest: tuple[Any, ...]) -> None:
     labels, ctx.metric, ctx.scale = rest
     ctx.save_for_backward(*tensors, labels)
     ctx.save_for_forward(*tensors, labels)
 
 
-def saved(ctx: Any) -> tuple[tuple[torch.Tensor, ...], PairwiseOptions]:
+def saved(ctx: Any) -> tuple[tuple[Tensor, ...], PairwiseOptions]:
     *tensors, labels = ctx.saved_tensors
     return tuple(tensors), PairwiseOptions(labels, ctx.metric, ctx.scale)
 
 
-def differentiable(op: PairwiseOp) -> Callable[..., torch.Tensor]:
-    """`op.forward` as a function that autograd and torch.func differentiate any number of times."""
+def differentiable(op: PairwiseOp) -> Callable[..., Tensor]:
+    """``op.forward`` as a function that autograd and torch.func differentiate any number of times."""
 
     class Backward(Function):
         generate_vmap_rule = True
 
         @staticmethod
         def forward(
-            grad_out: torch.Tensor,
-            x: torch.Tensor,
-            y: torch.Tensor,
-            labels: torch.Tensor | None,
+            grad_out: Tensor,
+            x: Tensor,
+            y: Tensor,
+            labels: Tensor | None,
             metric: str,
             scale: float | None,
         ) -> Rows:
@@ -84,9 +85,7 @@ def differentiable(op: PairwiseOp) -> Callable[..., torch.Tensor]:
             save(ctx, inputs[:3], inputs[3:])
 
         @staticmethod
-        def backward(
-            ctx: Any, grad_grad_x: torch.Tensor, grad_grad_y: torch.Tensor
-        ) -> tuple[Any, ...]:
+        def backward(ctx: Any, grad_grad_x: Tensor, grad_grad_y: Tensor) -> tuple[Any, ...]:
             (g, x, y), rest = saved(ctx)
             direction = (grad_grad_x, grad_grad_y)
             second = hessian_vector_product(op.tangent, g, (x, y), direction, rest)
@@ -104,27 +103,27 @@ def differentiable(op: PairwiseOp) -> Callable[..., torch.Tensor]:
 
         @staticmethod
         def forward(
-            x: torch.Tensor,
-            y: torch.Tensor,
-            labels: torch.Tensor | None,
+            x: Tensor,
+            y: Tensor,
+            labels: Tensor | None,
             metric: str,
             scale: float | None,
-        ) -> torch.Tensor:
+        ) -> Tensor:
             return op.forward(x, y, labels, metric, scale)
 
         @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
             save(ctx, inputs[:2], inputs[2:])
 
         @staticmethod
-        def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
+        def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
             (x, y), rest = saved(ctx)
             # torch.compile has no second derivatives, and loses track of a nested Function.
             gradient = op.backward if torch.compiler.is_compiling() else backward
             return *gradient(grad_out, x, y, *rest), None, None, None
 
         @staticmethod
-        def jvp(ctx: Any, x_dot: Any, y_dot: Any, *_: Any) -> torch.Tensor:
+        def jvp(ctx: Any, x_dot: Any, y_dot: Any, *_: Any) -> Tensor:
             (x, y), rest = saved(ctx)
             return op.tangent(x, y, _or_zeros(x_dot, x), _or_zeros(y_dot, y), *rest)
 

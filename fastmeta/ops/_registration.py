@@ -1,9 +1,9 @@
 """Gives the compiled ops what PyTorch's transforms need, and joins them to autograd.
 
-Derivatives are `torch.autograd.Function`s with `setup_context` and `jvp`: in torch 2.13
-`torch.library.register_autograd` fails under `torch.func.grad` and gives a silently zero tangent
-under `torch.func.jvp`. The compiled ops themselves carry a fake and a vmap rule, so that
-`generate_vmap_rule` serves every Function.
+Derivatives are ``torch.autograd.Function``s with ``setup_context`` and ``jvp``: in torch 2.13
+``torch.library.register_autograd`` fails under ``torch.func.grad`` and gives a silently zero tangent
+under ``torch.func.jvp``. The compiled ops themselves carry a fake and a vmap rule, so that
+``generate_vmap_rule`` serves every Function.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch.autograd import Function
 from fastmeta.core import backend
 
 
-def fold(x: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
-    """Merges a vmapped dimension of `size` into the task dimension, which leads."""
+def fold(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """Merges a vmapped dimension of ``size`` into the task dimension, which leads."""
     moved = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     return moved.flatten(0, 1)
 
 
-def unfold(x: torch.Tensor, size: int) -> torch.Tensor:
+def unfold(x: Tensor, size: int) -> Tensor:
     return x.unflatten(0, (size, x.shape[0] // size if size else 0))
 
 
@@ -35,11 +35,11 @@ def folding(op: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
         size = info.batch_size
         folded = (
-            fold(arg, dim, size) if isinstance(arg, torch.Tensor) else arg
+            fold(arg, dim, size) if isinstance(arg, Tensor) else arg
             for arg, dim in zip(args, in_dims, strict=True)
         )
         out = op(*folded)
-        if isinstance(out, torch.Tensor):
+        if isinstance(out, Tensor):
             return unfold(out, size), 0
         return tuple(unfold(o, size) for o in out), (0,) * len(out)
 
@@ -47,9 +47,9 @@ def folding(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def register(name: str, fake: Callable[..., Any], vmap: Callable[..., Any] | None = None) -> None:
-    """Registers `fake` and a vmap rule for `torch.ops.fastmeta.<name>`, where it was built.
+    """Registers ``fake`` and a vmap rule for ``torch.ops.fastmeta.<name>``, where it was built.
 
-    The rule folds the vmapped dimension into the tasks, unless `vmap` does it another way.
+    The rule folds the vmapped dimension into the tasks, unless ``vmap`` does it another way.
     """
     if backend._C is None:
         return
@@ -69,14 +69,14 @@ def traces_transform() -> bool:
     )
 
 
-def is_native(op: str, x: torch.Tensor) -> bool:
+def is_native(op: str, x: Tensor) -> bool:
     return not traces_transform() and backend.is_native(op, x)
 
 
 def as_function(cls: type[Function], compiled: type[Function] | None = None) -> Callable[..., Any]:
-    """`cls.apply`, and under torch.compile that of `compiled`, or of a twin without `jvp`.
+    """``cls.apply``, and under torch.compile that of ``compiled``, or of a twin without ``jvp``.
 
-    torch.compile refuses a `jvp`. `Function.apply` reads the signature of `forward` at every call,
+    torch.compile refuses a ``jvp``. ``Function.apply`` reads the signature of ``forward`` at every call,
     which takes longer than a small op itself; what it does besides outside torch.func stands here.
     """
     twin: Any = compiled or type(f"{cls.__name__}Compiled", (cls,), {"jvp": Function.jvp})
@@ -92,5 +92,5 @@ def as_function(cls: type[Function], compiled: type[Function] | None = None) -> 
     return apply
 
 
-def contiguous_like(x: torch.Tensor) -> torch.Tensor:
+def contiguous_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast, overload
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 from torch.utils import _pytree as pytree
 
@@ -25,11 +26,11 @@ from fastmeta.ops._registration import (
 Tree = TypeVar("Tree")
 # Elements from where the op's gradient to a step size is the faster one, as its sums are fused.
 FUSED_FROM = 1 << 17
-StepSize = float | torch.Tensor | Mapping[str, Any] | Sequence[Any]
+StepSize = float | Tensor | Mapping[str, Any] | Sequence[Any]
 
 
-def _sum_to(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Sums x [T, P] over the dimensions that `like` shares, in like's dtype."""
+def _sum_to(x: Tensor, like: Tensor) -> Tensor:
+    """Sums x [T, P] over the dimensions that ``like`` shares, in like's dtype."""
     return x.to(like.dtype).sum_to_size(like.shape)
 
 
@@ -39,23 +40,23 @@ class InnerUpdate(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(params: torch.Tensor, grads: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
+    def forward(params: Tensor, grads: Tensor, lr: Tensor) -> Tensor:
         return torch.ops.fastmeta.inner_update(params, grads, lr)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[1:])
         ctx.save_for_forward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         grads, lr = ctx.saved_tensors
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             return grad_out, *inner_update_backward(grad_out, grads, lr)
         return grad_out, None, None
 
     @staticmethod
-    def jvp(ctx: Any, params_dot: Any, grads_dot: Any, lr_dot: Any) -> torch.Tensor:
+    def jvp(ctx: Any, params_dot: Any, grads_dot: Any, lr_dot: Any) -> Tensor:
         grads, lr = ctx.saved_tensors
         out_dot = torch.zeros_like(grads) if params_dot is None else params_dot
         if grads_dot is not None:
@@ -71,7 +72,7 @@ class InnerUpdateBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad_out: torch.Tensor, grads: torch.Tensor, lr: torch.Tensor) -> tuple[Any, ...]:
+    def forward(grad_out: Tensor, grads: Tensor, lr: Tensor) -> tuple[Any, ...]:
         return torch.ops.fastmeta.inner_update_backward(grad_out, grads, lr)
 
     @staticmethod
@@ -80,7 +81,7 @@ class InnerUpdateBackward(Function):
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Any, ...]:
         grad_out, grads, lr = ctx.saved_tensors
         to_grad_out = (-lr * a - b * grads).to(grad_out.dtype)
         to_grads = (-b * grad_out).to(grads.dtype)
@@ -135,12 +136,10 @@ register(
 )
 
 
-def inner_update_backward(
-    grad_out: torch.Tensor, grads: torch.Tensor, lr: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of `inner_update` to grads [T, P] and lr [1 or T, 1 or P], in one pass.
+def inner_update_backward(grad_out: Tensor, grads: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of ``inner_update`` to grads [T, P] and lr [1 or T, 1 or P], in one pass.
 
-    `lr` is float32 for bfloat16 and float16 gradients. (The gradient to params is grad_out.)
+    ``lr`` is float32 for bfloat16 and float16 gradients. (The gradient to params is grad_out.)
     """
     if is_native("inner_update", grads):
         return _native_backward(grad_out, grads, lr)
@@ -148,12 +147,12 @@ def inner_update_backward(
 
 
 def step_size_rows(
-    lr: float | torch.Tensor, params: torch.Tensor, layer_sizes: Sequence[int] | None = None
-) -> torch.Tensor:
-    """`lr` as [1 or T, 1 or P] for params [T, P], in the accumulation dtype. Differentiable."""
+    lr: float | Tensor, params: Tensor, layer_sizes: Sequence[int] | None = None
+) -> Tensor:
+    """``lr`` as [1 or T, 1 or P] for params [T, P], in the accumulation dtype. Differentiable."""
     tasks, parameters = params.shape
     dtype = accumulation_dtype(params.dtype)
-    if not isinstance(lr, torch.Tensor):
+    if not isinstance(lr, Tensor):
         return torch.full((1, 1), float(lr), dtype=dtype, device=params.device)
     check_floating("lr", lr)
     if lr.device != params.device and lr.dim():
@@ -179,11 +178,11 @@ def step_size_rows(
 
 
 def _update_arena(
-    params: torch.Tensor,
-    grads: torch.Tensor,
-    lr: float | torch.Tensor,
+    params: Tensor,
+    grads: Tensor,
+    lr: float | Tensor,
     layer_sizes: Sequence[int] | None,
-) -> torch.Tensor:
+) -> Tensor:
     check_floating("params", params)
     check_floating("grads", grads)
     check_together("grads", grads, "params", params)
@@ -201,7 +200,7 @@ def _update_arena(
     return reference.inner_update(params, grads, step)
 
 
-def _update_leaf(param: torch.Tensor, grad: torch.Tensor, lr: Any) -> torch.Tensor:
+def _update_leaf(param: Tensor, grad: Tensor, lr: Any) -> Tensor:
     check_floating("params", param)
     check_floating("grads", grad)
     check_together("grads", grad, "params", param)
@@ -210,21 +209,21 @@ def _update_leaf(param: torch.Tensor, grad: torch.Tensor, lr: Any) -> torch.Tens
             f"grads must have the shapes of params, got {list(grad.shape)} "
             f"for a parameter of {list(param.shape)}"
         )
-    if isinstance(lr, torch.Tensor):
+    if isinstance(lr, Tensor):
         lr = _leaf_step_size(lr, param)
-    learned = isinstance(lr, torch.Tensor) and lr.requires_grad
+    learned = isinstance(lr, Tensor) and lr.requires_grad
     if param.dtype in WIDE_DTYPES and not (learned and param.numel() >= FUSED_FROM):
         # One pass as well, with less of Python around it.
-        if isinstance(lr, torch.Tensor):
+        if isinstance(lr, Tensor):
             return torch.addcmul(param, lr, grad, value=-1)
         return torch.sub(param, grad, alpha=float(lr))
-    if isinstance(lr, torch.Tensor) and lr.dim():
+    if isinstance(lr, Tensor) and lr.dim():
         lr = lr.expand(param.shape).reshape(1, -1)
     return _update_arena(param.reshape(1, -1), grad.reshape(1, -1), lr, None).reshape(param.shape)
 
 
-def _leaf_step_size(lr: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """`lr`, which broadcasts to the parameter, in the accumulation dtype."""
+def _leaf_step_size(lr: Tensor, param: Tensor) -> Tensor:
+    """``lr``, which broadcasts to the parameter, in the accumulation dtype."""
     check_floating("lr", lr)
     if lr.dim() and lr.device != param.device:
         raise ValueError(f"lr must be on {param.device} like params, got {lr.device}")
@@ -238,12 +237,12 @@ def _leaf_step_size(lr: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
 
 @overload
 def inner_update(
-    params: torch.Tensor,
-    grads: torch.Tensor,
+    params: Tensor,
+    grads: Tensor,
     lr: StepSize,
     *,
     layer_sizes: Sequence[int] | None = None,
-) -> torch.Tensor: ...
+) -> Tensor: ...
 
 
 @overload
@@ -265,7 +264,7 @@ def inner_update(
             tuple) of tensors of any shapes.
         grads: the same shape, or a tree of the same structure.
         lr: the step size: a number or 0-d tensor; for [T, P] params also [P] per element,
-            [T, 1] per task, [T, P] per task and element, or, with `layer_sizes`, [L] per layer. For
+            [T, 1] per task, [T, P] per task and element, or, with ``layer_sizes``, [L] per layer. For
             a tree: one number for all, or a tree of the same structure of numbers or of tensors
             broadcastable to the parameter's shape.
         layer_sizes: number of parameters of each of the L layers, in arena order; sums to P.
@@ -284,8 +283,8 @@ def inner_update(
     tensor([[0.9000, 0.8000, 0.7000],
             [0.9000, 0.8000, 0.7000]])
     """
-    if isinstance(params, torch.Tensor):
-        return _update_arena(params, grads, cast("float | torch.Tensor", lr), layer_sizes)
+    if isinstance(params, Tensor):
+        return _update_arena(params, grads, cast("float | Tensor", lr), layer_sizes)
     if layer_sizes is not None:
         raise ValueError("layer_sizes goes with [T, P] params; give a tree of step sizes instead")
     leaves, tree = pytree.tree_flatten(params)

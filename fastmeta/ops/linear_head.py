@@ -117,9 +117,9 @@ def _plain_gradients(
 def _tangent(
     function: Callable[..., Tensors], inputs: tuple[Any, ...], along: tuple[Any, ...]
 ) -> Tensors:
-    """Derivative of `function` along a direction, as the transpose of its pullback.
+    """Derivative of ``function`` along a direction, as the transpose of its pullback.
 
-    A `jvp` of its own cannot run where PyTorch already takes one.
+    A ``jvp`` of its own cannot run where PyTorch already takes one.
     """
     like = {name: torch.zeros_like(x) for name, x in function(*inputs).items()}
     transpose = torch.func.vjp(lambda u: torch.func.vjp(function, *inputs)[1](u), like)[1]
@@ -127,7 +127,7 @@ def _tangent(
 
 
 def _or_zeros(given: dict[str, Tensor | None], like: Tensors) -> Tensors:
-    """One for each of `like`: zeros where none, or an empty one, is given."""
+    """One for each of ``like``: zeros where none, or an empty one, is given."""
     found = {name: (given.get(name), x) for name, x in like.items()}
     return {
         name: torch.zeros_like(x) if one is None or one.shape != x.shape else one
@@ -303,7 +303,7 @@ _backward = as_function(LinearHeadBackward)
 def adapted_head(
     head: Head, rates: Tensor, loss: str, weight_decay: float, first_order: bool, dual: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`linear_head` of checked arguments."""
+    """``linear_head`` of checked arguments."""
     options = loss, weight_decay, first_order
     if not is_native("linear_head", head.x) or rates.shape[1] == 0:  # nothing to be done natively
         return reference.linear_head(*head, rates, *options)
@@ -337,7 +337,7 @@ def linear_head(
     form: str = "auto",
     first_order: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Each task's linear head after `steps` steps of gradient descent on the task's examples.
+    """Each task's linear head after ``steps`` steps of gradient descent on the task's examples.
 
         weight, bias = weight - lr grad_weight, bias - lr grad_bias      of the mean loss, K times
 
@@ -410,7 +410,7 @@ def linear_head_hvp(
     any number of times.
 
     Args:
-        x, targets, weight, bias, loss, weight_decay: as for `linear_head`.
+        x, targets, weight, bias, loss, weight_decay: as for ``linear_head``.
         weight_vector, bias_vector: of the shapes of weight and bias; None without a bias.
 
     Returns:
@@ -418,7 +418,7 @@ def linear_head_hvp(
         task dimension for one task.
 
     Raises:
-        TypeError, ValueError: as for `linear_head`; bias_vector and bias are not both there.
+        TypeError, ValueError: as for ``linear_head``; bias_vector and bias are not both there.
 
     Source: Pearlmutter 1994, fast exact multiplication by the Hessian.
 

@@ -1,4 +1,4 @@
-"""The meta-loss of adapted linear heads on queries: `linear_head`, then the loss of its outputs.
+"""The meta-loss of adapted linear heads on queries: ``linear_head``, then the loss of its outputs.
 
 On a CPU one kernel gives the loss and all of its gradients while a task is in the cache.
 """
@@ -128,10 +128,10 @@ class HeadLoss(Function):
 def head_loss(
     head: Head, rates: Tensor, query: Tensor, query_targets: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """As `composed`, of checked arguments; the outputs are detached.
+    """As ``composed``, of checked arguments; the outputs are detached.
 
     Args:
-        head, rates: of the support, as `checked_head` and `step_sizes` give them.
+        head, rates: of the support, as ``checked_head`` and ``step_sizes`` give them.
         query: features [T, Q, D]; Q at least 1.
         query_targets: as the head's, for the queries.
         options: loss, weight_decay, first_order and dual.
@@ -143,7 +143,7 @@ def head_loss(
 
 
 def _takes(x: Tensor) -> bool:
-    """Whether the kernel is there for `x`, and a gradient may be asked for; no transform traces."""
+    """Whether the kernel is there for ``x``, and a gradient may be asked for; no transform traces."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return torch.is_grad_enabled() and backend.is_available(HEAD_LOSS, x)

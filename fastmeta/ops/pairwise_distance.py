@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fastmeta.ops import reference
 from fastmeta.ops._checks import METRICS, check_option, check_rows
@@ -10,9 +11,7 @@ from fastmeta.ops._pairwise_autograd import PairwiseOp, Rows, differentiable
 from fastmeta.ops._registration import contiguous_like, is_native, register
 
 
-def distance_tangent(
-    x: torch.Tensor, y: torch.Tensor, x_dot: torch.Tensor, y_dot: torch.Tensor, metric: str
-) -> torch.Tensor:
+def distance_tangent(x: Tensor, y: Tensor, x_dot: Tensor, y_dot: Tensor, metric: str) -> Tensor:
     """Derivative [T, Q, N] of the distances when x and y move along x_dot and y_dot."""
     if metric == "dot":
         return -(x_dot @ y.mT) - x @ y_dot.mT
@@ -32,14 +31,12 @@ def distance_tangent(
     return (half / torch.where(zero, 1.0, distance)).masked_fill(zero, 0.0)
 
 
-def _normalized(
-    x: torch.Tensor, x_dot: torch.Tensor, y: torch.Tensor, y_dot: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+def _normalized(x: Tensor, x_dot: Tensor, y: Tensor, y_dot: Tensor) -> tuple[Tensor, ...]:
     (a, a_dot), (b, b_dot) = _normalized_rows(x, x_dot), _normalized_rows(y, y_dot)
     return a, b, a_dot, b_dot
 
 
-def _normalized_rows(x: torch.Tensor, x_dot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _normalized_rows(x: Tensor, x_dot: Tensor) -> tuple[Tensor, Tensor]:
     """Rows a = x / max(|x|, eps) and their tangent: (x_dot - a (a.x_dot)) / |x|, above eps."""
     norm = reference._safe_sqrt(x.square().sum(-1, keepdim=True))
     length = norm.clamp(min=reference.COSINE_EPS)
@@ -55,16 +52,14 @@ register(
 )
 
 
-def _forward(
-    x: torch.Tensor, y: torch.Tensor, labels: None, metric: str, scale: None
-) -> torch.Tensor:
+def _forward(x: Tensor, y: Tensor, labels: None, metric: str, scale: None) -> Tensor:
     return torch.ops.fastmeta.pairwise_distance(x, y, metric)
 
 
 def _backward(
-    grad_distance: torch.Tensor,
-    x: torch.Tensor,
-    y: torch.Tensor,
+    grad_distance: Tensor,
+    x: Tensor,
+    y: Tensor,
     labels: None,
     metric: str,
     scale: None,
@@ -73,24 +68,22 @@ def _backward(
 
 
 def _tangent(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    x_dot: torch.Tensor,
-    y_dot: torch.Tensor,
+    x: Tensor,
+    y: Tensor,
+    x_dot: Tensor,
+    y_dot: Tensor,
     labels: None,
     metric: str,
     scale: None,
-) -> torch.Tensor:
+) -> Tensor:
     return distance_tangent(x, y, x_dot, y_dot, metric)
 
 
 _native_distance = differentiable(PairwiseOp(_forward, _backward, _tangent))
 
 
-def pairwise_distance(
-    x: torch.Tensor, y: torch.Tensor, metric: str = "sqeuclidean"
-) -> torch.Tensor:
-    """Distances between every row of `x` and every row of `y`, for every task.
+def pairwise_distance(x: Tensor, y: Tensor, metric: str = "sqeuclidean") -> Tensor:
+    """Distances between every row of ``x`` and every row of ``y``, for every task.
 
         sqeuclidean     sum_d (x_d - y_d)^2
         euclidean       its square root; its gradient at distance 0 is 0
@@ -116,7 +109,7 @@ def pairwise_distance(
 
     Raises:
         TypeError: inputs are not floating-point tensors of one dtype.
-        ValueError: shapes do not agree, devices differ, or `metric` is unknown.
+        ValueError: shapes do not agree, devices differ, or ``metric`` is unknown.
 
     Source: Snell, Swersky, Zemel 2017 (arXiv 1703.05175), section 2.3.
 

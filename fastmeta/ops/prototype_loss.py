@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
 from fastmeta.core.dtypes import accumulation_dtype
@@ -26,7 +27,7 @@ from fastmeta.ops.pairwise_distance import distance_tangent
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def _loss_fake(query: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _loss_fake(query: Tensor, labels: Tensor) -> Tensor:
     return query.new_empty(labels.shape, dtype=accumulation_dtype(query.dtype))
 
 
@@ -44,14 +45,14 @@ register(
 
 
 def loss_tangent(
-    query: torch.Tensor,
-    prototypes: torch.Tensor,
-    query_dot: torch.Tensor,
-    prototypes_dot: torch.Tensor,
-    labels: torch.Tensor,
+    query: Tensor,
+    prototypes: Tensor,
+    query_dot: Tensor,
+    prototypes_dot: Tensor,
+    labels: Tensor,
     metric: str,
     scale: float,
-) -> torch.Tensor:
+) -> Tensor:
     """Derivative [T, Q] of each query's loss along query_dot and prototypes_dot."""
     wide = accumulation_dtype(query.dtype)
     x, y, x_dot, y_dot = (z.to(wide) for z in (query, prototypes, query_dot, prototypes_dot))
@@ -62,23 +63,23 @@ def loss_tangent(
 
 
 def _loss(
-    query: torch.Tensor,
-    prototypes: torch.Tensor,
-    labels: torch.Tensor,
+    query: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
     metric: str,
     scale: float,
-) -> torch.Tensor:
+) -> Tensor:
     return torch.ops.fastmeta.prototype_loss(query, labels, prototypes, metric, scale)
 
 
 def _gradient(
-    weight: torch.Tensor,
-    query: torch.Tensor,
-    prototypes: torch.Tensor,
-    labels: torch.Tensor,
+    weight: Tensor,
+    query: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
     metric: str,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Per-query loss, and the gradient of sum(weight * loss) to query and prototypes."""
     return torch.ops.fastmeta.prototype_loss_backward(
         weight, query, labels, prototypes, metric, scale
@@ -96,20 +97,20 @@ class WeightedLoss(Function):
     """Each task's loss [T], weight * its sum over queries, and in the same pass its gradient.
 
     The gradient is an output of its own, which makes it differentiable: whoever differentiates it
-    arrives in `backward` with its cotangents and is served by a Hessian-vector product.
+    arrives in ``backward`` with its cotangents and is served by a Hessian-vector product.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        query: torch.Tensor,
-        prototypes: torch.Tensor,
-        labels: torch.Tensor,
+        query: Tensor,
+        prototypes: Tensor,
+        labels: Tensor,
         metric: str,
         scale: float,
         weight: float,
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[Tensor, ...]:
         weights = torch.full_like(labels, weight, dtype=accumulation_dtype(query.dtype))
         loss, *gradient = _gradient(weights, query, prototypes, labels, metric, scale)
         return weight * loss.sum(1), *gradient
@@ -140,7 +141,7 @@ class WeightedLoss(Function):
 
 
 class WeightedLossCompiled(WeightedLoss):
-    """WeightedLoss for torch.compile, which has no second derivatives and refuses a `jvp`."""
+    """WeightedLoss for torch.compile, which has no second derivatives and refuses a ``jvp``."""
 
     jvp = Function.jvp  # type: ignore[assignment]
 
@@ -150,17 +151,17 @@ class WeightedLossCompiled(WeightedLoss):
         save(ctx, (*inputs[:2], *output[1:]), inputs[2:5])
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
         (_query, _prototypes, *gradient), _rest = saved(ctx)
         return *_times(grad_loss, gradient), None, None, None, None
 
 
-def _times(grad_loss: torch.Tensor, gradient: list[torch.Tensor]) -> list[torch.Tensor]:
+def _times(grad_loss: Tensor, gradient: list[Tensor]) -> list[Tensor]:
     return [(grad_loss[:, None, None] * g).to(g.dtype) for g in gradient]
 
 
-def _scaled(grad_loss: torch.Tensor, gradient: list[torch.Tensor]) -> list[torch.Tensor]:
-    """`gradient` for the upstream `grad_loss` [T]; on a CPU, the loss's own is not multiplied by 1.
+def _scaled(grad_loss: Tensor, gradient: list[Tensor]) -> list[Tensor]:
+    """``gradient`` for the upstream ``grad_loss`` [T]; on a CPU, the loss's own is not multiplied by 1.
 
     That would be one more pass over the whole gradient. The tensors handed out are the saved ones:
     autograd notices and reports a change in place.
@@ -175,13 +176,13 @@ def _scaled(grad_loss: torch.Tensor, gradient: list[torch.Tensor]) -> list[torch
 
 
 def _second(
-    query: torch.Tensor,
-    prototypes: torch.Tensor,
+    query: Tensor,
+    prototypes: Tensor,
     direction: tuple[Any, ...],
     rest: PairwiseOptions,
     weight: float,
 ) -> tuple[Any, ...]:
-    labels = cast("torch.Tensor", rest.labels)
+    labels = cast("Tensor", rest.labels)
     weights = torch.full_like(labels, weight, dtype=accumulation_dtype(query.dtype))
     return hessian_vector_product(loss_tangent, weights, (query, prototypes), direction, rest)
 
@@ -189,18 +190,18 @@ def _second(
 _loss_and_gradient = as_function(WeightedLoss, compiled=WeightedLossCompiled)
 
 
-def _weighted_loss(*args: Any) -> torch.Tensor:
-    return cast("torch.Tensor", _loss_and_gradient(*args)[0])
+def _weighted_loss(*args: Any) -> Tensor:
+    return cast("Tensor", _loss_and_gradient(*args)[0])
 
 
 def prototype_loss(
-    query: torch.Tensor,
-    query_labels: torch.Tensor,
-    prototypes: torch.Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    prototypes: Tensor,
     metric: str = "sqeuclidean",
     scale: float = 1.0,
     reduction: str = "mean",
-) -> torch.Tensor:
+) -> Tensor:
     """Cross entropy of queries against prototypes, logits = -scale * distance.
 
         loss[t, q] = logsumexp_n(-scale d(t, q, n)) + scale d(t, q, query_labels[t, q])
@@ -215,12 +216,12 @@ def prototype_loss(
         query: embeddings [T, Q, D], or [Q, D] for one task.
         query_labels: int64 [T, Q], or [Q], in [0, N).
         prototypes: [T, N, D], or [N, D], same dtype and device; N at least 1.
-        metric: "sqeuclidean", "euclidean", "cosine" or "dot", see `pairwise_distance`.
+        metric: "sqeuclidean", "euclidean", "cosine" or "dot", see ``pairwise_distance``.
         scale: inverse temperature of the softmax.
         reduction: "mean" over all queries of all tasks, "sum", or "none".
 
     Returns:
-        A scalar, or [T, Q] ([Q]) for "none", in the dtype of `query`. Without queries "sum" is 0
+        A scalar, or [T, Q] ([Q]) for "none", in the dtype of ``query``. Without queries "sum" is 0
         and "mean" is NaN, as in torch.nn.functional.cross_entropy.
 
     Raises:
@@ -261,6 +262,6 @@ def prototype_loss(
         loss = _loss_of_each(query, prototypes, *rest)
     else:
         loss = reference.prototype_loss(query, query_labels, prototypes, metric, float(scale))
-    reductions: dict[str, Callable[[torch.Tensor], torch.Tensor]]
-    reductions = {"mean": torch.mean, "sum": torch.sum, "none": torch.Tensor.contiguous}
+    reductions: dict[str, Callable[[Tensor], Tensor]]
+    reductions = {"mean": torch.mean, "sum": torch.sum, "none": Tensor.contiguous}
     return reductions[reduction](loss).to(query.dtype)

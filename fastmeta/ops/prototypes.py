@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
 from fastmeta.ops import reference
@@ -18,21 +19,21 @@ class Prototypes(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    def forward(x: Tensor, labels: Tensor, num_classes: int) -> Tensor:
         return torch.ops.fastmeta.prototypes(x, labels, num_classes)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, labels, ctx.num_classes = inputs
         ctx.save_for_backward(labels)
         ctx.save_for_forward(labels)
 
     @staticmethod
-    def backward(ctx: Any, grad_prototypes: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_prototypes: Tensor) -> tuple[Any, ...]:
         return _gather(grad_prototypes, *ctx.saved_tensors), None, None
 
     @staticmethod
-    def jvp(ctx: Any, x_dot: torch.Tensor, *_: Any) -> torch.Tensor:
+    def jvp(ctx: Any, x_dot: Tensor, *_: Any) -> Tensor:
         return _means(x_dot, *ctx.saved_tensors, ctx.num_classes)
 
 
@@ -42,22 +43,22 @@ class PrototypesBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad_prototypes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(grad_prototypes: Tensor, labels: Tensor) -> Tensor:
         return torch.ops.fastmeta.prototypes_backward(grad_prototypes, labels)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         grad_prototypes, labels = inputs
         ctx.num_classes = grad_prototypes.shape[1]
         ctx.save_for_backward(labels)
         ctx.save_for_forward(labels)
 
     @staticmethod
-    def backward(ctx: Any, grad_grad_x: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_grad_x: Tensor) -> tuple[Any, ...]:
         return _means(grad_grad_x, *ctx.saved_tensors, ctx.num_classes), None
 
     @staticmethod
-    def jvp(ctx: Any, grad_dot: torch.Tensor, *_: Any) -> torch.Tensor:
+    def jvp(ctx: Any, grad_dot: Tensor, *_: Any) -> Tensor:
         return _gather(grad_dot, *ctx.saved_tensors)
 
 
@@ -76,11 +77,11 @@ register(
 )
 
 
-def prototypes(x: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+def prototypes(x: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Mean support embedding of every class, for every task.
 
     A class without a support example gets a zero prototype (and no gradient). Differentiable any
-    number of times in `x`; works under torch.func and torch.compile. bfloat16 and float16 are
+    number of times in ``x``; works under torch.func and torch.compile. bfloat16 and float16 are
     summed in float32.
 
     Args:
@@ -92,8 +93,8 @@ def prototypes(x: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch
         [T, N, D], or [N, D].
 
     Raises:
-        TypeError: `x` is not floating point, or `labels` are not int64.
-        ValueError: shapes or devices do not agree, `num_classes` is negative, or a label is out of
+        TypeError: ``x`` is not floating point, or ``labels`` are not int64.
+        ValueError: shapes or devices do not agree, ``num_classes`` is negative, or a label is out of
             range (the message names the first).
 
     Source: Snell, Swersky, Zemel 2017 (arXiv 1703.05175), equation 1.

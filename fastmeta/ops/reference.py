@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastmeta.core.autocast import without_autocast
 from fastmeta.core.cuda_graphs import is_being_captured
@@ -26,29 +27,29 @@ _DIRECT_LIMIT = 1 << 22  # differences [T, Q, N, D] held at once, in elements
 
 
 def _in_own_dtype(op: Op) -> Op:
-    """`op` in the dtype of its arguments, as a compiled one, whatever autocast says."""
+    """``op`` in the dtype of its arguments, as a compiled one, whatever autocast says."""
 
     @functools.wraps(op)
-    def call(x: torch.Tensor, *args: Any) -> Any:
+    def call(x: Tensor, *args: Any) -> Any:
         with without_autocast(x.device):
             return op(x, *args)
 
     return cast("Op", call)
 
 
-def inner_update(params: torch.Tensor, grads: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
+def inner_update(params: Tensor, grads: Tensor, lr: Tensor) -> Tensor:
     """params - lr * grads for [T, P] params and grads, lr broadcastable to [T, P]."""
     out = params.to(lr.dtype) - lr * grads.to(lr.dtype)
     return out.to(params.dtype)
 
 
-def check_label_range(labels: torch.Tensor, classes: int, name: str) -> None:
+def check_label_range(labels: Tensor, classes: int, name: str) -> None:
     """Raises ValueError for the first label outside [0, classes).
 
     A tensor without values to look at (fake, traced, vmapped, or of a CUDA stream that is being
     captured) is not checked.
     """
-    real = type(labels) is torch.Tensor and labels.device.type != "meta"
+    real = type(labels) is Tensor and labels.device.type != "meta"
     if torch.compiler.is_compiling() or not real:
         return
     if torch._C._functorch.is_functorch_wrapped_tensor(labels):
@@ -64,7 +65,7 @@ def check_label_range(labels: torch.Tensor, classes: int, name: str) -> None:
 
 
 @_in_own_dtype
-def prototypes(x: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+def prototypes(x: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Class means [T, N, D] of x [T, S, D]; zero for a class without an example."""
     check_label_range(labels, num_classes, "labels")
     wide = x.to(accumulation_dtype(x.dtype))
@@ -73,7 +74,7 @@ def prototypes(x: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch
     return ((member.mT @ wide) / counts.unsqueeze(-1)).to(x.dtype)
 
 
-def _squared_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def _squared_distance(x: Tensor, y: Tensor) -> Tensor:
     if x.shape[0] * x.shape[1] * y.shape[1] * x.shape[2] <= _DIRECT_LIMIT:
         return (x.unsqueeze(2) - y.unsqueeze(1)).square().sum(-1)
     # The expansion loses digits of points that are close to each other: twice as many are taken.
@@ -85,18 +86,18 @@ def _squared_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (norms - 2 * a @ b.mT).clamp(min=0).to(x.dtype)
 
 
-def _safe_sqrt(x: torch.Tensor) -> torch.Tensor:
+def _safe_sqrt(x: Tensor) -> Tensor:
     """Square root whose derivatives at 0 are 0 instead of infinite."""
     zero = x == 0
     return torch.where(zero, 1.0, x).sqrt().masked_fill(zero, 0.0)
 
 
-def _normalize(x: torch.Tensor) -> torch.Tensor:
+def _normalize(x: Tensor) -> Tensor:
     return x / _safe_sqrt(x.square().sum(-1, keepdim=True)).clamp(min=COSINE_EPS)
 
 
 @_in_own_dtype
-def pairwise_distance(x: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
+def pairwise_distance(x: Tensor, y: Tensor, metric: str) -> Tensor:
     """Distances [T, Q, N] between the rows of x [T, Q, D] and y [T, N, D]."""
     a, b = (z.to(accumulation_dtype(x.dtype)) for z in (x, y))
     if metric == "sqeuclidean":
@@ -110,7 +111,7 @@ def pairwise_distance(x: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Te
     return out.to(x.dtype)
 
 
-def at_labels(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def at_labels(rows: Tensor, labels: Tensor) -> Tensor:
     """rows [T, Q, N] at labels [T, Q]; NaN, and a NaN gradient, for a label that was not checked.
 
     A gather at such a label would end the CUDA context.
@@ -122,8 +123,8 @@ def at_labels(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @_in_own_dtype
 def prototype_loss(
-    query: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor, metric: str, scale: float
-) -> torch.Tensor:
+    query: Tensor, labels: Tensor, prototypes: Tensor, metric: str, scale: float
+) -> Tensor:
     """Loss [T, Q] of each query: cross entropy of logits -scale * distance."""
     check_label_range(labels, prototypes.shape[1], "query_labels")
     a, b = (z.to(accumulation_dtype(query.dtype)) for z in (query, prototypes))
@@ -131,7 +132,7 @@ def prototype_loss(
     return -at_labels(logits.log_softmax(2), labels)
 
 
-def head_residual(outputs: torch.Tensor, targets: torch.Tensor, loss: str) -> torch.Tensor:
+def head_residual(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
     """Gradient of each task's mean loss to its outputs [T, S, N]."""
     examples, ways = outputs.shape[1:]
     if loss == "mse":
@@ -144,15 +145,15 @@ def head_residual(outputs: torch.Tensor, targets: torch.Tensor, loss: str) -> to
 
 @_in_own_dtype
 def linear_head(
-    x: torch.Tensor,
-    targets: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lr: torch.Tensor,
+    x: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lr: Tensor,
     loss: str,
     weight_decay: float,
     first_order: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Heads weight [T, N, D], bias [T, N] or None, after a step for each column of lr [T, K]."""
     if loss != "mse":
         check_label_range(targets, 2 if loss == "logistic" else weight.shape[1], "targets")
@@ -183,14 +184,14 @@ def conv_out_size(
 
 @_in_own_dtype
 def task_conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-) -> torch.Tensor:
+) -> Tensor:
     """Each task's convolution [T, B, O, H', W'], as one whose groups are the tasks.
 
     Channels-last in memory where x is, as the compiled one is.
@@ -212,21 +213,19 @@ def task_conv2d(
     return out.clone(memory_format=torch.contiguous_format)
 
 
-def is_channels_last(x: torch.Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     """Whether images [T, B, C, H, W] are channels-last in memory, and not contiguous too."""
     by_channels = x.shape[2] > 1 and x.stride(2) == 1 and x.stride(4) == x.shape[2]
     return by_channels and not x.is_contiguous()
 
 
-def as_channels_last(x: torch.Tensor) -> torch.Tensor:
+def as_channels_last(x: Tensor) -> Tensor:
     """A copy of the images [T, B, C, H, W]."""
     copy = x.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format)
     return copy.permute(0, 1, 4, 2, 3)
 
 
-def task_batch_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> torch.Tensor:
+def task_batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """x [T, B, C, ...] by the statistics of each task's channels, weight and bias [T, C]."""
     wide, dims = x.to(accumulation_dtype(x.dtype)), (1, *range(3, x.dim()))
     shape = (*weight.shape[:1], 1, *weight.shape[1:], *(1 for _ in dims[1:]))

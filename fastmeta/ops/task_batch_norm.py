@@ -39,7 +39,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...]) -> None:
 
 
 def _tangent(formula: Formula, ctx: Any, dots: tuple[Any, ...]) -> Any:
-    """That of `formula`, in plain PyTorch; None stands for a tangent of zeros.
+    """That of ``formula``, in plain PyTorch; None stands for a tangent of zeros.
 
     Forward mode does not nest, but the pullback is linear, and the derivative of it the tangent.
     """

@@ -30,7 +30,7 @@ _OTHERS = {
 
 
 def _raw(a: Tensor, b: Tensor, bias: Tensor | None, target: str, *geometry: int) -> Tensor:
-    """`target` from the two others, in the order of _OTHERS; a bias is for outputs."""
+    """``target`` from the two others, in the order of _OTHERS; a bias is for outputs."""
     size, kernel, *pairs = (geometry[i : i + 2] for i in range(0, 10, 2))
     options = (*pairs, geometry[10])
     if target == "output":
@@ -106,7 +106,7 @@ Convolution.vmap = staticmethod(folding(_apply))  # type: ignore[method-assign]
 
 
 def _images(like: Tensor, *shape: Any) -> Tensor:
-    """[T, B, C, H, W] in the memory layout of `like`."""
+    """[T, B, C, H, W] in the memory layout of ``like``."""
     if not reference.is_channels_last(like):
         return like.new_empty(*shape)
     t, b, c, h, w = shape

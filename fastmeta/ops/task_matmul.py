@@ -1,4 +1,4 @@
-"""Each task's matrix product: `torch.bmm`, on a CPU of narrow matrices several times as fast.
+"""Each task's matrix product: ``torch.bmm``, on a CPU of narrow matrices several times as fast.
 
 Its derivatives are again such products, so one function serves every order.
 """
@@ -77,7 +77,7 @@ register(PRODUCT, _fake)
 
 
 def has_kernel(x: Tensor) -> bool:
-    """Whether the compiled product takes `x`; where not, `torch.bmm` is what is meant to run."""
+    """Whether the compiled product takes ``x``; where not, ``torch.bmm`` is what is meant to run."""
     if traces_transform() or torch.is_autocast_enabled("cpu"):
         return False
     return backend.is_available(PRODUCT, x)
