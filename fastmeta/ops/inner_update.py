@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fastmeta.core.backend import WIDE_DTYPES
 from fastmeta.core.dtypes import accumulation_dtype
 from fastmeta.ops import reference
-from fastmeta.ops._checks import check_floating, check_together
+from fastmeta.ops._checks import check_floating, check_shape, check_together, step_size_like
 from fastmeta.ops._registration import (
     as_function,
     contiguous_like,
@@ -24,13 +24,13 @@ from fastmeta.ops._registration import (
 )
 
 Tree = TypeVar("Tree")
-# Elements from where the op's gradient to a step size is the faster one, as its sums are fused.
+# From this number of elements on, the op's gradient to a step size is faster: its sums are fused.
 FUSED_FROM = 1 << 17
 StepSize = float | Tensor | Mapping[str, Any] | Sequence[Any]
 
 
 def _sum_to(x: Tensor, like: Tensor) -> Tensor:
-    """Sums x [T, P] over the dimensions that ``like`` shares, in like's dtype."""
+    """Sum x [T, P] over the dimensions in which ``like`` has size 1, in the dtype of ``like``."""
     return x.to(like.dtype).sum_to_size(like.shape)
 
 
@@ -81,21 +81,21 @@ class InnerUpdateBackward(Function):
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grads_cotangent: Tensor, lr_cotangent: Tensor) -> tuple[Any, ...]:
         grad_out, grads, lr = ctx.saved_tensors
-        to_grad_out = (-lr * a - b * grads).to(grad_out.dtype)
-        to_grads = (-b * grad_out).to(grads.dtype)
-        return to_grad_out, to_grads, -_sum_to(grad_out * a, lr)
+        to_grad_out = (-lr * grads_cotangent - lr_cotangent * grads).to(grad_out.dtype)
+        to_grads = (-lr_cotangent * grad_out).to(grads.dtype)
+        return to_grad_out, to_grads, -_sum_to(grad_out * grads_cotangent, lr)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
         grad_out, grads, lr = ctx.saved_tensors
-        v, g, step = (
+        out_dot, grads_dot, lr_dot = (
             torch.zeros_like(x) if dot is None else dot
             for dot, x in zip(tangents, ctx.saved_tensors, strict=True)
         )
-        grad_grads = (-lr * v - step * grad_out).to(grads.dtype)
-        return grad_grads, -_sum_to(grad_out * g + v * grads, lr)
+        grad_grads = (-lr * out_dot - lr_dot * grad_out).to(grads.dtype)
+        return grad_grads, -_sum_to(grad_out * grads_dot + out_dot * grads, lr)
 
 
 _update = as_function(InnerUpdate)
@@ -105,7 +105,7 @@ _native_backward = as_function(InnerUpdateBackward)
 def _fold_with_lr(
     info: Any, in_dims: tuple[Any, ...], first: Any, grads: Any, lr: Any
 ) -> tuple[Any, ...]:
-    """Merges a vmapped dimension into the tasks; lr gets a row for each of them."""
+    """Merge a vmapped dimension into the tasks; lr gets a row for each of them."""
     size = info.batch_size
     first, grads = fold(first, in_dims[0], size), fold(grads, in_dims[1], size)
     tasks = first.shape[0] // size if size else 0
@@ -119,6 +119,7 @@ def _update_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, 
 
 
 def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
+    # Rows of lr before it was vmapped: its first dimension but the vmapped one.
     lr_rows = args[2].shape[0 if in_dims[2] is None else int(in_dims[2] == 0)]
     folded = _fold_with_lr(info, in_dims, *args)
     grad_grads, grad_lr = torch.ops.fastmeta.inner_update_backward(*folded)
@@ -151,27 +152,24 @@ def step_size_rows(
 ) -> Tensor:
     """``lr`` as [1 or T, 1 or P] for params [T, P], in the accumulation dtype. Differentiable."""
     tasks, parameters = params.shape
-    dtype = accumulation_dtype(params.dtype)
     if not isinstance(lr, Tensor):
+        dtype = accumulation_dtype(params.dtype)
         return torch.full((1, 1), float(lr), dtype=dtype, device=params.device)
-    check_floating("lr", lr)
-    if lr.device != params.device and lr.dim():
-        raise ValueError(f"lr must be on {params.device} like params, got {lr.device}")
-    lr = lr.to(device=params.device, dtype=dtype)
+    lr = step_size_like(lr, params, "params")
     if layer_sizes is not None:
         if lr.shape != (len(layer_sizes),) or sum(layer_sizes) != parameters:
             raise ValueError(
-                f"lr must hold one step size a layer, [{len(layer_sizes)}], and layer_sizes must "
-                f"sum to P = {parameters}; got lr {list(lr.shape)}, sum {sum(layer_sizes)}"
+                f"lr and layer_sizes: expected [{len(layer_sizes)}] step sizes and a sum of "
+                f"P = {parameters}, got {list(lr.shape)} and {sum(layer_sizes)}"
             )
-        # Expanded by Python's numbers: a tensor of sizes would make a GPU wait for its copy.
-        pieces = [rate.expand(size) for rate, size in zip(lr.unbind(), layer_sizes, strict=True)]
+        # Sizes as Python numbers: with a tensor of them, a GPU would wait for its copy.
+        pieces = [one.expand(size) for one, size in zip(lr.unbind(), layer_sizes, strict=True)]
         return torch.cat(pieces).unsqueeze(0)
     if lr.dim() <= 1:
         lr = lr.reshape(1, -1)
     if lr.dim() != 2 or lr.shape[0] not in (1, tasks) or lr.shape[1] not in (1, parameters):
         raise ValueError(
-            f"lr must be a number, [P], [T, 1] or [T, P] with T = {tasks}, P = {parameters}, "
+            f"lr: expected a number, [P], [T, 1] or [T, P] with T = {tasks}, P = {parameters}, "
             f"got {list(lr.shape)}"
         )
     return lr
@@ -188,32 +186,27 @@ def _update_arena(
     check_together("grads", grads, "params", params)
     if params.dim() not in (1, 2) or grads.shape != params.shape:
         raise ValueError(
-            "params and grads must both have shape [T, P] or [P], "
+            "params and grads: expected one shape, [T, P] or [P], "
             f"got {list(params.shape)} and {list(grads.shape)}"
         )
     if params.dim() == 1:
-        rows = (params.unsqueeze(0), grads.unsqueeze(0), lr, layer_sizes)
-        return _update_arena(*rows).squeeze(0)
-    step = step_size_rows(lr, params, layer_sizes)
+        return _update_arena(params.unsqueeze(0), grads.unsqueeze(0), lr, layer_sizes).squeeze(0)
+    step_sizes = step_size_rows(lr, params, layer_sizes)
     if is_native("inner_update", params):
-        return _update(params, grads, step)
-    return reference.inner_update(params, grads, step)
+        return _update(params, grads, step_sizes)
+    return reference.inner_update(params, grads, step_sizes)
 
 
 def _update_leaf(param: Tensor, grad: Tensor, lr: Any) -> Tensor:
     check_floating("params", param)
     check_floating("grads", grad)
     check_together("grads", grad, "params", param)
-    if grad.shape != param.shape:
-        raise ValueError(
-            f"grads must have the shapes of params, got {list(grad.shape)} "
-            f"for a parameter of {list(param.shape)}"
-        )
+    check_shape("grads", grad, param.shape)
     if isinstance(lr, Tensor):
         lr = _leaf_step_size(lr, param)
     learned = isinstance(lr, Tensor) and lr.requires_grad
     if param.dtype in WIDE_DTYPES and not (learned and param.numel() >= FUSED_FROM):
-        # One pass as well, with less of Python around it.
+        # PyTorch's kernels take one pass as well, with less Python around them.
         if isinstance(lr, Tensor):
             return torch.addcmul(param, lr, grad, value=-1)
         return torch.sub(param, grad, alpha=float(lr))
@@ -223,16 +216,15 @@ def _update_leaf(param: Tensor, grad: Tensor, lr: Any) -> Tensor:
 
 
 def _leaf_step_size(lr: Tensor, param: Tensor) -> Tensor:
-    """``lr``, which broadcasts to the parameter, in the accumulation dtype."""
-    check_floating("lr", lr)
-    if lr.dim() and lr.device != param.device:
-        raise ValueError(f"lr must be on {param.device} like params, got {lr.device}")
+    """``lr``, which must broadcast to the parameter, in the accumulation dtype."""
+    lr = step_size_like(lr, param, "params")
     pairs = zip(reversed(lr.shape), reversed(param.shape), strict=False)
     if lr.dim() > param.dim() or any(n not in (1, m) for n, m in pairs):
         raise ValueError(
-            f"lr must broadcast to its parameter's shape, {list(param.shape)}, got {list(lr.shape)}"
+            f"lr: expected a shape that broadcasts to its parameter's, {list(param.shape)}, "
+            f"got {list(lr.shape)}"
         )
-    return lr.to(device=param.device, dtype=accumulation_dtype(param.dtype))
+    return lr
 
 
 @overload
@@ -256,21 +248,21 @@ def inner_update(
 
     Differentiable any number of times in params, grads and lr; works under torch.func and
     torch.compile. bfloat16 and float16 are computed in float32, with lr kept in float32. In a
-    tree, float32 and float64 go through PyTorch's own kernels, which take one pass as well, but
-    for large tensors with an lr that learns: their gradients are fused.
+    tree, float32 and float64 go through PyTorch's own kernels, which take one pass as well. Large
+    tensors with a learned lr are the exception: their gradients are fused.
 
     Args:
         params: [T, P], the flat parameters of T tasks (or [P] for one); or a tree (dict, list or
             tuple) of tensors of any shapes.
         grads: the same shape, or a tree of the same structure.
-        lr: the step size: a number or 0-d tensor; for [T, P] params also [P] per element,
-            [T, 1] per task, [T, P] per task and element, or, with ``layer_sizes``, [L] per layer. For
-            a tree: one number for all, or a tree of the same structure of numbers or of tensors
+        lr: the step size. For [T, P] params: a number or 0-d tensor; [P] for each element, [T, 1]
+            for each task, [T, P] for both; or, with ``layer_sizes``, [L] for each layer. For a
+            tree: one number for all, or a tree of the same structure of numbers or of tensors
             broadcastable to the parameter's shape.
         layer_sizes: number of parameters of each of the L layers, in arena order; sums to P.
 
     Returns:
-        A new tensor or tree like params; inputs are left as they are.
+        A new tensor or tree like params; inputs are not changed.
 
     Raises:
         TypeError: something is not a floating-point tensor, or dtypes differ.
@@ -279,22 +271,28 @@ def inner_update(
     Source: Finn, Abbeel, Levine 2017 (arXiv 1703.03400), equation 1; per-element step sizes are
     Meta-SGD's (Li et al. 2017, arXiv 1707.09835).
 
-    >>> fm.inner_update(torch.ones(2, 3), torch.ones(2, 3), torch.tensor([0.1, 0.2, 0.3]))
-    tensor([[0.9000, 0.8000, 0.7000],
-            [0.9000, 0.8000, 0.7000]])
+    Example:
+        >>> import torch
+        >>> import fastmeta as fm
+        >>> fm.inner_update(torch.ones(2, 3), torch.ones(2, 3), torch.tensor([0.1, 0.2, 0.3]))
+        tensor([[0.9000, 0.8000, 0.7000],
+                [0.9000, 0.8000, 0.7000]])
     """
     if isinstance(params, Tensor):
         return _update_arena(params, grads, cast("float | Tensor", lr), layer_sizes)
     if layer_sizes is not None:
-        raise ValueError("layer_sizes goes with [T, P] params; give a tree of step sizes instead")
+        raise ValueError(
+            f"layer_sizes: expected None for a tree of params, got {layer_sizes!r}; "
+            "give a tree of step sizes instead"
+        )
     leaves, tree = pytree.tree_flatten(params)
     grad_leaves, grad_tree = pytree.tree_flatten(grads)
     if tree != grad_tree:
-        raise ValueError(f"grads must have the structure of params, {tree}, got {grad_tree}")
+        raise ValueError(f"grads: expected the structure of params, {tree}, got {grad_tree}")
     if isinstance(lr, Mapping | list | tuple):
         lr_leaves, lr_tree = pytree.tree_flatten(lr)
         if lr_tree != tree:
-            raise ValueError(f"lr must have the structure of params, {tree}, got {lr_tree}")
+            raise ValueError(f"lr: expected the structure of params, {tree}, got {lr_tree}")
     else:
         lr_leaves = [lr] * len(leaves)
     updated = [_update_leaf(*leaf) for leaf in zip(leaves, grad_leaves, lr_leaves, strict=True)]

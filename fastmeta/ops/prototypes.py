@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from fastmeta.core.checks import check_integer
 from fastmeta.ops import reference
 from fastmeta.ops._checks import check_dims, check_floating, check_labels
 from fastmeta.ops._registration import as_function, is_native, register
@@ -38,7 +39,7 @@ class Prototypes(Function):
 
 
 class PrototypesBackward(Function):
-    """The linear map means -> x, each mean's share; its transpose is Prototypes."""
+    """The linear map means -> x, each example's share; its transpose is Prototypes."""
 
     generate_vmap_rule = True
 
@@ -94,22 +95,22 @@ def prototypes(x: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
     Raises:
         TypeError: ``x`` is not floating point, or ``labels`` are not int64.
-        ValueError: shapes or devices do not agree, ``num_classes`` is negative, or a label is out of
-            range (the message names the first).
+        ValueError: shapes or devices do not agree, ``num_classes`` is negative, or a label is out
+            of range (the message names the first).
 
     Source: Snell, Swersky, Zemel 2017 (arXiv 1703.05175), equation 1.
 
-    >>> fm.prototypes(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 0, 1]), 2)
-    tensor([[2.],
-            [5.]])
+    Example:
+        >>> import torch
+        >>> import fastmeta as fm
+        >>> fm.prototypes(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 0, 1]), 2)
+        tensor([[2.],
+                [5.]])
     """
     check_floating("x", x)
     check_dims("x", x, "[T, S, D]")
     check_labels("labels", labels, x.shape[:-1], x.device)
-    if not isinstance(num_classes, int | torch.SymInt) or isinstance(num_classes, bool):
-        raise TypeError(f"num_classes must be an int, got {type(num_classes).__name__}")
-    if num_classes < 0:
-        raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+    check_integer("num_classes", num_classes, 0)
     if x.dim() == 2:
         return prototypes(x.unsqueeze(0), labels.unsqueeze(0), num_classes).squeeze(0)
     if is_native("prototypes", x):
