@@ -31,7 +31,7 @@ class Head(NamedTuple):
 
 
 class HeadOptions(NamedTuple):
-    """How a linear head is adapted; the arguments of ``linear_head`` that are no tensors."""
+    """Arguments of ``linear_head`` but its tensors."""
 
     loss: str
     weight_decay: float

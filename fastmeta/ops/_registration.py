@@ -23,6 +23,7 @@ from fastmeta.core import backend
 
 def fold(x: Tensor, dim: int | None, size: int) -> Tensor:
     """Merge a vmapped dimension of ``size`` into the task dimension, which leads."""
+    # A tensor that is not vmapped is the same for all samples: expanded without a copy at first.
     moved = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     return moved.flatten(0, 1)
 
@@ -58,7 +59,7 @@ def register(name: str, fake: Callable[..., Any], vmap: Callable[..., Any] | Non
         fake: takes the op's arguments and gives tensors of the outputs' shapes and dtypes.
         vmap: a rule of ``torch.library.register_vmap``; None: ``folding``.
     """
-    if backend._C is None:
+    if backend._C is None:  # nothing is built, and plain PyTorch needs no rules
         return
     op = getattr(torch.ops.fastmeta, name)
     torch.library.register_fake(f"fastmeta::{name}", fake)

@@ -58,6 +58,7 @@ class InnerUpdate(Function):
     @staticmethod
     def jvp(ctx: Any, params_dot: Any, grads_dot: Any, lr_dot: Any) -> Tensor:
         grads, lr = ctx.saved_tensors
+        # The op is linear in params and bilinear in (grads, lr): its tangent is the op itself.
         out_dot = torch.zeros_like(grads) if params_dot is None else params_dot
         if grads_dot is not None:
             out_dot = reference.inner_update(out_dot, grads_dot, lr)
@@ -124,7 +125,7 @@ def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
     folded = _fold_with_lr(info, in_dims, *args)
     grad_grads, grad_lr = torch.ops.fastmeta.inner_update_backward(*folded)
     grad_lr = unfold(grad_lr, info.batch_size)
-    if lr_rows == 1:
+    if lr_rows == 1:  # folding gave every task a row of lr: sum them again
         grad_lr = grad_lr.sum(1, keepdim=True)
     return (unfold(grad_grads, info.batch_size), grad_lr), (0, 0)
 
@@ -210,6 +211,7 @@ def _update_leaf(param: Tensor, grad: Tensor, lr: Any) -> Tensor:
         if isinstance(lr, Tensor):
             return torch.addcmul(param, lr, grad, value=-1)
         return torch.sub(param, grad, alpha=float(lr))
+    # The op takes flat arenas: this tensor is the arena of one task.
     if isinstance(lr, Tensor) and lr.dim():
         lr = lr.expand(param.shape).reshape(1, -1)
     return _update_arena(param.reshape(1, -1), grad.reshape(1, -1), lr, None).reshape(param.shape)

@@ -153,6 +153,7 @@ class LinearHead(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         *tensors, ctx.options = inputs
         predictions_and_products = output[2:]
+        # They are outputs only because the backward kernel reads them.
         ctx.mark_non_differentiable(*predictions_and_products)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *predictions_and_products)
@@ -161,6 +162,7 @@ class LinearHead(Function):
     @staticmethod
     def backward(ctx: Any, grad_weight: Any, grad_bias: Any, *_: Any) -> tuple[Any, ...]:
         x, targets, weight, bias, lr, predictions, products = ctx.saved_tensors
+        # None stands for an output that the loss does not use. The kernel takes tensors only.
         if grad_weight is None:
             grad_weight = torch.zeros_like(weight)
         if grad_bias is None:

@@ -42,6 +42,7 @@ def _normalized_rows(x: Tensor, x_dot: Tensor) -> tuple[Tensor, Tensor]:
     norm = reference.safe_sqrt(x.square().sum(-1, keepdim=True))
     length = norm.clamp(min=reference.COSINE_EPS)
     a = x / length
+    # Below eps the length is constant, and so has no tangent.
     along = (a * x_dot).sum(-1, keepdim=True).masked_fill(norm <= reference.COSINE_EPS, 0.0)
     return a, (x_dot - a * along) / length
 

@@ -55,6 +55,7 @@ def loss_tangent(
     scale: float,
 ) -> Tensor:
     """Derivative [T, Q] of each query's loss along the direction query_dot, prototypes_dot."""
+    # In the dtype of the loss, which is float32 for half types.
     wide = accumulation_dtype(query.dtype)
     x, y, x_dot, y_dot = (z.to(wide) for z in (query, prototypes, query_dot, prototypes_dot))
     probability = (-scale * reference.pairwise_distance(x, y, metric)).softmax(-1)
@@ -126,6 +127,7 @@ class WeightedLoss(Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Any, *direction: Any) -> tuple[Any, ...]:
         (query, prototypes, *gradient), options = saved(ctx)
+        # Two terms: the cotangent of the loss, and the cotangents of the gradient itself.
         grads = [None, None] if grad_loss is None else _scaled(grad_loss, gradient)
         if any(d is not None for d in direction):
             second = _second(query, prototypes, direction, options, ctx.weight)

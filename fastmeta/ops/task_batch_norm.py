@@ -190,10 +190,12 @@ def task_batch_norm(
     if x.dim() == 4:
         weight, bias = (None if row is None else row.unsqueeze(0) for row in (weight, bias))
         return task_batch_norm(x.unsqueeze(0), weight, bias, eps).squeeze(0)
+    # The kernel always scales and shifts.
     weight = x.new_ones(x.shape[0], x.shape[2]) if weight is None else weight
     bias = torch.zeros_like(weight) if bias is None else bias
     if not is_native("task_batch_norm", x):
         return reference.task_batch_norm(x, weight, bias, eps).contiguous()
+    # A view of the images as [T, B, C, H W], or a contiguous copy of channels-last ones.
     return _apply(x.flatten(3), weight, bias, eps).view(x.shape)
 
 

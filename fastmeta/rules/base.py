@@ -40,8 +40,8 @@ class Step(NamedTuple):
 class Pullback(NamedTuple):
     """Cotangents of an inner step's inputs.
 
-    ``grads`` is None if it is not required. ``named`` has those of ``lr`` and of the rule's
-    parameters, as ``rule.NAME``, that are required.
+    ``grads`` is None if it is not required. ``named`` has the required ones among ``lr`` and the
+    rule's parameters, as ``rule.NAME``.
     """
 
     theta: Tensor
@@ -144,6 +144,7 @@ class Rule(nn.Module):
         with torch.enable_grad():
             after, new_state = self.step(Step(at.k, theta, grads, lr, tuple(state)))
         inputs = [theta, *state, *named.values()]
+        # The backward pass stays out of autocast, as the update does.
         with without_autocast(theta.device):
             to_theta, *rest = derivative([after, *new_state], [v, *state_v], inputs)
         to_named = dict(zip(named, rest[len(state) :], strict=True))

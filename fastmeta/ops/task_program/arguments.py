@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class AdaptBackwardArguments(NamedTuple):
-    """Arguments of ``adapt_backward``; the first seven are those of ``adapt``."""
+    """Arguments of ``adapt_backward``; ``adapt`` takes the first seven."""
 
     code: Tensor
     theta: Tensor  # [P] or [T, P]

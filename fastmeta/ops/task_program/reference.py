@@ -80,6 +80,7 @@ def adapt_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """
     a = AdaptBackwardArguments(*arguments)
     theta, lr, x = (tensor.detach().requires_grad_() for tensor in (a.theta, a.lr, a.x))
+    # Callers may be in no_grad: the derivative is taken by autograd, inside.
     with torch.enable_grad():
         end = _unrolled(a.code, theta, a.frozen, lr, x, a.y, a.steps, a.first_order)[-1]
         value = (end * a.grad_out).sum()
