@@ -47,9 +47,9 @@ class Problem:
         given = self.leaves | self.labels
         head = given["x"], given["targets"], given["weight"], given.get("bias")
         checked = checked_head(*head, self.loss)
-        rates = step_sizes(given["lr"], self.steps, given["x"])
-        options: Options = self.loss, decay, first_order, dual
-        return function(checked, rates, given["query"], given["query_targets"], options)
+        sizes = step_sizes(given["lr"], self.steps, given["x"])
+        options = HeadOptions(self.loss, decay, first_order, dual)
+        return function(checked, sizes, given["query"], given["query_targets"], options)
 
     def gradients(self, function, scale: float = 1.0, **options) -> tuple[list[Tensor], list]:
         loss, outputs = self.value(function, **options)
