@@ -9,8 +9,8 @@ from torch import Tensor
 import fastmeta as fm
 from fastmeta.core.backend import HEAD_LOSS, KERNELS
 from fastmeta.ops import linear_head_loss as _head_loss
-from fastmeta.ops._linear_head_arguments import LOSSES, checked_head, step_sizes
-from fastmeta.ops.linear_head_loss import Options, composed, head_loss
+from fastmeta.ops._linear_head_arguments import LOSSES, HeadOptions, checked_head, step_sizes
+from fastmeta.ops.linear_head_loss import composed, head_loss
 from tests.helpers.assertions import assert_near
 from tests.helpers.cases import Maker
 

@@ -1,6 +1,5 @@
 """Batch norm of each task: against torch's, edges, errors, and the raw kernels."""
 
-
 from __future__ import annotations
 
 import re
