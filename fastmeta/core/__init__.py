@@ -1,1 +1,1 @@
-"""The ground that the rest stands on: backend, dtypes, checks, layout, autograd helpers."""
+"""Shared foundations: backend, dtypes, checks, parameter layout, autograd helpers."""

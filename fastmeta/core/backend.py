@@ -1,7 +1,7 @@
-"""Which implementation an op runs: the compiled one, or plain PyTorch.
+"""Choice between the compiled implementation of an op and plain PyTorch.
 
-`FASTMETA_BACKEND=native|torch` (read at every call) or `use_backend` force the choice; without
-either, native kernels run wherever they exist.
+``FASTMETA_BACKEND=native|torch`` (read at every call) or ``use_backend`` force the choice. Without
+either, native kernels run if they exist.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from fastmeta.core.checks import check_choice
 
 
 def _compiled_with(file: str) -> str:
-    """The torch that an extension was compiled with, read without loading it; empty if unknown."""
+    """The torch version an extension was compiled with; empty if unknown."""
+    # Read from the file: loading an extension of another torch may crash.
     mark = b"fastmeta compiled with torch "
     with open(file, "rb") as opened, mmap(opened.fileno(), 0, access=ACCESS_READ) as content:
         at = content.find(mark)
@@ -29,7 +33,8 @@ def _compiled_with(file: str) -> str:
 
 
 def _why_missing(package: Path) -> str:
-    """Sources come before what was installed from them where Python runs in their folder."""
+    """Why ``package`` has no extension."""
+    # In the folder of the sources, Python imports them and not the package installed from them.
     if (package.parent / "setup.py").exists():
         return (
             f"it is imported from its sources in {package.parent}, where nothing is compiled; "
@@ -39,12 +44,12 @@ def _why_missing(package: Path) -> str:
 
 
 def _load() -> tuple[Any, str]:
-    """The extension, or None and why it cannot be used."""
+    """The extension, or None and the reason why it cannot be used."""
     spec = find_spec("fastmeta._C")
     if spec is None or spec.origin is None:
         return None, _why_missing(Path(__file__).parents[1])
     compiled, running = _compiled_with(spec.origin), torch.__version__
-    # libtorch's C++ ABI changes between minor versions: what loads might crash later.
+    # libtorch's C++ ABI changes between minor versions: an extension that loads may crash later.
     if compiled and compiled.split(".")[:2] != running.split(".")[:2]:
         return None, (
             f"it was compiled with torch {compiled}, and this is torch {running}; "
@@ -66,26 +71,27 @@ BATCH_NORM = "task_batch_norm"
 
 PROGRAM = "task_program"
 
-# Of a CPU alone: elsewhere these are other ops, one after another.
+# Kernels of CPUs only. Other devices run a composition of ops instead.
 PRODUCT: str = "task_product"
 
 HEAD_LOSS: str = "linear_head_loss"
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-WIDE_DTYPES = (torch.float32, torch.float64)  # of all but OPS and the convolution
+WIDE_DTYPES = (torch.float32, torch.float64)
 
 BACKENDS = ("native", "torch")
 
 
 def _has_kernel(op: str, device: str) -> bool:
-    """Whether an op was compiled for a device; the task program has several, built together."""
+    """Whether an op was compiled for a device."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
+    # The task program is several ops, built together.
     name = "task_program_meta_gradient" if op == PROGRAM else op
     return _C is not None and has(f"fastmeta::{name}", device.upper())
 
 
-# What follows is traced by torch.compile: plain tables and globals, which it guards on.
+# torch.compile traces the code below, and guards on its globals: plain tables and strings.
 NAMES = (*OPS, CONVOLUTION, BATCH_NORM, PROGRAM)
 
 KERNELS = {
@@ -98,23 +104,21 @@ KERNELS = {
 _override: str | None = None
 
 
-def _checked_backend(value: str, source: str) -> str:
-    if value not in BACKENDS:
-        raise ValueError(f"{source} must be 'native' or 'torch', got {value!r}")
-    return value
-
-
 @contextlib.contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Forces "native" or "torch" for the ops called inside a `with` block, on every thread.
+    """Force "native" or "torch" for the ops called inside a ``with`` block, on every thread.
 
     Overrides the environment variable FASTMETA_BACKEND. Raises ValueError for another name.
 
-    >>> with fm.use_backend("torch"):
-    ...     distance = fm.pairwise_distance(x, y)
+    Example:
+        >>> import torch
+        >>> import fastmeta as fm
+        >>> x, y = torch.randn(4, 3), torch.randn(5, 3)
+        >>> with fm.use_backend("torch"):
+        ...     distance = fm.pairwise_distance(x, y)
     """
     global _override
-    before, _override = _override, _checked_backend(backend, "backend")
+    before, _override = _override, check_choice("backend", backend, BACKENDS)
     try:
         yield
     finally:
@@ -124,11 +128,11 @@ def use_backend(backend: str) -> Iterator[None]:
 def _selected() -> str | None:
     """The backend that the context or the environment asks for, if any."""
     value = _override or os.environ.get("FASTMETA_BACKEND")
-    return _checked_backend(value, "FASTMETA_BACKEND") if value else None
+    return check_choice("FASTMETA_BACKEND", value, BACKENDS) if value else None
 
 
 def _missing(op: str, device: str, dtype: torch.dtype) -> str:
-    """Why there is no native kernel; empty where there is one."""
+    """Why there is no native kernel; empty if there is one."""
     if _C is None:
         return f"the native extension is missing: {UNAVAILABLE}"
     if (op, device) not in KERNELS:
@@ -148,19 +152,23 @@ def _warn(reason: str) -> None:
 
 
 def _select(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend, and the reason for plain PyTorch if nothing asked for it."""
     requested = _selected()
     reason = "" if requested == "torch" else _missing(op, device, dtype)
     return ("torch" if requested == "torch" or reason else "native"), reason
 
 
-def is_available(op: str, x: torch.Tensor) -> bool:
-    """Whether `op`, in whose place others run without a warning, has a kernel and may run it."""
+def is_available(op: str, x: Tensor) -> bool:
+    """Whether the kernel of an optional ``op`` is built for ``x``, and not disabled.
+
+    No warning if not: a composition of other ops takes its place.
+    """
     built = x.dtype in KERNELS.get((op, x.device.type), ())
     return built and _selected() != "torch"
 
 
-def is_native(op: str, x: torch.Tensor) -> bool:
-    """Whether `op` on `x` runs its native kernel; warns once where one was to be expected."""
+def is_native(op: str, x: Tensor) -> bool:
+    """Whether ``op`` on ``x`` runs its native kernel; warns once if an expected one is missing."""
     backend, reason = _select(op, x.device.type, x.dtype)
     if reason and not torch.compiler.is_compiling():
         _warn(reason)
@@ -170,30 +178,34 @@ def is_native(op: str, x: torch.Tensor) -> bool:
 def backend_of(
     op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> str:
-    """The implementation that `op` runs for tensors of `dtype` on `device`: "native" or "torch".
+    """The implementation that ``op`` runs: "native" or "torch".
 
     Args:
         op: "inner_update", "prototypes", "pairwise_distance", "prototype_loss", "linear_head",
             "task_conv2d", "task_batch_norm" or "task_program".
-        device: a device or its name.
+        device: the tensors' device or its name.
         dtype: the tensors' dtype.
 
     Raises:
         ValueError: unknown op, or FASTMETA_BACKEND is neither "native" nor "torch".
 
-    >>> fm.backend_of("prototype_loss", "cpu", torch.float32)
-    'native'
+    Example:
+        >>> import torch
+        >>> import fastmeta as fm
+        >>> fm.backend_of("prototype_loss", "cpu", torch.float32)
+        'native'
     """
-    if op not in NAMES:
-        raise ValueError(f"op must be one of {', '.join(NAMES)}, got {op!r}")
+    check_choice("op", op, NAMES)
     return _select(op, torch.device(device).type, dtype)[0]
 
 
 def build_info() -> dict[str, Any]:
-    """What was built: `native` (bool) and, with it, compiler, torch, isa and cuda; else `reason`.
+    """Facts about the extension: ``native`` (bool), and compiler, torch, isa, cuda or ``reason``.
 
-    >>> fm.build_info()["native"]
-    True
+    Example:
+        >>> import fastmeta as fm
+        >>> fm.build_info()["native"]
+        True
     """
     if _C is None:
         return {"native": False, "reason": UNAVAILABLE}

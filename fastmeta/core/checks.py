@@ -1,4 +1,4 @@
-"""Argument checks of the data sources: each error names the argument and what was expected."""
+"""Argument checks that every room shares. Errors read ``name: expected X, got Y``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,27 @@ from collections.abc import Iterable
 
 import torch
 
+_INTEGERS = (int, torch.SymInt)
+
+
+def is_integer(value: object) -> bool:
+    """Whether ``value`` is an int or a symbolic int of a traced graph; a bool is neither."""
+    return isinstance(value, _INTEGERS) and not isinstance(value, bool)
+
+
+def check_integer(name: str, value: int, lowest: int) -> None:
+    """TypeError if ``value`` is no int, ValueError if it is below ``lowest``."""
+    if not is_integer(value):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < lowest:
+        raise ValueError(f"{name}: expected at least {lowest}, got {value}")
+
 
 def check_count(name: str, value: object, least: int, below: int | None = None) -> int:
-    """``value`` as an int in [least, below); TypeError if it is none, ValueError out of range."""
+    """``value`` as an int in [least, below); TypeError if it is none, ValueError out of range.
+
+    Integers of other libraries, such as ``numpy.int64``, are converted.
+    """
     expected = f"an integer >= {least}" + ("" if below is None else f" and < {below}")
     if isinstance(value, bool):
         raise TypeError(f"{name}: expected {expected}, got the bool {value}")
@@ -24,6 +42,20 @@ def check_count(name: str, value: object, least: int, below: int | None = None) 
     return count
 
 
+def is_number(value: object) -> bool:
+    """Whether ``value`` is an int or a float; a bool is neither."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_number(name: str, value: float) -> float:
+    """``value`` as a float; TypeError if it is no number, ValueError if it is below 0 or NaN."""
+    if not is_number(value):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not value >= 0:  # NaN compares as false
+        raise ValueError(f"{name}: expected at least 0, got {value}")
+    return float(value)
+
+
 def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
     """``value`` if it is one of ``choices``; ValueError otherwise."""
     known = tuple(choices)
@@ -33,7 +65,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
 
 
 def check_device(device: object) -> torch.device:
-    """``device`` as a torch.device; ValueError if torch knows none like it."""
+    """``device`` as a torch.device; ValueError if torch does not know it."""
     try:
         return torch.device(device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError) as error:
@@ -42,13 +74,7 @@ def check_device(device: object) -> torch.device:
         ) from error
 
 
-def check_integer(name: str, value: int, lowest: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < lowest:
-        raise ValueError(f"{name}: expected at least {lowest}, got {value}")
-
-
 def refuse_inference_mode(reason: str) -> None:
+    """RuntimeError in inference mode, where autograd records nothing."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(f"{reason}, which inference mode forbids; use torch.no_grad()")

@@ -1,4 +1,4 @@
-"""Hessian-vector products of many tasks at once, in three modes."""
+"""Derivatives of the summed loss of many tasks, and Hessian-vector products in three modes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODES = ("reverse", "forward", "finite_difference")
 # Parameters and inputs of all tasks by name, tensors [T, ...].
 Tensors = dict[str, Tensor]
 
-# The summed loss of all tasks. As tasks do not mix, its derivatives are each task's own.
+# The summed loss of all tasks. Tasks do not mix, so its derivatives are each task's own.
 Total = Callable[[Tensors, Tensors], Tensor]
 
 
@@ -27,23 +27,23 @@ def curvature(
 ) -> tuple[Tensors, Tensors]:
     """Hessian-vector product, and the derivative of ``<grad, vector>`` to the inputs.
 
-    What one step of the adjoint recursion needs, outside ``torch.func`` transforms and without a
-    graph of the result.
+    One step of the adjoint recursion takes both. They are computed outside ``torch.func``
+    transforms, and the result has no graph.
 
     Args:
         total: the summed loss of all tasks as a function of parameters and inputs.
         params, vector: name -> ``[T, ...]``.
-        inputs: name -> ``[T, ...]``, those whose derivative is wanted.
+        inputs: name -> ``[T, ...]``, those whose derivative is required.
         mode: as for ``hvp``.
 
     Returns:
         ``(H vector, d<g, vector>/d inputs)``, each by name.
     """
     if mode == "reverse":
-        return _pull_back(total, params, vector, inputs)
+        return _reverse_over_reverse(total, params, vector, inputs)
     if mode == "forward":
-        both = grad(total, argnums=(0, 1))
-        return tangent(lambda p: both(p, inputs), params, vector)[1]
+        gradients = grad(total, argnums=(0, 1))
+        return tangent(lambda p: gradients(p, inputs), params, vector)[1]
     return central_difference(lambda p: gradient(total, p, inputs), params, vector)[1]
 
 
@@ -62,7 +62,7 @@ def derivative(
     inputs: Sequence[Tensor],
     create_graph: bool = False,
 ) -> list[Tensor]:
-    """``torch.autograd.grad`` with zeros where an output does not depend on an input."""
+    """``torch.autograd.grad`` with zeros for inputs on which no output depends."""
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     if not pairs:
         return [torch.zeros_like(tensor) for tensor in inputs]
@@ -79,11 +79,11 @@ def derivative(
 def tangent(gradients: Callable[[Any], Any], params: Any, vector: Any) -> tuple[Any, Any]:
     """Forward over reverse: ``gradients(params)`` and its tangent along ``vector``.
 
-    The transforms nest as jvp(grad(vmap)). Under vmap(jvp(grad)) PyTorch 2.13 writes into immutable
-    zero tangents, and jvp(vmap(grad)) silently drops the tangent of the statistics that a
-    normalisation layer saves.
+    ``gradients`` is a ``grad`` of a ``vmap``, so that the transforms nest as jvp(grad(vmap)).
     """
-    dense = tree_map(torch.Tensor.contiguous, (params, vector))
+    # Under vmap(jvp(grad)) PyTorch 2.13 writes into immutable zero tangents, and jvp(vmap(grad))
+    # silently drops the tangent of the statistics that a normalisation layer saves.
+    dense = tree_map(Tensor.contiguous, (params, vector))
     value, along, *_ = jvp(gradients, dense[:1], dense[1:])
     return value, along
 
@@ -93,26 +93,26 @@ def central_difference(
 ) -> tuple[Any, Any]:
     """``gradients(params)`` and its tangent along ``vector``, both from two shifted gradients.
 
-    Truncation grows with the square of the step and rounding with its inverse: a step of
-    cbrt(machine epsilon) relative to the parameters balances them. Both gradients draw the same
-    random numbers.
+    Both gradients draw the same random numbers.
     """
     leaves, directions = tree_flatten(params)[0], tree_flatten(vector)[0]
+    # Truncation grows with the square of the shift, and rounding with its inverse. A shift of
+    # cbrt(machine epsilon) relative to the parameters balances them.
     length, unit = _norm(directions), torch.finfo(leaves[0].dtype).eps ** (1 / 3)
-    step = torch.where(length > 0, unit * (1 + _norm(leaves)) / length, 1.0)
+    shift = torch.where(length > 0, unit * (1 + _norm(leaves)) / length, 1.0)
 
     def shifted(sign: float) -> Any:
-        return tree_map(lambda p, v: p + sign * _per_task(step, v) * v, params, vector)
+        return tree_map(lambda p, v: p + sign * _per_task(shift, v) * v, params, vector)
 
     random = RandomState(leaves[0].device)
     above = gradients(shifted(1.0))
     with random.replay():
         below = gradients(shifted(-1.0))
     middle = tree_map(lambda a, b: (a + b) / 2, above, below)
-    return middle, tree_map(lambda a, b: (a - b) / (2 * _per_task(step, a)), above, below)
+    return middle, tree_map(lambda a, b: (a - b) / (2 * _per_task(shift, a)), above, below)
 
 
-def _pull_back(
+def _reverse_over_reverse(
     total: Total, params: Tensors, vector: Tensors, inputs: Tensors
 ) -> tuple[Tensors, Tensors]:
     params, inputs = _leaves(params), _leaves(inputs)
@@ -130,6 +130,7 @@ def _leaves(tensors: Tensors) -> Tensors:
 
 
 def _split(grads: Sequence[Tensor], params: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
+    """Gradients to the parameters and to the inputs, by name."""
     count = len(params)
     return (
         dict(zip(params, grads[:count], strict=True)),
@@ -138,10 +139,11 @@ def _split(grads: Sequence[Tensor], params: Tensors, inputs: Tensors) -> tuple[T
 
 
 def _norm(leaves: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm over all leaves, of each task ``[T]``."""
+    """Euclidean norm of each task's leaves ``[T]``."""
     rows = [leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:])) for leaf in leaves]
     return torch.stack([row.square().sum(1) for row in rows]).sum(0).sqrt()
 
 
 def _per_task(values: Tensor, like: Tensor) -> Tensor:
+    """Values ``[T]`` in a shape that broadcasts over ``like`` ``[T, ...]``."""
     return values.reshape(-1, *[1] * (like.ndim - 1))

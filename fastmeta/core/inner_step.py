@@ -1,4 +1,7 @@
-"""Which inner step is at work, for modules that have parameters of each."""
+"""The number of the current inner step, for modules with parameters for each step.
+
+theta_k are the parameters after k inner steps.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from fastmeta.core.checks import check_integer
+
 _STEP: ContextVar[int] = ContextVar("inner_step", default=0)
 
 
 def current_step() -> int:
-    """k while passes at theta_k run, the parameters after k inner steps; 0 elsewhere."""
+    """k during passes at theta_k; 0 outside the inner loop."""
     return _STEP.get()
 
 
 @contextmanager
 def inner_step(k: int) -> Iterator[None]:
-    """Runs modules that have parameters of each inner step as at theta_k, those after k steps.
+    """Run modules with parameters for each inner step as at theta_k, in a ``with`` block.
 
-    ``MAML.meta_loss``, ``meta_gradient`` and ``adapt_tasks`` say it by themselves, and so do calls
-    of what ``adapt_tasks`` returns. Calls of a module or of ``MAML.clone()`` do not: they run as at
-    theta_0 unless they stand inside.
+    ``MAML.meta_loss``, ``meta_gradient`` and ``adapt_tasks`` set k by themselves, and so do calls
+    of the result of ``adapt_tasks``. Calls of a module or of ``MAML.clone()`` do not: outside of
+    the block they run as at theta_0.
 
     Args:
         k: inner steps taken, at least 0.
 
     Raises:
-        TypeError, ValueError: k is no integer, or less than 0.
+        TypeError, ValueError: k is not an integer, or less than 0.
 
     Example:
         >>> import torch
@@ -39,10 +44,7 @@ def inner_step(k: int) -> Iterator[None]:
         ...     norm(x).mean().item()
         3.0
     """
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"k: expected an integer, got {k!r}")
-    if k < 0:
-        raise ValueError(f"k: expected at least 0, got {k}")
+    check_integer("k", k, 0)
     before = _STEP.set(k)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Modules that only some data sources need, imported when a source asks for them."""
+"""Optional dependencies, imported when they are needed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def require(module: str, purpose: str) -> ModuleType:
-    """Import ``module``, or say in one line what needs it and how to install it."""
+    """Import ``module``; an ImportError names ``purpose`` and the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

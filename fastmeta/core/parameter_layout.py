@@ -1,4 +1,4 @@
-"""The parameters of a task as one flat vector: a layout, and views into it."""
+"""The parameters of a task as one flat vector, the arena: its layout, and views into it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """Where each trainable parameter of a module lies in an arena ``[..., P]``.
+    """The places of a module's trainable parameters in an arena ``[..., P]``.
 
-    Only parameters with ``requires_grad=True`` are in it; one that is registered under several
-    names (tied weights) is in it once, under its first name.
+    Parameters with ``requires_grad=False`` are left out. A parameter that is registered under
+    several names (tied weights) is in the arena once, under its first name.
 
     Attributes:
         names: names of the L parameters, in the module's order.
@@ -92,7 +92,7 @@ class ParameterLayout:
         """
         if arena.ndim == 0 or arena.shape[-1] != self.numel:
             raise ValueError(f"arena: expected shape [..., {self.numel}], got {list(arena.shape)}")
-        # One split, not one slice per parameter: its derivative is a single concatenation.
+        # A split, not a slice for each parameter: its derivative is a single concatenation.
         pieces = arena.split(self.sizes, dim=-1)
         lead = arena.shape[:-1]
         return {

@@ -1,4 +1,4 @@
-"""The random generators, so that a recomputed step draws the same numbers."""
+"""The state of the random generators, so that a recomputed step draws the same numbers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 class RandomState:
-    """The state of torch's default generators now, on the CPU and on the device of the tasks.
+    """The current state of torch's default generators, on the CPU and on the device of the tasks.
 
-    A step recomputed inside ``replay()`` draws the numbers it drew the first time (the same dropout
-    masks); afterwards the generators stand where they stood, as if nothing had been drawn.
+    A step recomputed inside ``replay()`` draws the same numbers as the first time (the same dropout
+    masks). Afterwards the generators continue as if nothing had been drawn.
 
     Example:
         >>> import torch
@@ -31,6 +31,7 @@ class RandomState:
 
     @contextmanager
     def replay(self) -> Iterator[None]:
+        """Set the generators to the kept state, in a ``with`` block."""
         with torch.random.fork_rng(devices=self._cuda):
             torch.set_rng_state(self._cpu)
             for device, state in zip(self._cuda, self._cuda_states, strict=True):

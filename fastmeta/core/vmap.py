@@ -1,4 +1,4 @@
-"""Mapping a function over tasks, and the kernels that allow it."""
+"""Functions mapped over tasks, and the choice of kernels that can be vmapped."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 def map_tasks(fn: Callable[..., Any], *args: Any) -> Any:
-    """``fn`` of one task's tensors, over the leading task dimension of every tensor in ``args``.
+    """Map ``fn``, a function of one task's tensors, over the leading dimension of ``args``.
 
-    Several tasks are vmapped, each with random numbers of its own. A single task is called
-    directly: no batching rule is needed then, and a convolution stays an ordinary one.
+    Several tasks are vmapped, each with its own random numbers. A single task is called directly:
+    it needs no batching rule, and a convolution stays an ordinary one.
     """
     if tree_leaves(args)[0].shape[0] != 1:
         return vmap(fn, randomness="different")(*args)
@@ -27,21 +27,23 @@ def map_tasks(fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def under_derivative(fn: Callable[[Any], Tensor], params: Any) -> Tensor:
-    """``fn(params)`` for use inside ``map_tasks``, also where it has recurrent layers.
-
-    Their kernels have no batching rule; under a derivative they fall into parts that have one.
-    """
+    """``fn(params)`` for use inside ``map_tasks``, also with recurrent layers."""
+    # Recurrent kernels have no batching rule. Under a derivative, PyTorch runs them in parts that
+    # have one.
     return vjp(fn, params)[0]
 
 
 @contextmanager
 def differentiable_kernels(recurrent: bool = False) -> Iterator[None]:
-    """Keeps torch to kernels that have a double backward and a batching rule.
+    """Context in which torch runs only kernels with a double backward and a batching rule.
 
-    Flash and memory-efficient attention and the transformer fast path do not, nor do cuDNN's
-    recurrent layers; those are avoided where ``recurrent`` says that there are some.
+    Flash and memory-efficient attention and the transformer fast path have neither, nor have
+    cuDNN's recurrent layers.
+
+    Args:
+        recurrent: whether to avoid cuDNN, too.
     """
-    if torch.compiler.is_compiling():  # which traces no other switch
+    if torch.compiler.is_compiling():  # torch.compile traces no other switch
         with sdpa_kernel(SDPBackend.MATH):
             yield
         return

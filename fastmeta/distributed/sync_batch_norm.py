@@ -1,4 +1,4 @@
-"""Batch norm whose batch is that of all ranks together."""
+"""Batch norm over the batches of all ranks, also on CPUs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch norm over the examples of all ranks, as if one process had them all.
+    """Batch norm over the examples of all ranks, on any device; ``nn.SyncBatchNorm`` needs CUDA.
 
-    What ``nn.SyncBatchNorm`` is on GPUs, on every device. Parameters, buffers and options are those
-    of ``nn.BatchNorm2d``. In ``eval()`` and where there is one process it is an ordinary batch
-    norm; in ``train()`` every rank must call it, and its gradient, as often as the others. It has a
-    first derivative alone.
+    It has the parameters, buffers and options of ``nn.BatchNorm2d``. In ``eval()`` and in a single
+    process it is an ordinary batch norm. In ``train()`` every rank must call it, and its gradient,
+    equally often. It can be differentiated only once.
 
     Example:
+        >>> import torch
+        >>> from fastmeta.distributed import SyncBatchNorm
         >>> norm = SyncBatchNorm(4)
         >>> norm(torch.randn(2, 4, 3, 3)).shape
         torch.Size([2, 4, 3, 3])
@@ -41,6 +42,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
+        """Update the running statistics."""
         seen, running_mean, running_var = map(
             self.get_buffer, ("num_batches_tracked", "running_mean", "running_var")
         )
@@ -73,21 +75,22 @@ class _Normalise(torch.autograd.Function):
         normal = (x - _wide(mean, x)) * _wide(scale, x)
         grad = grad.to(normal.dtype)
         dims = _dims(x)
-        own = torch.stack([grad.sum(dims), (grad * normal).sum(dims)])
-        of_all = own.clone()
-        dist.all_reduce(of_all)
-        of_all /= count
+        sums = torch.stack([grad.sum(dims), (grad * normal).sum(dims)])
+        means = sums.clone()
+        dist.all_reduce(means)
+        means /= count
         factor = scale if weight is None else scale * weight
-        grad_x = (grad - _wide(of_all[0], x) - normal * _wide(of_all[1], x)) * _wide(factor, x)
-        grad_bias, grad_weight = (None, None) if weight is None else own
+        grad_x = (grad - _wide(means[0], x) - normal * _wide(means[1], x)) * _wide(factor, x)
+        # Parameters get this rank's share: gradients are averaged over ranks afterwards.
+        grad_bias, grad_weight = (None, None) if weight is None else sums
         return grad_x.to(x.dtype), grad_weight, grad_bias, None
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and number of values of each channel, over all ranks.
 
-    Each rank's deviations from its own mean are joined (Chan et al. 1983), which loses no digits
-    where a mean is large.
+    The variances of the ranks are combined (Chan et al. 1983), which loses no digits if a mean is
+    large.
     """
     dims = _dims(x)
     wide = x if x.dtype == torch.float64 else x.float()
@@ -103,31 +106,34 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _dims(x: Tensor) -> list[int]:
+    """All dimensions but the channels'."""
     return [0, *range(2, x.ndim)]
 
 
 def _wide(channels: Tensor, x: Tensor) -> Tensor:
-    """``[C]`` as it broadcasts over ``x``."""
+    """``[C]`` in a shape that broadcasts over ``x``."""
     return channels.view(-1, *[1] * (x.ndim - 2))
 
 
 def share_batch_statistics(module: nn.Module) -> nn.Module:
     """Make all batch norms of a module ``SyncBatchNorm``, in place.
 
-    For learners whose norms see all tasks at once, as a ``ProtoNet``'s: split over ranks, they then
-    compute what one process would. MAML and its relatives norm each task by itself, and need none.
+    For learners whose norms see all tasks at once, such as ``ProtoNet``: on several ranks, they
+    then compute the same as one process. MAML and its variants normalise each task by itself and do
+    not need it.
 
     Args:
         module: any module; parameters and buffers stay the same tensors.
 
     Returns:
-        The module; where it is a batch norm itself, the one that takes its place.
+        The module; if it is a batch norm itself, its replacement.
 
     Example:
         >>> import fastmeta as fm
+        >>> from fastmeta.distributed import share_batch_statistics
         >>> net = share_batch_statistics(fm.models.Conv4(8, ways=None))
-        >>> net.features[0][1]
-        SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+        >>> isinstance(net.features[0][1], fm.distributed.SyncBatchNorm)
+        True
     """
     if isinstance(module, _BatchNorm):
         shared = SyncBatchNorm.__new__(SyncBatchNorm)

@@ -1,4 +1,4 @@
-"""The networks that the few-shot literature measures on."""
+"""Standard networks of the few-shot literature."""
 
 from fastmeta.core.inner_step import inner_step
 from fastmeta.models.networks import MLP, Conv4, ResNet12

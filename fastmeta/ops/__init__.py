@@ -2,7 +2,8 @@
 
 from fastmeta.core.backend import backend_of, build_info, use_backend
 from fastmeta.ops.inner_update import inner_update
-from fastmeta.ops.linear_head import linear_head, linear_head_hvp
+from fastmeta.ops.linear_head import linear_head
+from fastmeta.ops.linear_head_hvp import linear_head_hvp
 from fastmeta.ops.pairwise_distance import pairwise_distance
 from fastmeta.ops.prototype_loss import prototype_loss
 from fastmeta.ops.prototypes import prototypes

@@ -1,54 +1,61 @@
-"""Argument checks that the public ops share: what the argument takes, and what came."""
+"""Argument checks that the public ops share."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from fastmeta.core.dtypes import accumulation_dtype
 
 METRICS = ("sqeuclidean", "euclidean", "cosine", "dot")
 
 
-def check_floating(name: str, x: torch.Tensor) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+def check_floating(name: str, x: Tensor) -> None:
+    """TypeError unless ``x`` is a floating-point tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {x.dtype}")
+        raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
 
 
-def check_together(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    """Same dtype and device."""
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """ValueError unless ``x`` has ``shape``."""
+    if x.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
+
+
+def check_together(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless both tensors have one dtype and one device."""
     if x.dtype != other.dtype:
-        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}")
+        raise TypeError(f"{name}: expected dtype {other.dtype} like {other_name}, got {x.dtype}")
     if x.device != other.device:
-        raise ValueError(f"{name} must be on {other.device} like {other_name}, got {x.device}")
+        raise ValueError(
+            f"{name}: expected device {other.device} like {other_name}, got {x.device}"
+        )
 
 
-def check_dims(name: str, x: torch.Tensor, shape: str) -> None:
-    """`shape` is written "[T, Q, D]"; the leading T may be missing."""
+def check_dims(name: str, x: Tensor, shape: str) -> None:
+    """ValueError unless ``x`` has the dimensions of ``shape``, "[T, Q, D]", or all but T."""
     dims = shape.count(",") + 1
     if x.dim() not in (dims, dims - 1):
-        raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
+        raise ValueError(f"{name}: expected shape {shape}, got {list(x.shape)}")
 
 
-def check_labels(name: str, labels: torch.Tensor, shape: torch.Size, device: torch.device) -> None:
-    if not isinstance(labels, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
+def check_labels(name: str, labels: Tensor, shape: torch.Size, device: torch.device) -> None:
+    """Raise unless ``labels`` are int64 of ``shape`` on ``device``; values are not read."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(labels).__name__}")
     if labels.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {labels.dtype}")
-    if labels.shape != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(labels.shape)}")
+        raise TypeError(f"{name}: expected dtype torch.int64, got {labels.dtype}")
+    check_shape(name, labels, shape)
     if labels.device != device:
-        raise ValueError(f"{name} must be on {device}, got {labels.device}")
-
-
-def check_option(name: str, value: object, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
+        raise ValueError(f"{name}: expected device {device}, got {labels.device}")
 
 
 def check_rows(
-    name: str, x: torch.Tensor, other_name: str, other: torch.Tensor, shape: str, other_shape: str
+    name: str, x: Tensor, other_name: str, other: Tensor, shape: str, other_shape: str
 ) -> None:
-    """Two sets of rows, [T, Q, D] and [T, N, D], that agree in T and D."""
+    """Raise unless two sets of rows, [T, Q, D] and [T, N, D], agree in T and D."""
     for n, tensor, s in ((name, x, shape), (other_name, other, other_shape)):
         check_floating(n, tensor)
         check_dims(n, tensor, s)
@@ -56,6 +63,17 @@ def check_rows(
     agree = x.dim() == other.dim() and x.shape[-1] == other.shape[-1]
     if not agree or x.shape[:-2] != other.shape[:-2]:
         raise ValueError(
-            f"{name} {shape} and {other_name} {other_shape} must agree in T and D, "
+            f"{name} {shape} and {other_name} {other_shape}: expected the same T and D, "
             f"got {list(x.shape)} and {list(other.shape)}"
         )
+
+
+def step_size_like(lr: Tensor, x: Tensor, name: str) -> Tensor:
+    """The step size ``lr`` in the accumulation dtype of ``x``, on its device. Differentiable.
+
+    A 0-d tensor may come from another device, as PyTorch allows it in arithmetic.
+    """
+    check_floating("lr", lr)
+    if lr.device != x.device and lr.dim():
+        raise ValueError(f"lr: expected device {x.device} like {name}, got {lr.device}")
+    return lr.to(device=x.device, dtype=accumulation_dtype(x.dtype))

@@ -1,7 +1,7 @@
 """Derivatives of every order for ops of two sets of rows, out = f(x, y).
 
-The compiled op gives f and its gradient; the rest follows from the tangent of f, written once in
-plain PyTorch. With <g, f> the objective and H its Hessian in (x, y):
+The compiled op gives f and its gradient. All other derivatives follow from the tangent of f,
+written once in plain PyTorch. With <g, f> the objective and H its Hessian in (x, y):
 
     jvp of f in direction v         tangent(v)
     derivative of the gradient      in g: tangent(v);  in (x, y): H v = gradient of <g, tangent(v)>
@@ -10,123 +10,144 @@ plain PyTorch. With <g, f> the objective and H its Hessian in (x, y):
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
 from fastmeta.ops._registration import as_function
 
-Rows = tuple[torch.Tensor, torch.Tensor]
+Rows = tuple[Tensor, Tensor]
 
 
 class PairwiseOptions(NamedTuple):
-    """What an op takes after x and y; None where it has no such argument."""
+    """Arguments of an op after x and y; None if it has no such argument."""
 
-    labels: torch.Tensor | None
+    labels: Tensor | None
     metric: str
     scale: float | None
 
 
-class PairwiseOp(NamedTuple):
-    forward: Callable[..., torch.Tensor]  # (x, y, *rest) -> out
-    backward: Callable[..., Rows]  # (grad_out, x, y, *rest) -> grad_x, grad_y
-    tangent: Callable[..., torch.Tensor]  # (x, y, x_dot, y_dot, *rest) -> out_dot
+@dataclass(frozen=True, eq=False)
+class PairwiseOp:
+    """An op of two sets of rows and of the fields of ``PairwiseOptions``, in that order.
+
+    Attributes:
+        forward: (x, y, labels, metric, scale) -> out.
+        backward: (grad_out, x, y, labels, metric, scale) -> grad_x, grad_y.
+        tangent: (x, y, x_dot, y_dot, labels, metric, scale) -> out_dot, in plain PyTorch.
+    """
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., Rows]
+    tangent: Callable[..., Tensor]
 
 
-def _or_zeros(tangent: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+def _or_zeros(tangent: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if tangent is None else tangent
 
 
 def hessian_vector_product(
-    tangent: Callable[..., torch.Tensor],
-    g: torch.Tensor,
+    tangent: Callable[..., Tensor],
+    g: Tensor,
     rows: Rows,
-    direction: tuple[torch.Tensor | None, ...],
-    rest: PairwiseOptions,
+    direction: tuple[Tensor | None, ...],
+    options: PairwiseOptions,
 ) -> Rows:
-    """H v of <g, f> for v = `direction`, None meaning zero."""
+    """H v of <g, f> for v = ``direction``, None meaning zero."""
     v = tuple(_or_zeros(d, r) for d, r in zip(direction, rows, strict=True))
-    pullback = torch.func.vjp(lambda x, y: tangent(x, y, *v, *rest), *rows)[1]
+    pullback = torch.func.vjp(lambda x, y: tangent(x, y, *v, *options), *rows)[1]
     return pullback(g)
 
 
-def save(ctx: Any, tensors: tuple[torch.Tensor, ...], rest: tuple[Any, ...]) -> None:
-    labels, ctx.metric, ctx.scale = rest
+def save(
+    ctx: Any, tensors: tuple[Tensor, ...], labels: Tensor | None, metric: str, scale: float | None
+) -> None:
+    """Keep the inputs of an op for ``saved``."""
+    ctx.metric, ctx.scale = metric, scale
     ctx.save_for_backward(*tensors, labels)
     ctx.save_for_forward(*tensors, labels)
 
 
-def saved(ctx: Any) -> tuple[tuple[torch.Tensor, ...], PairwiseOptions]:
+def saved(ctx: Any) -> tuple[tuple[Tensor, ...], PairwiseOptions]:
+    """The tensors and the options that ``save`` kept."""
     *tensors, labels = ctx.saved_tensors
     return tuple(tensors), PairwiseOptions(labels, ctx.metric, ctx.scale)
 
 
-def differentiable(op: PairwiseOp) -> Callable[..., torch.Tensor]:
-    """`op.forward` as a function that autograd and torch.func differentiate any number of times."""
+class Pairwise(Function):
+    """``op.forward(x, y, labels, metric, scale)``."""
 
-    class Backward(Function):
-        generate_vmap_rule = True
+    generate_vmap_rule = True
 
-        @staticmethod
-        def forward(
-            grad_out: torch.Tensor,
-            x: torch.Tensor,
-            y: torch.Tensor,
-            labels: torch.Tensor | None,
-            metric: str,
-            scale: float | None,
-        ) -> Rows:
-            return op.backward(grad_out, x, y, labels, metric, scale)
+    @staticmethod
+    def forward(
+        op: PairwiseOp, x: Tensor, y: Tensor, labels: Tensor | None, metric: str, scale: Any
+    ) -> Tensor:
+        return op.forward(x, y, labels, metric, scale)
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Rows) -> None:
-            save(ctx, inputs[:3], inputs[3:])
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.op, x, y, labels, metric, scale = inputs
+        save(ctx, (x, y), labels, metric, scale)
 
-        @staticmethod
-        def backward(
-            ctx: Any, grad_grad_x: torch.Tensor, grad_grad_y: torch.Tensor
-        ) -> tuple[Any, ...]:
-            (g, x, y), rest = saved(ctx)
-            direction = (grad_grad_x, grad_grad_y)
-            second = hessian_vector_product(op.tangent, g, (x, y), direction, rest)
-            return op.tangent(x, y, *direction, *rest), *second, None, None, None
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        (x, y), options = saved(ctx)
+        # torch.compile has no second derivatives, and loses track of a nested Function.
+        if torch.compiler.is_compiling():
+            grads = ctx.op.backward(grad_out, x, y, *options)
+        else:
+            grads = _apply_backward(ctx.op, grad_out, x, y, *options)
+        return None, *grads, None, None, None
 
-        @staticmethod
-        def jvp(ctx: Any, g_dot: Any, x_dot: Any, y_dot: Any, *_: Any) -> Rows:
-            (g, x, y), rest = saved(ctx)
-            along_g = backward(_or_zeros(g_dot, g), x, y, *rest)
-            second = hessian_vector_product(op.tangent, g, (x, y), (x_dot, y_dot), rest)
-            return along_g[0] + second[0], along_g[1] + second[1]
+    @staticmethod
+    def jvp(ctx: Any, _: Any, x_dot: Any, y_dot: Any, *options_dot: Any) -> Tensor:
+        (x, y), options = saved(ctx)
+        return ctx.op.tangent(x, y, _or_zeros(x_dot, x), _or_zeros(y_dot, y), *options)
 
-    class Forward(Function):
-        generate_vmap_rule = True
 
-        @staticmethod
-        def forward(
-            x: torch.Tensor,
-            y: torch.Tensor,
-            labels: torch.Tensor | None,
-            metric: str,
-            scale: float | None,
-        ) -> torch.Tensor:
-            return op.forward(x, y, labels, metric, scale)
+class PairwiseBackward(Function):
+    """``op.backward(grad_out, x, y, labels, metric, scale)``."""
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-            save(ctx, inputs[:2], inputs[2:])
+    generate_vmap_rule = True
 
-        @staticmethod
-        def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
-            (x, y), rest = saved(ctx)
-            # torch.compile has no second derivatives, and loses track of a nested Function.
-            gradient = op.backward if torch.compiler.is_compiling() else backward
-            return *gradient(grad_out, x, y, *rest), None, None, None
+    @staticmethod
+    def forward(
+        op: PairwiseOp,
+        grad_out: Tensor,
+        x: Tensor,
+        y: Tensor,
+        labels: Tensor | None,
+        metric: str,
+        scale: Any,
+    ) -> Rows:
+        return op.backward(grad_out, x, y, labels, metric, scale)
 
-        @staticmethod
-        def jvp(ctx: Any, x_dot: Any, y_dot: Any, *_: Any) -> torch.Tensor:
-            (x, y), rest = saved(ctx)
-            return op.tangent(x, y, _or_zeros(x_dot, x), _or_zeros(y_dot, y), *rest)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Rows) -> None:
+        ctx.op, grad_out, x, y, labels, metric, scale = inputs
+        save(ctx, (grad_out, x, y), labels, metric, scale)
 
-    backward = as_function(Backward)
-    return as_function(Forward)
+    @staticmethod
+    def backward(ctx: Any, grad_grad_x: Tensor, grad_grad_y: Tensor) -> tuple[Any, ...]:
+        (g, x, y), options = saved(ctx)
+        direction, tangent = (grad_grad_x, grad_grad_y), ctx.op.tangent
+        second = hessian_vector_product(tangent, g, (x, y), direction, options)
+        return None, tangent(x, y, *direction, *options), *second, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, g_tangent: Any, x_dot: Any, y_dot: Any, *options_dot: Any) -> Rows:
+        (g, x, y), options = saved(ctx)
+        # The gradient is linear in g: its derivative along g is the gradient of g's tangent.
+        grads = _apply_backward(ctx.op, _or_zeros(g_tangent, g), x, y, *options)
+        second = hessian_vector_product(ctx.op.tangent, g, (x, y), (x_dot, y_dot), options)
+        return grads[0] + second[0], grads[1] + second[1]
+
+
+# ``pairwise(op, x, y, labels, metric, scale)``, differentiable any number of times.
+pairwise = as_function(Pairwise)
+
+_apply_backward = as_function(PairwiseBackward)

@@ -1,9 +1,11 @@
-"""Gives the compiled ops what PyTorch's transforms need, and joins them to autograd.
+"""Registration of the compiled ops with PyTorch's transforms and with autograd.
 
-Derivatives are `torch.autograd.Function`s with `setup_context` and `jvp`: in torch 2.13
-`torch.library.register_autograd` fails under `torch.func.grad` and gives a silently zero tangent
-under `torch.func.jvp`. The compiled ops themselves carry a fake and a vmap rule, so that
-`generate_vmap_rule` serves every Function.
+A new op calls ``register`` with a fake, which gives the outputs' shapes without running the kernel
+(for torch.compile), and with a vmap rule unless tasks can be folded. Its derivatives are
+``torch.autograd.Function``s with ``setup_context`` and ``jvp``, called through ``as_function``.
+
+``torch.library.register_autograd`` would be shorter, but in torch 2.13 it fails under
+``torch.func.grad`` and gives a silently zero tangent under ``torch.func.jvp``.
 """
 
 from __future__ import annotations
@@ -19,27 +21,30 @@ from torch.autograd import Function
 from fastmeta.core import backend
 
 
-def fold(x: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
-    """Merges a vmapped dimension of `size` into the task dimension, which leads."""
+def fold(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """Merge a vmapped dimension of ``size`` into the task dimension, which leads."""
+    # A tensor that is not vmapped is the same for all samples: expanded without a copy at first.
     moved = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     return moved.flatten(0, 1)
 
 
-def unfold(x: torch.Tensor, size: int) -> torch.Tensor:
+def unfold(x: Tensor, size: int) -> Tensor:
+    """The inverse of ``fold``: the vmapped dimension of ``size`` leads."""
+    # A size of 0 leaves nothing to divide the tasks by.
     return x.unflatten(0, (size, x.shape[0] // size if size else 0))
 
 
 def folding(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The vmap rule that folds the vmapped dimension into the tasks, for a function of them."""
+    """A vmap rule for ``op`` that folds the vmapped dimension into the tasks."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
         size = info.batch_size
         folded = (
-            fold(arg, dim, size) if isinstance(arg, torch.Tensor) else arg
+            fold(arg, dim, size) if isinstance(arg, Tensor) else arg
             for arg, dim in zip(args, in_dims, strict=True)
         )
         out = op(*folded)
-        if isinstance(out, torch.Tensor):
+        if isinstance(out, Tensor):
             return unfold(out, size), 0
         return tuple(unfold(o, size) for o in out), (0,) * len(out)
 
@@ -47,11 +52,14 @@ def folding(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def register(name: str, fake: Callable[..., Any], vmap: Callable[..., Any] | None = None) -> None:
-    """Registers `fake` and a vmap rule for `torch.ops.fastmeta.<name>`, where it was built.
+    """Register a fake and a vmap rule for ``torch.ops.fastmeta.<name>``, if it is built.
 
-    The rule folds the vmapped dimension into the tasks, unless `vmap` does it another way.
+    Args:
+        name: of the op in ``csrc/library.cpp``.
+        fake: takes the op's arguments and gives tensors of the outputs' shapes and dtypes.
+        vmap: a rule of ``torch.library.register_vmap``; None: ``folding``.
     """
-    if backend._C is None:
+    if backend._C is None:  # nothing is built, and plain PyTorch needs no rules
         return
     op = getattr(torch.ops.fastmeta, name)
     torch.library.register_fake(f"fastmeta::{name}", fake)
@@ -69,17 +77,21 @@ def traces_transform() -> bool:
     )
 
 
-def is_native(op: str, x: torch.Tensor) -> bool:
+def is_native(op: str, x: Tensor) -> bool:
+    """Whether ``op`` on ``x`` runs its native kernel here."""
     return not traces_transform() and backend.is_native(op, x)
 
 
 def as_function(cls: type[Function], compiled: type[Function] | None = None) -> Callable[..., Any]:
-    """`cls.apply`, and under torch.compile that of `compiled`, or of a twin without `jvp`.
+    """``cls.apply`` with less overhead; under torch.compile, ``apply`` of a twin without ``jvp``.
 
-    torch.compile refuses a `jvp`. `Function.apply` reads the signature of `forward` at every call,
-    which takes longer than a small op itself; what it does besides outside torch.func stands here.
+    Args:
+        cls: a Function with ``setup_context`` and ``jvp``.
+        compiled: the twin, where it differs in more than ``jvp``, which torch.compile refuses.
     """
     twin: Any = compiled or type(f"{cls.__name__}Compiled", (cls,), {"jvp": Function.jvp})
+    # ``Function.apply`` reads the signature of ``forward`` at every call, which takes longer than a
+    # small op. Outside torch.func it does nothing more than the last line of ``apply``.
     plain: Any = super(Function, cls)
 
     def apply(*args: Any) -> Any:
@@ -92,5 +104,6 @@ def as_function(cls: type[Function], compiled: type[Function] | None = None) -> 
     return apply
 
 
-def contiguous_like(x: torch.Tensor) -> torch.Tensor:
+def contiguous_like(x: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor of the shape, dtype and device of ``x``."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)

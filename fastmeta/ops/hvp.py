@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import grad, vjp
 from torch.utils._pytree import tree_flatten, tree_map
 
+from fastmeta.core.checks import check_choice
 from fastmeta.core.derivatives import MODES, central_difference, tangent
 from fastmeta.core.vmap import differentiable_kernels, map_tasks, under_derivative
 
@@ -52,10 +53,10 @@ def hvp(
       for GRU and LSTM on CUDA, whose cells have no forward derivative in PyTorch.
     - ``finite_difference``: ``(g(theta + e v) - g(theta - e v)) / 2e`` with
       ``e = cbrt(machine epsilon) (1 + |theta|) / |v|`` for each task. The memory of a gradient;
-      right to about 1e-9 in float64 and 1e-4 in float32 where the loss is smooth.
+      right to about 1e-9 in float64 and 1e-4 in float32 if the loss is smooth.
 
     It works inside ``torch.func`` transforms, and its result is differentiable in ``params``,
-    ``vector`` and ``batch`` wherever PyTorch has the derivatives. Attention runs on kernels that
+    ``vector`` and ``batch`` as far as PyTorch has the derivatives. Attention runs on kernels that
     have them; for recurrent layers on CUDA switch cuDNN off (``torch.backends.cudnn.enabled``).
 
     Args:
@@ -69,12 +70,13 @@ def hvp(
         The tree of ``H v``, shapes as ``params``. No tasks give an empty result.
 
     Raises:
-        TypeError: a leaf or a batch entry that is no tensor, or dtypes that differ.
+        TypeError: a leaf or a batch entry that is not a tensor, or dtypes that differ.
         ValueError: an unknown mode, trees, shapes or devices that do not match, different numbers
-            of tasks, or a loss that is no scalar.
+            of tasks, or a loss that is not a scalar.
 
     Example:
         >>> import torch
+        >>> from fastmeta import hvp
         >>> curvature = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         >>> def loss(theta, a):
         ...     return 0.5 * (a * theta**2).sum()
@@ -82,8 +84,7 @@ def hvp(
         tensor([[1., 2.],
                 [3., 4.]])
     """
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
+    check_choice("mode", mode, MODES)
     tasks = _check_trees(params, vector, batch)
     if tasks == 0:
         return tree_map(torch.zeros_like, params)
@@ -101,6 +102,7 @@ def hvp(
     def total(params: Any) -> Tensor:
         return map_tasks(task_loss, params, *batch).sum()
 
+    # Tasks do not mix, so the Hessian of the total is block diagonal: one product serves all.
     with differentiable_kernels():
         if mode == "reverse":
             return vjp(grad(total), params)[1](vector)[0]
@@ -110,6 +112,7 @@ def hvp(
 
 
 def _check_trees(params: Any, vector: Any, batch: Sequence[Tensor]) -> int:
+    """The number of tasks, after checks of the trees and of their tensors."""
     leaves, tree = tree_flatten(params)
     directions, vector_tree = tree_flatten(vector)
     if not leaves:
@@ -132,8 +135,10 @@ def _check_trees(params: Any, vector: Any, batch: Sequence[Tensor]) -> int:
         if leaf.device != direction.device:
             raise ValueError(f"vector: expected device {leaf.device}, got {direction.device}")
     tasks = leaves[0].shape[0]
-    # One comparison a tensor: a set of sizes would fix them in a graph of torch.compile's.
+    # One comparison for each tensor: a set of sizes would make torch.compile specialise on them.
     counts = [tensor.shape[0] for tensor in [*leaves, *batch]]
     if any(count != tasks for count in counts):
-        raise ValueError(f"expected {tasks} tasks in every tensor, got {sorted(set(counts))}")
+        raise ValueError(
+            f"params and batch: expected {tasks} tasks in every tensor, got {sorted(set(counts))}"
+        )
     return tasks

@@ -1,6 +1,6 @@
-"""The meta-loss of adapted linear heads on queries: `linear_head`, then the loss of its outputs.
+"""The meta-loss of adapted linear heads on queries: ``linear_head``, then the loss of its outputs.
 
-On a CPU one kernel gives the loss and all of its gradients while a task is in the cache.
+On a CPU, one kernel gives the loss and all of its gradients while a task is in the cache.
 """
 
 from __future__ import annotations
@@ -15,17 +15,14 @@ from torch.autograd import Function
 from fastmeta.core import backend
 from fastmeta.core.autocast import without_autocast
 from fastmeta.core.backend import HEAD_LOSS
-from fastmeta.ops._linear_head_arguments import Head
-from fastmeta.ops._registration import contiguous_like, register
-from fastmeta.ops.linear_head import adapted_head
+from fastmeta.ops._linear_head_arguments import Head, HeadOptions
+from fastmeta.ops._registration import register
+from fastmeta.ops.linear_head import adapted_head, fake_gradients
 from fastmeta.ops.task_linear import task_linear
 
-# loss, weight_decay, first_order, dual.
-Options = tuple[str, float, bool, bool]
+_INPUTS = 7  # number of tensors among the arguments of the kernel
 
-_INPUTS = 7  # tensors among the arguments of the kernel
-
-_SUPPORT = (0, 1)  # of those x and targets, which get nothing to first order
+_SUPPORT = (0, 1)  # indices of x and targets among them, which have no gradient in first order
 
 
 def _fake(
@@ -42,19 +39,14 @@ def _fake(
     first_order: bool,
     input_grad: bool,
 ) -> tuple[Tensor, ...]:
-    tasks, examples, features = x.shape
-    queries, ways = query.shape[1], weight.shape[1]
-    of_targets = ways if loss == "mse" else 0
+    tasks, queries, features = query.shape
+    ways = weight.shape[1]
     return (
         lr.new_empty(tasks),
         x.new_empty(tasks, queries, ways),
-        x.new_empty(tasks, examples, features if input_grad and not first_order else 0),
-        x.new_empty(tasks, examples, of_targets),
-        contiguous_like(weight),
-        x.new_empty(tasks, 0 if bias is None else ways),
-        contiguous_like(lr),
+        *fake_gradients(x, weight, bias, lr, loss, input_grad and not first_order),
         x.new_empty(tasks, queries, features if input_grad else 0),
-        x.new_empty(tasks, queries, of_targets),
+        x.new_empty(tasks, queries, ways if loss == "mse" else 0),
     )
 
 
@@ -62,13 +54,13 @@ register(HEAD_LOSS, _fake)
 
 
 def composed(
-    head: Head, rates: Tensor, query: Tensor, query_targets: Tensor, options: Options
+    head: Head, step_sizes: Tensor, query: Tensor, query_targets: Tensor, options: HeadOptions
 ) -> tuple[Tensor, Tensor]:
     """The mean loss over tasks and the outputs [T, Q, N], of ops with all derivatives."""
-    with without_autocast(query.device):  # all in the head's dtype, as the kernel
-        weight, bias = adapted_head(head, rates, *options)
+    with without_autocast(query.device):  # all in the head's dtype, like the kernel
+        weight, bias = adapted_head(head, step_sizes, options)
         outputs = task_linear(query, weight, bias)
-        return _loss(outputs, query_targets, options[0]), outputs
+        return _loss(outputs, query_targets, options.loss), outputs
 
 
 def _loss(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
@@ -93,13 +85,13 @@ class HeadLoss(Function):
         lr: Tensor,
         query: Tensor,
         query_targets: Tensor,
-        *options: Any,
+        options: HeadOptions,
     ) -> tuple[Tensor, Tensor]:
-        loss, weight_decay, first_order, dual = ctx.options = options
+        ctx.options = options
         input_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[5]
         losses, outputs, *grads = torch.ops.fastmeta.linear_head_loss(
-            x, targets, weight, bias, lr, query, query_targets, loss, weight_decay, dual,
-            first_order, input_grad,
+            x, targets, weight, bias, lr, query, query_targets, options.loss,
+            options.weight_decay, options.dual, options.first_order, input_grad,
         )  # fmt: skip
         ctx.save_for_backward(x, targets, weight, bias, lr, query, query_targets, *grads)
         ctx.mark_non_differentiable(outputs)
@@ -109,41 +101,43 @@ class HeadLoss(Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Any, ...]:
         inputs, kept = ctx.saved_tensors[:_INPUTS], ctx.saved_tensors[_INPUTS:]
         needed = [i for i, n in enumerate(ctx.needs_input_grad[:_INPUTS]) if n]
-        if torch.is_grad_enabled():  # the gradient is to be differentiated
-            rates, query, query_targets = inputs[4:]
-            loss, _ = composed(Head(*inputs[:4]), rates, query, query_targets, ctx.options)
-            wanted = torch.autograd.grad(
+        if torch.is_grad_enabled():  # create_graph=True: the kernel's gradients have no graph
+            x, targets, weight, bias, lr, query, query_targets = inputs
+            head = Head(x, targets, weight, bias)
+            loss, _ = composed(head, lr, query, query_targets, ctx.options)
+            results = torch.autograd.grad(
                 loss, [inputs[i] for i in needed], grad_loss, create_graph=True, allow_unused=True
             )
         else:
             scale = float(grad_loss)
-            wanted = tuple(kept[i] if scale == 1 else scale * kept[i] for i in needed)
+            results = tuple(kept[i] if scale == 1 else scale * kept[i] for i in needed)
         grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        first_order = ctx.options[2]
-        for i, grad in zip(needed, wanted, strict=True):
-            grads[i] = None if first_order and i in _SUPPORT else grad
+        for i, grad in zip(needed, results, strict=True):
+            grads[i] = None if ctx.options.first_order and i in _SUPPORT else grad
         return tuple(grads)
 
 
 def head_loss(
-    head: Head, rates: Tensor, query: Tensor, query_targets: Tensor, options: Options
+    head: Head, step_sizes: Tensor, query: Tensor, query_targets: Tensor, options: HeadOptions
 ) -> tuple[Tensor, Tensor]:
-    """As `composed`, of checked arguments; the outputs are detached.
+    """Same as ``composed``, of checked arguments; the outputs are detached.
 
     Args:
-        head, rates: of the support, as `checked_head` and `step_sizes` give them.
+        head: the support, from ``checked_head``.
+        step_sizes: [T, K], from ``step_sizes``.
         query: features [T, Q, D]; Q at least 1.
         query_targets: as the head's, for the queries.
-        options: loss, weight_decay, first_order and dual.
+        options: how the head is adapted.
     """
-    if _takes(head.x):
-        return HeadLoss.apply(*head, rates, query, query_targets, *options)
-    loss, outputs = composed(head, rates, query, query_targets, options)
+    if _uses_kernel(head.x):
+        x, targets, weight, bias = head
+        return HeadLoss.apply(x, targets, weight, bias, step_sizes, query, query_targets, options)
+    loss, outputs = composed(head, step_sizes, query, query_targets, options)
     return loss, outputs.detach()
 
 
-def _takes(x: Tensor) -> bool:
-    """Whether the kernel is there for `x`, and a gradient may be asked for; no transform traces."""
+def _uses_kernel(x: Tensor) -> bool:
+    """Whether the kernel takes ``x``: it is built, gradients are on, nothing traces the call."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return torch.is_grad_enabled() and backend.is_available(HEAD_LOSS, x)

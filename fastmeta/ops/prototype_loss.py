@@ -6,17 +6,19 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
+from fastmeta.core.checks import check_choice
 from fastmeta.core.dtypes import accumulation_dtype
 from fastmeta.ops import reference
-from fastmeta.ops._checks import METRICS, check_labels, check_option, check_rows
+from fastmeta.ops._checks import METRICS, check_labels, check_rows
 from fastmeta.ops._pairwise_autograd import (
     PairwiseOp,
     PairwiseOptions,
     Rows,
-    differentiable,
     hessian_vector_product,
+    pairwise,
     save,
     saved,
 )
@@ -26,7 +28,7 @@ from fastmeta.ops.pairwise_distance import distance_tangent
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def _loss_fake(query: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _loss_fake(query: Tensor, labels: Tensor) -> Tensor:
     return query.new_empty(labels.shape, dtype=accumulation_dtype(query.dtype))
 
 
@@ -44,15 +46,16 @@ register(
 
 
 def loss_tangent(
-    query: torch.Tensor,
-    prototypes: torch.Tensor,
-    query_dot: torch.Tensor,
-    prototypes_dot: torch.Tensor,
-    labels: torch.Tensor,
+    query: Tensor,
+    prototypes: Tensor,
+    query_dot: Tensor,
+    prototypes_dot: Tensor,
+    labels: Tensor,
     metric: str,
     scale: float,
-) -> torch.Tensor:
-    """Derivative [T, Q] of each query's loss along query_dot and prototypes_dot."""
+) -> Tensor:
+    """Derivative [T, Q] of each query's loss along the direction query_dot, prototypes_dot."""
+    # In the dtype of the loss, which is float32 for half types.
     wide = accumulation_dtype(query.dtype)
     x, y, x_dot, y_dot = (z.to(wide) for z in (query, prototypes, query_dot, prototypes_dot))
     probability = (-scale * reference.pairwise_distance(x, y, metric)).softmax(-1)
@@ -62,23 +65,23 @@ def loss_tangent(
 
 
 def _loss(
-    query: torch.Tensor,
-    prototypes: torch.Tensor,
-    labels: torch.Tensor,
+    query: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
     metric: str,
     scale: float,
-) -> torch.Tensor:
+) -> Tensor:
     return torch.ops.fastmeta.prototype_loss(query, labels, prototypes, metric, scale)
 
 
 def _gradient(
-    weight: torch.Tensor,
-    query: torch.Tensor,
-    prototypes: torch.Tensor,
-    labels: torch.Tensor,
+    weight: Tensor,
+    query: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
     metric: str,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Per-query loss, and the gradient of sum(weight * loss) to query and prototypes."""
     return torch.ops.fastmeta.prototype_loss_backward(
         weight, query, labels, prototypes, metric, scale
@@ -89,81 +92,83 @@ def _backward(*args: Any) -> Rows:
     return _gradient(*args)[1:]
 
 
-_loss_of_each = differentiable(PairwiseOp(_loss, _backward, loss_tangent))
+_LOSS = PairwiseOp(_loss, _backward, loss_tangent)
 
 
 class WeightedLoss(Function):
     """Each task's loss [T], weight * its sum over queries, and in the same pass its gradient.
 
-    The gradient is an output of its own, which makes it differentiable: whoever differentiates it
-    arrives in `backward` with its cotangents and is served by a Hessian-vector product.
+    The gradient is a second output, so that autograd can differentiate it: its cotangents arrive in
+    ``backward``, which answers them with a Hessian-vector product.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        query: torch.Tensor,
-        prototypes: torch.Tensor,
-        labels: torch.Tensor,
+        query: Tensor,
+        prototypes: Tensor,
+        labels: Tensor,
         metric: str,
         scale: float,
         weight: float,
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[Tensor, ...]:
         weights = torch.full_like(labels, weight, dtype=accumulation_dtype(query.dtype))
         loss, *gradient = _gradient(weights, query, prototypes, labels, metric, scale)
         return weight * loss.sum(1), *gradient
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        # None for an output that nobody differentiates tells a first derivative from a second.
         ctx.set_materialize_grads(False)
-        ctx.weight = inputs[5]
-        save(ctx, (*inputs[:2], *output[1:]), inputs[2:5])
+        query, prototypes, labels, metric, scale, ctx.weight = inputs
+        save(ctx, (query, prototypes, *output[1:]), labels, metric, scale)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Any, *direction: Any) -> tuple[Any, ...]:
-        (query, prototypes, *gradient), rest = saved(ctx)
+        (query, prototypes, *gradient), options = saved(ctx)
+        # Two terms: the cotangent of the loss, and the cotangents of the gradient itself.
         grads = [None, None] if grad_loss is None else _scaled(grad_loss, gradient)
         if any(d is not None for d in direction):
-            second = _second(query, prototypes, direction, rest, ctx.weight)
+            second = _second(query, prototypes, direction, options, ctx.weight)
             grads = [b if a is None else a + b for a, b in zip(grads, second, strict=True)]
         return *grads, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, query_dot: Any, prototypes_dot: Any, *_: Any) -> tuple[Any, ...]:
-        (query, prototypes, *gradient), rest = saved(ctx)
-        pairs = zip(gradient, (query_dot, prototypes_dot), strict=True)
+        (query, prototypes, *gradient), options = saved(ctx)
+        direction = (query_dot, prototypes_dot)
+        pairs = zip(gradient, direction, strict=True)
         along = [(g * d).sum((1, 2)) for g, d in pairs if d is not None]
         loss_dot = sum(along[1:], along[0]).to(accumulation_dtype(query.dtype))
-        direction = (query_dot, prototypes_dot)
-        return loss_dot, *_second(query, prototypes, direction, rest, ctx.weight)
+        return loss_dot, *_second(query, prototypes, direction, options, ctx.weight)
 
 
 class WeightedLossCompiled(WeightedLoss):
-    """WeightedLoss for torch.compile, which has no second derivatives and refuses a `jvp`."""
+    """WeightedLoss for torch.compile, which has no second derivatives and refuses a ``jvp``."""
 
     jvp = Function.jvp  # type: ignore[assignment]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        save(ctx, (*inputs[:2], *output[1:]), inputs[2:5])
+        query, prototypes, labels, metric, scale, _weight = inputs
+        save(ctx, (query, prototypes, *output[1:]), labels, metric, scale)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-        (_query, _prototypes, *gradient), _rest = saved(ctx)
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+        (_query, _prototypes, *gradient), _options = saved(ctx)
         return *_times(grad_loss, gradient), None, None, None, None
 
 
-def _times(grad_loss: torch.Tensor, gradient: list[torch.Tensor]) -> list[torch.Tensor]:
+def _times(grad_loss: Tensor, gradient: list[Tensor]) -> list[Tensor]:
     return [(grad_loss[:, None, None] * g).to(g.dtype) for g in gradient]
 
 
-def _scaled(grad_loss: torch.Tensor, gradient: list[torch.Tensor]) -> list[torch.Tensor]:
-    """`gradient` for the upstream `grad_loss` [T]; on a CPU, the loss's own is not multiplied by 1.
+def _scaled(grad_loss: Tensor, gradient: list[Tensor]) -> list[Tensor]:
+    """``gradient`` times the cotangent ``grad_loss`` [T]; on a CPU, a cotangent of 1 costs no pass.
 
-    That would be one more pass over the whole gradient. The tensors handed out are the saved ones:
-    autograd notices and reports a change in place.
+    The tensors returned are then the saved ones. Autograd notices and reports a change in place.
     """
     functorch = torch._C._functorch
     batched = functorch.is_functorch_wrapped_tensor(grad_loss)
@@ -175,37 +180,38 @@ def _scaled(grad_loss: torch.Tensor, gradient: list[torch.Tensor]) -> list[torch
 
 
 def _second(
-    query: torch.Tensor,
-    prototypes: torch.Tensor,
+    query: Tensor,
+    prototypes: Tensor,
     direction: tuple[Any, ...],
-    rest: PairwiseOptions,
+    options: PairwiseOptions,
     weight: float,
 ) -> tuple[Any, ...]:
-    labels = cast("torch.Tensor", rest.labels)
+    """Hessian-vector product of the weighted loss."""
+    labels = cast("Tensor", options.labels)
     weights = torch.full_like(labels, weight, dtype=accumulation_dtype(query.dtype))
-    return hessian_vector_product(loss_tangent, weights, (query, prototypes), direction, rest)
+    return hessian_vector_product(loss_tangent, weights, (query, prototypes), direction, options)
 
 
 _loss_and_gradient = as_function(WeightedLoss, compiled=WeightedLossCompiled)
 
 
-def _weighted_loss(*args: Any) -> torch.Tensor:
-    return cast("torch.Tensor", _loss_and_gradient(*args)[0])
+def _weighted_loss(*args: Any) -> Tensor:
+    return cast("Tensor", _loss_and_gradient(*args)[0])
 
 
 def prototype_loss(
-    query: torch.Tensor,
-    query_labels: torch.Tensor,
-    prototypes: torch.Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    prototypes: Tensor,
     metric: str = "sqeuclidean",
     scale: float = 1.0,
     reduction: str = "mean",
-) -> torch.Tensor:
+) -> Tensor:
     """Cross entropy of queries against prototypes, logits = -scale * distance.
 
         loss[t, q] = logsumexp_n(-scale d(t, q, n)) + scale d(t, q, query_labels[t, q])
 
-    Fused: the native kernels compute distances, softmax, loss and (for "mean" and "sum", where an
+    Fused: the native kernels compute distances, softmax, loss and (for "mean" and "sum", if an
     input requires grad) the gradient in one pass over blocks of queries. No [Q, N] matrix exists;
     memory beyond inputs and outputs is O(N D). Second and higher derivatives are exact, and do
     build [T, Q, N]. Works under torch.func and torch.compile. bfloat16 and float16 are computed in
@@ -215,12 +221,12 @@ def prototype_loss(
         query: embeddings [T, Q, D], or [Q, D] for one task.
         query_labels: int64 [T, Q], or [Q], in [0, N).
         prototypes: [T, N, D], or [N, D], same dtype and device; N at least 1.
-        metric: "sqeuclidean", "euclidean", "cosine" or "dot", see `pairwise_distance`.
+        metric: "sqeuclidean", "euclidean", "cosine" or "dot", see ``pairwise_distance``.
         scale: inverse temperature of the softmax.
         reduction: "mean" over all queries of all tasks, "sum", or "none".
 
     Returns:
-        A scalar, or [T, Q] ([Q]) for "none", in the dtype of `query`. Without queries "sum" is 0
+        A scalar, or [T, Q] ([Q]) for "none", in the dtype of ``query``. Without queries "sum" is 0
         and "mean" is NaN, as in torch.nn.functional.cross_entropy.
 
     Raises:
@@ -230,37 +236,46 @@ def prototype_loss(
 
     Source: Snell, Swersky, Zemel 2017 (arXiv 1703.05175), equation 2.
 
-    >>> query, label = torch.tensor([[0.0], [2.0]]), torch.tensor([0, 1])
-    >>> fm.prototype_loss(query, label, torch.tensor([[0.0], [2.0]]))
-    tensor(0.0181)
+    Example:
+        >>> import torch
+        >>> import fastmeta as fm
+        >>> query, label = torch.tensor([[0.0], [2.0]]), torch.tensor([0, 1])
+        >>> fm.prototype_loss(query, label, torch.tensor([[0.0], [2.0]]))
+        tensor(0.0181)
     """
     check_rows("query", query, "prototypes", prototypes, "[T, Q, D]", "[T, N, D]")
     check_labels("query_labels", query_labels, query.shape[:-1], query.device)
-    check_option("metric", metric, METRICS)
-    check_option("reduction", reduction, REDUCTIONS)
+    check_choice("metric", metric, METRICS)
+    check_choice("reduction", reduction, REDUCTIONS)
     if prototypes.shape[-2] == 0:
-        raise ValueError("prototypes must have at least one class, got 0")
+        raise ValueError("prototypes: expected at least one class, got 0")
     if query.dim() == 2:
         query, query_labels, prototypes = (
             x.unsqueeze(0) for x in (query, query_labels, prototypes)
         )
         loss = prototype_loss(query, query_labels, prototypes, metric, scale, reduction)
         return loss.squeeze(0) if reduction == "none" else loss
-    rest = (query_labels, metric, float(scale))
     native = is_native("prototype_loss", query)
-    wants_gradient = torch.is_grad_enabled() and (query.requires_grad or prototypes.requires_grad)
-    if native and wants_gradient and reduction != "none":
-        count = query_labels.numel()
-        # torch.compile knows no number of queries that may change, and multiplies afterwards.
-        compiling = torch.compiler.is_compiling()
-        weight = 1.0 if reduction == "sum" or compiling or count == 0 else 1 / count
-        total = _weighted_loss(query, prototypes, *rest, weight).sum()
-        divide = reduction == "mean" and (compiling or count == 0)
-        return (total / count if divide else total).to(query.dtype)
+    requires_grad = query.requires_grad or prototypes.requires_grad
+    if native and requires_grad and torch.is_grad_enabled() and reduction != "none":
+        return _reduced_with_gradient(query, prototypes, query_labels, metric, scale, reduction)
     if native:
-        loss = _loss_of_each(query, prototypes, *rest)
+        loss = pairwise(_LOSS, query, prototypes, query_labels, metric, float(scale))
     else:
         loss = reference.prototype_loss(query, query_labels, prototypes, metric, float(scale))
-    reductions: dict[str, Callable[[torch.Tensor], torch.Tensor]]
-    reductions = {"mean": torch.mean, "sum": torch.sum, "none": torch.Tensor.contiguous}
+    reductions: dict[str, Callable[[Tensor], Tensor]]
+    reductions = {"mean": torch.mean, "sum": torch.sum, "none": Tensor.contiguous}
     return reductions[reduction](loss).to(query.dtype)
+
+
+def _reduced_with_gradient(
+    query: Tensor, prototypes: Tensor, labels: Tensor, metric: str, scale: float, reduction: str
+) -> Tensor:
+    """The sum or the mean of the loss, from the kernel that computes the gradient as well."""
+    count = labels.numel()
+    # torch.compile knows no number of queries that may change, and divides afterwards.
+    compiling = torch.compiler.is_compiling()
+    weight = 1.0 if reduction == "sum" or compiling or count == 0 else 1 / count
+    total = _weighted_loss(query, prototypes, labels, metric, float(scale), weight).sum()
+    divide = reduction == "mean" and (compiling or count == 0)
+    return (total / count if divide else total).to(query.dtype)

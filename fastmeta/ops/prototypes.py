@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
+from fastmeta.core.checks import check_integer
 from fastmeta.ops import reference
 from fastmeta.ops._checks import check_dims, check_floating, check_labels
 from fastmeta.ops._registration import as_function, is_native, register
@@ -18,46 +20,46 @@ class Prototypes(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    def forward(x: Tensor, labels: Tensor, num_classes: int) -> Tensor:
         return torch.ops.fastmeta.prototypes(x, labels, num_classes)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, labels, ctx.num_classes = inputs
         ctx.save_for_backward(labels)
         ctx.save_for_forward(labels)
 
     @staticmethod
-    def backward(ctx: Any, grad_prototypes: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_prototypes: Tensor) -> tuple[Any, ...]:
         return _gather(grad_prototypes, *ctx.saved_tensors), None, None
 
     @staticmethod
-    def jvp(ctx: Any, x_dot: torch.Tensor, *_: Any) -> torch.Tensor:
+    def jvp(ctx: Any, x_dot: Tensor, *_: Any) -> Tensor:
         return _means(x_dot, *ctx.saved_tensors, ctx.num_classes)
 
 
 class PrototypesBackward(Function):
-    """The linear map means -> x, each mean's share; its transpose is Prototypes."""
+    """The linear map means -> x, each example's share; its transpose is Prototypes."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad_prototypes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(grad_prototypes: Tensor, labels: Tensor) -> Tensor:
         return torch.ops.fastmeta.prototypes_backward(grad_prototypes, labels)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         grad_prototypes, labels = inputs
         ctx.num_classes = grad_prototypes.shape[1]
         ctx.save_for_backward(labels)
         ctx.save_for_forward(labels)
 
     @staticmethod
-    def backward(ctx: Any, grad_grad_x: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_grad_x: Tensor) -> tuple[Any, ...]:
         return _means(grad_grad_x, *ctx.saved_tensors, ctx.num_classes), None
 
     @staticmethod
-    def jvp(ctx: Any, grad_dot: torch.Tensor, *_: Any) -> torch.Tensor:
+    def jvp(ctx: Any, grad_dot: Tensor, *_: Any) -> Tensor:
         return _gather(grad_dot, *ctx.saved_tensors)
 
 
@@ -76,11 +78,11 @@ register(
 )
 
 
-def prototypes(x: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+def prototypes(x: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Mean support embedding of every class, for every task.
 
     A class without a support example gets a zero prototype (and no gradient). Differentiable any
-    number of times in `x`; works under torch.func and torch.compile. bfloat16 and float16 are
+    number of times in ``x``; works under torch.func and torch.compile. bfloat16 and float16 are
     summed in float32.
 
     Args:
@@ -92,23 +94,23 @@ def prototypes(x: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch
         [T, N, D], or [N, D].
 
     Raises:
-        TypeError: `x` is not floating point, or `labels` are not int64.
-        ValueError: shapes or devices do not agree, `num_classes` is negative, or a label is out of
-            range (the message names the first).
+        TypeError: ``x`` is not floating point, or ``labels`` are not int64.
+        ValueError: shapes or devices do not agree, ``num_classes`` is negative, or a label is out
+            of range (the message names the first).
 
     Source: Snell, Swersky, Zemel 2017 (arXiv 1703.05175), equation 1.
 
-    >>> fm.prototypes(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 0, 1]), 2)
-    tensor([[2.],
-            [5.]])
+    Example:
+        >>> import torch
+        >>> import fastmeta as fm
+        >>> fm.prototypes(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 0, 1]), 2)
+        tensor([[2.],
+                [5.]])
     """
     check_floating("x", x)
     check_dims("x", x, "[T, S, D]")
     check_labels("labels", labels, x.shape[:-1], x.device)
-    if not isinstance(num_classes, int | torch.SymInt) or isinstance(num_classes, bool):
-        raise TypeError(f"num_classes must be an int, got {type(num_classes).__name__}")
-    if num_classes < 0:
-        raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+    check_integer("num_classes", num_classes, 0)
     if x.dim() == 2:
         return prototypes(x.unsqueeze(0), labels.unsqueeze(0), num_classes).squeeze(0)
     if is_native("prototypes", x):

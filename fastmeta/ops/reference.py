@@ -1,7 +1,8 @@
-"""Every op in plain PyTorch: the fallback where nothing was compiled, and the tests' oracle.
+"""Every op in plain PyTorch: the fallback without a native kernel, and the tests' oracle.
 
-All tensors lead with tasks, arguments are checked. bfloat16 and float16 are computed in float32.
-Each function is differentiable any number of times, and works under torch.func and torch.compile.
+All tensors lead with tasks, and arguments have been checked. bfloat16 and float16 are computed in
+float32. Each function is differentiable any number of times, and works under torch.func and
+torch.compile.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastmeta.core.autocast import without_autocast
 from fastmeta.core.cuda_graphs import is_being_captured
@@ -26,29 +28,29 @@ _DIRECT_LIMIT = 1 << 22  # differences [T, Q, N, D] held at once, in elements
 
 
 def _in_own_dtype(op: Op) -> Op:
-    """`op` in the dtype of its arguments, as a compiled one, whatever autocast says."""
+    """``op`` without autocast: it computes in the dtype of its arguments, like a compiled op."""
 
     @functools.wraps(op)
-    def call(x: torch.Tensor, *args: Any) -> Any:
+    def call(x: Tensor, *args: Any) -> Any:
         with without_autocast(x.device):
             return op(x, *args)
 
     return cast("Op", call)
 
 
-def inner_update(params: torch.Tensor, grads: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
+def inner_update(params: Tensor, grads: Tensor, lr: Tensor) -> Tensor:
     """params - lr * grads for [T, P] params and grads, lr broadcastable to [T, P]."""
     out = params.to(lr.dtype) - lr * grads.to(lr.dtype)
     return out.to(params.dtype)
 
 
-def check_label_range(labels: torch.Tensor, classes: int, name: str) -> None:
-    """Raises ValueError for the first label outside [0, classes).
+def check_label_range(labels: Tensor, classes: int, name: str) -> None:
+    """Raise ValueError for the first label outside [0, classes).
 
-    A tensor without values to look at (fake, traced, vmapped, or of a CUDA stream that is being
-    captured) is not checked.
+    Labels whose values cannot be read (fake, traced, vmapped, or of a CUDA stream that is being
+    captured) are not checked.
     """
-    real = type(labels) is torch.Tensor and labels.device.type != "meta"
+    real = type(labels) is Tensor and labels.device.type != "meta"
     if torch.compiler.is_compiling() or not real:
         return
     if torch._C._functorch.is_functorch_wrapped_tensor(labels):
@@ -64,8 +66,8 @@ def check_label_range(labels: torch.Tensor, classes: int, name: str) -> None:
 
 
 @_in_own_dtype
-def prototypes(x: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Class means [T, N, D] of x [T, S, D]; zero for a class without an example."""
+def prototypes(x: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Class means [T, N, D] of x [T, S, D]; a class without an example has mean zero."""
     check_label_range(labels, num_classes, "labels")
     wide = x.to(accumulation_dtype(x.dtype))
     member = (labels.unsqueeze(-1) == torch.arange(num_classes, device=x.device)).to(wide.dtype)
@@ -73,11 +75,11 @@ def prototypes(x: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch
     return ((member.mT @ wide) / counts.unsqueeze(-1)).to(x.dtype)
 
 
-def _squared_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def _squared_distance(x: Tensor, y: Tensor) -> Tensor:
     if x.shape[0] * x.shape[1] * y.shape[1] * x.shape[2] <= _DIRECT_LIMIT:
         return (x.unsqueeze(2) - y.unsqueeze(1)).square().sum(-1)
-    # The expansion loses digits of points that are close to each other: twice as many are taken.
-    wide = x.dtype if x.device.type == "mps" else torch.float64  # which that device lacks
+    # The expansion loses digits of points that are close to each other: float64 has them to spare.
+    wide = x.dtype if x.device.type == "mps" else torch.float64  # mps has no float64
     a, b = x.to(wide), y.to(wide)
     center = b.mean(1, keepdim=True)
     a, b = a - center, b - center
@@ -85,24 +87,25 @@ def _squared_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (norms - 2 * a @ b.mT).clamp(min=0).to(x.dtype)
 
 
-def _safe_sqrt(x: torch.Tensor) -> torch.Tensor:
+def safe_sqrt(x: Tensor) -> Tensor:
     """Square root whose derivatives at 0 are 0 instead of infinite."""
     zero = x == 0
+    # A mask after the root would not do: 0 times its infinite derivative is NaN.
     return torch.where(zero, 1.0, x).sqrt().masked_fill(zero, 0.0)
 
 
-def _normalize(x: torch.Tensor) -> torch.Tensor:
-    return x / _safe_sqrt(x.square().sum(-1, keepdim=True)).clamp(min=COSINE_EPS)
+def _normalize(x: Tensor) -> Tensor:
+    return x / safe_sqrt(x.square().sum(-1, keepdim=True)).clamp(min=COSINE_EPS)
 
 
 @_in_own_dtype
-def pairwise_distance(x: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Tensor:
+def pairwise_distance(x: Tensor, y: Tensor, metric: str) -> Tensor:
     """Distances [T, Q, N] between the rows of x [T, Q, D] and y [T, N, D]."""
     a, b = (z.to(accumulation_dtype(x.dtype)) for z in (x, y))
     if metric == "sqeuclidean":
         out = _squared_distance(a, b)
     elif metric == "euclidean":
-        out = _safe_sqrt(_squared_distance(a, b))
+        out = safe_sqrt(_squared_distance(a, b))
     elif metric == "cosine":
         out = 1 - _normalize(a) @ _normalize(b).mT
     else:
@@ -110,20 +113,18 @@ def pairwise_distance(x: torch.Tensor, y: torch.Tensor, metric: str) -> torch.Te
     return out.to(x.dtype)
 
 
-def at_labels(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """rows [T, Q, N] at labels [T, Q]; NaN, and a NaN gradient, for a label that was not checked.
-
-    A gather at such a label would end the CUDA context.
-    """
-    known = (labels >= 0) & (labels < rows.shape[2])
-    values = rows.gather(2, labels.where(known, 0).unsqueeze(2)).squeeze(2)
-    return values * torch.where(known, 1.0, math.nan).to(rows.dtype)
+def at_labels(values: Tensor, labels: Tensor) -> Tensor:
+    """values [T, Q, N] at labels [T, Q]; NaN, with a NaN gradient, for a label out of range."""
+    known = (labels >= 0) & (labels < values.shape[2])
+    # Labels may be unchecked here, and a gather out of range would end the CUDA context.
+    gathered = values.gather(2, labels.where(known, 0).unsqueeze(2)).squeeze(2)
+    return gathered * torch.where(known, 1.0, math.nan).to(values.dtype)
 
 
 @_in_own_dtype
 def prototype_loss(
-    query: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor, metric: str, scale: float
-) -> torch.Tensor:
+    query: Tensor, labels: Tensor, prototypes: Tensor, metric: str, scale: float
+) -> Tensor:
     """Loss [T, Q] of each query: cross entropy of logits -scale * distance."""
     check_label_range(labels, prototypes.shape[1], "query_labels")
     a, b = (z.to(accumulation_dtype(query.dtype)) for z in (query, prototypes))
@@ -131,41 +132,41 @@ def prototype_loss(
     return -at_labels(logits.log_softmax(2), labels)
 
 
-def head_residual(outputs: torch.Tensor, targets: torch.Tensor, loss: str) -> torch.Tensor:
+def head_residual(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
     """Gradient of each task's mean loss to its outputs [T, S, N]."""
     examples, ways = outputs.shape[1:]
     if loss == "mse":
         return 2 / (examples * ways) * (outputs - targets.to(outputs.dtype))
     if loss == "logistic":
         return (outputs.sigmoid() - targets.unsqueeze(2)) / examples
-    wanted = targets.unsqueeze(2) == torch.arange(ways, device=targets.device)
-    return (outputs.softmax(2) - wanted.to(outputs.dtype)) / examples
+    one_hot = targets.unsqueeze(2) == torch.arange(ways, device=targets.device)
+    return (outputs.softmax(2) - one_hot.to(outputs.dtype)) / examples
 
 
 @_in_own_dtype
 def linear_head(
-    x: torch.Tensor,
-    targets: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lr: torch.Tensor,
+    x: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lr: Tensor,
     loss: str,
     weight_decay: float,
     first_order: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Heads weight [T, N, D], bias [T, N] or None, after a step for each column of lr [T, K]."""
     if loss != "mse":
         check_label_range(targets, 2 if loss == "logistic" else weight.shape[1], "targets")
     features, w = x.to(lr.dtype), weight.to(lr.dtype, copy=True)
     b = None if bias is None else bias.to(lr.dtype, copy=True)
-    for rate in lr.T:
+    for step_size in lr.T:
         outputs = features @ w.mT if b is None else features @ w.mT + b.unsqueeze(1)
         residual = head_residual(outputs, targets, loss)
         gradient, bias_gradient = residual.mT @ features, residual.sum(1)
         if first_order:
             gradient, bias_gradient = gradient.detach(), bias_gradient.detach()
-        w = w - rate[:, None, None] * (gradient + weight_decay * w)
-        b = None if b is None else b - rate[:, None] * (bias_gradient + weight_decay * b)
+        w = w - step_size[:, None, None] * (gradient + weight_decay * w)
+        b = None if b is None else b - step_size[:, None] * (bias_gradient + weight_decay * b)
     return w.to(weight.dtype), None if bias is None or b is None else b.to(bias.dtype)
 
 
@@ -176,58 +177,64 @@ def conv_out_size(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> list[int]:
-    """Height and width of a convolution's outputs; below 1 where the kernel is too large."""
-    rows = zip(size, kernel, stride, padding, dilation, strict=True)
-    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in rows]
+    """Height and width of a convolution's outputs; below 1 if the kernel is too large."""
+    windows = zip(size, kernel, stride, padding, dilation, strict=True)
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in windows]
 
 
 @_in_own_dtype
 def task_conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-) -> torch.Tensor:
-    """Each task's convolution [T, B, O, H', W'], as one whose groups are the tasks.
+) -> Tensor:
+    """Each task's convolution [T, B, O, H', W'], as one convolution whose groups are the tasks.
 
-    Channels-last in memory where x is, as the compiled one is.
+    The result is channels-last in memory if x is, like the compiled op's.
     """
     tasks, examples = x.shape[:2]
     wide = accumulation_dtype(x.dtype)
     if tasks == 0 or examples == 0:
         sizes = conv_out_size(x.shape[3:], weight.shape[3:], stride, padding, dilation)
-        nothing = sum(tensor.sum() for tensor in (x, weight, bias) if tensor is not None)
-        out = x.new_zeros(tasks, examples, weight.shape[1], *sizes) + 0 * nothing
+        # conv2d takes no empty batch. The sum of zeros joins the inputs to autograd.
+        zero = 0 * sum(tensor.sum() for tensor in (x, weight, bias) if tensor is not None)
+        out = x.new_zeros(tasks, examples, weight.shape[1], *sizes) + zero
     else:
         images = x.to(wide).transpose(0, 1).flatten(1, 2)
         biases = None if bias is None else bias.to(wide).flatten()
-        options = tuple(stride), tuple(padding), tuple(dilation), tasks * groups
-        out = F.conv2d(images, weight.to(wide).flatten(0, 1), biases, *options)
+        out = F.conv2d(
+            images,
+            weight.to(wide).flatten(0, 1),
+            biases,
+            stride=tuple(stride),
+            padding=tuple(padding),
+            dilation=tuple(dilation),
+            groups=tasks * groups,
+        )
         out = out.unflatten(1, (tasks, weight.shape[1])).transpose(0, 1).to(x.dtype)
     if is_channels_last(x):
         return as_channels_last(out)
     return out.clone(memory_format=torch.contiguous_format)
 
 
-def is_channels_last(x: torch.Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     """Whether images [T, B, C, H, W] are channels-last in memory, and not contiguous too."""
     by_channels = x.shape[2] > 1 and x.stride(2) == 1 and x.stride(4) == x.shape[2]
     return by_channels and not x.is_contiguous()
 
 
-def as_channels_last(x: torch.Tensor) -> torch.Tensor:
-    """A copy of the images [T, B, C, H, W]."""
+def as_channels_last(x: Tensor) -> Tensor:
+    """A channels-last copy of the images [T, B, C, H, W]."""
     copy = x.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format)
     return copy.permute(0, 1, 4, 2, 3)
 
 
-def task_batch_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> torch.Tensor:
-    """x [T, B, C, ...] by the statistics of each task's channels, weight and bias [T, C]."""
+def task_batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x [T, B, C, ...] normalised by each task's channels, with weight and bias [T, C]."""
     wide, dims = x.to(accumulation_dtype(x.dtype)), (1, *range(3, x.dim()))
     shape = (*weight.shape[:1], 1, *weight.shape[1:], *(1 for _ in dims[1:]))
     centred = wide - wide.mean(dims, keepdim=True)

@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_map
 
 from fastmeta.ops import reference
-from fastmeta.ops._checks import check_dims, check_floating, check_together
+from fastmeta.ops._checks import check_dims, check_floating, check_shape, check_together
 from fastmeta.ops._registration import as_function, contiguous_like, folding, is_native, register
 
 Formula = Callable[..., Any]
@@ -28,27 +28,26 @@ def _plain_gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tupl
 
 def _plain_second(*inputs: Any) -> tuple[Tensor, ...]:
     *directions, grad, x, weight, eps = inputs
-    pull = torch.func.vjp(lambda g, x, w: _plain_gradient(g, x, w, eps), grad, x, weight)[1]
-    return pull(tuple(directions))
+    pullback = torch.func.vjp(lambda g, x, w: _plain_gradient(g, x, w, eps), grad, x, weight)[1]
+    return pullback(tuple(directions))
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
     *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
 
 
 def _tangent(formula: Formula, ctx: Any, dots: tuple[Any, ...]) -> Any:
-    """That of `formula`, in plain PyTorch; None stands for a tangent of zeros.
-
-    Forward mode does not nest, but the pullback is linear, and the derivative of it the tangent.
-    """
+    """Tangent of ``formula``, in plain PyTorch; None stands for a tangent of zeros."""
     inputs = ctx.saved_tensors
-    pairs = zip(dots, inputs, strict=False)  # eps has one too
+    pairs = zip(dots, inputs, strict=False)  # eps has a dot and is no tensor
     tangents = tuple(torch.zeros_like(x) if dot is None else dot for dot, x in pairs)
-    outputs, pull, *_ = torch.func.vjp(lambda *p: formula(*p, ctx.eps), *inputs)
-    nowhere = tree_map(torch.zeros_like, outputs)
-    return torch.func.vjp(pull, nowhere)[1](tangents)[0]
+    # Forward mode does not nest inside ``jvp``. The pullback is linear, and its derivative is the
+    # tangent, whatever the cotangent at which it is taken.
+    outputs, pullback, *_ = torch.func.vjp(lambda *p: formula(*p, ctx.eps), *inputs)
+    zeros = tree_map(torch.zeros_like, outputs)
+    return torch.func.vjp(pullback, zeros)[1](tangents)[0]
 
 
 class BatchNorm(Function):
@@ -60,7 +59,7 @@ class BatchNorm(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _remember(ctx, inputs)
+        _save(ctx, inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -83,7 +82,7 @@ class BatchNormBackward(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        _remember(ctx, inputs)
+        _save(ctx, inputs)
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor) -> tuple[Any, ...]:
@@ -113,13 +112,13 @@ class BatchNormSecond(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        _remember(ctx, inputs)
+        _save(ctx, inputs)
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor) -> tuple[Any, ...]:
         inputs = ctx.saved_tensors
-        pull = torch.func.vjp(lambda *p: _plain_second(*p, ctx.eps), *inputs)[1]
-        return *pull(directions), None
+        pullback = torch.func.vjp(lambda *p: _plain_second(*p, ctx.eps), *inputs)[1]
+        return *pullback(directions), None
 
     @staticmethod
     def jvp(ctx: Any, *dots: Any) -> tuple[Any, ...]:
@@ -129,13 +128,13 @@ class BatchNormSecond(Function):
 _apply = as_function(BatchNorm)
 _backward = as_function(BatchNormBackward)
 _second = as_function(BatchNormSecond)
-# PyTorch's own rules make a class anew for every call.
-for cls, of_tasks in (
+# PyTorch's own rules create a class at every call.
+for cls, function in (
     (BatchNorm, _apply),
     (BatchNormBackward, _backward),
     (BatchNormSecond, _second),
 ):
-    cls.vmap = staticmethod(folding(of_tasks))  # type: ignore[method-assign]
+    cls.vmap = staticmethod(folding(function))  # type: ignore[method-assign]
 
 
 def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -158,10 +157,10 @@ def task_batch_norm(
         y[t, b, c] = bias[t, c]
                      + weight[t, c] (x[t, b, c] - mean[t, c]) / sqrt(variance[t, c] + eps)
 
-    where mean and (biased) variance are those of the channel in the task's batch. The same as
+    with the mean and the (biased) variance of the channel in the task's batch. The same as
     ``torch.nn.functional.batch_norm`` of every task with ``training=True`` and without running
-    statistics, run together; its second derivative, which meta-learning takes, is one kernel
-    where PyTorch's is a chain of elementwise ones. Differentiable any number of times, forward and
+    statistics, run together. The second derivative, which meta-learning takes, is one kernel
+    instead of PyTorch's chain of elementwise ones. Differentiable any number of times, forward and
     reverse; works under torch.func and torch.compile. The compiled kernels take float32 and
     float64 and sum in double on a CPU; half types are computed in plain PyTorch, in float32.
 
@@ -176,22 +175,27 @@ def task_batch_norm(
     Raises:
         TypeError: inputs are not floating-point tensors of one dtype.
         ValueError: shapes do not agree, devices differ, eps is not positive, or a channel has a
-            single number, which has no variance.
+            single number and so no variance.
 
     Source: Ioffe, Szegedy 2015 (arXiv 1502.03167).
 
-    >>> x = torch.randn(4, 10, 16, 8, 8)
-    >>> fm.task_batch_norm(x, torch.full((4, 16), 2.0)).std((1, 3, 4)).round(decimals=1).unique()
-    tensor([2.])
+    Example:
+        >>> import torch
+        >>> import fastmeta as fm
+        >>> x, weight = torch.randn(4, 10, 16, 8, 8), torch.full((4, 16), 2.0)
+        >>> fm.task_batch_norm(x, weight).std((1, 3, 4)).round(decimals=1).unique()
+        tensor([2.])
     """
     _check(x, weight, bias, eps)
     if x.dim() == 4:
         weight, bias = (None if row is None else row.unsqueeze(0) for row in (weight, bias))
         return task_batch_norm(x.unsqueeze(0), weight, bias, eps).squeeze(0)
+    # The kernel always scales and shifts.
     weight = x.new_ones(x.shape[0], x.shape[2]) if weight is None else weight
     bias = torch.zeros_like(weight) if bias is None else bias
     if not is_native("task_batch_norm", x):
         return reference.task_batch_norm(x, weight, bias, eps).contiguous()
+    # A view of the images as [T, B, C, H W], or a contiguous copy of channels-last ones.
     return _apply(x.flatten(3), weight, bias, eps).view(x.shape)
 
 
@@ -204,12 +208,8 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) ->
             continue
         check_floating(name, row)
         check_together(name, row, "x", x)
-        if list(row.shape) != [*tasks, channels]:
-            raise ValueError(f"{name} must have shape {[*tasks, channels]}, got {list(row.shape)}")
+        check_shape(name, row, (*tasks, channels))
     if examples * height * width == 1:
-        raise ValueError(
-            f"x must have more than one number a channel, which it has statistics of, "
-            f"got {list(x.shape)}"
-        )
+        raise ValueError(f"x: expected more than one number in each channel, got {list(x.shape)}")
     if not eps > 0:
-        raise ValueError(f"eps must be more than 0, got {eps!r}")
+        raise ValueError(f"eps: expected more than 0, got {eps!r}")

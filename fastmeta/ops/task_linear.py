@@ -13,7 +13,7 @@ def task_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """Linear layer of each task's examples with the task's own weights: x weight' + bias.
 
     ``torch.bmm``, with its devices, dtypes, derivatives and transforms, behind checked shapes. On
-    a CPU float32 and float64 of four tasks and more go through a compiled product, which is made
+    a CPU, float32 and float64 of four or more tasks go through a compiled product, which is made
     for few outputs.
 
     Args:
@@ -28,15 +28,18 @@ def task_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         TypeError: inputs are not floating-point tensors of one dtype.
         ValueError: shapes do not agree, or devices differ.
 
-    >>> fm.task_linear(torch.ones(2, 1, 3), torch.ones(2, 1, 3), torch.tensor([[0.0], [1.0]]))
-    tensor([[[3.]],
-    <BLANKLINE>
-            [[4.]]])
+    Example:
+        >>> import torch
+        >>> import fastmeta as fm
+        >>> fm.task_linear(torch.ones(2, 1, 3), torch.ones(2, 1, 3), torch.tensor([[0.0], [1.0]]))
+        tensor([[[3.]],
+        <BLANKLINE>
+                [[4.]]])
     """
     check_layer(x, weight, bias, "[T, B, I]", "[T, O, I]")
     if x.shape[-1] != weight.shape[-1]:
         raise ValueError(
-            f"x [T, B, I] and weight [T, O, I] must agree in I, "
+            f"x [T, B, I] and weight [T, O, I]: expected the same I, "
             f"got {list(x.shape)} and {list(weight.shape)}"
         )
     if x.dim() == 2:

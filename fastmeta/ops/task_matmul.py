@@ -1,6 +1,6 @@
-"""Each task's matrix product: `torch.bmm`, on a CPU of narrow matrices several times as fast.
+"""Each task's matrix product: ``torch.bmm``, or a CPU kernel for narrow matrices.
 
-Its derivatives are again such products, so one function serves every order.
+The kernel is several times as fast. Derivatives are products too: one Function serves every order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _raw(a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> Tensor:
 
 
 class Product(Function):
-    """op(a) op(b), of which at most one is transposed."""
+    """op(a) op(b), where op is a transposition of at most one of them."""
 
     generate_vmap_rule = True
 
@@ -36,25 +36,26 @@ class Product(Function):
         ctx.save_for_forward(a, b)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         a, b = ctx.saved_tensors
         transpose_a, transpose_b = ctx.transposed
         # torch.compile has no second derivatives, and loses track of a nested Function.
         multiply = _raw if torch.compiler.is_compiling() else _apply
-        of_a = of_b = None
+        # The gradient of a transposed matrix comes out transposed, as factors in the other order.
+        grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            of_a = (
-                multiply(b, g, False, True)
+            grad_a = (
+                multiply(b, grad, False, True)
                 if transpose_a
-                else multiply(g, b, False, not transpose_b)
+                else multiply(grad, b, False, not transpose_b)
             )
         if ctx.needs_input_grad[1]:
-            of_b = (
-                multiply(g, a, True, False)
+            grad_b = (
+                multiply(grad, a, True, False)
                 if transpose_b
-                else multiply(a, g, not transpose_a, False)
+                else multiply(a, grad, not transpose_a, False)
             )
-        return of_a, of_b, None, None
+        return grad_a, grad_b, None, None
 
     @staticmethod
     def jvp(ctx: Any, a_dot: Any, b_dot: Any, *_: Any) -> Tensor:
@@ -77,7 +78,8 @@ register(PRODUCT, _fake)
 
 
 def has_kernel(x: Tensor) -> bool:
-    """Whether the compiled product takes `x`; where not, `torch.bmm` is what is meant to run."""
+    """Whether the compiled product takes ``x``; if not, ``torch.bmm`` runs."""
+    # Autocast is told apart here: it would change the dtype of ``torch.bmm``, not of a custom op.
     if traces_transform() or torch.is_autocast_enabled("cpu"):
         return False
     return backend.is_available(PRODUCT, x)

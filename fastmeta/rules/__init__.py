@@ -1,10 +1,10 @@
-"""Inner rules: what an inner step makes of the parameters and the gradient.
+"""Inner rules: the update of an inner step, from parameters and gradient.
 
-``MAML(model, lr=..., rule=...)`` takes one; every rule has its value and its derivative, so
-that meta-gradients pass through it, and its learned hyperparameters get theirs.
+``MAML(model, lr=..., rule=...)`` takes one. Every rule has a derivative, so that meta-gradients
+pass through it and reach its learned hyperparameters.
 
-steps           SGD, Adam, PersistentAdam, RMSProp
-wrapped around  ClipValue, ClipNorm, Proximal, MetaCurvature
+updates     SGD, Adam, PersistentAdam, RMSProp
+wrappers    ClipValue, ClipNorm, Proximal, MetaCurvature
 """
 
 from fastmeta.rules.adaptive import Adam, PersistentAdam, RMSProp

@@ -1,4 +1,7 @@
-"""Rules that divide by the size that gradients have had: Adam, also carried, and RMSProp."""
+"""Rules that scale steps by a second moment of past gradients: Adam, PersistentAdam, RMSProp.
+
+Symbols: g_k is the gradient at theta_k, m and s its first and second moment.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,21 @@ from fastmeta.rules.base import (
 )
 
 
+def _average(old: Tensor, new: Tensor, decay: Hyperparameter) -> Tensor:
+    """Moving average: ``decay old + (1 - decay) new``."""
+    return decay * old + (1 - decay) * new
+
+
+def _scaled_step(
+    theta: Tensor, lr: Tensor, direction: Tensor, second: Tensor, eps: Hyperparameter
+) -> Tensor:
+    """theta after a step along ``direction / sqrt(second + eps)``.
+
+    ``eps`` stands INSIDE the square root: the derivative of ``sqrt(s)`` at s = 0 is infinite.
+    """
+    return theta - lr * direction / (second + eps).sqrt()
+
+
 class Adam(Rule):
     """Adam (Kingma & Ba 2015, arXiv 1412.6980), differentiable also where gradients are zero.
 
@@ -28,14 +46,14 @@ class Adam(Rule):
     ``theta_{k+1} = theta_k - lr m' / sqrt(s' + eps)`` with ``m' = m_{k+1} / (1 - beta1^(k+1))``
     and ``s' = s_{k+1} / (1 - beta2^(k+1))``.
 
-    ``eps`` stands INSIDE the square root, where ``torch.optim.Adam`` adds it outside: at a second
-    moment of zero the derivative of ``sqrt(s)`` is infinite, that of ``sqrt(s + eps)`` is not. A
-    gradient counts as small below ``sqrt(eps)``, 1e-4 by default.
+    ``eps`` stands INSIDE the square root; ``torch.optim.Adam`` adds it outside. At a second moment
+    of zero the derivative of ``sqrt(s)`` is infinite, and the derivative of ``sqrt(s + eps)`` is
+    finite. A gradient counts as small below ``sqrt(eps)``, 1e-4 by default.
 
     Args:
         betas: beta1 and beta2, each 0 to below 1; Reptile takes (0, 0.999).
         eps: above 0.
-        weight_decay: at least 0: ``g_k + weight_decay theta_k`` stands for the gradient.
+        weight_decay: at least 0; the gradient becomes ``g_k + weight_decay theta_k``.
 
     Each number may be an ``nn.Parameter`` ``[]`` or ``[P]`` instead, which is then learned.
 
@@ -72,34 +90,35 @@ class Adam(Rule):
         self, theta: Tensor, grads: Tensor, lr: Tensor, state: State, k: int
     ) -> tuple[Tensor, State]:
         grads = decayed(grads, theta, self.weight_decay)
-        first = self.beta1 * state[0] + (1 - self.beta1) * grads
-        second = self.beta2 * state[1] + (1 - self.beta2) * grads.square()
-        mean = first / (1 - self.beta1 ** (k + 1))
-        size = (second / (1 - self.beta2 ** (k + 1)) + self.eps).sqrt()
-        return theta - lr * mean / size, (first, second)
+        first = _average(state[0], grads, self.beta1)
+        second = _average(state[1], grads.square(), self.beta2)
+        # Averages that start at zero are too small by these factors.
+        unbiased_first = first / (1 - self.beta1 ** (k + 1))
+        unbiased_second = second / (1 - self.beta2 ** (k + 1))
+        after = _scaled_step(theta, lr, unbiased_first, unbiased_second, self.eps)
+        return after, (first, second)
 
 
 class PersistentAdam(Rule):
-    """Adam with beta1 = 0 whose second moment goes on from one meta-batch to the next.
+    """Adam with beta1 = 0 whose second moment persists from one meta-batch to the next.
 
-    The steps are ``Adam``'s, but a task begins with the mean over tasks of the second moments that
-    the meta-batch before ended with, not with zero, and the correction of the bias counts the steps
-    of all meta-batches. Adam begun anew goes ``lr`` far along its first gradient, however small;
-    this one goes less far the smaller gradients have become. So does the code published with
-    Reptile (Nichol et al. 2018), where one optimizer goes through all tasks.
+    The steps are ``Adam``'s, but a task does not start with a second moment of zero. It starts with
+    the mean over tasks of the last meta-batch's final moments, and the bias correction counts the
+    steps of all meta-batches. The first step of a new ``Adam`` has length ``lr``, however small the
+    gradient; here it shrinks with the gradients. The code published with Reptile (Nichol et al.
+    2018) does the same: one optimizer runs through all tasks.
 
-    A learner says which inner loops are carried on: ``Reptile.meta_loss`` and ``meta_gradient``.
-    Elsewhere, as in ``adapt_tasks``, inner loops start from the carried moment and leave it as it
-    is. Nothing is differentiated through it.
+    The moment is updated by ``Reptile.meta_loss`` and ``meta_gradient``. In other inner loops, as
+    in ``adapt_tasks``, it is read only. Nothing is differentiated through it.
 
     Args:
-        module: whose trainable parameters it steps.
+        module: the model with the trainable parameters to adapt.
         beta2: 0 to below 1.
         eps: above 0, inside the square root.
 
     Attributes:
-        second: the carried moment ``[P]``, a buffer; zeros at first.
-        taken: the steps that it has seen, a buffer.
+        second: the persistent moment ``[P]``, a buffer; zeros at first.
+        taken: the number of steps in it, a buffer.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -142,9 +161,10 @@ class PersistentAdam(Rule):
     def update(
         self, theta: Tensor, grads: Tensor, lr: Tensor, state: State, k: int
     ) -> tuple[Tensor, State]:
-        second = self.beta2 * state[0] + (1 - self.beta2) * grads.square()
+        second = _average(state[0], grads.square(), self.beta2)
+        # In float64, as float32 rounds 1 - beta2^n for small n.
         unbiased = second / (1 - self.beta2 ** (self.taken + (k + 1)).double())
-        return theta - lr * grads / (unbiased + self.eps).sqrt(), (second,)
+        return _scaled_step(theta, lr, grads, unbiased, self.eps), (second,)
 
     def finish(self, state: State, steps: int) -> None:
         if self._ends is not None:
@@ -168,12 +188,12 @@ class RMSProp(Rule):
 
     ``s_{k+1} = alpha s_k + (1 - alpha) g_k^2``, s_0 = 0, and
     ``theta_{k+1} = theta_k - lr g_k / sqrt(s_{k+1} + eps)``. ``eps`` stands INSIDE the square root,
-    as in ``Adam`` and for the same reason; ``torch.optim.RMSprop`` adds it outside.
+    for the same reason as in ``Adam``; ``torch.optim.RMSprop`` adds it outside.
 
     Args:
         alpha: 0 to below 1.
         eps: above 0.
-        weight_decay: at least 0: ``g_k + weight_decay theta_k`` stands for the gradient.
+        weight_decay: at least 0; the gradient becomes ``g_k + weight_decay theta_k``.
 
     Each number may be an ``nn.Parameter`` ``[]`` or ``[P]`` instead, which is then learned.
 
@@ -207,5 +227,5 @@ class RMSProp(Rule):
         self, theta: Tensor, grads: Tensor, lr: Tensor, state: State, k: int
     ) -> tuple[Tensor, State]:
         grads = decayed(grads, theta, self.weight_decay)
-        second = self.alpha * state[0] + (1 - self.alpha) * grads.square()
-        return theta - lr * grads / (second + self.eps).sqrt(), (second,)
+        second = _average(state[0], grads.square(), self.alpha)
+        return _scaled_step(theta, lr, grads, second, self.eps), (second,)

@@ -1,4 +1,4 @@
-"""What an inner rule is: an update of task arenas, and its vector-Jacobian product."""
+"""Base of inner rules: an update of task arenas, and its vector-Jacobian product."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.core.autocast import without_autocast
+from fastmeta.core.checks import is_number
 from fastmeta.core.derivatives import derivative
 from fastmeta.core.dtypes import accumulation_dtype
 from fastmeta.core.parameter_layout import ParameterLayout
@@ -22,11 +23,11 @@ PREFIX = "rule."
 
 
 class Step(NamedTuple):
-    """Where inner step k starts.
+    """Inputs of inner step k.
 
-    ``theta`` and ``grads`` are ``[T, P]``, the gradient being that of the support loss at theta;
-    ``lr`` is ``[T or 1, P or 1]``; ``state`` holds tensors ``[T, P]``. A plain gradient step leaves
-    out of a tape what its derivative does not need, and None stands there.
+    ``theta`` and ``grads`` are ``[T, P]``; ``grads`` is the gradient of the support loss at theta.
+    ``lr`` is ``[T or 1, P or 1]``, and ``state`` has tensors ``[T, P]``. Fields that a plain
+    gradient step does not need for its derivative are None on the tape.
     """
 
     k: int
@@ -37,10 +38,10 @@ class Step(NamedTuple):
 
 
 class Pullback(NamedTuple):
-    """What a rule's derivative carries back to theta, the gradient, the state and the named rest.
+    """Cotangents of an inner step's inputs.
 
-    ``grads`` is None where it is not wanted; ``named`` has ``lr`` and the rule's parameters, as
-    ``rule.NAME``, as far as they are.
+    ``grads`` is None if it is not required. ``named`` has the required ones among ``lr`` and the
+    rule's parameters, as ``rule.NAME``.
     """
 
     theta: Tensor
@@ -52,9 +53,9 @@ class Pullback(NamedTuple):
 class Rule(nn.Module):
     """One inner step of every task, ``theta_{k+1}, state_{k+1} = U(theta_k, g_k, state_k; lr)``.
 
-    A rule of your own writes ``update`` with differentiable operations, and says in ``states`` how
-    many tensors ``[T, P]`` it carries from step to step; they start at zeros. Its ``nn.Parameter``
-    are learned hyperparameters. The derivative is that of one update at a time, by autograd.
+    A subclass writes ``update`` with differentiable operations. ``states`` is the number of tensors
+    ``[T, P]`` that it passes from step to step; they start as zeros. Its ``nn.Parameter`` are
+    learned hyperparameters. Autograd differentiates one update at a time.
 
     Example:
         >>> import torch
@@ -69,21 +70,21 @@ class Rule(nn.Module):
 
     @property
     def states(self) -> int:
-        """Number of tensors ``[T, P]`` that go from step to step."""
+        """Number of tensors ``[T, P]`` that pass from step to step."""
         return 0
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is ``theta - lr * grads``, which engines do without asking the rule."""
+        """Whether it is ``theta - lr * grads``, which engines run without calling the rule."""
         return False
 
     @property
     def title(self) -> str:
-        """The rule in words."""
+        """The rule's name for reports."""
         return type(self).__name__
 
     def check(self, layout: ParameterLayout) -> None:
-        """Raise ValueError where the learned hyperparameters do not fit the arenas of a layout."""
+        """ValueError if the learned hyperparameters do not fit the arenas of a layout."""
         for name, parameter in self.named_parameters(recurse=False):
             if parameter.shape not in ((), (1,), (layout.numel,)):
                 raise ValueError(
@@ -94,10 +95,10 @@ class Rule(nn.Module):
     def update(
         self, theta: Tensor, grads: Tensor, lr: Tensor, state: State, k: int
     ) -> tuple[Tensor, State]:
-        """theta and the state after step k, differentiable in all of the tensors.
+        """Compute theta and the state after step k, differentiable in all of the tensors.
 
         Args:
-            theta, grads: ``[T, P]``; half precision comes as float32.
+            theta, grads: ``[T, P]``; half precision arrives as float32.
             lr: ``[T or 1, P or 1]``.
             state: ``states`` tensors ``[T, P]``.
             k: steps taken before.
@@ -105,43 +106,45 @@ class Rule(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no update")
 
     def start(self, theta: Tensor) -> State:
-        """The state before the first step: zeros like ``theta``, of the precision of updates."""
+        """The state before the first step: zeros like ``theta``, in the precision of updates."""
         dtype = accumulation_dtype(theta.dtype)
         return tuple(torch.zeros_like(theta, dtype=dtype) for _ in range(self.states))
 
     def finish(self, state: State, steps: int) -> None:
-        """Called with the state after the last of ``steps`` steps; most rules forget it."""
+        """Receive the state after the last of ``steps`` steps; most rules drop it."""
 
     def persist_state(self) -> AbstractContextManager[None]:
-        """Inner loops that end within it are those that a rule with a memory remembers."""
+        """Context in which ``finish`` stores the state, for the next inner loop to start from."""
         return nullcontext()
 
     def step(self, at: Step) -> tuple[Tensor, State]:
-        """``update`` in the precision of updates; theta comes back in its own."""
+        """Run ``update`` in the precision of updates; the new theta has the dtype of the old."""
         dtype = accumulation_dtype(at.theta.dtype)
         theta, grads = at.theta.to(dtype), at.grads.to(dtype)
         with without_autocast(theta.device):
             after, state = self.update(theta, grads, at.lr, at.state, at.k)
         return after.to(at.theta.dtype), state
 
-    def vjp(self, at: Step, v: Tensor, state_v: State, wants: set[str]) -> Pullback:
+    def vjp(self, at: Step, v: Tensor, state_v: State, requires: set[str]) -> Pullback:
         """The derivative of ``<theta_{k+1}, v> + <state_{k+1}, state_v>``.
 
         Args:
-            at: where the step starts.
-            v: ``[T, P]``.
-            state_v: as the state.
-            wants: of ``"grads"``, ``"lr"`` and ``"rule.NAME"``, those whose derivative is.
+            at: inputs of the step.
+            v: cotangent of theta_{k+1} ``[T, P]``.
+            state_v: cotangents of the state.
+            requires: names of the required derivatives, among ``"grads"``, ``"lr"`` and
+                ``"rule.NAME"``.
         """
         theta, grads, lr, *state = (
             tensor.detach().requires_grad_() for tensor in (at.theta, at.grads, at.lr, *at.state)
         )
         named = {"grads": grads, "lr": lr}
         named.update((f"{PREFIX}{name}", p) for name, p in self.named_parameters())
-        named = {name: tensor for name, tensor in named.items() if name in wants}
+        named = {name: tensor for name, tensor in named.items() if name in requires}
         with torch.enable_grad():
             after, new_state = self.step(Step(at.k, theta, grads, lr, tuple(state)))
         inputs = [theta, *state, *named.values()]
+        # The backward pass stays out of autocast, as the update does.
         with without_autocast(theta.device):
             to_theta, *rest = derivative([after, *new_state], [v, *state_v], inputs)
         to_named = dict(zip(named, rest[len(state) :], strict=True))
@@ -150,10 +153,10 @@ class Rule(nn.Module):
 
 
 class RuleWrapper(Rule):
-    """A rule that changes what another one sees of the gradient.
+    """A rule that transforms the gradient before another rule takes the step.
 
     Args:
-        rule: what takes the step.
+        rule: the rule that takes the step.
     """
 
     def __init__(self, rule: Rule) -> None:
@@ -186,8 +189,8 @@ class RuleWrapper(Rule):
         return self.rule.persist_state()
 
     def transform_gradient(self, grads: Tensor) -> Tensor:
-        """What the rule inside gets for the gradient ``[T, P]``."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it changes")
+        """The gradient for the rule inside, from the gradient ``[T, P]`` of the loss."""
+        raise NotImplementedError(f"{type(self).__name__} has no transform_gradient")
 
     def update(
         self, theta: Tensor, grads: Tensor, lr: Tensor, state: State, k: int
@@ -198,7 +201,7 @@ class RuleWrapper(Rule):
 def hyperparameter(
     name: str, value: Hyperparameter, least: float = 0.0, below: float = math.inf
 ) -> Hyperparameter:
-    """The value, checked: a number in ``[least, below)``, or a parameter, which may be anywhere.
+    """The checked value: a number in ``[least, below)``, or a parameter of any value.
 
     Raises:
         TypeError: neither a number nor a floating-point ``nn.Parameter``.
@@ -208,7 +211,7 @@ def hyperparameter(
         if not value.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point parameter, got {value.dtype}")
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         kind = type(value).__name__
         raise TypeError(f"{name}: expected a number or an nn.Parameter, got {kind}")
     if not least <= value < below:
@@ -217,16 +220,21 @@ def hyperparameter(
 
 
 def check_made_for(made_for: ParameterLayout, layout: ParameterLayout, rule: str) -> None:
-    """Raise ValueError where a rule with tensors of its own meets other parameters than its."""
+    """ValueError if a rule with tensors for ``made_for`` is used with other parameters."""
     if (layout.names, layout.shapes) != (made_for.names, made_for.shapes):
         raise ValueError(
-            f"rule: {rule} was made for other trainable parameters than the model has; "
-            f"expected {list(made_for.names)}, got {list(layout.names)}"
+            f"rule: expected the trainable parameters that {rule} was made for, "
+            f"{_shapes(made_for)}, got {_shapes(layout)}"
         )
 
 
+def _shapes(layout: ParameterLayout) -> str:
+    pairs = zip(layout.names, layout.shapes, strict=True)
+    return ", ".join(f"{name} {list(shape)}" for name, shape in pairs)
+
+
 def positive(name: str, value: Hyperparameter) -> Hyperparameter:
-    """As ``hyperparameter``, and a number is above 0.
+    """The checked value: a number above 0, or a parameter of any value.
 
     Raises:
         TypeError, ValueError: as ``hyperparameter``.
@@ -238,12 +246,12 @@ def positive(name: str, value: Hyperparameter) -> Hyperparameter:
 
 
 def decayed(grads: Tensor, theta: Tensor, weight_decay: Hyperparameter) -> Tensor:
-    """The gradient of the loss and of ``weight_decay / 2 |theta|^2``."""
+    """The gradient of the loss plus ``weight_decay / 2 |theta|^2``."""
     if is_zero(weight_decay):
         return grads
     return grads + weight_decay * theta
 
 
 def is_zero(value: Hyperparameter) -> bool:
-    """Whether it is the number 0; a parameter that is 0 now may not stay so."""
+    """Whether it is the number 0. A parameter is not: it may be learned."""
     return not isinstance(value, Tensor) and value == 0

@@ -1,4 +1,4 @@
-"""Gradients that are clipped before a rule takes its step."""
+"""Clipping of gradients before a rule takes its step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fastmeta.rules.sgd import SGD
 
 
 class ClipValue(RuleWrapper):
-    """Each element of the gradient kept within ``[-limit, limit]``.
+    """Clip each element of the gradient to ``[-limit, limit]``.
 
-    Elements that are clipped carry no derivative back to the gradient.
+    The derivative to clipped elements is zero.
 
     Args:
         limit: above 0; or an ``nn.Parameter`` ``[]`` or ``[P]``, which is then learned.
-        rule: what takes the step; None: plain ``SGD()``.
+        rule: the rule that takes the step; None: plain ``SGD()``.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -40,14 +40,14 @@ class ClipValue(RuleWrapper):
 
 
 class ClipNorm(RuleWrapper):
-    """The gradient of each task scaled to a Euclidean norm of ``limit`` where it is longer.
+    """Scale the gradient of each task down to a Euclidean norm of ``limit`` if it is longer.
 
-    The norm is over all parameters of the task, and the derivative goes through it
-    (Pascanu et al. 2013, arXiv 1211.5063).
+    The norm is over all parameters of the task, and is differentiated (Pascanu et al. 2013, arXiv
+    1211.5063).
 
     Args:
         limit: above 0; or an ``nn.Parameter`` ``[]``, which is then learned.
-        rule: what takes the step; None: plain ``SGD()``.
+        rule: the rule that takes the step; None: plain ``SGD()``.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.

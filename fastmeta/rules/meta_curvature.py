@@ -15,23 +15,23 @@ from fastmeta.rules.sgd import SGD
 
 
 class MetaCurvature(RuleWrapper):
-    """Gradients multiplied by learned matrices along each of their dimensions.
+    """Multiply gradients by learned matrices along each of their dimensions.
 
-    Park & Oliva 2019 (arXiv 1902.03356): the gradient G of a convolution's weight, seen as
-    ``[O, I, F]`` with ``F = kh kw``, becomes ``G x_3 M_f x_2 M_i x_1 M_o``, that of a linear
-    layer's ``[O, I]`` becomes ``M_o G M_i'``, and that of a vector ``M_o g``. The matrices start as
-    the identity, so that learning starts from the rule inside as it is.
+    Park & Oliva 2019 (arXiv 1902.03356). The gradient G of a convolution's weight, viewed as
+    ``[O, I, F]`` with ``F = kh kw``, becomes ``G x_3 M_f x_2 M_i x_1 M_o``. The gradient of a
+    linear layer's weight ``[O, I]`` becomes ``M_o G M_i'``, the gradient g of a vector ``M_o g``.
+    The matrices start as the identity, so that learning starts from the rule inside.
 
     Args:
-        module: the model, whose trainable parameters it is for.
-        rule: what takes the step; None: plain ``SGD()``.
+        module: the model with the trainable parameters to adapt.
+        rule: the rule that takes the step; None: plain ``SGD()``.
 
     Attributes:
         factors: for each trainable parameter its matrices, M_o first.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit; later, where the trainable
-            parameters are no longer those that it was made for.
+        TypeError, ValueError: naming the argument that does not fit; in use, if the trainable
+            parameters are not the module's any more.
 
     Example:
         >>> import torch
@@ -58,23 +58,23 @@ class MetaCurvature(RuleWrapper):
 
     def transform_gradient(self, grads: Tensor) -> Tensor:
         views = self._layout.views(grads)
-        of_each = cast("Iterable[nn.ParameterList]", self.factors)
-        changed = {
+        factor_lists = cast("Iterable[nn.ParameterList]", self.factors)
+        transformed = {
             name: _multiplied(view, factors).view_as(view)
-            for (name, view), factors in zip(views.items(), of_each, strict=True)
+            for (name, view), factors in zip(views.items(), factor_lists, strict=True)
         }
-        return self._layout.flatten(changed)
+        return self._layout.flatten(transformed)
 
 
 def _sizes(shape: torch.Size) -> tuple[int, ...]:
-    """A parameter's dimensions as the matrices see them: O, I and all others as one."""
+    """Sizes of a parameter's matrices: O, I and the product of all other dimensions."""
     if len(shape) < 3:
         return tuple(shape) or (1,)
     return (*shape[:2], math.prod(shape[2:]))
 
 
 def _multiplied(grads: Tensor, factors: nn.ParameterList) -> Tensor:
-    """The gradients ``[T, *shape]`` times each matrix along its dimension: ``[T, O, I, F]``."""
+    """Product ``[T, O, I, F]`` of gradients ``[T, *shape]`` with each matrix along a dimension."""
     result = grads.reshape(len(grads), *(len(matrix) for matrix in factors))
     for dim, matrix in enumerate(factors, start=1):
         result = torch.tensordot(result, matrix.to(result.dtype), dims=([dim], [1])).movedim(

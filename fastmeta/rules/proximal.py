@@ -1,4 +1,4 @@
-"""Steps that are held near where they started."""
+"""Steps that are held near their start."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from fastmeta.rules.sgd import SGD
 
 
 class Proximal(RuleWrapper):
-    """The gradient of ``L_s(theta) + strength / 2 |theta - theta_0|^2`` for that of the loss.
+    """Steps on ``L_s(theta) + strength / 2 |theta - theta_0|^2`` instead of the loss ``L_s``.
 
     The inner problem of iMAML (Rajeswaran et al. 2019, arXiv 1909.04630).
 
     Args:
         strength: at least 0, the paper's lambda; or an ``nn.Parameter`` ``[]`` or ``[P]``, which
             is then learned.
-        rule: what takes the step; None: plain ``SGD()``.
+        rule: the rule that takes the step; None: plain ``SGD()``.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -40,7 +40,7 @@ class Proximal(RuleWrapper):
     def update(
         self, theta: Tensor, grads: Tensor, lr: Tensor, state: State, k: int
     ) -> tuple[Tensor, State]:
-        # The way from theta_0 starts at zero, as states do; theta_0 itself would not.
+        # The state is theta_k - theta_0, since states start at zero; theta_0 does not.
         moved, *inner = state
         grads = grads + self.strength * moved
         after, later = self.rule.update(theta, grads, lr, tuple(inner), k)

@@ -23,11 +23,11 @@ class SGD(Rule):
     With ``d_k = g_k + weight_decay theta_k`` and ``m_{k+1} = momentum m_k + d_k``, m_0 = 0:
     ``theta_{k+1} = theta_k - lr m_{k+1}``, or, with ``nesterov``,
     ``theta_k - lr (d_k + momentum m_{k+1})`` (Sutskever et al. 2013). Without any of them it is
-    MAML's own step, which the task program runs inside of one call.
+    MAML's own step, which the task program runs inside one call.
 
     Args:
         momentum: 0 to below 1.
-        nesterov: take the gradient where the momentum leads.
+        nesterov: whether to look ahead along the momentum.
         weight_decay: at least 0.
 
     Each number may be an ``nn.Parameter`` ``[]`` or ``[P]`` instead, which is then learned.
@@ -58,7 +58,7 @@ class SGD(Rule):
         if not isinstance(nesterov, bool):
             raise TypeError(f"nesterov: expected a bool, got {nesterov!r}")
         if nesterov and is_zero(momentum):
-            raise ValueError("nesterov: expected False, as there is no momentum")
+            raise ValueError("nesterov: expected False without momentum, got True")
         self.nesterov = nesterov
 
     @property
@@ -80,17 +80,17 @@ class SGD(Rule):
         return inner_update(theta, direction, lr), (velocity,)
 
     def step(self, at: Step) -> tuple[Tensor, State]:
-        if self.is_plain:  # inner_update keeps the precision by itself
+        if self.is_plain:  # inner_update takes care of the precision
             return inner_update(at.theta, at.grads, at.lr), ()
         return super().step(at)
 
-    def vjp(self, at: Step, v: Tensor, state_v: State, wants: set[str]) -> Pullback:
+    def vjp(self, at: Step, v: Tensor, state_v: State, requires: set[str]) -> Pullback:
         if not self.is_plain:
-            return super().vjp(at, v, state_v, wants)
-        # A number as lr comes in float32 where v is of half precision, which it has to keep.
-        to_grads = (-at.lr * v).to(v.dtype) if "grads" in wants else None
+            return super().vjp(at, v, state_v, requires)
+        # lr is float32 for v of half precision, and the gradient keeps the dtype of v.
+        to_grads = (-at.lr * v).to(v.dtype) if "grads" in requires else None
         named = {}
-        if "lr" in wants:
+        if "lr" in requires:
             named["lr"] = -(at.grads * v).sum_to_size(at.lr.shape)
         return Pullback(v, to_grads, (), named)
 

@@ -55,12 +55,12 @@ def test_the_context_goes_before_the_environment_and_ends(calls, monkeypatch, ro
 
 
 def test_bad_names(monkeypatch, rows):
-    with pytest.raises(ValueError, match="backend must be 'native' or 'torch', got 'cuda'"):
+    with pytest.raises(ValueError, match="backend: expected one of native, torch, got 'cuda'"):
         fm.use_backend("cuda").__enter__()
-    with pytest.raises(ValueError, match=r"op must be one of .*, got 'conv'"):
+    with pytest.raises(ValueError, match=r"op: expected one of .*, got 'conv'"):
         fm.backend_of("conv")
     monkeypatch.setenv("FASTMETA_BACKEND", "fast")
-    with pytest.raises(ValueError, match="FASTMETA_BACKEND must be 'native' or 'torch'"):
+    with pytest.raises(ValueError, match="FASTMETA_BACKEND: expected one of native, torch"):
         fm.pairwise_distance(*rows)
 
 

@@ -420,7 +420,8 @@ def test_other_commands_are_for_one_process(one_of_two, capsys, command):
 
 def test_gpus_are_not_chosen_by_number(monkeypatch):
     distributed.select_device("cuda:1")  # one process may
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    # A string: the function ``process_group`` hides its module of the same name.
+    monkeypatch.setattr(sys.modules["fastmeta.distributed.process_group"], "world_size", lambda: 2)
     distributed.select_device("cpu")
     with pytest.raises(ValueError, match="device: expected 'cuda' for 2 processes"):
         distributed.select_device("cuda:1")

@@ -24,7 +24,7 @@ def test_outputs_and_embeddings_of_a_residual_network(ways, outputs, shape):
 
 @pytest.mark.parametrize("widths", [(1, 2, 3), (1, 2, 0, 3)])
 def test_widths_that_are_no_widths(widths):
-    with pytest.raises(ValueError, match=r"widths must hold four numbers of at least 1, got \("):
+    with pytest.raises(ValueError, match=r"widths: expected four numbers of at least 1, got \("):
         fm.models.ResNet12(widths)
 
 

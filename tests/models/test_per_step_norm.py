@@ -236,7 +236,7 @@ def test_what_does_not_lower_says_why():
 
 def test_errors():
     for channels, steps in ((0, 1), (3, -1)):
-        with pytest.raises(ValueError, match="channels must be at least 1 and steps at least 0"):
+        with pytest.raises(ValueError, match="channels and steps: expected at least 1 and 0"):
             PerStepBatchNorm2d(channels, steps)
     for shape in ((2, 3), (2, 4, 5, 5)):
         with pytest.raises(ValueError, match="expected 4 dimensions with 3 channels in the second"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import grad, vmap
 
 import fastmeta as fm
 from tests.helpers.assertions import BACKENDS, assert_near
@@ -116,12 +117,28 @@ def test_first_order_leaves_the_second_derivatives_out(form, backend, device):
 def test_the_form_is_the_one_asked_for_or_the_cheaper_one(monkeypatch, device):
     module = importlib.import_module("fastmeta.ops.linear_head")
     seen, head = [], module._head
-    monkeypatch.setattr(module, "_head", lambda *args: (seen.append(args[-1]), head(*args))[1])
+    monkeypatch.setattr(module, "_head", lambda *args: (seen.append(args[-1].dual), head(*args))[1])
     for d in (4, 400):
         (x, weight, bias, _), labels = inputs("cross_entropy", device, d=d)
         for form in ("primal", "dual", "auto"):
             fm.linear_head(x, labels, weight, bias, lr=0.1, steps=5, form=form)
     assert seen == [False, True, False, False, True, True]
+
+
+@each_backend
+def test_the_gradient_of_a_vmap_is_the_vmap_of_gradients(backend, device):
+    (x, weight, bias, _), labels = inputs("cross_entropy", device)
+    samples = [torch.stack([z, 2 * z]).detach() for z in (x, weight, bias)]
+
+    def total(x, weight, bias):
+        adapted, _ = fm.linear_head(x, labels, weight, bias, lr=0.1, steps=2)
+        return adapted.sin().sum()
+
+    with fm.use_backend(backend):
+        each = vmap(grad(total, argnums=(0, 1, 2)))(*samples)
+        at_once = grad(lambda *z: vmap(total)(*z).sum(), argnums=(0, 1, 2))(*samples)
+    for actual, expected in zip(at_once, each, strict=True):
+        assert_near(actual, expected, 1e-12)
 
 
 @each_backend
@@ -229,23 +246,23 @@ def head(x, y, w, b=None, **options):
 
 
 ERRORS = {
-    "x": (lambda x, y, w, b: head(1.0, y, w), TypeError, "x must be a torch.Tensor, got float"),
-    "x dims": (lambda x, y, w, b: head(x[0, 0], y, w), ValueError, "x must have shape [T, S, D], got [5]"),
-    "no examples": (lambda x, y, w, b: head(x[:, :0], y[:, :0], w), ValueError, "x and weight must have at least one example and one way, got [3, 0, 5] and [3, 3, 5]"),
-    "targets": (lambda x, y, w, b: head(x, y.double(), w), TypeError, "targets must be int64, got torch.float64"),
-    "targets shape": (lambda x, y, w, b: head(x, y[:, :2], w), ValueError, "targets must have shape [3, 7], got [3, 2]"),
-    "mse targets": (lambda x, y, w, b: head(x, x[..., :2], w, loss="mse"), ValueError, "targets must have shape [3, 7, 3], got [3, 7, 2]"),
-    "weight": (lambda x, y, w, b: head(x, y, w[:2]), ValueError, "weight must have shape [3, 5] or [3, 3, 5], got [2, 3, 5]"),
-    "weight dtype": (lambda x, y, w, b: head(x, y, w.float()), TypeError, "weight must have the dtype of x, torch.float64, got torch.float32"),
-    "bias": (lambda x, y, w, b: head(x, y, w, b[:, :2]), ValueError, "bias must have shape [3] or [3, 3], got [3, 2]"),
-    "logistic": (lambda x, y, w, b: head(x, y, w, loss="logistic"), ValueError, "weight must have one way for loss='logistic', got [3, 3, 5]"),
-    "loss": (lambda x, y, w, b: head(x, y, w, loss="hinge"), ValueError, "loss must be one of cross_entropy, mse, logistic, got 'hinge'"),
-    "form": (lambda x, y, w, b: head(x, y, w, form="gram"), ValueError, "form must be one of auto, primal, dual, got 'gram'"),
-    "lr": (lambda x, y, w, b: head(x, y, w, lr=x[:, 0, :2]), ValueError, "lr must be a number, [K] or [T, K] with T = 3, K = 1, got [3, 2]"),
-    "steps": (lambda x, y, w, b: head(x, y, w, steps=-1), ValueError, "steps must be at least 0, got -1"),
-    "steps type": (lambda x, y, w, b: head(x, y, w, steps=1.0), TypeError, "steps must be an int, got float"),
-    "decay": (lambda x, y, w, b: head(x, y, w, weight_decay=-0.1), ValueError, "weight_decay must be at least 0, got -0.1"),
-    "vector": (lambda x, y, w, b: fm.linear_head_hvp(x, y, w, b, w, None), ValueError, "bias_vector must be given with a bias, and only with one"),
+    "x": (lambda x, y, w, b: head(1.0, y, w), TypeError, "x: expected a tensor, got float"),
+    "x dims": (lambda x, y, w, b: head(x[0, 0], y, w), ValueError, "x: expected shape [T, S, D], got [5]"),
+    "no examples": (lambda x, y, w, b: head(x[:, :0], y[:, :0], w), ValueError, "x and weight: expected at least one example and one way, got [3, 0, 5] and [3, 3, 5]"),
+    "targets": (lambda x, y, w, b: head(x, y.double(), w), TypeError, "targets: expected dtype torch.int64, got torch.float64"),
+    "targets shape": (lambda x, y, w, b: head(x, y[:, :2], w), ValueError, "targets: expected shape [3, 7], got [3, 2]"),
+    "mse targets": (lambda x, y, w, b: head(x, x[..., :2], w, loss="mse"), ValueError, "targets: expected shape [3, 7, 3], got [3, 7, 2]"),
+    "weight": (lambda x, y, w, b: head(x, y, w[:2]), ValueError, "weight: expected shape [3, 5] or [3, 3, 5], got [2, 3, 5]"),
+    "weight dtype": (lambda x, y, w, b: head(x, y, w.float()), TypeError, "weight: expected dtype torch.float64 like x, got torch.float32"),
+    "bias": (lambda x, y, w, b: head(x, y, w, b[:, :2]), ValueError, "bias: expected shape [3] or [3, 3], got [3, 2]"),
+    "logistic": (lambda x, y, w, b: head(x, y, w, loss="logistic"), ValueError, "weight: expected one way for loss='logistic', got [3, 3, 5]"),
+    "loss": (lambda x, y, w, b: head(x, y, w, loss="hinge"), ValueError, "loss: expected one of cross_entropy, mse, logistic, got 'hinge'"),
+    "form": (lambda x, y, w, b: head(x, y, w, form="gram"), ValueError, "form: expected one of auto, primal, dual, got 'gram'"),
+    "lr": (lambda x, y, w, b: head(x, y, w, lr=x[:, 0, :2]), ValueError, "lr: expected a number, [K] or [T, K] with T = 3, K = 1, got [3, 2]"),
+    "steps": (lambda x, y, w, b: head(x, y, w, steps=-1), ValueError, "steps: expected at least 0, got -1"),
+    "steps type": (lambda x, y, w, b: head(x, y, w, steps=1.0), TypeError, "steps: expected an integer, got 1.0"),
+    "decay": (lambda x, y, w, b: head(x, y, w, weight_decay=-0.1), ValueError, "weight_decay: expected at least 0, got -0.1"),
+    "vector": (lambda x, y, w, b: fm.linear_head_hvp(x, y, w, b, w, None), ValueError, "bias_vector: expected a tensor like bias, got None"),
 }  # fmt: skip
 
 

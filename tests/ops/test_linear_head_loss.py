@@ -9,8 +9,8 @@ from torch import Tensor
 import fastmeta as fm
 from fastmeta.core.backend import HEAD_LOSS, KERNELS
 from fastmeta.ops import linear_head_loss as _head_loss
-from fastmeta.ops._linear_head_arguments import LOSSES, checked_head, step_sizes
-from fastmeta.ops.linear_head_loss import Options, composed, head_loss
+from fastmeta.ops._linear_head_arguments import LOSSES, HeadOptions, checked_head, step_sizes
+from fastmeta.ops.linear_head_loss import composed, head_loss
 from tests.helpers.assertions import assert_near
 from tests.helpers.cases import Maker
 
@@ -47,9 +47,9 @@ class Problem:
         given = self.leaves | self.labels
         head = given["x"], given["targets"], given["weight"], given.get("bias")
         checked = checked_head(*head, self.loss)
-        rates = step_sizes(given["lr"], self.steps, given["x"])
-        options: Options = self.loss, decay, first_order, dual
-        return function(checked, rates, given["query"], given["query_targets"], options)
+        sizes = step_sizes(given["lr"], self.steps, given["x"])
+        options = HeadOptions(self.loss, decay, first_order, dual)
+        return function(checked, sizes, given["query"], given["query_targets"], options)
 
     def gradients(self, function, scale: float = 1.0, **options) -> tuple[list[Tensor], list]:
         loss, outputs = self.value(function, **options)

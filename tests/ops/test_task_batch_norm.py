@@ -1,7 +1,5 @@
 """Batch norm of each task: against torch's, edges, errors, and the raw kernels."""
 
-# ruff: noqa: E501 (for a table that reads best with one entry a line)
-
 from __future__ import annotations
 
 import re
@@ -135,47 +133,47 @@ ERRORS = {
     "x number": (
         lambda x, w: fm.task_batch_norm(1.0),
         TypeError,
-        "x must be a torch.Tensor, got float",
+        "x: expected a tensor, got float",
     ),
     "x int": (
         lambda x, w: fm.task_batch_norm(x.long()),
         TypeError,
-        "x must be floating point, got torch.int64",
+        "x: expected a floating-point tensor, got torch.int64",
     ),
     "x dims": (
         lambda x, w: fm.task_batch_norm(x[0, 0]),
         ValueError,
-        "x must have shape [T, B, C, H, W], got [4, 6, 5]",
+        "x: expected shape [T, B, C, H, W], got [4, 6, 5]",
     ),
     "weight": (
         lambda x, w: fm.task_batch_norm(x, w[:, :3]),
         ValueError,
-        "weight must have shape [2, 4], got [2, 3]",
+        "weight: expected shape [2, 4], got [2, 3]",
     ),
     "bias": (
         lambda x, w: fm.task_batch_norm(x, w, w[:1]),
         ValueError,
-        "bias must have shape [2, 4], got [1, 4]",
+        "bias: expected shape [2, 4], got [1, 4]",
     ),
     "unbatched": (
         lambda x, w: fm.task_batch_norm(x[0], w),
         ValueError,
-        "weight must have shape [4], got [2, 4]",
+        "weight: expected shape [4], got [2, 4]",
     ),
     "dtype": (
         lambda x, w: fm.task_batch_norm(x, w.double()),
         TypeError,
-        "weight must have the dtype of x, torch.float32, got torch.float64",
+        "weight: expected dtype torch.float32 like x, got torch.float64",
     ),
     "one number": (
         lambda x, w: fm.task_batch_norm(x[:, :1, :, :1, :1]),
         ValueError,
-        "x must have more than one number a channel, which it has statistics of, got [2, 1, 4, 1, 1]",
+        "x: expected more than one number in each channel, got [2, 1, 4, 1, 1]",
     ),
     "eps": (
         lambda x, w: fm.task_batch_norm(x, eps=0.0),
         ValueError,
-        "eps must be more than 0, got 0.0",
+        "eps: expected more than 0, got 0.0",
     ),
 }
 

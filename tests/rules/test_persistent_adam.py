@@ -143,6 +143,6 @@ def test_bad_options():
         fm.rules.PersistentAdam(nn.Linear(3, 2), 1.0)
     with pytest.raises(ValueError, match="eps: expected a number above 0, got 0"):
         fm.rules.PersistentAdam(nn.Linear(3, 2), eps=0.0)
-    message = "rule: PersistentAdam was made for other trainable parameters than the model has; exp"
+    message = "rule: expected the trainable parameters that PersistentAdam was made for, weight"
     with pytest.raises(ValueError, match=message):
         fm.Reptile(nn.Linear(3, 2), rule=fm.rules.PersistentAdam(nn.Linear(2, 2)))

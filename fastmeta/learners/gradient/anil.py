@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta.core.checks import check_choice, check_integer
+from fastmeta.core.checks import check_choice, check_integer, check_number
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.autograd import exclude_from_compile, is_learned
 from fastmeta.engines.base import NORM_STATISTICS, Examples, MetaGradient, TaskBatch
@@ -23,7 +23,7 @@ from fastmeta.learners._compile import CompilableLearner, as_single_op
 from fastmeta.learners.base import check_queries
 from fastmeta.ops import backend_of
 from fastmeta.ops._checks import check_floating, check_labels, check_together
-from fastmeta.ops._linear_head_arguments import checked_head, checked_number, step_sizes
+from fastmeta.ops._linear_head_arguments import HeadOptions, checked_head, step_sizes
 from fastmeta.ops.linear_head import FORMS, linear_head, uses_kernel_form
 from fastmeta.ops.linear_head_loss import head_loss
 from fastmeta.ops.reference import check_label_range
@@ -118,7 +118,7 @@ class ANIL(CompilableLearner):
         self.steps = steps
         self.loss = loss
         self.first_order = first_order
-        self.weight_decay = checked_number("weight_decay", weight_decay)
+        self.weight_decay = check_number("weight_decay", weight_decay)
         self.form = form
         self.task_chunk = task_chunk
         self.norm_statistics = norm_statistics
@@ -169,7 +169,7 @@ class ANIL(CompilableLearner):
         head = checked_head(features, targets, *parts, self._inner_loss)
         rates = step_sizes(self._step_sizes(self.steps), self.steps, features)
         dual = uses_kernel_form(self.form, head, self.steps)
-        options = self._inner_loss, self.weight_decay, self.first_order, dual
+        options = HeadOptions(self._inner_loss, self.weight_decay, self.first_order, dual)
         return head_loss(head, rates, self._features(query_x), query_targets, options)
 
     def adapt_tasks(

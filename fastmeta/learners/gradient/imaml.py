@@ -9,12 +9,11 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta.core.checks import check_integer
+from fastmeta.core.checks import check_integer, check_number
 from fastmeta.engines.base import TaskBatch
 from fastmeta.learners.gradient._conjugate_gradients import conjugate_gradients
 from fastmeta.learners.gradient._precomputed_gradient import PrecomputedGradientLearner
 from fastmeta.learners.gradient._step_size import StepSize
-from fastmeta.ops._linear_head_arguments import checked_number
 from fastmeta.rules import Proximal, Rule
 
 
@@ -78,7 +77,7 @@ class IMAML(PrecomputedGradientLearner):
         proximal = Proximal(regularization, rule)
         super().__init__(model, lr, steps, loss=loss, rule=proximal, **options)
         self.regularization = regularization
-        self.cg_steps, self.cg_damping = cg_steps, checked_number("cg_damping", cg_damping)
+        self.cg_steps, self.cg_damping = cg_steps, check_number("cg_damping", cg_damping)
 
     def _gradient(self, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor]:
         engine = self._engine

@@ -8,8 +8,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
+from fastmeta.core.checks import check_choice
 from fastmeta.ops import backend_of
-from fastmeta.ops._checks import METRICS, check_option
+from fastmeta.ops._checks import METRICS
 from fastmeta.ops.pairwise_distance import pairwise_distance
 from fastmeta.ops.prototype_loss import prototype_loss
 from fastmeta.ops.prototypes import prototypes
@@ -49,7 +50,7 @@ class ProtoNet(nn.Module):
         super().__init__()
         if not isinstance(encoder, nn.Module):
             raise TypeError(f"encoder must be an nn.Module, got {type(encoder).__name__}")
-        check_option("metric", metric, METRICS)
+        check_choice("metric", metric, METRICS)
         if not isinstance(scale, (int, float)) or isinstance(scale, bool):
             raise TypeError(f"scale must be a number, got {type(scale).__name__}")
         if not abs(scale) < float("inf"):

@@ -2,12 +2,12 @@
 
 Raw ops: tensors are [T, B, ...], parameters theta [P] or [T, P], frozen parameters [F], step sizes
 [K or 1, T or 1, P or 1]; ``bytecode`` documents the code. ``fastmeta.engines.program`` joins them
-to autograd. They work on fake tensors, so under torch.compile, and under vmap, in a loop.
+to autograd. They work on fake tensors, so under torch.compile. Under vmap they run in a loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -16,30 +16,37 @@ from torch import Tensor
 
 from fastmeta.core import backend
 from fastmeta.ops._registration import contiguous_like, register
-from fastmeta.ops.task_program import reference as _program_reference
+from fastmeta.ops.task_program import reference
+from fastmeta.ops.task_program.arguments import AdaptBackwardArguments, MetaGradientArguments
 
 NAMES = ("forward", "gradient", "hvp", "adapt", "adapt_backward", "meta_gradient")
 
 
 def implementation(like: Any) -> SimpleNamespace | ModuleType:
-    """The functions of ``NAMES``, compiled or in plain PyTorch, for a dtype and device.
+    """The functions of ``NAMES``, compiled or in plain PyTorch.
 
-    ``like`` is a tensor or layout that has them. Warns once where compiled ones were expected.
+    Warns once if it is plain PyTorch although compiled functions were to be expected.
+
+    Args:
+        like: a tensor or a layout with the dtype and the device to run on.
     """
-    return COMPILED if backend.is_native(backend.PROGRAM, like) else _program_reference
+    return COMPILED if backend.is_native(backend.PROGRAM, like) else reference
 
 
 def _outputs(x: Tensor) -> Tensor:
-    """Outputs [T, B, n]; the code knows n, and a fake tensor does not know its values."""
+    """Fake outputs [T, B, n]."""
+    # n is in the code, and a fake tensor has no values to read it from.
     return x.new_empty(*x.shape[:2], torch.library.get_ctx().new_dynamic_size())
 
 
-def _rows(theta: Tensor, x: Tensor) -> Tensor:
+def _per_task(theta: Tensor, x: Tensor) -> Tensor:
+    """Fake parameters [T, P]."""
     return theta.new_empty(x.shape[0], theta.shape[-1])
 
 
-def _if_wanted(like: Tensor, wanted: bool) -> Tensor:
-    return contiguous_like(like) if wanted else like.new_empty(0)
+def _if_required(like: Tensor, required: bool) -> Tensor:
+    """A fake gradient; an absent one is an empty tensor."""
+    return contiguous_like(like) if required else like.new_empty(0)
 
 
 def _forward(code: Tensor, theta: Tensor, frozen: Tensor, x: Tensor) -> Tensor:
@@ -50,7 +57,7 @@ def _gradient(
     code: Tensor, theta: Tensor, frozen: Tensor, x: Tensor, y: Tensor, input_grad: bool
 ) -> tuple[Tensor, ...]:
     outputs, loss = _outputs(x), x.new_empty(x.shape[0])
-    return loss, outputs, _rows(theta, x), _if_wanted(x, input_grad)
+    return loss, outputs, _per_task(theta, x), _if_required(x, input_grad)
 
 
 def _hvp(
@@ -62,62 +69,35 @@ def _hvp(
     vector: Tensor,
     input_grad: bool,
 ) -> tuple[Tensor, ...]:
-    return _rows(theta, x), _if_wanted(x, input_grad)
+    return _per_task(theta, x), _if_required(x, input_grad)
 
 
 def _adapt(
     code: Tensor, theta: Tensor, frozen: Tensor, lr: Tensor, x: Tensor, y: Tensor, steps: int
 ) -> Tensor:
-    return _rows(theta, x)
+    return _per_task(theta, x)
 
 
-def _adapt_backward(
-    code: Tensor,
-    theta: Tensor,
-    frozen: Tensor,
-    lr: Tensor,
-    x: Tensor,
-    y: Tensor,
-    steps: int,
-    grad_out: Tensor,
-    first_order: bool,
-    keep: bool,
-    lr_grad: bool,
-    input_grad: bool,
-) -> tuple[Tensor, ...]:
-    return contiguous_like(theta), _if_wanted(lr, lr_grad), _if_wanted(x, input_grad)
+def _adapt_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    a = AdaptBackwardArguments(*arguments)
+    return contiguous_like(a.theta), _if_required(a.lr, a.lr_grad), _if_required(a.x, a.input_grad)
 
 
-def _meta_gradient(
-    code: Tensor,
-    theta: Tensor,
-    frozen: Tensor,
-    lr: Tensor,
-    support_x: Tensor,
-    support_y: Tensor,
-    query_x: Tensor,
-    query_y: Tensor,
-    step_weights: Sequence[float],
-    steps: int,
-    first_order: bool,
-    keep: bool,
-    gradient: bool,
-    lr_grad: bool,
-    support_grad: bool,
-    query_grad: bool,
-) -> tuple[Tensor, ...]:
-    wanted = (
-        (theta, gradient),
-        (lr, gradient and lr_grad),
-        (support_x, gradient and support_grad),
-        (query_x, gradient and query_grad),
+def _meta_gradient(*arguments: Any) -> tuple[Tensor, ...]:
+    a = MetaGradientArguments(*arguments)
+    return (
+        a.theta.new_empty(()),
+        _outputs(a.query_x),
+        _if_required(a.theta, a.gradient),
+        _if_required(a.lr, a.gradient and a.lr_grad),
+        _if_required(a.support_x, a.gradient and a.support_grad),
+        _if_required(a.query_x, a.gradient and a.query_grad),
     )
-    grads = (_if_wanted(tensor, want) for tensor, want in wanted)
-    return theta.new_empty(()), _outputs(query_x), *grads
 
 
 def _looped(op: Callable[..., Any]) -> Callable[..., Any]:
-    """A vmap rule that calls the op once for each sample: a mean over tasks cannot be parted."""
+    """A vmap rule that calls the op once for each sample."""
+    # Samples cannot be folded into the tasks: the meta-loss is a mean over all of them.
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         dims = [dim if isinstance(dim, int) else None for dim in in_dims]
@@ -150,6 +130,6 @@ if backend._C is not None:
         register(f"task_program_{_name}", _fake, _looped(_op))
         setattr(COMPILED, _name, _op)
     COMPILED.check_labels = torch.ops.fastmeta.task_program_check_labels.default
-    # Composite: they call meta_gradient, which has the fake and the rule.
+    # Composite ops: they call meta_gradient, which has the fake and the rule.
     COMPILED.meta_loss = torch.ops.fastmeta.task_program_meta_loss.default
     COMPILED.loss_and_gradient = torch.ops.fastmeta.task_program_loss_and_gradient.default

@@ -1,4 +1,4 @@
-"""The code of a task program: what Python writes as a tensor and C++ reads.
+"""The code of a task program: a tensor that Python writes and C++ reads.
 
 An int64 tensor ``[16 + V + 24 N]`` on the CPU;
 csrc/task_program/program/program.h reads the same format.
@@ -12,8 +12,8 @@ csrc/task_program/program/program.h reads the same format.
 ``weight`` and ``bias`` are offsets in the arena [P] from 0 up, offsets ``-2 - i`` in the frozen
 parameters [F], or -1 for none. Real numbers are float64, stored by their bits.
 
-A norm's weight and bias are [rows, C]. Passes at the parameters as they are given read the row of
-the first step, those after k inner steps the k-th behind it, or the last where there are fewer.
+A norm's weight and bias are [rows, C]. Passes at the given parameters read the row of the first
+step. Passes after k inner steps read the k-th row behind it, or the last row if there are fewer.
 
 Images are channels-last in convolution, norm and pool: an example is [H, W, C]. One dimension is
 an image of height 1. The weight of a convolution is [O, C / groups, kh, kw] as in PyTorch.
@@ -89,6 +89,8 @@ _ARGUMENTS = {
 
 @dataclass(frozen=True)
 class Instruction:
+    """One instruction; x, x2, y index values, weight and bias are offsets (see above)."""
+
     opcode: Opcode
     x: int
     y: int
@@ -110,7 +112,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class LossCode:
-    """``scale`` times the mean or the sum over a task's examples."""
+    """The loss of a task: ``scale`` times the mean or the sum over its examples."""
 
     kind: LossKind
     a: float = 0.0
@@ -131,15 +133,15 @@ class LossCode:
 
 @dataclass(frozen=True)
 class Code:
-    """A code tensor, taken apart.
+    """A decoded code tensor.
 
     Attributes:
-        values: elements of one example of each value.
+        values: for each value, the number of elements of one example.
         instructions: in the order in which they run.
         parameters, frozen: P, F.
-        output: the value that the module returns.
+        output: index of the value that the module returns.
         loss: None for a program that gives outputs only.
-        first_step: inner steps taken before.
+        first_step: inner steps taken before, which selects a norm's row.
     """
 
     values: tuple[int, ...]
@@ -164,20 +166,20 @@ class Code:
         _, values, count, parameters, frozen, output = words[:6]
         start = _HEADER + values
         starts = range(start, start + count * _INSTRUCTION, _INSTRUCTION)
-        rows = [words[i : i + _INSTRUCTION] for i in starts]
+        instructions = (Instruction.of(words[i : i + _INSTRUCTION]) for i in starts)
         return cls(
-            tuple(words[_HEADER:start]),
-            tuple(map(Instruction.of, rows)),
-            parameters,
-            frozen,
-            output,
-            LossCode.of(words[6:_FIRST_STEP]),
-            words[_FIRST_STEP],
+            values=tuple(words[_HEADER:start]),
+            instructions=tuple(instructions),
+            parameters=parameters,
+            frozen=frozen,
+            output=output,
+            loss=LossCode.of(words[6:_FIRST_STEP]),
+            first_step=words[_FIRST_STEP],
         )
 
 
 def at_step(code: Tensor, step: int) -> Tensor:
-    """The code, for parameters that have been given after so many inner steps."""
+    """The code for parameters that are given after ``step`` inner steps."""
     code = code.clone()
     code[_FIRST_STEP] = step
     return code

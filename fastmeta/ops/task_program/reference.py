@@ -1,13 +1,13 @@
 """The task program's ops in plain PyTorch: readable, slow, and the tests' oracle.
 
 The code is interpreted one instruction at a time for one task; everything else follows from
-``torch.func`` and from unrolling the inner steps. Arguments and results are those of the compiled
-ops of the same names (csrc/library.cpp).
+``torch.func`` and from unrolling the inner steps. Arguments and results are the same as of the
+compiled ops of the same names (csrc/library.cpp). theta_k are the parameters after k inner steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
+from fastmeta.ops.task_program.arguments import AdaptBackwardArguments, MetaGradientArguments
 from fastmeta.ops.task_program.bytecode import (
     Activation,
     Code,
@@ -31,7 +32,7 @@ TaskLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 def forward(code: Tensor, theta: Tensor, frozen: Tensor, x: Tensor) -> Tensor:
     """Outputs ``[T, B, n]``."""
     program = Code.decode(code)
-    return vmap(lambda p, x: _outputs(program, p, frozen, x, 0))(_each(theta, x), x)
+    return vmap(lambda p, x: _outputs(program, p, frozen, x, 0))(_per_task(theta, x), x)
 
 
 def gradient(
@@ -39,8 +40,8 @@ def gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss ``[T]``, outputs, and the gradient of each task's loss to theta ``[T, P]`` and x."""
     task_loss = _task_loss(Code.decode(code), frozen)
-    both = vmap(grad_and_value(task_loss, argnums=(0, 1), has_aux=True))
-    (grad_theta, grad_x), (loss, outputs) = both(_each(theta, x), x, y)
+    grads_and_loss = vmap(grad_and_value(task_loss, argnums=(0, 1), has_aux=True))
+    (grad_theta, grad_x), (loss, outputs) = grads_and_loss(_per_task(theta, x), x, y)
     return loss, outputs, grad_theta, grad_x if input_grad else x.new_empty(0)
 
 
@@ -54,12 +55,12 @@ def hvp(
     input_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """``H v``, ``[T, P]``, and the derivative of ``<gradient, v>`` to x."""
-    slope = grad(_task_loss(Code.decode(code), frozen), has_aux=True)
+    task_gradient = grad(_task_loss(Code.decode(code), frozen), has_aux=True)
 
     def along(theta: Tensor, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        return slope(theta, x, y)[0] @ v
+        return task_gradient(theta, x, y)[0] @ v
 
-    product, mixed = vmap(grad(along, argnums=(0, 1)))(_each(theta, x), x, y, vector)
+    product, mixed = vmap(grad(along, argnums=(0, 1)))(_per_task(theta, x), x, y, vector)
     return product, mixed if input_grad else x.new_empty(0)
 
 
@@ -71,65 +72,53 @@ def adapt(
         return _unrolled(code, theta, frozen, lr, x, y, steps, first_order=True)[-1]
 
 
-def adapt_backward(
-    code: Tensor,
-    theta: Tensor,
-    frozen: Tensor,
-    lr: Tensor,
-    x: Tensor,
-    y: Tensor,
-    steps: int,
-    grad_out: Tensor,
-    first_order: bool,
-    keep: bool,
-    lr_grad: bool,
-    input_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The derivative of ``<theta_K, grad_out>`` to theta, lr and x; ``keep`` changes nothing."""
-    theta, lr, x = (tensor.detach().requires_grad_() for tensor in (theta, lr, x))
+def adapt_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The derivative of ``<theta_K, grad_out>`` to theta, lr and x; ``keep`` changes nothing.
+
+    Args:
+        *arguments: fields of ``AdaptBackwardArguments``.
+    """
+    a = AdaptBackwardArguments(*arguments)
+    theta, lr, x = (tensor.detach().requires_grad_() for tensor in (a.theta, a.lr, a.x))
+    # Callers may be in no_grad: the derivative is taken by autograd, inside.
     with torch.enable_grad():
-        end = _unrolled(code, theta, frozen, lr, x, y, steps, first_order)[-1]
-        value = (end * grad_out).sum()
-    to_theta, to_lr, to_x = _grads(value, {theta: True, lr: lr_grad, x: input_grad})
+        end = _unrolled(a.code, theta, a.frozen, lr, x, a.y, a.steps, a.first_order)[-1]
+        value = (end * a.grad_out).sum()
+    to_theta, to_lr, to_x = _grads(value, {theta: True, lr: a.lr_grad, x: a.input_grad})
     return to_theta, to_lr, to_x
 
 
-def meta_gradient(
-    code: Tensor,
-    theta: Tensor,
-    frozen: Tensor,
-    lr: Tensor,
-    support_x: Tensor,
-    support_y: Tensor,
-    query_x: Tensor,
-    query_y: Tensor,
-    step_weights: Sequence[float],
-    steps: int,
-    first_order: bool,
-    keep: bool,
-    gradient: bool,
-    lr_grad: bool,
-    support_grad: bool,
-    query_grad: bool,
-) -> tuple[Tensor, ...]:
-    """The meta-loss, the outputs on the queries, and the gradient to theta, lr and the inputs."""
-    leaves = (theta, lr, support_x, query_x)
+def meta_gradient(*arguments: Any) -> tuple[Tensor, ...]:
+    """The meta-loss, the outputs on the queries, and the gradient to theta, lr and the inputs.
+
+    Args:
+        *arguments: fields of ``MetaGradientArguments``; ``keep`` changes nothing.
+    """
+    a = MetaGradientArguments(*arguments)
+    leaves = (a.theta, a.lr, a.support_x, a.query_x)
     theta, lr, support_x, query_x = (tensor.detach().requires_grad_() for tensor in leaves)
-    program = Code.decode(code)
+    program = Code.decode(a.code)
 
     def query_loss(k: int) -> tuple[Tensor, Tensor]:
-        return vmap(_task_loss(program, frozen, k))(states[k], query_x, query_y)
+        return vmap(_task_loss(program, a.frozen, k))(states[k], query_x, a.query_y)
 
     with torch.enable_grad():
-        states = _unrolled(code, theta, frozen, lr, support_x, support_y, steps, first_order)
-        losses, outputs = query_loss(steps)
-        if step_weights:
-            each = (query_loss(k)[0] for k in range(1, steps + 1))
-            weighted = (w * loss for w, loss in zip(step_weights, each, strict=True))
+        states = _unrolled(
+            a.code, theta, a.frozen, lr, support_x, a.support_y, a.steps, a.first_order
+        )
+        losses, outputs = query_loss(a.steps)
+        if a.step_weights:
+            each = (query_loss(k)[0] for k in range(1, a.steps + 1))
+            weighted = (w * loss for w, loss in zip(a.step_weights, each, strict=True))
             losses = sum(weighted, torch.zeros_like(losses))
         loss = losses.mean()
-    wanted = {theta: gradient, lr: lr_grad, support_x: support_grad, query_x: query_grad}
-    return loss.detach(), outputs.detach(), *_grads(loss, wanted)
+    required = {
+        theta: a.gradient,
+        lr: a.lr_grad,
+        support_x: a.support_grad,
+        query_x: a.query_grad,
+    }
+    return loss.detach(), outputs.detach(), *_grads(loss, required)
 
 
 def _unrolled(
@@ -143,28 +132,30 @@ def _unrolled(
     first_order: bool,
 ) -> list[Tensor]:
     """theta_0 .. theta_K, each ``[T, P]``."""
-    program, states = Code.decode(code), [_each(theta, x)]
+    program, states = Code.decode(code), [_per_task(theta, x)]
     for k in range(steps):
-        slope = vmap(grad(_task_loss(program, frozen, k), has_aux=True))
-        g, _ = slope(states[-1], x, y)
-        step = lr[min(k, len(lr) - 1)]
-        states.append(states[-1] - step * (g.detach() if first_order else g))
+        task_gradients = vmap(grad(_task_loss(program, frozen, k), has_aux=True))
+        grads, _ = task_gradients(states[-1], x, y)
+        step_sizes = lr[min(k, len(lr) - 1)]  # one for all steps, or one for each
+        states.append(states[-1] - step_sizes * (grads.detach() if first_order else grads))
     return states
 
 
-def _grads(value: Tensor, wanted: dict[Tensor, bool]) -> tuple[Tensor, ...]:
-    grads = torch.autograd.grad(value, list(wanted), materialize_grads=True)
+def _grads(value: Tensor, required: dict[Tensor, bool]) -> tuple[Tensor, ...]:
+    """The gradients of ``value``; one that is not required is an empty tensor."""
+    grads = torch.autograd.grad(value, list(required), materialize_grads=True)
     return tuple(
-        g if want else g.new_empty(0) for g, want in zip(grads, wanted.values(), strict=True)
+        grad if is_required else grad.new_empty(0)
+        for grad, is_required in zip(grads, required.values(), strict=True)
     )
 
 
-def _each(theta: Tensor, x: Tensor) -> Tensor:
+def _per_task(theta: Tensor, x: Tensor) -> Tensor:
     return theta.expand(len(x), theta.shape[-1])
 
 
 def _task_loss(program: Code, frozen: Tensor, k: int = 0) -> TaskLoss:
-    """At theta_k."""
+    """The loss of one task at theta_k ``[P]``, and its outputs."""
     loss = cast("LossCode", program.loss)
 
     def task_loss(theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,6 +177,7 @@ def _outputs(program: Code, theta: Tensor, frozen: Tensor, x: Tensor, k: int) ->
 def _run(
     ins: Instruction, values: dict[int, Tensor], theta: Tensor, frozen: Tensor, step: int
 ) -> Tensor:
+    """The value that an instruction computes, for one task's examples ``[B, ...]``."""
     x = values[ins.x]
     if ins.opcode == Opcode.ADD:
         return x + values[ins.x2]
@@ -209,14 +201,14 @@ def _run(
     else:
         channels, groups, eps, mean, variance, rows = ins.args
         weight, bias = (p if p is None else p[min(step, rows - 1)] for p in (weight, bias))
-        given = (_parameter(at, (channels,), theta, frozen) for at in (mean, variance))
-        y = _norm(x, channels, groups, eps, *given)
+        statistics = (_parameter(at, (channels,), theta, frozen) for at in (mean, variance))
+        y = _norm(x, channels, groups, eps, *statistics)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
 
 
 def _parameter_shapes(ins: Instruction) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Those of weight and bias."""
+    """The shapes of weight and bias."""
     if ins.opcode == Opcode.LINEAR:
         inputs, outputs = ins.args
         return (outputs, inputs), (outputs,)
@@ -285,7 +277,7 @@ def _pool(
     if kind == PoolKind.AVERAGE:
         y = F.avg_pool2d(x, kernel, stride, padding, count_include_pad=bool(counts_padding))
     else:
-        # Gathered: the derivative of a gather is right at any order, also under vmap.
+        # A gather, not max_pool2d itself: its derivative is right at any order, also under vmap.
         _, at = F.max_pool2d(x.detach(), kernel, stride, padding, return_indices=True)
         y = x.flatten(2).gather(2, at.flatten(2)).view_as(at)
     return y.permute(0, 2, 3, 1)

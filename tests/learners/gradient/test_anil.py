@@ -420,7 +420,7 @@ def test_explain_says_what_runs(device):
             {"loss": F.binary_cross_entropy_with_logits},
             *(ValueError, "loss: binary cross entropy takes a head of one output, got 2"),
         ),
-        ({"weight_decay": -1.0}, ValueError, "weight_decay must be at least 0, got -1"),
+        ({"weight_decay": -1.0}, ValueError, "weight_decay: expected at least 0, got -1"),
         ({"form": "both"}, ValueError, "form: expected one of .*, got 'both'"),
         ({"task_chunk": 0}, ValueError, "task_chunk: expected at least 1, got 0"),
         ({"norm_statistics": "own"}, ValueError, "norm_statistics: expected one of .*, got 'own'"),
@@ -447,10 +447,10 @@ X, Y = torch.zeros(2, 4, 3), torch.zeros(2, 4, dtype=torch.long)
         ((X.double(), Y, X, Y), TypeError, "support_x: expected dtype torch.float32"),
         ((X[..., :2], Y, X, Y), ValueError, r"body: expected features \[4, 3\] .*got \[4, 2\]"),
         ((X, Y, X[..., :2], Y), ValueError, r"body: expected features \[4, 3\] .*got \[4, 2\]"),
-        ((X, Y.int(), X, Y), TypeError, "support_y must be int64, got torch.int32"),
+        ((X, Y.int(), X, Y), TypeError, "support_y: expected dtype torch.int64, got torch.int32"),
         ((X, Y + 2, X, Y), ValueError, r"support_y\[0, 0\] is 2, expected 0 <= label < 2"),
         ((X, Y, X, Y - 1), ValueError, r"query_y\[0, 0\] is -1, expected 0 <= label < 2"),
-        ((X, Y, X, X), TypeError, "query_y must be int64, got torch.float32"),
+        ((X, Y, X, X), TypeError, "query_y: expected dtype torch.int64, got torch.float32"),
     ],
 )
 def test_bad_batches(batch, error, message):
@@ -463,9 +463,9 @@ def test_bad_targets_of_squared_errors():
     good = torch.zeros(2, 4, 2)
     with pytest.raises(ValueError, match=r"query_y: expected shape \[T, examples, 2\], got"):
         learner.meta_loss(X, good, X, X)
-    with pytest.raises(TypeError, match=r"support_y must have the dtype of head, torch.float32"):
+    with pytest.raises(TypeError, match=r"support_y: expected dtype torch.float32 like head"):
         learner.meta_loss(X, good.double(), X, good)
-    with pytest.raises(TypeError, match=r"support_y must be floating point, got torch.int64"):
+    with pytest.raises(TypeError, match=r"support_y: expected a floating-point tensor"):
         learner.adapt_tasks(X, Y)
 
 

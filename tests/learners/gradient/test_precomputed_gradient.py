@@ -262,8 +262,8 @@ def test_conjugate_gradients_stop_where_there_is_nothing_to_do():
         ({"regularization": "2"}, TypeError, "regularization: expected a number, got str"),
         ({"cg_steps": -1}, ValueError, "cg_steps: expected at least 0, got -1"),
         ({"cg_steps": 1.5}, TypeError, "cg_steps: expected an integer, got 1.5"),
-        ({"cg_damping": -0.5}, ValueError, "cg_damping must be at least 0, got -0.5"),
-        ({"cg_damping": "1"}, TypeError, "cg_damping must be a number, got str"),
+        ({"cg_damping": -0.5}, ValueError, "cg_damping: expected at least 0, got -0.5"),
+        ({"cg_damping": "1"}, TypeError, "cg_damping: expected a number, got str"),
     ],
 )
 def test_bad_options_of_imaml(options, error, message):

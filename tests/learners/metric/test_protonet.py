@@ -201,7 +201,7 @@ def test_bad_options(options, error, message):
         (2, lambda x: x[:, :, 1:], ValueError, r"query_x must be \[2, Q, 6\].*\[2, 12, 5\]"),
         (2, lambda x: x.float(), TypeError, "query_x must have support_x's dtype torch.float64"),
         (2, lambda x: x.to("meta"), ValueError, "query_x must have support_x's device .* got meta"),
-        (3, lambda y: y.to("meta"), ValueError, "query_labels must be on .*, got meta"),
+        (3, lambda y: y.to("meta"), ValueError, "query_labels: expected device .*, got meta"),
         (3, lambda y: y[:1], ValueError, r"query_y must be \[2, 12\].*got \[1, 12\]"),
         (3, lambda y: y + 1, ValueError, "label"),
     ],
