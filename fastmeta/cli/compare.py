@@ -42,8 +42,8 @@ def run(given: dict[str, Any]) -> int:
 
     check_one_process("compare")
     out, resume = Path(given.pop("out")), given.get("resume", False)
-    how = {name: given.pop(name) for name in ("tasks", "overwrite") if name in given}
-    how["report"] = partial(print, flush=True)
+    how: dict[str, Any] = {"report": partial(print, flush=True)}
+    how |= {name: given.pop(name) for name in ("tasks", "overwrite") if name in given}
     if "runs" in given:
         if wrong := sorted(set(given) - {"runs", "queries", "device", "threads"}):
             raise ValueError(f"{wrong[0]}: not for --runs, whose runs are trained already")

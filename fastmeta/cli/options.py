@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser, what: str, without: Container[s
         group = groups.get(title) or parser.add_argument_group(title)
         groups[title] = group
         flag = f"--{option.name.replace('_', '-')}"
-        group.add_argument(flag, **_form(types[option.name], option), help=_help(option))
+        group.add_argument(flag, **_form(types[option.name], option), help=option_help(option))
 
 
 def _form(kind: type, option: dataclasses.Field[Any]) -> dict[str, Any]:
@@ -56,8 +56,8 @@ def _form(kind: type, option: dataclasses.Field[Any]) -> dict[str, Any]:
     return {"type": kind, "metavar": metavar}
 
 
-def _help(option: dataclasses.Field[Any]) -> str:
-    """Meaning of an option, the learners that have it, and its default."""
+def option_help(option: dataclasses.Field[Any]) -> str:
+    """Describe an option: its learners if only some have it, its meaning, and its default."""
     learners = [name for name, own in LEARNER_OPTIONS.items() if option.name in own]
     # The groups say it of the options of ProtoNet, and of those that all other learners have.
     several = {"protonet"}.isdisjoint(learners) and len(learners) < len(LEARNER_OPTIONS) - 1

@@ -53,7 +53,7 @@ def check_device(device: object, usable: bool = False) -> torch.device:
         if usable:
             torch.empty(0, device=found)
     except (RuntimeError, TypeError, AssertionError) as error:
-        expected = "a device such as 'cpu' or 'cuda:0'"
+        expected = "a device of this machine" if usable else "a device such as 'cpu' or 'cuda:0'"
         reason = f": {str(error).splitlines()[0]}" if usable else ""
         raise ValueError(f"device: expected {expected}, got {device!r}{reason}") from error
     return found

@@ -62,7 +62,9 @@ class TrainConfig:
     """
 
     algorithm: str = _learner("learner", MISSING, choices=ALGORITHMS)
-    data: str = _tasks("omniglot:PATH, images:PATH[@SIZE], glyphs or sinusoid", MISSING)
+    data: str = _tasks(
+        "omniglot:PATH; images:PATH, or images:PATH@SIZE to resize; glyphs; or sinusoid", MISSING
+    )
     out: str = _run("folder, made if absent", MISSING)
     ways: int = _tasks("classes per task", least=1)
     shots: int = _tasks("support examples per class", least=1)
@@ -94,9 +96,9 @@ class TrainConfig:
     )
     optimizer: str | None = _learner("outer optimizer", choices=tuple(OPTIMIZERS))
     lr: float = _learner(f"outer step size (default: {_ADAM} with adam, {_SGD} with sgd)")
-    lr_halve_every: int = _learner("iterations after each of which lr halves; 0: never", 0, least=0)
+    lr_halve_every: int = _learner("iterations until lr halves, again and again", 0, least=0)
     lr_cosine: int | None = _learner(
-        "iterations over which lr falls by half a cosine to a hundredth; 0: it does not "
+        "iterations over which lr falls by half a cosine to a hundredth; 0: constant "
         "(default: --iterations for mamlpp, and for reptile with sgd)",
         least=0,
     )
@@ -105,7 +107,9 @@ class TrainConfig:
     device: str = _run("cpu, cuda, cuda:1, ...", "cpu")
     threads: int | None = _run("CPU threads (default: chosen by PyTorch)", least=1)
     protocol: str = _tasks("split of Omniglot", "official", choices=("official", "paper"))
-    eval_every: int = _run("iterations between validations; 0: all classes train", 0, least=0)
+    eval_every: int = _run(
+        "iterations between validations; 0: no validation, and all classes train", 0, least=0
+    )
     eval_tasks: int = _run("tasks per validation", 100, least=2)
     checkpoint_every: int = _run("iterations between checkpoints", 200, least=1)
     time_limit: float | None = _run("minutes after which to stop with a checkpoint")

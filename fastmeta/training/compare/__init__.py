@@ -238,8 +238,8 @@ def _resumed(entry: Entry, record: dict[str, Any], tasks: int) -> Entry:
     state = load_checkpoint(folder / CHECKPOINT)
     iteration, limit = state["iteration"], config.time_limit
     if iteration > config.iterations:
-        taken = f"{entry.label} has taken {iteration} already"
-        raise ValueError(f"iterations: {taken}, got {config.iterations}")
+        before = f"{entry.label} has taken {iteration} already"
+        raise ValueError(f"iterations: {before}, got {config.iterations}")
     stopped = "finished" if iteration == config.iterations else ""
     if not stopped and record["stopped"] == "time limit":
         stopped = "time limit" if limit and limit <= record["options"]["time_limit"] else ""
