@@ -60,16 +60,20 @@ def demo(out: Path, seconds: float = 45.0, tasks: int = 600, rounds: int = 15) -
 def configs(out: Path, seconds: float) -> list[TrainConfig]:
     """Options of the two training runs."""
     common: dict[str, Any] = {
-        **{"pool": "stride", "queries": 5, "lr": 3e-3},
-        **{"iterations": _ENDLESS, "checkpoint_every": 1000, "time_limit": seconds / 60},
-        **{"eval_every": 100, "eval_tasks": 100},
+        "data": "glyphs",
+        "pool": "stride",
+        "queries": 5,
+        "lr": 3e-3,
+        "iterations": _ENDLESS,
+        "checkpoint_every": 1000,
+        "time_limit": seconds / 60,
+        "eval_every": 100,
+        "eval_tasks": 100,
     }
+    maml: dict[str, Any] = {"hidden": 32, "meta_batch": 4, "steps": 2, "eval_steps": 5}
     return [
-        TrainConfig("protonet", "glyphs", str(out / "protonet"), train_ways=20, **common),
-        TrainConfig(
-            *("maml", "glyphs", str(out / "maml")),
-            **{"hidden": 32, "meta_batch": 4, "steps": 2, "eval_steps": 5, **common},
-        ),
+        TrainConfig("protonet", out=str(out / "protonet"), train_ways=20, **common),
+        TrainConfig("maml", out=str(out / "maml"), **maml, **common),
     ]
 
 

@@ -23,7 +23,13 @@ from fastmeta.training.learner_options import (
 
 # Options that say how far and where a run trains, not what it computes.
 CHANGEABLE = {
-    *("out", "iterations", "time_limit", "checkpoint_every", "eval_tasks", "device", "threads"),
+    "out",
+    "iterations",
+    "time_limit",
+    "checkpoint_every",
+    "eval_tasks",
+    "device",
+    "threads",
 }
 
 _BEFORE = {"optimizer": "adam"}  # of runs that are older than the option

@@ -152,7 +152,8 @@ class Evaluator:
                 "smaller inner_lr may help"
             )
         regression = self.episodes[self.stream].query_y.is_floating_point()
-        return Evaluation("mse" if regression else "accuracy", *mean_interval(scores), self.tasks)
+        mean, interval = mean_interval(scores)
+        return Evaluation("mse" if regression else "accuracy", mean, interval, self.tasks)
 
     def _chunks(self) -> Iterator[Episode]:
         size = self.episodes.tasks

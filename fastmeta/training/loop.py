@@ -68,8 +68,12 @@ class Result:
         ways, train_ways = self.config.ways, self.config.train_ways
         if train_ways in (None, ways):
             return Curve(self.config.title, self.metrics)
-        parts = (f"{train_ways}-way training", f"{ways}-way validation")
-        return Curve(self.config.title, self.metrics, *parts)
+        return Curve(
+            self.config.title,
+            self.metrics,
+            training=f"{train_ways}-way training",
+            validation=f"{ways}-way validation",
+        )
 
 
 def train(
@@ -119,9 +123,15 @@ def train(
         resume = distributed.on_rank_zero(lambda: _resolve_resume(out, resume, overwrite, launch))
         with stop.listening(), training_environment(config):
             training, validator = training_sources(config, source)
-            ways = config.train_ways or config.ways
-            sizes = (ways, config.shots, config.queries, config.meta_batch)
-            episodes = Episodes(training, *sizes, seed=config.seed, device=config.device)
+            episodes = Episodes(
+                training,
+                config.train_ways or config.ways,
+                config.shots,
+                config.queries,
+                config.meta_batch,
+                config.seed,
+                config.device,
+            )
             run = _Run(config, list(episodes[0].support_x.shape[2:]))
             if resume:
                 run.restore(distributed.on_rank_zero(lambda: _saved_state(config)))

@@ -59,6 +59,14 @@ def test_no_option_is_forgotten():
     assert tested | {"algorithm", "data", "out"} == names
 
 
+def test_the_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    listed = set(re.findall(r"^  --([\w-]+)", capsys.readouterr().out, re.MULTILINE))
+    names = {field.name.replace("_", "-") for field in dataclasses.fields(TrainConfig)}
+    assert listed == (names - {"algorithm"}) | {"debug", "resume", "overwrite"}
+
+
 def test_overwrite_arrives(arrived):
     cli.main(["train", "maml", "--data", "glyphs", "--out", "x", "--overwrite"])
     assert arrived[0][1] == {"resume": False, "overwrite": True}

@@ -94,11 +94,11 @@ def compare(
     _check_folders(configs, out, resume, overwrite)
     record = read_record(out) if resume else None
     if tasks is None:
-        tasks = record["tasks"] if record else _TASKS
+        tasks = record.tasks if record else _TASKS
     _check_training(configs)
     _check_scoring(configs, tasks)
     if record:
-        before = record["learners"]
+        before = record.learners
         entries = [_resumed(entry, before[entry.config.algorithm], tasks) for entry in entries]
     else:
         for name in (RECORD, TABLE, PICTURE):  # before the runs that they report on
@@ -231,8 +231,14 @@ def _resumed(entry: Entry, record: dict[str, Any], tasks: int) -> Entry:
     """The entry with the progress of its run, and with what its record has and still holds."""
     config, folder = entry.config, Path(entry.config.out)
     if record["stopped"] == DIVERGED and (folder / CONFIG).exists():  # it would diverge again
-        taken = record["iterations"], record["seconds"]
-        return Entry(config, entry.label, *taken, DIVERGED, error=record["error"])
+        return Entry(
+            config,
+            entry.label,
+            record["iterations"],
+            record["seconds"],
+            DIVERGED,
+            error=record["error"],
+        )
     if not (folder / CHECKPOINT).exists():
         return entry
     state = load_checkpoint(folder / CHECKPOINT)
@@ -279,9 +285,10 @@ def _score(
     entry = comparison.entries[index]
     config = entry.config
     if not (entry.evaluation or entry.error):
-        how: dict[str, Any] = {"tasks": comparison.tasks, "queries": queries}
         try:
-            found = evaluate_run(Path(config.out), device=config.device, **how)
+            found = evaluate_run(
+                Path(config.out), tasks=comparison.tasks, queries=queries, device=config.device
+            )
             entry = replace(entry, evaluation=found)
         except FloatingPointError as error:
             entry = replace(entry, error=str(error))

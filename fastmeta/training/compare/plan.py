@@ -51,8 +51,8 @@ def plan(
         >>> [(config.out, config.steps) for config in configs]
         [('runs/maml', 2), ('runs/fomaml', 5)]
     """
-    learners = read_record(out)["learners"] if resume else {}
-    begun = {name: record["options"] for name, record in learners.items()}
+    learners = read_record(out).learners if resume else {}
+    begun = {name: learner["options"] for name, learner in learners.items()}
     if algorithms and begun and set(algorithms) != set(begun):
         before, now = ", ".join(begun), ", ".join(algorithms)
         raise ValueError(f"algorithms: the comparison to resume has {before}, got {now}")

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastmeta.training.command_line import train_command
 from fastmeta.training.config import TrainConfig
@@ -164,11 +164,15 @@ class Comparison:
         )
 
 
-def read_record(out: Path) -> dict[str, Any]:
-    """Read ``comparison.json`` of a comparison that trains its learners.
+class Record(NamedTuple):
+    """Contents of ``comparison.json``: the number of evaluation tasks, and learners by name."""
 
-    Returns:
-        ``tasks``: number of evaluation tasks; ``learners``: records by the name of the algorithm.
+    tasks: int
+    learners: dict[str, dict[str, Any]]
+
+
+def read_record(out: Path) -> Record:
+    """Read ``comparison.json`` of a comparison that trains its learners.
 
     Raises:
         FileNotFoundError: there is no comparison.
@@ -185,7 +189,7 @@ def read_record(out: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error!r}") from error
     if not trained:
         raise ValueError(f"resume: the comparison in {out} trains nothing, its runs exist")
-    return {"tasks": tasks, "learners": learners}
+    return Record(tasks, learners)
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
