@@ -31,7 +31,13 @@ def add_command(commands: Any, name: str, run: Any, summary: str) -> argparse.Ar
 
 
 def add_options(parser: argparse.ArgumentParser, what: str, without: Container[str] = ()) -> None:
-    """Add the options of a folder with a ``what``, and the fields of TrainConfig as options."""
+    """Add the options of a run or comparison: its folder, and the fields of TrainConfig.
+
+    Args:
+        parser: parser of the command.
+        what: content of the folder, ``"run"`` or ``"comparison"``.
+        without: names of the fields to leave out.
+    """
     run = parser.add_argument_group("run")
     run.add_argument("--out", metavar="DIR", required=True, help=f"folder of the {what}")
     run.add_argument("--resume", action="store_true", help=f"continue the {what} in DIR")

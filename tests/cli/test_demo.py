@@ -1,4 +1,4 @@
-"""The demo: it runs through, times the backends in turn, and says so where there is only one."""
+"""The demo: it runs through, times the backends in turn, and says so if there is only one."""
 
 from __future__ import annotations
 

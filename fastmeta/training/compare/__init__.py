@@ -98,8 +98,10 @@ def compare(
     _check_training(configs)
     _check_scoring(configs, tasks)
     if record:
-        before = record.learners
-        entries = [_resumed(entry, before[entry.config.algorithm], tasks) for entry in entries]
+        for index, config in enumerate(configs):
+            if config.algorithm in record.learners:
+                learner = record.learners[config.algorithm]
+                entries[index] = _resumed(entries[index], learner, tasks)
     else:
         for name in (RECORD, TABLE, PICTURE):  # before the runs that they report on
             (out / name).unlink(missing_ok=True)
@@ -228,7 +230,7 @@ def _check_scoring(configs: Sequence[TrainConfig], tasks: int, queries: int | No
 
 
 def _resumed(entry: Entry, record: dict[str, Any], tasks: int) -> Entry:
-    """The entry with the progress of its run, and with what its record has and still holds."""
+    """Entry with the progress of its run; stop and score are from the record while they hold."""
     config, folder = entry.config, Path(entry.config.out)
     if record["stopped"] == DIVERGED and (folder / CONFIG).exists():  # it would diverge again
         return Entry(
@@ -256,7 +258,7 @@ def _resumed(entry: Entry, record: dict[str, Any], tasks: int) -> Entry:
 
 
 def _trained(entry: Entry) -> Entry:
-    """The entry after its training, unless that has ended before."""
+    """Entry after its training; one whose training has ended is returned unchanged."""
     config = entry.config
     if entry.stopped:
         return entry

@@ -1,4 +1,4 @@
-"""A comparison that was killed or interrupted goes on, and is the one that was not."""
+"""A comparison that was killed or interrupted resumes, and ends like one that was not."""
 
 from __future__ import annotations
 
