@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -33,6 +33,8 @@ CHANGEABLE = {
 }
 
 _BEFORE = {"optimizer": "adam"}  # of runs that are older than the option
+
+_SOURCES = "omniglot:PATH; images:PATH, or images:PATH@SIZE to resize; glyphs; or sinusoid"
 
 _SGD, _ADAM = OPTIMIZERS["sgd"], OPTIMIZERS["adam"]
 
@@ -67,11 +69,10 @@ class TrainConfig:
         (10, 5, 0.01)
     """
 
-    algorithm: str = _learner("learner", MISSING, choices=ALGORITHMS)
-    data: str = _tasks(
-        "omniglot:PATH; images:PATH, or images:PATH@SIZE to resize; glyphs; or sinusoid", MISSING
-    )
-    out: str = _run("folder, made if absent", MISSING)
+    # Plain field() calls: type checkers take any other value for a default.
+    algorithm: str = field(metadata={"help": "learner", "choices": ALGORITHMS})
+    data: str = field(metadata={"group": "tasks", "help": _SOURCES})
+    out: str = field(metadata={"help": "folder of the run, made if absent"})
     ways: int = _tasks("classes per task", least=1)
     shots: int = _tasks("support examples per class", least=1)
     queries: int = _tasks("query examples per class", least=1)
