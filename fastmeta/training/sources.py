@@ -24,9 +24,9 @@ def training_sources(config: TrainConfig, source: Source | None) -> tuple[Source
     training = source or from_spec(config.data, "train", config.protocol)
     if config.eval_every == 0:
         return training, None
-    held_out = None if source else _validation_part(config)
+    held_out = None if source else validation_source(config)
     if held_out is None and isinstance(training, ClassImages):
-        training, held_out = _hold_out(training, config.ways)
+        training, held_out = hold_out(training, config.ways)
     validator = Evaluator(
         held_out or training,
         config.ways,
@@ -40,7 +40,7 @@ def training_sources(config: TrainConfig, source: Source | None) -> tuple[Source
     return training, validator
 
 
-def _validation_part(config: TrainConfig) -> Source | None:
+def validation_source(config: TrainConfig) -> Source | None:
     """Validation split of the data, if there is one."""
     name, _, root = config.data.partition(":")
     if name == "glyphs":
@@ -52,7 +52,7 @@ def _validation_part(config: TrainConfig) -> Source | None:
     return None
 
 
-def _hold_out(source: ClassImages, ways: int) -> tuple[ClassImages, ClassImages]:
+def hold_out(source: ClassImages, ways: int) -> tuple[ClassImages, ClassImages]:
     """Split classes into nine tenths and one tenth (at least ``ways``), always in the same way.
 
     All rotations of a character, ``NAME`` and ``NAME@90``, are on the same side.
