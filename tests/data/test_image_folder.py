@@ -117,11 +117,11 @@ def mixed(root: Path) -> None:
         (
             lambda root: root.mkdir(),
             ValueError,
-            "to hold folders of images, .*found nothing",
+            "to hold a folder of images .*found nothing",
         ),
-        (lambda root: write(root / "1.png", 1), ValueError, "one a class; found 1.png"),
+        (lambda root: write(root / "1.png", 1), ValueError, "for each class; found 1.png"),
         (broken, ValueError, "cannot decode .*class1/1.png"),
-        (deep, ValueError, "class0/1.png: expected 8 bits a channel, it has the mode I;16"),
+        (deep, ValueError, "class0/1.png: expected 8 bits per channel, got mode I;16"),
         (mixed, ValueError, "class0/0.png is 6 x 4, class2/1.png is 5 x 5"),
     ],
 )
