@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
 import griffe
 
+from fastmeta.cli.options import option_help
+from fastmeta.training.config import TrainConfig
+
 _EXAMPLE = re.compile(r"^Example::?$", re.MULTILINE)
 _DOCTEST = re.compile(r"(?<=\n\n)>>> .*\Z", re.DOTALL)
 _SHARED = re.compile(r"^    (\w+(?:, \w+)+)(:.*(?:\n      .*)*)", re.MULTILINE)
+_OPTIONS = {
+    f"{TrainConfig.__module__}.{TrainConfig.__name__}.{option.name}": option_help(option)
+    for option in dataclasses.fields(TrainConfig)
+}
 _ROLE = re.compile(r":(?:class|func|meth|mod):`([\w.]+)`")
 
 
@@ -47,6 +55,11 @@ def _reference(found: re.Match[str]) -> str:
 
 
 class Docstrings(griffe.Extension):
+    def on_attribute(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
+        """Document an option of a training run by its ``--help``."""
+        if attr.path in _OPTIONS:
+            attr.docstring = griffe.Docstring(_OPTIONS[attr.path], parent=attr)
+
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value)

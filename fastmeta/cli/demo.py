@@ -1,4 +1,4 @@
-"""The demo: two learners meta-trained on embedded data, and what the compiled ops bring."""
+"""Demo: two learners meta-trained on embedded data, and the speed of the compiled ops."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import fastmeta as fm
+from fastmeta.core.checks import check_positive
 from fastmeta.data import Glyphs
-from fastmeta.training.config import TrainConfig, check_positive
+from fastmeta.training.config import TrainConfig
 from fastmeta.training.evaluation import evaluate_run
 from fastmeta.training.loop import train
 from fastmeta.training.plots import draw_curves
@@ -26,10 +27,11 @@ def demo(out: Path, seconds: float = 45.0, tasks: int = 600, rounds: int = 15) -
     """Meta-train ProtoNet and MAML, print accuracies and speeds, draw both learning curves.
 
     Args:
-        out: folder of the two runs and of the picture ``learning_curves.png``; made, and replaced.
+        out: folder of the two runs and of the picture ``learning_curves.png``. It is made;
+            runs and picture in it are replaced.
         seconds: training time of each learner.
         tasks: evaluation tasks of each learner.
-        rounds: timings of each op and backend.
+        rounds: number of timings of each op and backend.
 
     Raises:
         ValueError: ``seconds`` is not above 0, or there are fewer than two tasks.
@@ -56,30 +58,34 @@ def demo(out: Path, seconds: float = 45.0, tasks: int = 600, rounds: int = 15) -
 
 
 def configs(out: Path, seconds: float) -> list[TrainConfig]:
-    """The two trainings of the demo."""
+    """Options of the two training runs."""
     common: dict[str, Any] = {
-        **{"pool": "stride", "queries": 5, "lr": 3e-3},
-        **{"iterations": _ENDLESS, "checkpoint_every": 1000, "time_limit": seconds / 60},
-        **{"eval_every": 100, "eval_tasks": 100},
+        "data": "glyphs",
+        "pool": "stride",
+        "queries": 5,
+        "lr": 3e-3,
+        "iterations": _ENDLESS,
+        "checkpoint_every": 1000,
+        "time_limit": seconds / 60,
+        "eval_every": 100,
+        "eval_tasks": 100,
     }
+    maml: dict[str, Any] = {"hidden": 32, "meta_batch": 4, "steps": 2, "eval_steps": 5}
     return [
-        TrainConfig("protonet", "glyphs", str(out / "protonet"), train_ways=20, **common),
-        TrainConfig(
-            *("maml", "glyphs", str(out / "maml")),
-            **{"hidden": 32, "meta_batch": 4, "steps": 2, "eval_steps": 5, **common},
-        ),
+        TrainConfig("protonet", out=str(out / "protonet"), train_ways=20, **common),
+        TrainConfig("maml", out=str(out / "maml"), **maml, **common),
     ]
 
 
 def has_native() -> bool:
-    """Whether the compiled ops are there to be compared, and not switched off."""
+    """Whether the compiled ops are built and not switched off."""
     return fm.backend_of("prototype_loss", "cpu", torch.float32) == "native"
 
 
 def speeds(rounds: int) -> str:
-    """A table of the ops' speeds, native against fallback, as text."""
+    """Table of the speed of the ops, native and in PyTorch, as text."""
     if not has_native():
-        return "The compiled ops are not built, or switched off: plain PyTorch runs in their place."
+        return "The compiled ops are not built, or switched off: PyTorch runs instead."
     threads = torch.get_num_threads()
     head = f"32 tasks, float32, {threads} CPU thread{'s' * (threads > 1)}"
     lines = [f"{head:43}{'native':>9}{'PyTorch':>9}"]
@@ -98,9 +104,9 @@ def _on(backend: str, call: Callable[[], object]) -> None:
 
 
 def cases() -> dict[str, Callable[[], object]]:
-    """The ops on 32 tasks: 60-way 5-shot episodes of 64 features, and the weights of a Conv4."""
+    """Ops on 32 tasks: 60-way 5-shot episodes of 64 features, and the weights of a Conv4."""
     generator = torch.Generator().manual_seed(0)
-    # Of norm 1: far apart, softmax weights underflow, and PyTorch takes many times as long.
+    # Norm 1: between distant points softmax weights underflow, and PyTorch gets much slower.
     query, centres = (torch.randn(32, n, 64, generator=generator) / 8 for n in (300, 60))
     query.requires_grad_(), centres.requires_grad_()
     labels = torch.randint(60, (32, 300), generator=generator)

@@ -1,4 +1,4 @@
-"""What a bug report needs to say: ``python -m fastmeta info``."""
+"""Information for a bug report: ``python -m fastmeta info``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALSO = ("CXX", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH")
 
 
 def report() -> str:
-    """Versions, the build, the machine, the environment, and the backend of each op.
+    """Versions, build, machine, environment, and the backend of each op, as text.
 
     >>> print(report())
     fastmeta          0.1.0 in ...
@@ -65,8 +65,8 @@ def _cpu() -> str:
 
 
 def _nvcc() -> str:
-    """The one that a build takes."""
-    # It would log that there is no GPU, which the report says in its place.
+    """Path of the nvcc that a build uses."""
+    # The import would log that there is no GPU, which the report says itself.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -74,7 +74,7 @@ def _nvcc() -> str:
 
 
 def _version(compiler: str) -> str:
-    """The line of a compiler's ``--version`` that says it."""
+    """Line with the version in the output of a compiler's ``--version``."""
     command = [*compiler.split(), "--version"]
     if not command[:-1] or shutil.which(command[0]) is None:
         return "not found"

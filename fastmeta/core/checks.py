@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 
@@ -64,14 +65,30 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
     return value
 
 
-def check_device(device: object) -> torch.device:
-    """``device`` as a torch.device; ValueError if torch does not know it."""
+def check_positive(name: str, value: object) -> None:
+    """Raise unless ``value`` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {value!r} of type {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+
+
+def check_device(device: object, usable: bool = False) -> torch.device:
+    """``device`` as a torch.device; ValueError if torch knows none like it.
+
+    Args:
+        device: a torch.device, or its name.
+        usable: also raise if this machine lacks it.
+    """
     try:
-        return torch.device(device)  # type: ignore[call-overload]
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device: expected a device such as 'cpu' or 'cuda:0', got {device!r}"
-        ) from error
+        found = torch.device(device)  # type: ignore[call-overload]
+        if usable:
+            torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        expected = "a device of this machine" if usable else "a device such as 'cpu' or 'cuda:0'"
+        reason = f": {str(error).splitlines()[0]}" if usable else ""
+        raise ValueError(f"device: expected {expected}, got {device!r}{reason}") from error
+    return found
 
 
 def refuse_inference_mode(reason: str) -> None:

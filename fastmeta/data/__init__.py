@@ -1,4 +1,4 @@
-"""Few-shot data: whole episodes as [T, ...] tensors, reproducible from a seed on every device."""
+"""Few-shot episodes as tensors [T, ...], reproducible from a seed on every device."""
 
 from __future__ import annotations
 

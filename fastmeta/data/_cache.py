@@ -1,4 +1,4 @@
-"""Decoded data sets on disk: one .npz a data set, named by a digest of everything it depends on."""
+"""Cache of decoded data sets: one .npz file each, named by a digest of all that it depends on."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Arrays = dict[str, np.ndarray]
 
 
 def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
-    """The folder given, else ``$FASTMETA_CACHE``, else ``~/.cache/fastmeta``."""
+    """Cache folder: ``cache`` if given, else ``$FASTMETA_CACHE``, else ``~/.cache/fastmeta``."""
     chosen = cache or os.environ.get("FASTMETA_CACHE") or Path.home() / ".cache" / "fastmeta"
     return Path(chosen)
 
 
 def fingerprint(files: Sequence[Path], root: Path) -> list[list[object]]:
-    """Name below ``root``, size and time of change of each file, for the key of :func:`cached`."""
+    """Name below ``root``, size and modification time of each file, for a key of the cache."""
     stats = [(file.relative_to(root).as_posix(), file.stat()) for file in files]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
@@ -34,16 +34,16 @@ def cached(
     build: Callable[[], Arrays],
     cache: str | os.PathLike[str] | None = None,
 ) -> Arrays:
-    """The arrays that ``build()`` returns, kept in the cache folder under ``name`` and ``key``.
+    """Arrays from the cache, or from ``build()`` on a cache miss.
 
     Args:
-        name: data set name, the readable part of the file name.
-        key: everything the arrays depend on, as JSON values; another key is another file.
-        build: makes the arrays; called only where the cache does not hold them.
+        name: name of the data set, the readable part of the file name.
+        key: everything that the arrays depend on, as JSON values; each key has its own file.
+        build: makes the arrays; called only on a cache miss.
         cache: folder, see :func:`cache_folder`.
 
-    A damaged file is rebuilt and an unwritable folder goes unused, each with a warning.
-    Files are complete or absent, whoever else writes the same one.
+    A damaged file is rebuilt, and an unwritable folder is not used, each with a warning. Files are
+    complete or absent, also if several processes write the same one.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = cache_folder(cache) / f"{name}-{digest[:24]}.npz"
@@ -62,7 +62,7 @@ def _load(path: Path) -> Arrays | None:
             raise ValueError("not an .npz archive")
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except Exception as error:  # whatever is wrong with the copy, the original is still there
+    except Exception as error:  # whatever is wrong with the copy, the source is intact
         warnings.warn(
             f"rebuilding the damaged cache file {path} ({type(error).__name__}: {error})",
             stacklevel=4,

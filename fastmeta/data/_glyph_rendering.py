@@ -1,6 +1,6 @@
-"""Which characters make good classes, and how one of them becomes an image.
+"""Choice of the characters that make good classes, and their rendering as images.
 
-Imports matplotlib and pillow, which are optional: only ``glyphs.py`` imports this file, when asked.
+Imports matplotlib and pillow, which are optional: ``glyphs.py`` imports this module on first use.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
-# In order of preference: the first face that has a character decides what the character looks like.
+# In order of preference: the first face that has a character decides which others look alike.
 _FACES = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
@@ -25,13 +25,13 @@ _FACES = (
     *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
 )
 _CATEGORIES = {"Lu", "Ll", "Lt", "Lo", "Nd", "Nl", "No", "Sm", "Sc", "So", "Po"}
-# Copies of other characters in another style, place or size.
+# Copies of other characters in another style, position or size.
 _RESTYLED = ("<font>", "<super>", "<sub>", "<noBreak>")
-# Box drawing and blocks, Braille, tiles and cards: told apart by place or by detail too fine.
+# Box drawing and blocks, Braille, tiles and cards: they differ by position or by fine detail.
 _UNSUITABLE = ((0x2500, 0x259F), (0x2800, 0x28FF), (0x1F000, 0x1F0FF))
 
-_EM = 3  # pixels rendered for a pixel of the final image, before the affine map
-_OVERSAMPLE = 2  # and after it
+_EM = 3  # pixels rendered per pixel of the final image, before the affine map
+_OVERSAMPLE = 2  # the same after the affine map
 _EXTENT = 0.64  # longer side of a glyph as a fraction of the image, before jitter
 _SMALLEST = 0.3  # least longer side of a glyph, in em
 _ELONGATED = 3.0  # greatest ratio of its sides
@@ -48,7 +48,7 @@ _JITTERS = 6
 
 
 class Face(NamedTuple):
-    """A font at one size and the code points it can contribute."""
+    """A font at one size, and the code points that it contributes."""
 
     font: ImageFont.FreeTypeFont
     characters: frozenset[int]
@@ -59,7 +59,7 @@ class Face(NamedTuple):
 
 
 def font_files() -> list[Path]:
-    """The fonts used, in order of preference; FileNotFoundError where one is missing."""
+    """Font files in order of preference; FileNotFoundError if one is missing."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     fonts = [folder / f"{face}.ttf" for face in _FACES]
     missing = [font.name for font in fonts if not font.is_file()]
@@ -70,7 +70,7 @@ def font_files() -> list[Path]:
 
 @functools.cache
 def load_faces() -> list[Face]:
-    """Every font, at the one size that decides which characters are used at any size."""
+    """All fonts at one size, which decides the characters for images of every size."""
     layout = ImageFont.Layout.BASIC  # the other layout engine is not installed everywhere
     fonts = [ImageFont.truetype(str(f), _EM * 28, layout_engine=layout) for f in font_files()]
     return [Face(font, frozenset(_good_characters(font))) for font in fonts]
@@ -78,7 +78,7 @@ def load_faces() -> list[Face]:
 
 @functools.cache
 def distinct_characters() -> list[int]:
-    """Code points in order, without those that look like an earlier one."""
+    """Code points in order; of characters that look alike only the first."""
     faces = load_faces()
     codes = sorted(frozenset().union(*(face.characters for face in faces)))
     thumbnails = np.stack([_thumbnail(faces, code) for code in codes]).astype(np.float32)
@@ -93,7 +93,7 @@ def distinct_characters() -> list[int]:
 def draw_character(
     faces: list[Face], code: int, size: int, examples: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """uint8 [examples, size, size], each in a random face that has the character, with jitter."""
+    """Draw images uint8 [examples, size, size], each in a random face and with random jitter."""
     glyphs = [_cut_out(face.font, code) for face in faces if code in face.characters]
     choices = rng.integers(len(glyphs), size=examples)
     jitter = rng.uniform(-1, 1, size=(examples, _JITTERS))
@@ -103,7 +103,7 @@ def draw_character(
 
 
 def _good_characters(font: ImageFont.FreeTypeFont) -> Iterator[int]:
-    """The font's code points that can be classes: by what they mean and by their proportions."""
+    """Code points of the font that can be classes, by category and by proportions."""
     for code in FT2Font(str(font.path)).get_charmap():
         if _is_suitable(chr(code)):
             ink = _drawn(font, code).getbbox()
@@ -147,9 +147,9 @@ def _thumbnail(faces: list[Face], code: int) -> np.ndarray:
 
 
 def _place(glyph: Image.Image, size: int, jitter: np.ndarray) -> np.ndarray:
-    """The glyph fitted to the middle of an image and moved by six numbers in [-1, 1].
+    """Place the glyph in the middle of an image, and jitter it by six numbers in [-1, 1].
 
-    Returns uint8 [size, size]; all zero means no jitter.
+    Returns uint8 [size, size]. Six zeros mean no jitter.
     """
     rotation, scale, stretch, shear, shift_x, shift_y = jitter.tolist()
     canvas = _OVERSAMPLE * size

@@ -1,4 +1,4 @@
-"""Few-shot episodes: what one is, where it comes from, and an endless reproducible stream."""
+"""Few-shot episodes, their sources, and endless reproducible streams of them."""
 
 from __future__ import annotations
 
@@ -28,46 +28,46 @@ class Episode(NamedTuple):
     query_y: Tensor
 
     def to(self, device: str | torch.device) -> Episode:
-        """The same episode on another device."""
+        """Copy the episode to another device."""
         return Episode(*(tensor.to(device) for tensor in self))
 
 
 @runtime_checkable
 class Source(Protocol):
-    """What episodes can be drawn from: the three methods a data set of your own needs."""
+    """Source of episodes: the three methods that your own data set needs."""
 
     def to(self, device: str | torch.device) -> Source:
-        """A source that holds the same data and gives its episodes on ``device``."""
+        """Source with the same data whose episodes are on ``device``."""
 
     def check(self, ways: int, shots: int, queries: int) -> None:
-        """Raise ValueError where the source cannot give such tasks."""
+        """Raise ValueError if the source has too few classes or examples for such tasks."""
 
     def sample(
         self, rng: np.random.Generator, tasks: int, ways: int, shots: int, queries: int
     ) -> Episode:
-        """``tasks`` tasks that depend on nothing but the arguments and the state of ``rng``."""
+        """Draw tasks that depend only on the arguments and on the state of ``rng``."""
 
 
 class Episodes:
-    """An endless stream of episodes; ``episodes[i]`` depends on the seed and ``i`` alone.
+    """Endless stream of episodes; ``episodes[i]`` depends only on the seed and on ``i``.
 
-    All random draws come from numpy's counter-based Philox generator (Salmon et al. 2011) on the
-    CPU, keyed by (seed, i): a resumed run goes on with the very episodes it would have seen, and
-    every device sees the same ones.
+    All random numbers come from numpy's counter-based Philox generator (Salmon et al. 2011) on the
+    CPU, with the key (seed, i). A resumed run therefore continues with the same episodes as a run
+    without interruption, and all devices get the same ones.
 
     Args:
         source: an :class:`Omniglot`, :class:`Glyphs`, :class:`Sinusoid`, or any :class:`Source`.
-        ways: N, classes a task, at least 1 (1 for regression).
-        shots: support examples a class, at least 1.
-        queries: query examples a class; 0 gives empty query tensors.
-        tasks: T, tasks an episode; 0 gives empty tensors.
+        ways: N, classes per task, at least 1 (1 for regression).
+        shots: support examples per class, at least 1.
+        queries: query examples per class; 0 gives empty query tensors.
+        tasks: T, tasks per episode; 0 gives empty tensors.
         seed: 0 to 2**64 - 1.
-        device: where the source and its episodes live; the source is moved there once.
+        device: device of the source and its episodes; the source is moved there once.
 
     Raises:
-        TypeError: an argument that should be an integer is not, or ``source`` is no source.
+        TypeError: a count or the seed is not an integer, or ``source`` is not a source.
         ValueError: a count or the seed is out of range, the device is unknown, or the source has
-            too few classes, or too few examples in a class.
+            too few classes or too few examples per class.
 
     Example::
 
@@ -75,7 +75,7 @@ class Episodes:
         >>> episodes = Episodes(Sinusoid(), ways=1, shots=10, queries=15, tasks=4, seed=1)
         >>> episodes[7].support_x.shape, episodes[7].query_y.shape
         (torch.Size([4, 10, 1]), torch.Size([4, 15, 1]))
-        >>> first = next(iter(episodes))        # the same as episodes[0]
+        >>> first = next(iter(episodes))        # equals episodes[0]
     """
 
     def __init__(
@@ -110,15 +110,15 @@ class Episodes:
 
 
 class _Key(ISeedSequence):
-    """Makes ``Philox(_Key(seed, index))`` the generator ``Philox(key=[seed, index])``.
+    """Seed sequence that makes ``Philox(_Key(seed, index))`` equal ``Philox(key=[seed, index])``.
 
-    The latter asks the system for entropy too, for a seed sequence that it never uses: that takes
-    longer than the drawing of a small episode's numbers.
+    The latter also asks the system for entropy, for a seed sequence that it never uses. That takes
+    longer than to draw the numbers of a small episode.
     """
 
     def __init__(self, seed: int, index: int) -> None:
         self._words = np.array([seed, index], dtype=np.uint64)
 
     def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
-        """The key; Philox asks for it as two words of 64 bits."""
+        """Return the key, which Philox requests as two words of 64 bits."""
         return self._words

@@ -1,4 +1,4 @@
-"""Characters of many scripts, rendered with random jitter from the fonts that matplotlib ships."""
+"""Characters of many scripts, rendered with random jitter from the fonts of matplotlib."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ _FORMAT = 1
 class Glyphs(ClassImages):
     """Characters of many scripts: thousands of classes without a download.
 
-    Latin, Greek, Cyrillic, Armenian, Hebrew, Arabic, Georgian, Canadian syllabics, Tifinagh, N'Ko
-    and more, and symbols, from DejaVu and STIX as matplotlib ships them. Every example is in one
-    of the up to 16 faces that have the character (sans, serif, mono; bold; slanted), fitted to
-    the image, then rotated (up to 25 degrees), scaled, stretched, sheared and shifted at random.
+    Scripts such as Latin, Greek, Cyrillic, Armenian, Hebrew, Arabic, Georgian, Canadian syllabics,
+    Tifinagh and N'Ko, and symbols, from the fonts DejaVu and STIX that matplotlib ships. Each
+    example is in a random one of up to 16 faces that have the character (sans, serif, mono; bold;
+    slanted). It is fitted to the image, then rotated (by up to 25 degrees), scaled, stretched,
+    sheared and shifted at random.
 
-    Left out: blank, tiny and elongated glyphs, marks that combine with others, restyled copies of
-    other characters, and all but one of the characters that look the same.
+    Not included are blank, tiny and elongated glyphs, combining marks, restyled copies of other
+    characters, and all but one of the characters that look alike.
 
     Args:
-        split: "train", "validation" or "test": about 2400, 350 and 700 characters; disjoint,
-            with all accented, positional and capital forms of a letter on the same side.
+        split: "train", "validation" or "test", about 2400, 350 and 700 characters. The splits are
+            disjoint; all accented, positional and capital forms of a letter are in the same one.
         size: height and width in pixels, at least 8.
-        examples: E, images a class.
-        seed: of the faces and the jitter, not of the split; 0 to 2**64 - 1.
+        examples: E, images per class.
+        seed: seed of the faces and the jitter, not of the split; 0 to 2**64 - 1.
         cache: folder for the images; None: ``$FASTMETA_CACHE``, or ``~/.cache/fastmeta``.
 
-    The images are uint8 [C, E, 1, size, size] with ink = 255 and paper = 0; ``class_names`` are
-    like "U+0416 CYRILLIC CAPITAL LETTER ZHE". The same arguments give the same images wherever
-    the fonts and the versions of FreeType and pillow are the same.
+    The images are uint8 [C, E, 1, size, size] with ink = 255 and paper = 0. ``class_names`` look
+    like "U+0416 CYRILLIC CAPITAL LETTER ZHE". The same arguments give the same images if the fonts
+    and the versions of FreeType and pillow are the same.
 
     Raises:
         ImportError: matplotlib or pillow is missing (``pip install fastmeta[train]``).
-        FileNotFoundError: matplotlib came without its fonts.
-        TypeError: a count or the seed is no integer.
-        ValueError: an unknown split, or a count or the seed out of range.
+        FileNotFoundError: the fonts of matplotlib are missing.
+        TypeError: a count or the seed is not an integer.
+        ValueError: the split is unknown, or a count or the seed is out of range.
 
     Example::
 
@@ -71,7 +72,7 @@ class Glyphs(ClassImages):
 
 
 def _versions() -> dict[str, object]:
-    """What the images depend on besides the arguments."""
+    """Fonts and library versions that the images depend on."""
     pillow = require("PIL", "rendering glyphs")
     require("matplotlib", "rendering glyphs")
     from PIL import features
@@ -100,7 +101,7 @@ def _render(split: str, size: int, examples: int, seed: int) -> Arrays:
 
 
 def _in_split(code: int, split: str) -> bool:
-    """Whether the letter that ``code`` is a form of belongs to the split."""
+    """Whether the base letter of ``code`` belongs to the split."""
     letter = unicodedata.normalize("NFKD", chr(code))[0].lower()[0]
     family = unicodedata.name(letter, letter).split(" WITH ")[0]
     low, high = _SPLITS[split]

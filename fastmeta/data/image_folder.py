@@ -1,4 +1,4 @@
-"""Images of your own in folders, one folder a class."""
+"""Your own images in folders, one folder per class."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from fastmeta.data._cache import Arrays, cached, fingerprint
 from fastmeta.data.images import ClassImages
 
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-_DEEP = ("I", "F")  # modes of more than 8 bits a channel
+_DEEP = ("I", "F")  # modes with more than 8 bits per channel
 _FORMAT = 1
 
 
 class ImageFolder(ClassImages):
-    """Every folder below ``root`` that holds images is a class, as ``root/cat/001.jpg``.
+    """Classes of images, one for each folder with images below ``root``: ``root/cat/001.jpg``.
 
     Args:
-        root: the folder of the classes' folders, at any depth. It is never written to.
-        size: height and width in pixels: the middle square of each image is resized to it with
-            antialiasing. None: all images have one size, and keep it.
+        root: folder that holds the folders of the classes, at any depth. It is never written to.
+        size: height and width in pixels; the middle square of each image is resized to it with
+            antialiasing. None: the images keep their size, which must be the same for all.
         cache: folder for the decoded images; None: ``$FASTMETA_CACHE``, or ``~/.cache/fastmeta``.
 
-    The images are uint8 [C, E, channels, H, W]: one channel where none of them has colour, else
-    three; upright, as their cameras say. ``class_names`` are the folders' paths below ``root``,
-    sorted. E is the number of images in the smallest class; of a larger one the first in order of
-    their names are taken. Files whose names begin with a dot are left out.
+    The images are uint8 [C, E, channels, H, W], turned upright by their EXIF orientation. They have
+    one channel if none of them has colour, else three. ``class_names`` are the sorted paths of the
+    folders below ``root``. E is the number of images in the smallest class; of larger classes the
+    first E by name are used. Files whose names begin with a dot are ignored.
 
     Raises:
         FileNotFoundError: ``root`` is not a folder.
-        ValueError: no folder below it holds images, one of them cannot be decoded, they differ in
-            size and none is given, or the size is not positive.
+        ValueError: no folder below it holds images; an image cannot be decoded; images differ in
+            size and no size is given; or the size is not positive.
 
     Warns:
-        UserWarning: a class has more images than another, so that some are not used.
+        UserWarning: some images are not used, because classes differ in their number.
 
     Example::
 
@@ -76,13 +76,13 @@ def _by_class(root: Path) -> dict[str, list[Path]]:
     if not classes:
         found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
         raise ValueError(
-            f"root: expected {root} to hold folders of images, one a class; found {found}"
+            f"root: expected {root} to hold a folder of images for each class; found {found}"
         )
     return {name: classes[name] for name in sorted(classes)}
 
 
 def _equal(classes: dict[str, list[Path]], root: Path) -> dict[str, list[Path]]:
-    """As many images of each class, the first ones."""
+    """Keep the same number of images of each class, the first ones."""
     smallest = min(classes, key=lambda name: len(classes[name]))
     each = len(classes[smallest])
     if any(len(images) != each for images in classes.values()):
@@ -106,7 +106,7 @@ def _decode(files: list[Path], root: Path, size: int | None) -> Arrays:
                 f"size: give one to resize to, as the images in {root} differ: "
                 f"{_described(files[0], first, root)}, {_described(file, pixels, root)}"
             )
-        row[:] = pixels.transpose(2, 0, 1)  # a grey one: three equal channels
+        row[:] = pixels.transpose(2, 0, 1)  # broadcasts a grey image to three channels
         has_colour |= pixels.shape[2] == 3
     return {"images": images if has_colour else images[:, :1]}
 
@@ -116,13 +116,13 @@ def _described(file: Path, image: np.ndarray, root: Path) -> str:
 
 
 def _pixels(file: Path, size: int | None) -> np.ndarray:
-    """uint8 [H, W, 3], or [H, W, 1] if it has no colour."""
+    """Read an image: uint8 [H, W, 3], or [H, W, 1] if it has no colour."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as opened:
             if opened.mode.startswith(_DEEP):
-                raise ValueError(f"expected 8 bits a channel, it has the mode {opened.mode}")
+                raise ValueError(f"expected 8 bits per channel, got mode {opened.mode}")
             image = ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"root: cannot decode {file}: {error}") from error

@@ -1,4 +1,4 @@
-"""Labelled images held whole as one uint8 tensor, from which episodes are gathered in one go."""
+"""Labelled images in one uint8 tensor, from which an episode is gathered in one operation."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from fastmeta.data.episodes import Episode
 
 
 class ClassImages:
-    """C classes of E images each; the base of the image sources, usable with images of your own.
+    """C classes of E images each. Base of the image sources; takes your own images too.
 
     Args:
         images: uint8 [C, E, channels, H, W], on any device.
         class_names: C names, or None for "0", "1", ...
 
     Attributes:
-        images: the tensor given, contiguous.
+        images: the given tensor, contiguous.
         class_names: list of C strings.
 
     Raises:
         TypeError: ``images`` is not a uint8 tensor.
-        ValueError: ``images`` has not five dimensions, or the number of names differs from C.
+        ValueError: ``images`` does not have five dimensions, or the number of names is not C.
 
     Example::
 
@@ -56,22 +56,22 @@ class ClassImages:
 
     @property
     def num_classes(self) -> int:
-        """C, the number of classes."""
+        """Number of classes C."""
         return self.images.shape[0]
 
     @property
     def num_examples(self) -> int:
-        """E, the number of images a class."""
+        """Number of images per class E."""
         return self.images.shape[1]
 
     def to(self, device: str | torch.device) -> ClassImages:
-        """This source with its images on ``device``."""
+        """Source with the same images on ``device``."""
         moved = copy.copy(self)
         moved.images = self.images.to(device)
         return moved
 
     def check(self, ways: int, shots: int, queries: int) -> None:
-        """Raise ValueError where there are too few classes, or too few images in each."""
+        """Raise ValueError if there are too few classes, or too few images per class."""
         ways = check_count("ways", ways, least=1)
         shots = check_count("shots", shots, least=1)
         queries = check_count("queries", queries, least=0)
@@ -88,10 +88,10 @@ class ClassImages:
     def sample(
         self, rng: np.random.Generator, tasks: int, ways: int, shots: int, queries: int
     ) -> Episode:
-        """Draw T tasks of N classes, with as many support and query images of each as asked.
+        """Draw T tasks of N classes, with ``shots`` support and ``queries`` query images of each.
 
-        A task's classes differ, come in random order, and are labelled 0..N-1 in that order; its
-        support and query images differ. Images are float32 in [0, 1], labels int64, class-major.
+        The classes of a task are distinct, in random order, and labelled 0..N-1 in this order. No
+        image is drawn twice. Images are float32 in [0, 1], labels int64, both class-major.
 
         Returns:
             Episode with x [T, N * shots, channels, H, W] and [T, N * queries, channels, H, W].
@@ -112,7 +112,7 @@ class ClassImages:
     def _gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         tasks, ways, each = rows.shape
         flat = self.images.flatten(0, 1)
-        # A division by 255 rounds differently on CPU and CUDA; this product does not, and 255 -> 1.
+        # Division rounds differently on CPU and CUDA; this product does not, and maps 255 to 1.
         x = flat.index_select(0, rows.reshape(-1)).to(torch.float32).mul_(1 / 255)
         labels = torch.arange(ways, device=rows.device).repeat_interleave(each)
         return (
@@ -126,9 +126,9 @@ def draw_distinct(
 ) -> np.ndarray:
     """For each entry of ``shape``, ``draws`` distinct indices below ``population`` in random order.
 
-    Every index gets a random 64-bit key and the smallest keys win. The index itself is the key's
-    low bits, so that keys never tie and a partition of values, faster than one of positions, is
-    enough.
+    Every index gets a random 64-bit key, and the smallest keys are chosen. The low bits of a key
+    are the index itself. So keys never tie, and ``np.partition`` suffices, which is faster than
+    ``np.argpartition``.
 
     Returns:
         int64 array of shape [*shape, draws]; uniform over ordered draws.
@@ -143,6 +143,6 @@ def draw_distinct(
 
 
 def stable_fraction(name: str, salt: str) -> float:
-    """A number in [0, 1) that depends on the two strings alone: fixed splits on every machine."""
+    """Number in [0, 1) that depends only on the two strings: fixed splits on every machine."""
     digest = hashlib.sha256(f"{salt}:{name}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48

@@ -32,28 +32,29 @@ class Omniglot(ClassImages):
     """Handwritten characters of 50 alphabets, 20 drawings of each (Lake et al. 2015, Science 350).
 
     Args:
-        root: folder that holds ``images_background`` and ``images_evaluation``, each as a folder
-            or as a ``.zip``, which is read as it is and preferred. It is never written to.
+        root: folder that holds ``images_background`` and ``images_evaluation``, each as a
+            ``.zip``, which is preferred, or as a folder. It is never written to.
         split: "background" (964 characters) or "evaluation" (659), as published; or "train",
-            "validation" or "test", 1028, 172 and 423 of all 1623 characters: the sizes of Vinyals
-            et al. 2016 and Snell et al. 2017. Their list of characters is no part of the data set,
-            so these three follow a fixed permutation of the sorted names (by SHA-256) instead.
-        rotations: count each of the four rotations of a character by 90 degrees as a class of its
+            "validation" or "test", 1028, 172 and 423 of all 1623 characters, the sizes of Vinyals
+            et al. 2016 and Snell et al. 2017. Their list of characters is not in the data set, so
+            these three splits follow a fixed permutation of the sorted names (by SHA-256).
+        rotations: make each of the four rotations of a character by 90 degrees a class of its
             own. None: True for "background" and "train", False otherwise.
         size: height and width in pixels; the drawings are resized from 105 with antialiasing.
         cache: folder for the decoded images; None: ``$FASTMETA_CACHE``, or ``~/.cache/fastmeta``.
 
-    The images are uint8 [C, 20, 1, size, size] with ink = 255 and paper = 0, C four times the
-    characters with rotations: first all characters upright, then all turned 90 degrees
-    counterclockwise, and so on. ``class_names`` are "Alphabet/character01" and, turned,
-    "Alphabet/character01@90".
+    The images are uint8 [C, 20, 1, size, size] with ink = 255 and paper = 0. With rotations, C is
+    four times the number of characters: first all characters upright, then all turned 90 degrees
+    counterclockwise, and so on. ``class_names`` are "Alphabet/character01", and
+    "Alphabet/character01@90" if turned.
 
     Raises:
-        FileNotFoundError: ``root`` or the part of the data set that the split needs is missing.
-        ValueError: an unknown split, a bad size, or files that are not laid out as published.
+        FileNotFoundError: ``root``, or the part of the data set that the split needs, is missing.
+        ValueError: the split is unknown, the size is not positive, or the files are not laid out
+            as published.
 
     Warns:
-        UserWarning: a part has another number of characters than the published one.
+        UserWarning: a part does not have the published number of characters.
 
     Example::
 
@@ -107,7 +108,7 @@ def _paper_split(
 def _part(
     root: Path, part: str, size: int, cache: str | os.PathLike[str] | None
 ) -> tuple[list[str], np.ndarray]:
-    """Names [C] and drawings uint8 [C, E, size, size] of one of the two published parts."""
+    """Names [C] and drawings uint8 [C, E, size, size] of a published part."""
     place = _find(root, part)
     key = {"format": _FORMAT, "size": size, "files": _fingerprint(place)}
     arrays = cached(f"omniglot-{part}", key, lambda: _decode(place, part, size), cache)
@@ -137,14 +138,14 @@ def _layout(part: str) -> str:
 
 
 def _fingerprint(place: Path) -> list[list[object]]:
-    """Name, size and time of change of the archive, or of every image in the folder."""
+    """Name, size and modification time of the archive, or of every image in the folder."""
     files = sorted(place.rglob("*.png")) if place.is_dir() else [place]
     return fingerprint(files, place.parent)
 
 
 @contextmanager
 def _open(place: Path) -> Iterator[tuple[list[str], Callable[[str], bytes]]]:
-    """Paths below the root of the files in a folder or archive, and a function that reads one."""
+    """Paths of all files in a folder or archive, and a function that reads one of them."""
     if place.is_dir():
         root = place.parent
         names = [file.relative_to(root).as_posix() for file in place.rglob("*") if file.is_file()]
@@ -170,7 +171,7 @@ def _decode(place: Path, part: str, size: int) -> Arrays:
 
 
 def _by_character(files: Sequence[str], place: Path, part: str) -> dict[str, list[str]]:
-    """Sorted image files of every character, in sorted order of the characters."""
+    """Image files of each character; files and characters are sorted."""
     characters: dict[str, list[str]] = defaultdict(list)
     for file in sorted(files):
         if match := _IMAGE.fullmatch(file):
@@ -182,14 +183,14 @@ def _by_character(files: Sequence[str], place: Path, part: str) -> dict[str, lis
     if len(counts) != 1:
         few = min(characters, key=lambda name: len(characters[name]))
         raise ValueError(
-            f"root: expected as many drawings of every character in {place}, found between "
-            f"{len(characters[few])} ({few}) and {max(counts)}"
+            f"root: expected equally many drawings of each character in {place}, "
+            f"got {len(characters[few])} ({few}) to {max(counts)}"
         )
     return dict(characters)
 
 
 def _drawing(read: Callable[[str], bytes], file: str, place: Path, size: int) -> np.ndarray:
-    """One drawing, inverted and resized: uint8 [size, size], ink = 255."""
+    """Read a drawing, inverted and resized: uint8 [size, size], ink = 255."""
     from PIL import Image
 
     try:

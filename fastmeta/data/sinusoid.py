@@ -1,4 +1,4 @@
-"""Sinusoid regression, the toy problem of MAML."""
+"""Sinusoid regression, the synthetic problem of the MAML paper."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fastmeta.data.episodes import Episode
 
 
 class Sinusoid:
-    """Regression tasks y = A sin(x - phi) with their own A and phi (Finn et al. 2017, MAML).
+    """Regression tasks y = A sin(x - phi), each with its own A and phi (Finn et al. 2017, MAML).
 
     Args:
-        amplitude: range of A, uniform; default (0.1, 5).
-        phase: range of phi in radians, uniform; default (0, pi).
-        x_range: range of x, uniform; default (-5, 5).
+        amplitude: range of A, drawn uniformly; default (0.1, 5).
+        phase: range of phi in radians, drawn uniformly; default (0, pi).
+        x_range: range of x, drawn uniformly; default (-5, 5).
 
     Raises:
         TypeError: a range is not a pair of numbers.
@@ -46,7 +46,7 @@ class Sinusoid:
         self.device = torch.device("cpu")
 
     def to(self, device: str | torch.device) -> Sinusoid:
-        """This source with its episodes on ``device``."""
+        """Source whose episodes are on ``device``."""
         moved = copy.copy(self)
         moved.device = torch.device(device)
         return moved
@@ -74,7 +74,7 @@ class Sinusoid:
         amplitude = rng.uniform(*self.amplitude, size=(tasks, 1, 1))
         phase = rng.uniform(*self.phase, size=(tasks, 1, 1))
         x = rng.uniform(*self.x_range, size=(tasks, shots + queries, 1)).astype(np.float32)
-        # The sine is taken here in float64, so that no device's own sine shows in the data.
+        # The sine is computed on the CPU in float64: the data are the same on every device.
         y = (amplitude * np.sin(x.astype(np.float64) - phase)).astype(np.float32)
         parts = (x[:, :shots], y[:, :shots], x[:, shots:], y[:, shots:])
         return Episode(

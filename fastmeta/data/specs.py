@@ -1,4 +1,4 @@
-"""Sources by name, for the command line."""
+"""Sources of episodes by a short text, as in ``--data``."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def from_spec(
     *,
     cache: str | os.PathLike[str] | None = None,
 ) -> Source:
-    """The source that a short text names.
+    """Make the source that a short text names.
 
     Args:
         spec: "omniglot:PATH" with the folder of the data set; "images:PATH", see
             :func:`image_folder`; "glyphs"; or "sinusoid".
-        split: "train" or "evaluation". Sinusoid tasks are the same in both.
-        protocol: how Omniglot is split. "official": background for training, evaluation for
-            evaluation; "paper": the 1028 and the 423 characters of the paper-sized split.
-        cache: cache folder of images; None: their default.
+        split: "train" or "evaluation". Sinusoid tasks do not depend on it.
+        protocol: split of Omniglot. "official": the published parts, background for training and
+            evaluation for evaluation; "paper": 1028 and 423 characters.
+        cache: cache folder of images; None: the default of the source.
 
     Raises:
-        ValueError: an unknown spec, split or protocol; and whatever the source itself raises.
+        ValueError: the spec, split or protocol is unknown. Errors of the source pass through.
 
     Example::
 
@@ -66,20 +66,20 @@ def from_spec(
 def image_folder(
     argument: str, split: str, *, cache: str | os.PathLike[str] | None = None
 ) -> ImageFolder:
-    """The classes of a split, in the folder ``train``, ``val`` or ``test`` of images of your own.
+    """Classes of a split of your own images: of the folder ``train``, ``val`` or ``test``.
 
     Args:
-        argument: "PATH", or "PATH@SIZE" with the height and width to resize images to.
+        argument: "PATH", or "PATH@SIZE" to resize the images to SIZE pixels in height and width.
         split: "train", "validation" (the folder ``val``) or "evaluation" (``test``).
         cache: cache folder of the images; None: the default.
 
     Raises:
         FileNotFoundError: the folder is missing.
-        ValueError: as :class:`ImageFolder`.
+        ValueError: the images do not make an :class:`ImageFolder`.
 
     Example::
 
-        source = image_folder("birds@84", "train")           # of birds/train/CLASS/*.jpg
+        source = image_folder("birds@84", "train")           # birds/train/CLASS/*.jpg
     """
     root, size = _place(argument, split)
     if not root.is_dir():
@@ -90,7 +90,7 @@ def image_folder(
 
 
 def has_image_folder(argument: str, split: str) -> bool:
-    """Whether the folder of that split is there."""
+    """Whether the split has a folder."""
     return _place(argument, split)[0].is_dir()
 
 

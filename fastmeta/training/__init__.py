@@ -1,1 +1,1 @@
-"""Meta-training: config, loop, checkpoints, evaluation, comparison."""
+"""Meta-training: options, loop, checkpoints, evaluation and comparison of learners."""

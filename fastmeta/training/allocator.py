@@ -1,4 +1,4 @@
-"""A setting of the C library's allocator that training on a CPU gains from."""
+"""Setting of the C library's allocator that speeds up training on a CPU."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _BYTES = 1 << 30
 def keep_freed_memory() -> None:
     """Let this process reuse freed blocks of up to 1 GiB instead of returning them to the system.
 
-    A training step frees and takes back the same activations; as new pages from the system each of
-    them would be cleared first. Conv4-64 on 360 images took 0.24 s a step with this and 0.39 s
-    without. Does nothing where the C library is not glibc.
+    Each training step frees its activations and allocates them again. The system would have to
+    clear their pages anew: Conv4-64 on 360 images took 0.39 s per step, and 0.24 s with this.
+    Does nothing if the C library is not glibc.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

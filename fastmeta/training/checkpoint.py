@@ -1,4 +1,4 @@
-"""Files of a training run that survive being killed: checkpoints, and the log of metrics."""
+"""Checkpoints of a training run, and the random state that they hold."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what :func:`save_checkpoint` wrote; every tensor comes back on the CPU.
+    """Read a file of :func:`save_checkpoint`, with all tensors on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or no fastmeta checkpoint.
+        ValueError: the file is damaged, or not a checkpoint of fastmeta.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint: {error}") from error
+        raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path} is no {FORMAT}")
+        raise ValueError(f"{path} is not a {FORMAT}")
     return state
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of the random generators that layers such as dropout draw from on ``device``."""
+    """State of the random generators that layers such as dropout use on ``device``."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -43,7 +43,7 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Put back what :func:`rng_state` took; a generator that was not in use then stays as it is."""
+    """Restore the state of :func:`rng_state`; generators without a saved state keep theirs."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,4 +1,4 @@
-"""Seed, threads and determinism of one training."""
+"""Seed, threads and determinism of a training, restored at its end."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fastmeta.training.config import TrainConfig
 
 
 @contextmanager
-def _settings(config: TrainConfig) -> Iterator[None]:
-    """Seed, threads and deterministic cuDNN for the run alone."""
+def training_environment(config: TrainConfig) -> Iterator[None]:
+    """Set seed, threads and deterministic cuDNN for the run, and restore them afterwards."""
     device, cudnn = torch.device(config.device), torch.backends.cudnn
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
@@ -26,7 +26,7 @@ def _settings(config: TrainConfig) -> Iterator[None]:
 
 @contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Let PyTorch use ``count`` CPU threads inside; ``None``: as many as before."""
+    """Let PyTorch use ``count`` CPU threads inside; ``None`` changes nothing."""
     if count is None:
         yield
         return

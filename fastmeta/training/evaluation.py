@@ -1,4 +1,4 @@
-"""How good a learner is: its mean score over many tasks, with a 95 % interval."""
+"""Evaluation of a learner: its mean score over many tasks, with a 95 % interval."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from fastmeta.data import Episode, Episodes, Source, from_spec
-from fastmeta.training.config import NAMES, REGRESSION
 from fastmeta.training.files import write_json
 from fastmeta.training.learner_factory import Learner
+from fastmeta.training.learner_options import NAMES, REGRESSION
 from fastmeta.training.run_folder import EVALUATION, load_run
 
-# Streams of episodes that share a seed must not meet: each begins at an index of its own.
+# Streams of episodes with the same seed must not overlap: each starts at its own index.
 VALIDATION_STREAM = 2**62
 
 EVALUATION_STREAM = 2**63
 
-# Examples that pass a network at a time: a bound on the memory.
+# Examples in one forward pass, which bounds the memory.
 _EXAMPLES_A_CHUNK = 1024
 
 
@@ -46,7 +46,7 @@ class Evaluation:
 
     @property
     def digits(self) -> str:
-        """Mean and interval as people read them: of an accuracy, in percent."""
+        """Mean and interval as text; an accuracy in percent."""
         if self.score == "accuracy":
             return f"{100 * self.mean:.2f} ± {100 * self.interval:.2f}"
         return f"{self.mean:.3f} ± {self.interval:.3f}"
@@ -54,15 +54,15 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunEvaluation(Evaluation):
-    """The mean score of a trained run over evaluation tasks, and what they were.
+    """The mean score of a trained run over evaluation tasks, with their sizes.
 
     Attributes:
-        title: the run in words.
-        data: where the tasks came from.
+        title: learner and training data in words.
+        data: source of the tasks.
         ways, shots, queries: sizes of a task.
         steps: inner steps; ``None`` for a ProtoNet.
-        seed: of the tasks.
-        iteration: outer steps behind the learner.
+        seed: seed of the tasks.
+        iteration: outer steps of the training so far.
     """
 
     title: str
@@ -87,15 +87,16 @@ class Evaluator:
     """A fixed set of tasks to score learners on.
 
     Args:
-        source: gives the tasks.
+        source: source of the tasks.
         ways, shots, queries: sizes of a task.
         tasks: number of tasks, at least 2.
-        seed: of the tasks.
-        stream: index of the first episode, e.g. ``EVALUATION_STREAM``.
-        device: where the learner is.
+        seed: seed of the tasks.
+        stream: index of the first episode, such as ``EVALUATION_STREAM``.
+        device: device of the learner.
 
     Raises:
-        ValueError: fewer than two tasks, which have no interval; or sizes that the source lacks.
+        ValueError: fewer than two tasks, whose mean has no interval; or the source has too few
+            classes or examples.
 
     Example:
         >>> from torch import nn
@@ -118,24 +119,24 @@ class Evaluator:
         device: str = "cpu",
     ) -> None:
         if tasks < 2:
-            raise ValueError(f"tasks: expected at least 2, one has no interval, got {tasks}")
+            raise ValueError(f"tasks: expected at least 2 for an interval, got {tasks}")
         self.tasks = tasks
         self.stream = stream
         chunk = max(1, _EXAMPLES_A_CHUNK // max(1, ways * (shots + queries)))
         self.episodes = Episodes(source, ways, shots, queries, chunk, seed, device)
 
     def __call__(self, learner: Learner, steps: int | None = None) -> Evaluation:
-        """Adapt ``learner`` to every task and score it on the queries, in ``eval()`` mode.
+        """Adapt ``learner`` to every task in ``eval()`` mode, and score it on the queries.
 
         Args:
             learner: a :class:`fastmeta.ProtoNet`, :class:`fastmeta.MAML` or relative of it.
-            steps: inner steps; ``None``: the learner's own.
+            steps: inner steps; ``None``: the learner's own number.
 
         Returns:
-            The mean over tasks of the accuracy, or of the squared error where labels are floats.
+            The mean over tasks of the accuracy, or of the squared error if labels are floats.
 
         Raises:
-            FloatingPointError: a score is not finite, as where the inner steps diverge.
+            FloatingPointError: a score is not finite, because the inner steps diverge.
         """
         was_training = learner.training
         learner.eval()
@@ -151,7 +152,8 @@ class Evaluator:
                 "smaller inner_lr may help"
             )
         regression = self.episodes[self.stream].query_y.is_floating_point()
-        return Evaluation("mse" if regression else "accuracy", *mean_interval(scores), self.tasks)
+        mean, interval = mean_interval(scores)
+        return Evaluation("mse" if regression else "accuracy", mean, interval, self.tasks)
 
     def _chunks(self) -> Iterator[Episode]:
         size = self.episodes.tasks
@@ -172,20 +174,20 @@ def evaluate_run(
     seed: int = 0,
     device: str | None = None,
 ) -> RunEvaluation:
-    """Score a trained run on tasks of the evaluation split, and write ``eval.json`` beside it.
+    """Score a trained run on tasks of the evaluation split, and write ``eval.json`` to its folder.
 
     Args:
-        out: the run's folder.
+        out: folder of the run.
         tasks: number of tasks, at least 2.
-        ways, shots, queries: sizes of a task; ``None``: as the run was trained for.
-        steps: inner steps of all but a ProtoNet; ``None``: the run's ``eval_steps``.
-        data: where tasks come from; ``None``: the evaluation split of the run's own data.
-        seed: of the tasks.
-        device: where to compute; ``None``: where the run was trained.
+        ways, shots, queries: sizes of a task; ``None``: as in training.
+        steps: inner steps, not for a ProtoNet; ``None``: the run's ``eval_steps``.
+        data: source of the tasks; ``None``: the evaluation split of the run's data.
+        seed: seed of the tasks.
+        device: device of the evaluation; ``None``: the device of the training.
 
     Raises:
-        FileNotFoundError: there is no run, no checkpoint of it yet, or no data.
-        ValueError: what is asked for does not fit the run or the data.
+        FileNotFoundError: the run, its checkpoint or the data are missing.
+        ValueError: an argument does not fit the run or the data.
         FloatingPointError: the inner steps diverge.
 
     Example::
@@ -204,10 +206,9 @@ def evaluate_run(
         raise ValueError(f"ways: this {name}'s head has {config.ways} classes, got {ways}")
     if config.algorithm == "protonet" and steps is not None:
         raise ValueError(f"steps: a ProtoNet takes no inner steps, got {steps}")
-    ways, shots, queries = (
-        ours if asked is None else asked
-        for ours, asked in ((config.ways, ways), (config.shots, shots), (config.queries, queries))
-    )
+    ways = config.ways if ways is None else ways
+    shots = config.shots if shots is None else shots
+    queries = config.queries if queries is None else queries
     steps = config.eval_steps if steps is None else steps
     source = from_spec(data, "evaluation", config.protocol)
     evaluator = Evaluator(source, ways, shots, queries, tasks, seed, device=config.device)
@@ -227,7 +228,7 @@ def evaluate_run(
 
 
 def mean_interval(scores: Tensor) -> tuple[float, float]:
-    """Mean of n scores and half its 95 % interval, ``1.96 * std / sqrt(n)``, std over n - 1.
+    """Mean of n scores, and half its 95 % interval ``1.96 * std / sqrt(n)`` (std over n - 1).
 
     Example:
         >>> mean, interval = mean_interval(torch.tensor([1.0, 2.0, 3.0, 4.0]))
@@ -239,7 +240,7 @@ def mean_interval(scores: Tensor) -> tuple[float, float]:
 
 
 def query_scores(logits: Tensor, query_y: Tensor) -> Tensor:
-    """A score a task, ``[T]``: the accuracy, or the mean squared error where labels are floats."""
+    """Score of each task, ``[T]``: accuracy, or mean squared error if labels are floats."""
     if query_y.is_floating_point():
         return (logits - query_y).square().flatten(1).mean(1)
     return (logits.argmax(-1) == query_y).double().mean(1)

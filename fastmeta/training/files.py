@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import IO
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Replace ``path`` by what ``write`` puts into a file: wholly, or not at all.
+    """Replace the file ``path`` by what ``write`` writes: completely, or not at all.
 
-    The bytes go to a temporary file beside ``path`` and reach the disk before the name moves, so a
-    reader, a crash or a power cut meets the old file or the new one, never a part of one.
+    The bytes reach the disk in a temporary file beside ``path``, which is then renamed. A reader,
+    or a restart after a crash or a power cut, finds the old file or the new one, never a part.
 
     Args:
         path: the file to write; its folder exists.
         write: called once with the open temporary file.
 
     Raises:
-        OSError: the folder cannot be written to. What ``write`` raises passes through. In both
-            cases ``path`` is as it was.
+        OSError: the folder cannot be written to. Errors of ``write`` pass through. In both cases
+            ``path`` is unchanged.
 
     Example:
         >>> import tempfile
@@ -50,7 +50,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut."""
+    """Flush the folder to disk, so that a rename in it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

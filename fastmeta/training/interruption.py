@@ -1,4 +1,4 @@
-"""Why a training ends early: a signal, or its time limit."""
+"""Early end of a training: by a signal, or by its time limit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fastmeta import distributed
 
 
 class Interruption:
-    """Why to end the training: a signal came, or the time is up.
+    """Reason to end the training early: a signal, or the time limit.
 
-    Several processes end after the step in which the first of them has a reason.
+    Several processes share a reason: all end after the step in which the first has one.
     """
 
     _REASONS = ("SIGINT", "SIGTERM", "time limit")
@@ -28,16 +28,16 @@ class Interruption:
         self._before: dict[int, Any] = {}
 
     def reason(self) -> str:
-        """The signal's name, ``"time limit"``, or ``""`` while the training may go on."""
+        """Name of the signal, ``"time limit"``, or ``""`` to continue."""
         return self._own() if distributed.world_size() == 1 else self._agreed
 
     def votes(self) -> list[float]:
-        """A number for each reason, not 0 for the one that this process has."""
+        """A number for each reason: 1 for the one that this process has, else 0."""
         own = self._own()
         return [float(reason == own) for reason in self._REASONS]
 
     def count(self, votes: list[float]) -> None:
-        """Take notice of the sum or mean of all processes' votes."""
+        """Adopt the reason that has a vote in the sum or mean over all processes."""
         self._agreed = next((r for r, vote in zip(self._REASONS, votes, strict=True) if vote), "")
 
     def _own(self) -> str:
@@ -45,7 +45,7 @@ class Interruption:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note SIGINT and SIGTERM; only a program's main thread can, elsewhere they stay as is."""
+        """Catch SIGINT and SIGTERM inside; in other threads than the main one Python cannot."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

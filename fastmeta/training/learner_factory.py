@@ -1,4 +1,4 @@
-"""The learner that a config describes."""
+"""Construction of the learner that a config describes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import nn
 from fastmeta import learners as algorithms
 from fastmeta.learners import ANIL, MAML, ProtoNet
 from fastmeta.models import MLP, Conv4, with_per_step_norms
-from fastmeta.training.config import OPTIONS, TrainConfig
+from fastmeta.training.config import TrainConfig
+from fastmeta.training.learner_options import LEARNER_OPTIONS
 
 Learner = MAML | ANIL | ProtoNet
 
@@ -29,20 +30,20 @@ _NOT_THE_LEARNERS = ("inner_lr", "eval_steps")
 
 
 def build_learner(config: TrainConfig, input_shape: list[int]) -> Learner:
-    """The untrained learner of a run, on ``config.device``; torch's generator draws its weights.
+    """Untrained learner of a run on ``config.device``, initialised by torch's default generator.
 
     Args:
-        config: the run's options.
-        input_shape: of one example, ``[channels, H, H]``, or ``[1]`` for regression.
+        config: options of the run.
+        input_shape: shape of one example, ``[channels, H, H]``, or ``[1]`` for regression.
 
     Raises:
-        ValueError: images that are not square.
+        ValueError: the images are not square.
     """
     if config.algorithm == "protonet":
         encoder: Any = _conv4(config, input_shape, None)
-        encoder.to(memory_format=torch.channels_last)  # what convolutions run fastest on
+        encoder.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
         return ProtoNet(encoder, metric=str(config.metric)).to(config.device)
-    own = [name for name in OPTIONS[config.algorithm] if name not in _NOT_THE_LEARNERS]
+    own = [name for name in LEARNER_OPTIONS[config.algorithm] if name not in _NOT_THE_LEARNERS]
     options: dict[str, Any] = {name: getattr(config, name) for name in own}
     options["lr"] = config.inner_lr
     options["loss"] = F.mse_loss if config.regression else F.cross_entropy

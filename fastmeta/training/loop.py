@@ -21,7 +21,7 @@ from fastmeta.data import Episode, Episodes, Source
 from fastmeta.learners.schedules import cosine_schedule
 from fastmeta.training.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from fastmeta.training.config import TrainConfig, check_same_run, read_options
-from fastmeta.training.environment import _settings, cpu_threads
+from fastmeta.training.environment import cpu_threads, training_environment
 from fastmeta.training.evaluation import Evaluator, query_scores
 from fastmeta.training.interruption import Interruption
 from fastmeta.training.learner_factory import Learner, build_learner
@@ -35,24 +35,24 @@ from fastmeta.training.run_folder import (
     check_folder,
     was_started_by,
 )
-from fastmeta.training.sources import _sources
+from fastmeta.training.sources import training_sources
 
 __all__ = ["Result", "TrainConfig", "train"]
 
-_SMALL = 2**18  # parameters up to which one thread takes Adam's step sooner than several
+_SMALL = 2**18  # parameters up to which one thread takes the optimizer's step fastest
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a training run came to.
+    """Outcome of a training run.
 
     Attributes:
-        config: its options.
+        config: options of the run.
         learner: the trained :class:`fastmeta.ProtoNet`, :class:`fastmeta.MAML` or relative of it.
-        iteration: outer steps taken, in all sessions together.
-        seconds: training time, in all sessions together.
+        iteration: outer steps taken, summed over all sessions.
+        seconds: training time, summed over all sessions.
         stopped: ``"finished"``, ``"time limit"``, ``"SIGINT"`` or ``"SIGTERM"``.
-        metrics: the records of the log, one an iteration.
+        metrics: records of the log, one per iteration.
     """
 
     config: TrainConfig
@@ -64,12 +64,16 @@ class Result:
 
     @property
     def curve(self) -> Curve:
-        """The learning curve, whose legend tells ways apart where training has others."""
+        """Learning curve; its legend names the ways if training and validation differ in them."""
         ways, train_ways = self.config.ways, self.config.train_ways
         if train_ways in (None, ways):
             return Curve(self.config.title, self.metrics)
-        parts = (f"{train_ways}-way training", f"{ways}-way validation")
-        return Curve(self.config.title, self.metrics, *parts)
+        return Curve(
+            self.config.title,
+            self.metrics,
+            training=f"{train_ways}-way training",
+            validation=f"{ways}-way validation",
+        )
 
 
 def train(
@@ -81,28 +85,28 @@ def train(
 ) -> Result:
     """Meta-train a learner and leave the run in the folder ``config.out``.
 
-    The folder holds ``config.json``; ``metrics.jsonl``, a line an iteration; ``checkpoint.pt``,
-    from which the run resumes bit for bit (on a GPU, as far as PyTorch's own kernels are
-    deterministic); and at the end ``curve.png``. A killed run loses only what came after its last
-    checkpoint. SIGINT, SIGTERM and the time limit end it with one.
-    The caller's random state, thread count and signal handlers are as before when it returns.
+    The folder holds ``config.json``; ``metrics.jsonl`` with a line per iteration; the checkpoint
+    ``checkpoint.pt``; and at the end ``curve.png``. The run resumes from its checkpoint bit for
+    bit; on a GPU, as far as PyTorch's own kernels are deterministic. A killed run loses only the
+    work since its last checkpoint. SIGINT, SIGTERM and the time limit end it with a checkpoint.
+    The caller's random state, thread count and signal handlers are restored.
 
-    Started by torchrun, every process trains its share of each meta-batch, and the outcome is one
-    process's, to rounding. Rank 0 alone writes. A group of processes that torchrun restarts goes on
-    from the checkpoint by itself.
+    Under torchrun, every process trains its share of each meta-batch. The result equals the result
+    of one process up to rounding. Only rank 0 writes. Processes that torchrun restarts continue
+    from the checkpoint.
 
     Args:
-        config: the options.
-        resume: go on from the checkpoint in the folder; from the start where there is none yet.
+        config: options of the run.
+        resume: continue from the checkpoint in the folder, or from the start if it has none yet.
         overwrite: replace the run in the folder.
-        source: draw tasks from images of your own instead of ``config.data``'s training classes.
+        source: your own images to draw training tasks from, instead of ``config.data``.
 
     Raises:
         FileNotFoundError: the data are missing, or there is nothing to resume.
         FileExistsError: the folder holds a run, and neither ``resume`` nor ``overwrite`` is given.
-        FloatingPointError: the loss is no longer finite.
-        ValueError: options that contradict each other, the data, or the run to resume; fewer tasks
-            than processes.
+        FloatingPointError: the loss is not finite.
+        ValueError: options contradict each other, the data, or the run to resume; or there are
+            fewer tasks than processes.
         ConnectionError: another process of the training has ended.
 
     Example:
@@ -114,17 +118,20 @@ def train(
     """
     with distributed.process_group():
         _check_share(config)
-        stop, out, launch = (
-            Interruption(config.time_limit),
-            Path(config.out),
-            distributed.launch_id(),
-        )
+        stop = Interruption(config.time_limit)
+        out, launch = Path(config.out), distributed.launch_id()
         resume = distributed.on_rank_zero(lambda: _resolve_resume(out, resume, overwrite, launch))
-        with stop.listening(), _settings(config):
-            training, validator = _sources(config, source)
-            ways = config.train_ways or config.ways
-            sizes = (ways, config.shots, config.queries, config.meta_batch)
-            episodes = Episodes(training, *sizes, seed=config.seed, device=config.device)
+        with stop.listening(), training_environment(config):
+            training, validator = training_sources(config, source)
+            episodes = Episodes(
+                training,
+                config.train_ways or config.ways,
+                config.shots,
+                config.queries,
+                config.meta_batch,
+                config.seed,
+                config.device,
+            )
             run = _Run(config, list(episodes[0].support_x.shape[2:]))
             if resume:
                 run.restore(distributed.on_rank_zero(lambda: _saved_state(config)))
@@ -146,7 +153,7 @@ def _check_share(config: TrainConfig) -> None:
 
 
 def _resolve_resume(out: Path, resume: bool, overwrite: bool, launch: str) -> bool:
-    """Whether the run goes on from what is in its folder, as it does after a restart."""
+    """Whether the run resumes: always after a restart by torchrun, else if asked to."""
     if was_started_by(out, launch):
         return True
     check_folder(out, resume, overwrite)
@@ -154,10 +161,10 @@ def _resolve_resume(out: Path, resume: bool, overwrite: bool, launch: str) -> bo
 
 
 def _saved_state(config: TrainConfig) -> dict[str, Any] | None:
-    """The folder's checkpoint, if ``config`` can go on from it; None: killed before there was one.
+    """Checkpoint to resume from; None if the run was killed before it wrote one.
 
     Raises:
-        ValueError: another run's, one of more iterations, or a damaged file.
+        ValueError: it is of another run, has more iterations, or is damaged.
     """
     out, options = Path(config.out), dataclasses.asdict(config)
     if not (out / CHECKPOINT).exists():
@@ -172,7 +179,7 @@ def _saved_state(config: TrainConfig) -> dict[str, Any] | None:
 
 
 class _Run:
-    """Everything that changes while training, and how to save and restore it."""
+    """Everything that changes during the training, with methods to save and restore it."""
 
     def __init__(self, config: TrainConfig, input_shape: list[int]) -> None:
         self.config = config
@@ -189,16 +196,16 @@ class _Run:
         )
         self.parameters = list(self.learner.parameters())
         rule = getattr(self.learner, "rule", None)
-        self.memory = nn.Module() if rule is None else rule  # what it remembers of its tasks
+        self.memory = nn.Module() if rule is None else rule  # buffers of the inner rule
         self.small = sum(parameter.numel() for parameter in self.parameters) <= _SMALL
-        # Fused takes half as long on a small network, and a checkpoint of another kind stays so.
+        # Fused takes half as long on a small network. A checkpoint keeps the form it was made with.
         kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
         self.optimizer = kind(self.parameters, lr=config.lr, fused=True)
         self.schedule = _schedule(self.optimizer, config)
 
     def step(self, episode: Episode, stop: Interruption) -> dict[str, Any]:
-        """Take one outer step; returns its record for the log."""
-        for parameter in self.parameters:  # optimizer.zero_grad() wraps this in 10 times the work
+        """Take one outer step and return its record for the log."""
+        for parameter in self.parameters:  # optimizer.zero_grad() takes 10 times as long
             parameter.grad = None
         weight = distributed.task_weight(len(episode.support_x))
         episode = distributed.split_tasks(episode)
@@ -217,7 +224,7 @@ class _Run:
                 "a smaller lr or inner_lr may help"
             )
         lr = self.optimizer.param_groups[0]["lr"]
-        # A fused optimizer wakes all threads anew for every single tensor.
+        # A fused optimizer wakes all threads for every tensor, which takes longer than the step.
         with cpu_threads(1 if self.small else None):
             self.optimizer.step()
         self.schedule.step()
@@ -225,7 +232,7 @@ class _Run:
         return {"iteration": self.iteration, "loss": value, self.config.score: score, "lr": lr}
 
     def save(self) -> None:
-        """Write the checkpoint, whole or not at all."""
+        """Write the checkpoint atomically."""
         state = {
             "config": dataclasses.asdict(self.config),
             "input_shape": self.input_shape,
@@ -239,7 +246,7 @@ class _Run:
         save_checkpoint(Path(self.config.out) / CHECKPOINT, state)
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Go back to a checkpoint; a run killed before its first one begins anew."""
+        """Restore the state of a checkpoint; None leaves the run at its start."""
         if state is None:
             return
         self.iteration, self.seconds = state["iteration"], state["seconds"]
@@ -282,7 +289,7 @@ def _loop(run: _Run, episodes: Episodes, validator: Evaluator | None, stop: Inte
 
 
 def _save(run: _Run, log: MetricsLog | None) -> None:
-    """Bring log and checkpoint to the disk, on the rank that has them."""
+    """Write log and checkpoint to disk, on the rank that has the log."""
     if log:
         log.sync()
         run.save()

@@ -1,4 +1,4 @@
-"""The log of a run: one JSON line per iteration."""
+"""Log of a run: one line of JSON per iteration."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from fastmeta.training.files import write_atomically
 
-_encode = json.JSONEncoder(allow_nan=False).encode  # json.dumps would make an encoder each time
+_encode = json.JSONEncoder(allow_nan=False).encode  # json.dumps would make a new encoder each time
 
 
 class MetricsLog:
-    """The metrics of a run as JSON lines: one line an iteration, each iteration once.
+    """Metrics of a run as lines of JSON, one per iteration and each iteration once.
 
-    A killed run may leave lines behind its last checkpoint, and a torn one at the end. Opening the
-    log drops them: it keeps the iterations up to ``keep``, which a resumed run goes on from.
+    A killed run may leave lines after its last checkpoint, and an incomplete one at the end.
+    Opening the log drops them: only iterations up to ``keep`` stay, from which a run resumes.
 
     Args:
         path: the file.
@@ -24,7 +24,7 @@ class MetricsLog:
 
     Raises:
         OSError: the file cannot be written, or is absent although ``keep`` is not 0.
-        ValueError: it does not hold the iterations 1 to ``keep``, a whole line each.
+        ValueError: the file lacks a complete line for one of the iterations 1 to ``keep``.
 
     Example:
         >>> import tempfile
@@ -41,11 +41,11 @@ class MetricsLog:
     def __init__(self, path: Path, keep: int = 0) -> None:
         kept = "".join(_kept_lines(path, keep)) if keep else ""
         write_atomically(path, lambda file: file.write(kept.encode()))
-        # Line buffering hands every record to the system as one write.
+        # Line buffering passes every record to the system in one write.
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add one record; it has an ``iteration``, and its numbers are finite."""
+        """Add one record, which has an ``iteration`` and finite numbers."""
         self._file.write(_encode(record) + "\n")
 
     def sync(self) -> None:
@@ -72,14 +72,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _kept_lines(path: Path, keep: int) -> list[str]:
-    """The lines of iterations 1 to ``keep``: the log is in order, so they are the first ones."""
+    """Lines of iterations 1 to ``keep``, the first ones since the log is in order."""
     lines = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if number > keep:
                 break
-            if _record(path, number, line)["iteration"] != number:
-                raise ValueError(f"{path}, line {number}: this is not iteration {number}")
+            iteration = _record(path, number, line)["iteration"]
+            if iteration != number:
+                raise ValueError(
+                    f"{path}, line {number}: expected iteration {number}, got {iteration}"
+                )
             lines.append(line)
     if len(lines) < keep:
         raise ValueError(f"{path} ends at iteration {len(lines)}, the checkpoint at {keep}")

@@ -1,4 +1,4 @@
-"""Learning curves as pictures: of runs with all there is, and of many learners side by side."""
+"""Pictures of learning curves: in full for single runs, smoothed for comparisons of learners."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _X_LABELS = {"iteration": "Iteration", "seconds": "Training time [s]"}
 
 _Y_LABELS = {"accuracy": "Query accuracy [%]", "mse": "Query mean squared error"}
 
-_WINDOWS = 40  # the running means that smooth a line reach over this fraction of the run
+_WINDOWS = 40  # running means that smooth a line span a 40th of the run
 
-_WINDOWS_OF_MANY = 12  # the same, where lines of many runs would hide each other
+_WINDOWS_OF_MANY = 12  # smoother, since rough lines of many runs would hide each other
 
 _LINES, _COLOURS = ("-", "--", "-.", ":"), 10
 
-_SHOWN = 99  # percent of a run's errors that lie on the axis: a few spikes would fill it alone
+_SHOWN = 99  # percent of a run's errors inside the axis, which a few spikes would fill otherwise
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Curve:
         label: its name in the legend.
         metrics: records of a :class:`fastmeta.training.metrics_log.MetricsLog`:
             ``iteration``, ``seconds``, ``accuracy`` or ``mse``, and ``validation`` in some.
-        training, validation: what the line and the points are, in the legend.
+        training, validation: names of the line and the points in the legend.
     """
 
     label: str
@@ -47,13 +47,13 @@ class Curve:
 def draw_curves(path: Path, curves: Sequence[Curve], score: str, x: str = "iteration") -> None:
     """Write the learning curves as one PNG, atomically.
 
-    The axis of the error reaches as far as the smoothed lines and 99 % of the raw values do.
+    An axis of errors spans the smoothed lines and 99 % of the raw values.
 
     Args:
         path: the file.
-        curves: one a run; a run without an iteration gets its legend entry alone.
-        score: ``"accuracy"`` or ``"mse"``, what the vertical axis shows.
-        x: ``"iteration"`` or ``"seconds"``, what the horizontal axis shows.
+        curves: one per run; a run without iterations gets only an entry in the legend.
+        score: ``"accuracy"`` or ``"mse"``, on the vertical axis.
+        x: ``"iteration"`` or ``"seconds"``, on the horizontal axis.
 
     Raises:
         OSError: the file cannot be written.
@@ -81,15 +81,15 @@ def draw_comparison(
     found: Sequence[Evaluation | None],
     score: str,
 ) -> None:
-    """Write the learning curves of many learners, and how they scored in the end, as one PNG.
+    """Write the learning curves and the final scores of many learners as one PNG, atomically.
 
-    On the left the smoothed curves against training time; on the right a point a learner with its
-    interval, the best on top. A learner has the same colour in both.
+    Left: the smoothed curves over training time. Right: a point with its interval for each
+    learner, the best on top. A learner has the same colour in both.
 
     Args:
-        path: the file; it is replaced atomically.
-        curves: one a learner; ``training`` is said where it is not empty.
-        found: the score of each learner; ``None``: it has none.
+        path: the file.
+        curves: one per learner; ``training``, if not empty, is a note in the legend.
+        found: score of each learner; ``None``: it has none.
         score: ``"accuracy"`` or ``"mse"``.
 
     Raises:
@@ -130,7 +130,7 @@ def _draw_scores(
         for curve, of, style in zip(curves, found, _styles(), strict=False)
         if of is not None
     ]
-    rows.sort(key=lambda row: row[0].mean, reverse=score == "mse")  # the best last, and on top
+    rows.sort(key=lambda row: row[0].mean, reverse=score == "mse")  # the last row is on top
     for height, (of, _, colour) in enumerate(rows):
         mean, interval = scale * of.mean, scale * of.interval
         axes.errorbar(mean, height, xerr=interval, fmt="o", color=colour, capsize=4, markersize=6)
@@ -142,9 +142,9 @@ def _draw_scores(
 
 
 def _styles() -> Iterator[dict[str, str]]:
-    """Lines that can be told apart: the ten colours, drawn in another way each time around."""
+    """Distinct lines: ten colours, then the same colours with another dash pattern."""
     return (
-        {"color": f"C{colour}", "linestyle": way} for way in _LINES for colour in range(_COLOURS)
+        {"color": f"C{colour}", "linestyle": line} for line in _LINES for colour in range(_COLOURS)
     )
 
 
@@ -206,7 +206,7 @@ def _draw(axes: Axes, curve: Curve, score: str, x: str, colour: str) -> None:
 
 
 def _error_limit(curves: Sequence[Curve], score: str) -> float | None:
-    """Where an axis of errors ends: above all but rare spikes; ``None`` where nothing is drawn."""
+    """Upper end of an axis of errors, above all but rare spikes; ``None`` if nothing is drawn."""
     ends = [0.0]
     for curve in curves:
         raw = _column(curve.metrics, score)

@@ -1,4 +1,4 @@
-"""A training run on disk: its folder, and the learner that its options and checkpoint describe."""
+"""A training run on disk: its folder, its options and its checkpoint."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ CURVE, EVALUATION, LAUNCH = "curve.png", "eval.json", "launch.txt"
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Raise unless a run may begin in ``out`` (or go on there), before anything is loaded.
+    """Raise unless a run may start in ``out``, or resume there.
 
     Raises:
-        FileNotFoundError: ``resume``, but there is no run.
-        FileExistsError: there is one, and neither ``resume`` nor ``overwrite`` is given.
+        FileNotFoundError: ``resume`` is given, but there is no run.
+        FileExistsError: there is a run, and neither ``resume`` nor ``overwrite`` is given.
         NotADirectoryError: ``out`` is a file.
         ValueError: both are given.
     """
@@ -32,20 +32,20 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
         read_options(out)
     elif not overwrite and ((out / CONFIG).exists() or (out / CHECKPOINT).exists()):
         raise FileExistsError(
-            f"{out} already holds a run: go on with it (--resume), replace it (--overwrite), "
+            f"{out} already holds a run: continue it (--resume), replace it (--overwrite), "
             "or choose another folder"
         )
 
 
 def begin_folder(config: TrainConfig, resume: bool, launch: str = "") -> None:
-    """Make the run's folder, clear it unless the run goes on there, and write its options.
+    """Make the folder of a run, clear it unless the run resumes, and write the options.
 
-    A ``launch`` that has a name is noted, for ``was_started_by``.
+    A ``launch`` with a name is stored for :func:`was_started_by`.
     """
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     if not resume:
-        # The options go first and come last: killed in between, the folder holds no run.
+        # Options are deleted first and written last: killed in between, the folder holds no run.
         for name in (CONFIG, CHECKPOINT, METRICS, CURVE, EVALUATION, LAUNCH):
             (out / name).unlink(missing_ok=True)
     if launch:
@@ -54,7 +54,7 @@ def begin_folder(config: TrainConfig, resume: bool, launch: str = "") -> None:
 
 
 def was_started_by(out: Path, launch: str) -> bool:
-    """Whether that launch began the run in ``out``, or went on with it, before a restart."""
+    """Whether this launch already started or resumed the run in ``out``, before a restart."""
     if not launch or not (out / CONFIG).exists() or not (out / LAUNCH).exists():
         return False
     return (out / LAUNCH).read_text(encoding="utf-8") == launch
@@ -62,13 +62,13 @@ def was_started_by(out: Path, launch: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """A run as its last checkpoint has it.
+    """A run at its last checkpoint.
 
     Attributes:
-        config: its options.
-        learner: its learner.
-        iteration: outer steps behind it.
-        seconds: of training behind it.
+        config: options of the run.
+        learner: the trained learner.
+        iteration: outer steps taken.
+        seconds: training time.
     """
 
     config: TrainConfig
@@ -78,15 +78,15 @@ class TrainedRun:
 
 
 def load_run(out: Path, device: str | None = None) -> TrainedRun:
-    """Read the run in the folder ``out``, wherever the folder was when it was trained.
+    """Read the run in the folder ``out``, which may have been moved since the training.
 
     Args:
-        out: the run's folder.
-        device: where to put the learner; ``None``: where it was trained.
+        out: folder of the run.
+        device: device of the learner; ``None``: the device of the training.
 
     Raises:
-        FileNotFoundError: there is no run, or no checkpoint of it yet.
-        ValueError: a file of the run is damaged, or the device is not there.
+        FileNotFoundError: there is no run, or no checkpoint yet.
+        ValueError: a file of the run is damaged, or the machine lacks the device.
     """
     options = read_options(out)
     path = out / CHECKPOINT

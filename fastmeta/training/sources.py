@@ -1,4 +1,4 @@
-"""Where training and validation tasks come from."""
+"""Sources of training and validation tasks."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from fastmeta.data.specs import has_image_folder, image_folder
 from fastmeta.training.config import TrainConfig
 from fastmeta.training.evaluation import VALIDATION_STREAM, Evaluator
 
-_HELD_OUT = 0.1  # of the training characters, for validation, where the data has no part for it
+_HELD_OUT = 0.1  # of the training characters, for validation, if the data have no such split
 
 
-def _sources(config: TrainConfig, source: Source | None) -> tuple[Source, Evaluator | None]:
-    """Where training tasks come from, and the validation on classes that do not train."""
+def training_sources(config: TrainConfig, source: Source | None) -> tuple[Source, Evaluator | None]:
+    """Source of training tasks, and the validation on classes that are not trained on.
+
+    Args:
+        config: options of the run.
+        source: training images of the caller's own, in place of ``config.data``.
+
+    Returns:
+        The source, and the evaluator; None if ``eval_every`` is 0.
+    """
     training = source or from_spec(config.data, "train", config.protocol)
     if config.eval_every == 0:
         return training, None
-    held_out = None if source else _validation_part(config)
+    held_out = None if source else validation_source(config)
     if held_out is None and isinstance(training, ClassImages):
-        training, held_out = _hold_out(training, config.ways)
+        training, held_out = hold_out(training, config.ways)
     validator = Evaluator(
         held_out or training,
         config.ways,
@@ -32,8 +40,8 @@ def _sources(config: TrainConfig, source: Source | None) -> tuple[Source, Evalua
     return training, validator
 
 
-def _validation_part(config: TrainConfig) -> Source | None:
-    """The data's own validation classes, where it has some."""
+def validation_source(config: TrainConfig) -> Source | None:
+    """Validation split of the data, if there is one."""
     name, _, root = config.data.partition(":")
     if name == "glyphs":
         return Glyphs("validation")
@@ -44,9 +52,11 @@ def _validation_part(config: TrainConfig) -> Source | None:
     return None
 
 
-def _hold_out(source: ClassImages, ways: int) -> tuple[ClassImages, ClassImages]:
-    """Split classes in two, nine tenths and one (at least ``ways``): always the same, and all
-    rotations of a character, ``NAME`` and ``NAME@90``, on the same side."""
+def hold_out(source: ClassImages, ways: int) -> tuple[ClassImages, ClassImages]:
+    """Split classes into nine tenths and one tenth (at least ``ways``), always in the same way.
+
+    All rotations of a character, ``NAME`` and ``NAME@90``, are on the same side.
+    """
     characters = [name.partition("@")[0] for name in source.class_names]
     order = sorted(set(characters), key=lambda name: stable_fraction(name, "validation"))
     held_out = set(order[: max(ways, round(_HELD_OUT * len(order)))])

@@ -1,7 +1,4 @@
-"""Fair timings on a noisy machine: contenders take turns, and only their ratios are quoted.
-
-And a duration in words, for people.
-"""
+"""Fair timings on a noisy machine, where contenders take turns; and durations in words."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 
 def interleave(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in `rounds` rounds A B C A B C, after one round to warm up."""
+    """Seconds of each call in ``rounds`` rounds A B C, A B C, after one round to warm up."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
@@ -22,11 +19,11 @@ def interleave(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 
 
 def ratio(slow: list[float], fast: list[float]) -> float:
-    """Median over rounds of how many times as fast the second one was."""
+    """Speed of ``fast`` as a multiple of ``slow``: the median over rounds."""
     return statistics.median(s / f for s, f in zip(slow, fast, strict=True))
 
 
 def duration(seconds: float) -> str:
-    """``"3 min 20 s"``, or ``"20.1 s"`` where it is less than a minute."""
+    """Duration in words: ``"3 min 20 s"``, or ``"20.1 s"`` below a minute."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

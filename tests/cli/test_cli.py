@@ -59,6 +59,14 @@ def test_no_option_is_forgotten():
     assert tested | {"algorithm", "data", "out"} == names
 
 
+def test_the_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    listed = set(re.findall(r"^  --([\w-]+)", capsys.readouterr().out, re.MULTILINE))
+    names = {field.name.replace("_", "-") for field in dataclasses.fields(TrainConfig)}
+    assert listed == (names - {"algorithm"}) | {"debug", "resume", "overwrite"}
+
+
 def test_overwrite_arrives(arrived):
     cli.main(["train", "maml", "--data", "glyphs", "--out", "x", "--overwrite"])
     assert arrived[0][1] == {"resume": False, "overwrite": True}
@@ -101,7 +109,7 @@ def test_the_time_limit_is_no_failure(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "of 1,000,000 iterations" in out
     assert "stopped by the time limit" in out
-    assert f"Go on with: python -m fastmeta train maml --out {tmp_path} --resume" in out
+    assert f"Continue with: python -m fastmeta train maml --out {tmp_path} --resume" in out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -119,7 +127,7 @@ def test_a_signal_ends_training_with_a_checkpoint_and_a_message(tmp_path, number
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert f"stopped by {signal.Signals(number).name}" in out
-    assert "Go on with" in out
+    assert "Continue with" in out
     assert err == ""
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["iteration"] == len(metrics.read_text().splitlines())

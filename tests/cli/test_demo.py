@@ -1,4 +1,4 @@
-"""The demo: it runs through, times the backends in turn, and says so where there is only one."""
+"""The demo: it runs through, times the backends in turn, and says so if there is only one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 import fastmeta as fm
 from fastmeta.cli import demo
 from fastmeta.data import ClassImages
-from fastmeta.training import evaluation
-from fastmeta.training import loop as train
+from fastmeta.training import evaluation, sources
 from fastmeta.training import timing as _timing
 
 
@@ -19,9 +18,9 @@ from fastmeta.training import timing as _timing
 def small_images(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (24, 20, 1, 16, 16), generator=generator, dtype=torch.uint8)
-    for module in (demo, train):
+    for module in (demo, sources):
         monkeypatch.setattr(module, "Glyphs", lambda split: ClassImages(images))
-    for module in (train, evaluation):
+    for module in (sources, evaluation):
         monkeypatch.setattr(module, "from_spec", lambda *spec: ClassImages(images))
 
 

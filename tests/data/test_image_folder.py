@@ -11,8 +11,8 @@ from PIL import Image
 
 from fastmeta import cli
 from fastmeta.data import Episodes, ImageFolder, from_spec
-from fastmeta.training import loop as train
 from fastmeta.training.config import TrainConfig
+from fastmeta.training.sources import validation_source
 
 
 @pytest.fixture(autouse=True)
@@ -117,11 +117,11 @@ def mixed(root: Path) -> None:
         (
             lambda root: root.mkdir(),
             ValueError,
-            "to hold folders of images, .*found nothing",
+            "to hold a folder of images .*found nothing",
         ),
-        (lambda root: write(root / "1.png", 1), ValueError, "one a class; found 1.png"),
+        (lambda root: write(root / "1.png", 1), ValueError, "for each class; found 1.png"),
         (broken, ValueError, "cannot decode .*class1/1.png"),
-        (deep, ValueError, "class0/1.png: expected 8 bits a channel, it has the mode I;16"),
+        (deep, ValueError, "class0/1.png: expected 8 bits per channel, got mode I;16"),
         (mixed, ValueError, "class0/0.png is 6 x 4, class2/1.png is 5 x 5"),
     ],
 )
@@ -156,9 +156,9 @@ def test_a_missing_split_is_named(tmp_path):
 def test_the_folder_val_is_for_validation(tmp_path):
     write_classes(tmp_path / "train")
     config = TrainConfig("maml", f"images:{tmp_path}", str(tmp_path / "out"))
-    assert train._validation_part(config) is None
+    assert validation_source(config) is None
     write_classes(tmp_path / "val", classes=2)
-    assert train._validation_part(config).num_classes == 2
+    assert validation_source(config).num_classes == 2
 
 
 def test_own_images_from_training_to_evaluation(tmp_path, capsys):

@@ -207,7 +207,7 @@ LAYOUT = r"images_background/ALPHABET/characterNN/IIII_JJ\.png"
     ("files", "message"),
     [
         ({"images_background/a/b.png": b""}, f"{LAYOUT}.*found images_background/a/b.png"),
-        (broken(lambda files: files.pop(FIRST)), r"between 3 \(Aaa/character01\) and 4"),
+        (broken(lambda files: files.pop(FIRST)), r"got 3 \(Aaa/character01\) to 4"),
         (broken(lambda files: files.update({FIRST: b"?"})), f"cannot decode {FIRST}"),
         (
             broken(lambda files: files.update({FIRST: png(Image.new("1", (9, 8)))})),

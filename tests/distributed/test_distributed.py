@@ -434,7 +434,8 @@ def test_gpus_are_not_chosen_by_number(monkeypatch):
 
 KILLED = """
 import os, signal, sys
-from fastmeta import cli, train
+from fastmeta import cli
+from fastmeta.training import loop as train
 
 deaths = {("0", "1"): 14, ("1", "0"): 25}  # restarts and rank: the step that is its last
 last = deaths.get((os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]))

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from fastmeta.learners import MAML
 from fastmeta.training import compare as comparing
-from fastmeta.training import evaluation
+from fastmeta.training import evaluation, sources
 from fastmeta.training import loop as training
 from fastmeta.training import plots as curves
 from fastmeta.training.compare import report as comparison
@@ -17,7 +17,7 @@ from tests.helpers.runs import images
 @pytest.fixture
 def from_memory(monkeypatch):
     """Data come from memory, whatever they are called."""
-    for module in (training, evaluation, comparing):
+    for module in (sources, evaluation, comparing):
         monkeypatch.setattr(module, "from_spec", lambda *_: images())
 
 

@@ -62,7 +62,7 @@ def commands(text: str) -> list[list[str]]:
 
 def check_command(arguments: list[str]) -> None:
     """Raises, or exits, unless the command line is valid, and the options of a training."""
-    given = vars(cli._parser().parse_args(arguments))
+    given = vars(cli.build_parser().parse_args(arguments))
     for name in ("command", "debug"):
         given.pop(name)
     if arguments[0] == "train":

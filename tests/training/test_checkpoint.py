@@ -73,7 +73,7 @@ def test_a_truncated_checkpoint_is_named(tmp_path):
 
 def test_another_torch_file_is_no_checkpoint(tmp_path):
     torch.save({"weights": torch.zeros(1)}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="is no fastmeta checkpoint"):
+    with pytest.raises(ValueError, match="is not a fastmeta checkpoint"):
         load_checkpoint(tmp_path / "model.pt")
 
 
@@ -126,7 +126,7 @@ def test_a_log_that_lacks_iterations_is_named(tmp_path):
 
 def test_a_log_with_a_gap_is_named(tmp_path):
     (tmp_path / "log").write_text('{"iteration": 1}\n{"iteration": 3}\n')
-    with pytest.raises(ValueError, match="line 2: this is not iteration 2"):
+    with pytest.raises(ValueError, match="line 2: expected iteration 2, got 3"):
         MetricsLog(tmp_path / "log", keep=2)
 
 

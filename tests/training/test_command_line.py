@@ -9,7 +9,8 @@ import pytest
 from fastmeta import cli
 from fastmeta.training import loop as train
 from fastmeta.training.command_line import train_command
-from fastmeta.training.config import ALGORITHMS, TrainConfig
+from fastmeta.training.config import TrainConfig
+from fastmeta.training.learner_options import ALGORITHMS
 from tests.helpers.command_options import OPTIONS
 
 

@@ -122,7 +122,7 @@ def test_streams_of_one_seed_do_not_meet():
 
 
 def test_one_task_has_no_interval():
-    with pytest.raises(ValueError, match="tasks: expected at least 2, one has no interval, got 1"):
+    with pytest.raises(ValueError, match="tasks: expected at least 2 for an interval, got 1"):
         Evaluator(Sinusoid(), 1, 10, 10, tasks=1)
 
 
@@ -183,7 +183,7 @@ def test_what_does_not_fit_the_run_is_refused(protonet):
         evaluate_run(protonet, data="sinusoid")
     with pytest.raises(ValueError, match="ways: expected at most the 30 classes"):
         evaluate_run(protonet, ways=31)
-    with pytest.raises(ValueError, match="device: 'abacus'"):
+    with pytest.raises(ValueError, match="device: expected a device of this machine, got 'abacus'"):
         evaluate_run(protonet, device="abacus")
 
 

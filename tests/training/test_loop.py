@@ -12,7 +12,7 @@ from torch import nn
 
 from fastmeta.data import Episodes, Sinusoid
 from fastmeta.learners.metric.protonet import ProtoNet
-from fastmeta.training import evaluation
+from fastmeta.training import evaluation, sources
 from fastmeta.training import loop as training
 from fastmeta.training.checkpoint import load_checkpoint
 from fastmeta.training.config import TrainConfig, read_options
@@ -182,7 +182,7 @@ def test_data_and_protocol_choose_the_source(tmp_path, monkeypatch):
         asked.append(spec)
         return images()
 
-    monkeypatch.setattr(training, "from_spec", from_spec)
+    monkeypatch.setattr(sources, "from_spec", from_spec)
     train(TrainConfig("protonet", "omniglot:x", str(tmp_path), protocol="paper", **TINY))
     assert asked == [("omniglot:x", "train", "paper")]
 
@@ -236,7 +236,7 @@ def test_validation_classes_do_not_train():
     source = images(40)
     names = [f"alphabet/character{i:02d}" for i in range(10)]
     source.class_names = [f"{n}{turn}" for turn in ("", "@90", "@180", "@270") for n in names]
-    kept, held_out = training._hold_out(source, ways=2)
+    kept, held_out = sources.hold_out(source, ways=2)
     characters = [{n.partition("@")[0] for n in part.class_names} for part in (kept, held_out)]
     assert [len(part) for part in characters] == [8, 2]
     assert not characters[0] & characters[1]
@@ -273,9 +273,9 @@ def test_the_data_s_own_validation_part_is_preferred(
     tmp_path, monkeypatch, data, protocol, expected
 ):
     for name in ("Glyphs", "Omniglot"):
-        monkeypatch.setattr(training, name, lambda *arguments: arguments)
+        monkeypatch.setattr(sources, name, lambda *arguments: arguments)
     config = TrainConfig("maml", data, str(tmp_path), protocol=protocol)
-    assert training._validation_part(config) == expected
+    assert sources.validation_source(config) == expected
 
 
 # Resuming
@@ -314,9 +314,10 @@ def test_a_resumed_run_draws_the_same_dropout(tmp_path, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-from fastmeta import checkpoint, cli
+from fastmeta import cli
+from fastmeta.training.metrics_log import MetricsLog
 
-append = checkpoint.MetricsLog.append
+append = MetricsLog.append
 
 def append_then_die(log, record):
     append(log, record)
@@ -325,7 +326,7 @@ def append_then_die(log, record):
         log._file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 
-checkpoint.MetricsLog.append = append_then_die
+MetricsLog.append = append_then_die
 cli.main(sys.argv[1:])
 """
 

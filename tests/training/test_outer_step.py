@@ -13,7 +13,7 @@ from tests.helpers.runs import equal, maml, protonet, run, sinusoid, weights
 
 @pytest.fixture
 def plain_adam(monkeypatch):
-    """Within this context training takes PyTorch's Adam as it is by default."""
+    """Within this context training takes PyTorch's Adam with its default options."""
     adam = torch.optim.Adam
 
     @contextmanager

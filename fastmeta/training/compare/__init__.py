@@ -1,16 +1,16 @@
-"""Comparing learners: several are meta-trained on the same tasks, or were, and all are scored."""
+"""Comparison of learners, trained one after the other on the same tasks, or of existing runs."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import product
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from fastmeta.data import from_spec
-from fastmeta.training.compare.plan import SAME, with_learner_name
+from fastmeta.training.checkpoint import load_checkpoint
+from fastmeta.training.compare.plan import SAME, learner_named_in_errors
 from fastmeta.training.compare.report import (
     DIVERGED,
     PICTURE,
@@ -20,16 +20,16 @@ from fastmeta.training.compare.report import (
     Entry,
     read_record,
 )
-from fastmeta.training.config import NAMES, TrainConfig, check_same_run, read_options
+from fastmeta.training.config import TrainConfig, check_same_run, read_options
 from fastmeta.training.environment import cpu_threads
 from fastmeta.training.evaluation import Evaluator, RunEvaluation, evaluate_run
+from fastmeta.training.learner_options import NAMES
 from fastmeta.training.loop import train
 from fastmeta.training.metrics_log import read_metrics
 from fastmeta.training.run_folder import (
     CHECKPOINT,
     CONFIG,
     METRICS,
-    TrainedRun,
     begin_folder,
     check_folder,
     load_run,
@@ -39,7 +39,7 @@ __all__ = ["compare", "compare_runs"]
 
 _TASKS = 600  # of an evaluation
 
-_NO_TIME = 1e-9  # minutes: a limit is above 0
+_NO_TIME = 1e-9  # minutes: TrainConfig wants a limit above 0
 
 Report = Callable[[Entry], object]
 
@@ -53,32 +53,32 @@ def compare(
     overwrite: bool = False,
     report: Report | None = None,
 ) -> Comparison:
-    """Meta-train learners one after the other, score each, and write a table and a picture.
+    """Train learners one after the other, score each, and write a table and a picture.
 
     The folder ``out`` gets ``comparison.json`` with all numbers, ``comparison.md`` with the table
-    and the command of each run, and ``comparison.png``, written anew, atomically, after each
-    learner. Each run comes from :func:`fastmeta.training.loop.train` and is scored by
+    and the command of each run, and ``comparison.png``. They are replaced after each learner.
+    Each run is trained by :func:`fastmeta.training.loop.train` and scored by
     :func:`fastmeta.training.evaluation.evaluate_run`. A signal that ends a training ends the
     comparison; a learner that diverges does not.
 
     Args:
-        configs: the options of learners, each algorithm once, as
-            :func:`fastmeta.training.compare.plan.plan` makes them; the same data, protocol, ways
-            and shots. The time limit is for each learner.
+        configs: options of the learners, each algorithm once, as
+            :func:`fastmeta.training.compare.plan.plan` makes them. Data, protocol, ways and shots
+            agree. The time limit holds for each learner.
         out: folder of the comparison.
-        tasks: number of evaluation tasks, at least 2; ``None``: 600, or as the comparison to
-            resume was begun with.
-        resume: go on with the comparison in ``out``: finished learners stay as they are, the time
-            that a begun one was trained for counts, and its run goes on bit for bit.
-        overwrite: replace the comparison in ``out``, and the runs.
-        report: called with every learner that is done.
+        tasks: number of evaluation tasks, at least 2; ``None``: 600, or the number of the
+            comparison to resume.
+        resume: continue the comparison in ``out``. Finished learners are kept. A run that was
+            interrupted continues bit for bit, and its time so far counts.
+        overwrite: replace the comparison in ``out``, and its runs.
+        report: called with each learner when it is done.
 
     Raises:
         FileNotFoundError: there is nothing to resume, or the data are missing.
         FileExistsError: a folder holds a comparison or a run, and neither ``resume`` nor
             ``overwrite`` is given.
-        ValueError: options that contradict each other, the data or what is to be resumed. As the
-            two above, before anything is written.
+        ValueError: options contradict each other, the data or the comparison to resume.
+            All three are raised before anything is written.
 
     Example:
         >>> import tempfile
@@ -89,22 +89,25 @@ def compare(
         [3, 3]
     """
     _check_agreement("configs", configs)
-    if twice := _twice(config.algorithm for config in configs):
-        raise ValueError(f"configs: {twice} stands there more than once")
+    _check_unique("configs", (config.algorithm for config in configs))
     entries = [Entry(config, NAMES[config.algorithm]) for config in configs]
-    _check_folders(entries, out, resume, overwrite)
-    begun: dict[str, Any] = read_record(out) if resume else {"tasks": _TASKS, "learners": []}
-    tasks = begun["tasks"] if tasks is None else tasks
-    _check_tasks(entries, tasks)
-    if resume:
-        records = {record["algorithm"]: record for record in begun["learners"]}
-        entries = [_restored(entry, records, tasks) for entry in entries]
+    _check_folders(configs, out, resume, overwrite)
+    record = read_record(out) if resume else None
+    if tasks is None:
+        tasks = record.tasks if record else _TASKS
+    _check_training(configs)
+    _check_scoring(configs, tasks)
+    if record:
+        for index, config in enumerate(configs):
+            if config.algorithm in record.learners:
+                learner = record.learners[config.algorithm]
+                entries[index] = _resumed(entries[index], learner, tasks)
     else:
-        for name in (RECORD, TABLE, PICTURE):  # before the runs that they tell of
+        for name in (RECORD, TABLE, PICTURE):  # before the runs that they report on
             (out / name).unlink(missing_ok=True)
-    for entry in entries:
-        if not (resume and (Path(entry.config.out) / CONFIG).exists()):
-            begin_folder(entry.config, resume=False)
+    for config in configs:
+        if not (resume and (Path(config.out) / CONFIG).exists()):
+            begin_folder(config, resume=False)
     comparison = Comparison(entries, tasks, trained=True)
     comparison.save(out)
     for index in range(len(entries)):
@@ -112,12 +115,9 @@ def compare(
         if entry.stopped.startswith("SIG"):
             comparison.write(out)
             break
-        comparison.save(out)
+        comparison.save(out)  # killed while scoring, it need not train again
         with cpu_threads(entry.config.threads):
-            entries[index] = _scored(entry, tasks, device=entry.config.device)
-        comparison.write(out)
-        if report:
-            report(entries[index])
+            _score(comparison, index, out, report)
     return comparison
 
 
@@ -131,23 +131,22 @@ def compare_runs(
     overwrite: bool = False,
     report: Report | None = None,
 ) -> Comparison:
-    """Score runs that exist, and write a table and a picture as :func:`compare` does.
+    """Score existing runs, and write a table and a picture as :func:`compare` does.
 
     Args:
-        runs: the runs' folders; their data, protocol, ways and shots are the same. Scoring a run
-            leaves ``eval.json`` in its folder.
+        runs: folders of the runs, which agree in data, protocol, ways and shots. Scoring leaves
+            ``eval.json`` in each of them.
         out: folder of the comparison; it is made.
         tasks: number of evaluation tasks, at least 2.
-        queries: queries a class; ``None``: as each run was trained for.
-        device: where to compute; ``None``: where each run was trained.
+        queries: query examples per class; ``None``: as in training.
+        device: device of the evaluation; ``None``: the device of the training.
         overwrite: replace the comparison in ``out``.
-        report: called with every learner that is done.
+        report: called with each learner when it is done.
 
     Raises:
-        FileNotFoundError: a folder holds no run, or no checkpoint of it yet, or the data are
-            missing.
+        FileNotFoundError: a folder holds no run, or no checkpoint yet, or the data are missing.
         FileExistsError: ``out`` holds a comparison, and ``overwrite`` is not given.
-        ValueError: runs that cannot be compared, or tasks that the data do not have.
+        ValueError: the runs cannot be compared, or the data do not have such tasks.
 
     Example::
 
@@ -157,158 +156,145 @@ def compare_runs(
     loaded = [load_run(run, device) for run in runs]
     configs = [run.config for run in loaded]
     _check_agreement("runs", configs)
-    if twice := _twice(config.out for config in configs):
-        raise ValueError(f"runs: {twice} stands there more than once")
-    entries = [
-        Entry(run.config, label, run.iteration, run.seconds, _ending(run))
-        for run, label in zip(loaded, _labels(configs), strict=True)
-    ]
+    _check_unique("runs", (config.out for config in configs))
     _check_out(out, overwrite)
-    _check_scoring(entries, tasks, queries)
+    _check_scoring(configs, tasks, queries)
     out.mkdir(parents=True, exist_ok=True)
-    comparison = Comparison(entries, tasks, trained=False)
-    for index, entry in enumerate(entries):
-        entries[index] = _scored(entry, tasks, queries=queries, device=device)
-        comparison.write(out)
-        if report:
-            report(entries[index])
-    return comparison
-
-
-def _twice(names: Iterable[str]) -> str | None:
-    """The first name that is there more than once."""
-    return next((name for name, count in Counter(names).items() if count > 1), None)
-
-
-def _labels(configs: Sequence[TrainConfig]) -> list[str]:
-    """Names of the algorithms, with the folder where there are several of one."""
     counts = Counter(config.algorithm for config in configs)
-    names = [(NAMES[config.algorithm], config.out, counts[config.algorithm]) for config in configs]
-    return [f"{name} ({out})" if count > 1 else name for name, out, count in names]
+    comparison = Comparison([], tasks, trained=False)
+    for run in loaded:
+        several = f" ({run.config.out})" if counts[run.config.algorithm] > 1 else ""
+        stopped = "finished" if run.iteration >= run.config.iterations else ""
+        label = NAMES[run.config.algorithm] + several
+        comparison.entries.append(Entry(run.config, label, run.iteration, run.seconds, stopped))
+    for index in range(len(runs)):
+        _score(comparison, index, out, report, queries)
+    return comparison
 
 
 def _check_agreement(name: str, configs: Sequence[TrainConfig]) -> None:
     if not configs:
         raise ValueError(f"{name}: expected at least one, got none")
     first = configs[0]
-    for other, option in product(configs[1:], SAME):
-        ours, theirs = getattr(first, option), getattr(other, option)
-        if ours != theirs:
-            raise ValueError(
-                f"{option}: runs of a comparison have the same, {first.out} has {ours!r}, "
-                f"{other.out} has {theirs!r}"
-            )
+    for option in SAME:
+        for other in configs:
+            if getattr(first, option) != getattr(other, option):
+                raise ValueError(
+                    f"{option}: expected the same in all runs, got {getattr(first, option)!r} in "
+                    f"{first.out} and {getattr(other, option)!r} in {other.out}"
+                )
+
+
+def _check_unique(name: str, words: Iterable[str]) -> None:
+    for word, count in Counter(words).items():
+        if count > 1:
+            raise ValueError(f"{name}: expected each once, got {word} {count} times")
 
 
 def _check_out(out: Path, replaced: bool) -> None:
     check_folder(out, resume=False, overwrite=True)
     if (out / RECORD).exists() and not replaced:
         raise FileExistsError(
-            f"{out} already holds a comparison: go on with it (--resume), replace it "
+            f"{out} already holds a comparison: continue it (--resume), replace it "
             "(--overwrite), or choose another folder"
         )
 
 
-def _check_folders(entries: Sequence[Entry], out: Path, resume: bool, overwrite: bool) -> None:
+def _check_folders(
+    configs: Sequence[TrainConfig], out: Path, resume: bool, overwrite: bool
+) -> None:
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other")
     _check_out(out, replaced=resume or overwrite)
-    for entry in entries:
-        folder = Path(entry.config.out)
+    for config in configs:
+        folder = Path(config.out)
         if not resume:
             check_folder(folder, resume, overwrite)
         elif (folder / CONFIG).exists():
-            with with_learner_name(entry.config.algorithm):
-                check_same_run(dataclasses.asdict(entry.config), read_options(folder))
+            with learner_named_in_errors(config.algorithm):
+                check_same_run(asdict(config), read_options(folder))
 
 
-def _check_tasks(entries: Sequence[Entry], tasks: int) -> None:
-    config = entries[0].config
-    training = from_spec(config.data, "train", config.protocol)
-    for entry in entries:
-        config = entry.config
-        with with_learner_name(config.algorithm):
-            training.check(config.train_ways or config.ways, config.shots, config.queries)
-    _check_scoring(entries, tasks)
+def _check_training(configs: Sequence[TrainConfig]) -> None:
+    source = from_spec(configs[0].data, "train", configs[0].protocol)
+    for config in configs:
+        with learner_named_in_errors(config.algorithm):
+            source.check(config.train_ways or config.ways, config.shots, config.queries)
 
 
-def _check_scoring(entries: Sequence[Entry], tasks: int, queries: int | None = None) -> None:
-    config = entries[0].config
-    source = from_spec(config.data, "evaluation", config.protocol)
-    for many in {entry.config.queries if queries is None else queries for entry in entries}:
-        Evaluator(source, config.ways, config.shots, many, tasks)
+def _check_scoring(configs: Sequence[TrainConfig], tasks: int, queries: int | None = None) -> None:
+    first = configs[0]
+    source = from_spec(first.data, "evaluation", first.protocol)
+    for many in {config.queries if queries is None else queries for config in configs}:
+        Evaluator(source, first.ways, first.shots, many, tasks)
 
 
-def _restored(entry: Entry, records: Mapping[str, dict[str, Any]], tasks: int) -> Entry:
-    """The entry as far as its run and its record have come."""
-    config, record = entry.config, records.get(entry.config.algorithm)
-    out = Path(config.out)
-    if record is None or not (out / CONFIG).exists():
-        return entry
-    if record["stopped"] == DIVERGED:  # it would again
-        return dataclasses.replace(
-            entry,
-            **{"iteration": record["iterations"], "seconds": record["seconds"]},
-            **{"stopped": DIVERGED, "error": record["error"]},
+def _resumed(entry: Entry, record: dict[str, Any], tasks: int) -> Entry:
+    """Entry with the progress of its run; stop and score are from the record while they hold."""
+    config, folder = entry.config, Path(entry.config.out)
+    if record["stopped"] == DIVERGED and (folder / CONFIG).exists():  # it would diverge again
+        return Entry(
+            config,
+            entry.label,
+            record["iterations"],
+            record["seconds"],
+            DIVERGED,
+            error=record["error"],
         )
-    if not (out / CHECKPOINT).exists():
+    if not (folder / CHECKPOINT).exists():
         return entry
-    run = load_run(out, config.device)
-    if run.iteration > config.iterations:
-        taken = f"{entry.label} has taken {run.iteration} already"
-        raise ValueError(f"iterations: {taken}, got {config.iterations}")
-    stopped = "finished" if run.iteration == config.iterations else ""
-    if not stopped and record["stopped"] == "time limit" and not _longer(config, record):
-        stopped = "time limit"
+    state = load_checkpoint(folder / CHECKPOINT)
+    iteration, limit = state["iteration"], config.time_limit
+    if iteration > config.iterations:
+        before = f"{entry.label} has taken {iteration} already"
+        raise ValueError(f"iterations: {before}, got {config.iterations}")
+    stopped = "finished" if iteration == config.iterations else ""
+    if not stopped and record["stopped"] == "time limit":
+        stopped = "time limit" if limit and limit <= record["options"]["time_limit"] else ""
     found = record["evaluation"]
-    kept = stopped and found and (found["iteration"], found["tasks"]) == (run.iteration, tasks)
-    return dataclasses.replace(
-        entry,
-        iteration=run.iteration,
-        seconds=run.seconds,
-        stopped=stopped,
-        evaluation=RunEvaluation(**found) if kept else None,
-    )
-
-
-def _longer(config: TrainConfig, record: dict[str, Any]) -> bool:
-    """Whether the time limit is above the one that ended the training."""
-    return config.time_limit is None or config.time_limit > record["options"]["time_limit"]
-
-
-def _ending(run: TrainedRun) -> str:
-    return "finished" if run.iteration >= run.config.iterations else ""
+    holds = stopped and found and (found["iteration"], found["tasks"]) == (iteration, tasks)
+    evaluation = RunEvaluation(**found) if holds else None
+    return Entry(config, entry.label, iteration, state["seconds"], stopped, evaluation)
 
 
 def _trained(entry: Entry) -> Entry:
+    """Entry after its training; one whose training has ended is returned unchanged."""
+    config = entry.config
     if entry.stopped:
         return entry
+    rest = config
+    if config.time_limit is not None:  # less the time of earlier sessions
+        left = max(config.time_limit - entry.seconds / 60, _NO_TIME)
+        rest = replace(config, time_limit=left)
+    try:
+        result = train(rest, resume=True)
+    except FloatingPointError as error:
+        metrics = read_metrics(Path(config.out) / METRICS) or [{"iteration": 0, "seconds": 0.0}]
+        iteration, seconds = metrics[-1]["iteration"], metrics[-1]["seconds"]
+        return Entry(config, entry.label, iteration, seconds, DIVERGED, error=str(error))
+    begin_folder(config, resume=True)  # its config.json has the whole time limit
+    return Entry(config, entry.label, result.iteration, result.seconds, result.stopped)
+
+
+def _score(
+    comparison: Comparison,
+    index: int,
+    out: Path,
+    report: Report | None,
+    queries: int | None = None,
+) -> None:
+    """Score one learner unless its score is known, write the files, and report it."""
+    entry = comparison.entries[index]
     config = entry.config
-    try:
-        result = train(_rest(entry), resume=True)
-    except FloatingPointError as error:
-        last = (read_metrics(Path(config.out) / METRICS) or [{"iteration": 0, "seconds": 0.0}])[-1]
-        taken = {name: last[name] for name in ("iteration", "seconds")}
-        return dataclasses.replace(entry, **taken, stopped=DIVERGED, error=str(error))
-    begin_folder(config, resume=True)  # with the whole time limit
-    taken = {name: getattr(result, name) for name in ("iteration", "seconds", "stopped")}
-    return dataclasses.replace(entry, **taken)
-
-
-def _rest(entry: Entry) -> TrainConfig:
-    """The options of what is left to train: the time limit is that of all sessions together."""
-    limit = entry.config.time_limit
-    if limit is None:
-        return entry.config
-    left = max(limit - entry.seconds / 60, _NO_TIME)
-    return dataclasses.replace(entry.config, time_limit=left)
-
-
-def _scored(entry: Entry, tasks: int, **how: Any) -> Entry:
-    if entry.evaluation or entry.error:
-        return entry
-    try:
-        found = evaluate_run(Path(entry.config.out), tasks=tasks, **how)
-    except FloatingPointError as error:
-        return dataclasses.replace(entry, error=str(error))
-    return dataclasses.replace(entry, evaluation=found)
+    if not (entry.evaluation or entry.error):
+        try:
+            found = evaluate_run(
+                Path(config.out), tasks=comparison.tasks, queries=queries, device=config.device
+            )
+            entry = replace(entry, evaluation=found)
+        except FloatingPointError as error:
+            entry = replace(entry, error=str(error))
+    comparison.entries[index] = entry
+    comparison.write(out)
+    if report:
+        report(entry)

@@ -1,145 +1,119 @@
-"""The options of the learners of a comparison: common ones, and some of one learner only."""
+"""Options of the learners of a comparison: common ones, and some of one learner only."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
+from fastmeta.core.checks import check_choice
 from fastmeta.training.compare.report import read_record
-from fastmeta.training.config import ALGORITHMS, OPTIONS, TrainConfig
+from fastmeta.training.config import TrainConfig, option_types
+from fastmeta.training.learner_options import (
+    ALGORITHMS,
+    LEARNER_OPTIONS,
+    OF_SOME_LEARNERS,
+    REGRESSION,
+)
 
-SAME = ("data", "protocol", "ways", "shots")  # what the learners of a comparison share
-
-_NOT_ONE_S = {"algorithm", "out", *SAME}
-
-_WORDS = {"true": True, "false": False}
+SAME = ("data", "protocol", "ways", "shots")  # options that the learners share
 
 
 def plan(
     out: Path,
-    data: str,
+    data: str | None = None,
     algorithms: Sequence[str] | None = None,
     own: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    resume: bool = False,
     **common: Any,
 ) -> list[TrainConfig]:
-    """The options of several learners on the same data, each in a folder of its own.
+    """Options of several learners on the same data, each in a folder of its own.
 
     Args:
-        out: folder of the comparison; a learner's run is in the folder of its name within.
-        data: as for :class:`fastmeta.training.config.TrainConfig`.
-        algorithms: the learners; ``None``: all that can learn from the data.
-        own: options of one learner only, by its name; they come before the common ones.
-        common: options of all learners, as for :class:`fastmeta.training.config.TrainConfig`.
+        out: folder of the comparison; each run is in the subfolder named after its learner.
+        data: source of the tasks; needed unless ``resume``.
+        algorithms: the learners; ``None``: all that can learn from the data, or the learners
+            of the comparison to resume.
+        own: options of one learner only, by its name; they override the common ones.
+        resume: start from the options of the comparison in ``out``.
+        common: options of all learners, as :class:`fastmeta.training.config.TrainConfig` has them.
 
     Raises:
-        ValueError: options of a learner that is not there; and with the learner's name, what
-            :class:`fastmeta.training.config.TrainConfig` raises, TypeError too.
+        FileNotFoundError: there is no comparison to resume.
+        ValueError: ``own`` names a learner that is not compared; the comparison to resume has
+            other learners; or an error of :class:`fastmeta.training.config.TrainConfig`
+            (TypeError too), with the name of the learner.
 
     Example:
         >>> configs = plan(Path("runs"), "glyphs", ["maml", "fomaml"], {"maml": {"steps": 2}})
         >>> [(config.out, config.steps) for config in configs]
         [('runs/maml', 2), ('runs/fomaml', 5)]
     """
+    learners = read_record(out).learners if resume else {}
+    begun = {name: learner["options"] for name, learner in learners.items()}
+    if algorithms and begun and set(algorithms) != set(begun):
+        before, now = ", ".join(begun), ", ".join(algorithms)
+        raise ValueError(f"algorithms: the comparison to resume has {before}, got {now}")
+    able = ALGORITHMS if data != REGRESSION else [name for name in ALGORITHMS if name != "protonet"]
+    algorithms = list(begun) or algorithms or able
     own = own or {}
-    if algorithms is None:
-        algorithms = [name for name in ALGORITHMS if _can_learn(name, data)]
-    _check_own(own, algorithms)
-    return [
-        _config(name, data=data, out=str(out / name), **{**common, **own.get(name, {})})
-        for name in algorithms
-    ]
+    if unused := [name for name in own if name not in algorithms]:
+        raise ValueError(f"set: {unused[0]} is not compared, only {', '.join(algorithms)}")
+    if data is not None:
+        common["data"] = data
+    configs = []
+    for name in algorithms:
+        with learner_named_in_errors(name):
+            options = {**begun.get(name, {}), **common, **own.get(name, {})}
+            configs.append(TrainConfig(**options | {"algorithm": name, "out": str(out / name)}))
+    return configs
 
 
-def resumed_plan(
-    out: Path,
-    data: str | None = None,
-    algorithms: Sequence[str] | None = None,
-    own: Mapping[str, Mapping[str, Any]] | None = None,
-    **common: Any,
-) -> list[TrainConfig]:
-    """The options that the comparison in ``out`` was begun with, and of :func:`plan` those given.
+def parse_settings(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Options by learner, from texts of the form ``"ALGORITHM.OPTION=VALUE"``.
 
     Raises:
-        FileNotFoundError: there is no comparison.
-        ValueError: other learners than before, or other options that a run must keep.
-    """
-    learners = read_record(out)["learners"]
-    begun = {record["algorithm"]: record["options"] for record in learners}
-    if algorithms is not None and set(algorithms) != set(begun):
-        raise ValueError(
-            f"algorithms: the comparison to resume has {', '.join(begun)}, "
-            f"got {', '.join(algorithms)}"
-        )
-    own = own or {}
-    _check_own(own, begun)
-    given = common if data is None else {"data": data, **common}
-    return [
-        _config(**{**options, **given, **own.get(name, {}), "out": str(out / name)})
-        for name, options in begun.items()
-    ]
-
-
-def parse_setting(text: str) -> tuple[str, str, Any]:
-    """Algorithm, option and value of ``"ALGORITHM.OPTION=VALUE"``.
-
-    Raises:
-        ValueError: it has another form, or there is no such algorithm, option or value.
+        ValueError: a text has another form, or there is no such algorithm, option or value.
 
     Example:
-        >>> parse_setting("mamlpp.inner-lr=0.2")
-        ('mamlpp', 'inner_lr', 0.2)
+        >>> parse_settings(["mamlpp.inner-lr=0.2", "mamlpp.steps=3"])
+        {'mamlpp': {'inner_lr': 0.2, 'steps': 3}}
     """
-    place, _, value = text.partition("=")
-    algorithm, _, option = place.partition(".")
-    option = option.replace("-", "_")
-    if not (algorithm and option and value):
-        raise ValueError(f"set: expected ALGORITHM.OPTION=VALUE, got {text!r}")
-    if algorithm not in ALGORITHMS:
-        known = ", ".join(ALGORITHMS)
-        raise ValueError(f"set: expected one of {known} before the point, got {text!r}")
-    kinds = _settings(algorithm)
-    if option not in kinds:
-        raise ValueError(f"set: {algorithm} has {', '.join(kinds)} to set, got {text!r}")
-    kind = kinds[option]
+    own: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        place, _, value = text.partition("=")
+        algorithm, _, name = place.partition(".")
+        name = name.replace("-", "_")
+        if not (algorithm and name and value):
+            raise ValueError(f"set: expected ALGORITHM.OPTION=VALUE, got {text!r}")
+        check_choice("set", algorithm, ALGORITHMS)
+        types = _types_of(algorithm)
+        check_choice(f"set {algorithm}", name, types)
+        own.setdefault(algorithm, {})[name] = _parsed(types[name], value, text)
+    return own
+
+
+def _types_of(algorithm: str) -> dict[str, type]:
+    """Types of the options that one learner of a comparison may have for itself."""
+    shared = {"algorithm", "out", *SAME}
+    of_others = set(OF_SOME_LEARNERS) - set(LEARNER_OPTIONS[algorithm])
+    types = option_types()
+    return {name: types[name] for name in types if name not in shared | of_others}
+
+
+def _parsed(kind: type, value: str, text: str) -> Any:
     try:
-        return algorithm, option, _WORDS[value] if kind is bool else kind(value)
+        return {"true": True, "false": False}[value] if kind is bool else kind(value)
     except (KeyError, ValueError):
         expected = "true or false" if kind is bool else f"a value of type {kind.__name__}"
         raise ValueError(f"set: expected {expected}, got {text!r}") from None
 
 
-def _settings(algorithm: str) -> dict[str, type]:
-    """The options that one learner may have for itself, and their types."""
-    of_others = {name for names in OPTIONS.values() for name in names} - {*OPTIONS[algorithm]}
-    hints = get_type_hints(TrainConfig)
-    hints = {name: (get_args(hint) or (hint,))[0] for name, hint in hints.items()}
-    return {name: hints[name] for name in hints if name not in _NOT_ONE_S | of_others}
-
-
-def _can_learn(algorithm: str, data: str) -> bool:
-    try:
-        TrainConfig(algorithm, data, out="")
-    except ValueError:
-        return False
-    return True
-
-
-def _check_own(own: Iterable[str], compared: Iterable[str]) -> None:
-    known = tuple(compared)
-    if unused := [name for name in own if name not in known]:
-        raise ValueError(f"set: {unused[0]} is not compared, only {', '.join(known)}")
-
-
-def _config(algorithm: str, **options: Any) -> TrainConfig:
-    with with_learner_name(algorithm):
-        return TrainConfig(algorithm, **options)
-
-
 @contextmanager
-def with_learner_name(learner: str) -> Iterator[None]:
-    """Say in errors whose options are wrong."""
+def learner_named_in_errors(learner: str) -> Iterator[None]:
+    """Put the name of the learner before the message of an error inside."""
     try:
         yield
     except (ValueError, TypeError) as error:

@@ -19,7 +19,7 @@ from fastmeta.training import loop as training
 from fastmeta.training.checkpoint import load_checkpoint
 from fastmeta.training.command_line import train_command
 from fastmeta.training.compare import compare
-from fastmeta.training.compare.plan import plan, resumed_plan
+from fastmeta.training.compare.plan import plan
 from fastmeta.training.config import read_options
 from fastmeta.training.metrics_log import read_metrics
 from tests.helpers.comparisons import NAMES, Killed, kill, learners, record, run, sinusoid, timeless
@@ -88,7 +88,7 @@ def test_the_best_accuracy_is_the_highest(tmp_path, from_memory):
     assert protonet.split("|")[2].strip() == "-"
     page = (tmp_path / "comparison.md").read_text()
     assert page.startswith("# Learners on images, 5-way 1-shot\n")
-    assert "3 queries a class" in page
+    assert "3 queries per class" in page
 
 
 def test_the_page_holds_table_picture_and_commands(tmp_path):
@@ -187,7 +187,7 @@ def test_overwriting_replaces_all(tmp_path, at_call):
         compare(sinusoid(tmp_path / "a", seed=1), tmp_path / "a", tasks=10, overwrite=True)
     at_call(0, kill)
     assert not (tmp_path / "a" / "fomaml" / "checkpoint.pt").exists()
-    compare(resumed_plan(tmp_path / "a"), tmp_path / "a", tasks=10, resume=True)
+    compare(plan(tmp_path / "a", resume=True), tmp_path / "a", tasks=10, resume=True)
     run(tmp_path / "b", seed=1)
     assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
 
@@ -196,7 +196,7 @@ def test_overwriting_replaces_all(tmp_path, at_call):
 def test_a_damaged_record_is_told(tmp_path, text):
     (tmp_path / "comparison.json").write_text(text)
     with pytest.raises(ValueError, match=r"comparison.json is damaged"):
-        resumed_plan(tmp_path)
+        plan(tmp_path, resume=True)
 
 
 # Learners that diverge
@@ -224,7 +224,7 @@ def test_a_learner_that_diverges_does_not_stop_the_others(tmp_path, capsys, figu
 def test_a_diverged_learner_is_not_tried_again(tmp_path, at_call):
     first = run(tmp_path, own=DIVERGING)
     at_call(1, kill)
-    again = compare(resumed_plan(tmp_path), tmp_path, tasks=10, resume=True)
+    again = compare(plan(tmp_path, resume=True), tmp_path, tasks=10, resume=True)
     assert again.entries == first.entries
 
 
@@ -285,7 +285,7 @@ def test_the_command_goes_on_without_options(tmp_path, capsys):
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (128 + signal.SIGTERM, "")
     again = f"python -m fastmeta compare --out {tmp_path} --resume"
-    assert out.endswith(f"Stopped by SIGTERM. Go on with: {again}\n")
+    assert out.endswith(f"Stopped by SIGTERM. Continue with: {again}\n")
     taken = str(learners(tmp_path)["maml"]["iterations"] + 2)
     assert cli.main([*again.split()[3:], "--iterations", taken]) == 0
     assert f"MAML: {int(taken):,} iterations" in capsys.readouterr().out

@@ -9,13 +9,14 @@ import pytest
 
 from fastmeta import cli
 from fastmeta.training import compare
-from fastmeta.training.compare.plan import parse_setting, plan
+from fastmeta.training.compare.plan import parse_settings, plan
 from fastmeta.training.compare.report import Comparison, Entry
-from fastmeta.training.config import ALGORITHMS, OPTIONS, TrainConfig
+from fastmeta.training.config import TrainConfig
+from fastmeta.training.learner_options import ALGORITHMS, OF_SOME_LEARNERS
 from tests.helpers.command_options import OPTIONS as CASES
 
 OUT = Path("x")
-OF_SOME = {name for names in OPTIONS.values() for name in names}
+OF_SOME = set(OF_SOME_LEARNERS)
 
 
 @pytest.fixture
@@ -99,9 +100,10 @@ def test_all_learners_that_the_data_allow_are_usual():
     ],
 )
 def test_settings_have_the_types_of_the_options(text, expected):
-    found = parse_setting(text)
-    assert found == expected
-    assert type(found[2]) is type(expected[2])
+    algorithm, option, value = expected
+    found = parse_settings([text])
+    assert found == {algorithm: {option: value}}
+    assert type(found[algorithm][option]) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -110,11 +112,11 @@ def test_settings_have_the_types_of_the_options(text, expected):
         ("steps=2", "set: expected ALGORITHM.OPTION=VALUE, got 'steps=2'"),
         ("maml.steps", "set: expected ALGORITHM.OPTION=VALUE, got 'maml.steps'"),
         ("maml.steps=", "set: expected ALGORITHM.OPTION=VALUE, got 'maml.steps='"),
-        ("svm.steps=2", "set: expected one of .*maml, .* before the point, got 'svm.steps=2'"),
-        ("maml.stepz=2", "set: maml has .*steps, .* to set, got 'maml.stepz=2'"),
-        ("maml.metric=dot", "set: maml has .* to set, got 'maml.metric=dot'"),
-        ("maml.ways=3", "set: maml has .* to set, got 'maml.ways=3'"),
-        ("maml.out=3", "set: maml has .* to set, got 'maml.out=3'"),
+        ("svm.steps=2", "set: expected one of .*maml, .*, got 'svm'"),
+        ("maml.stepz=2", "set maml: expected one of .*steps, .*, got 'stepz'"),
+        ("maml.metric=dot", "set maml: expected one of .*, got 'metric'"),
+        ("maml.ways=3", "set maml: expected one of .*, got 'ways'"),
+        ("maml.out=3", "set maml: expected one of .*, got 'out'"),
         ("maml.steps=two", "set: expected a value of type int, got 'maml.steps=two'"),
         ("maml.lr=fast", "set: expected a value of type float, got 'maml.lr=fast'"),
         ("maml.first_order=1", "set: expected true or false, got 'maml.first_order=1'"),
@@ -122,17 +124,17 @@ def test_settings_have_the_types_of_the_options(text, expected):
 )
 def test_a_wrong_setting_is_told(text, message):
     with pytest.raises(ValueError, match=message):
-        parse_setting(text)
+        parse_settings([text])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--set maml.stepz=2", "got 'maml.stepz=2'"),
+        ("--set maml.stepz=2", "got 'stepz'"),
         ("--set maml.steps=0", "maml: steps: expected an integer >= 1, got 0"),
         ("--set protonet.metric=l1", "protonet: metric: expected one of sqeuclidean"),
         ("--algorithms fomaml --set maml.steps=2", "set: maml is not compared, only fomaml"),
-        ("--algorithms maml maml", "configs: maml stands there more than once"),
+        ("--algorithms maml maml", "configs: expected each once, got maml 2 times"),
         ("--shots 0", "protonet: shots: expected an integer >= 1, got 0"),
         ("--tasks 1", "tasks: expected at least 2"),
         ("--ways 100000", "protonet: ways: expected at most the"),

@@ -1,4 +1,4 @@
-"""A comparison that was killed or interrupted goes on, and is the one that was not."""
+"""A comparison that was killed or interrupted resumes, and ends like one that was not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from fastmeta.training import compare as comparing
 from fastmeta.training import loop as training
 from fastmeta.training.compare import compare
-from fastmeta.training.compare.plan import resumed_plan
+from fastmeta.training.compare.plan import plan
 from fastmeta.training.config import TrainConfig, read_options
 from tests.helpers.comparisons import Killed, kill, learners, record, run, sinusoid, timeless
 
@@ -28,7 +28,7 @@ def test_a_killed_comparison_goes_on(tmp_path, at_call, number):
     assert done == [number > 4, False]
     for name in ("comparison.md", "comparison.png"):
         assert (tmp_path / "killed" / name).exists() is done[0]
-    compare(resumed_plan(tmp_path / "killed"), tmp_path / "killed", resume=True)
+    compare(plan(tmp_path / "killed", resume=True), tmp_path / "killed", resume=True)
     assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
 
 
@@ -68,7 +68,7 @@ def test_a_signal_ends_the_comparison_with_a_checkpoint(tmp_path, at_call):
     assert [entry.stopped for entry in stopped.entries] == ["finished", "SIGTERM", ""]
     assert "not finished" in stopped.table()
     out = tmp_path / "stopped"
-    resumed = compare(resumed_plan(out), out, tasks=10, resume=True)
+    resumed = compare(plan(out, resume=True), out, tasks=10, resume=True)
     assert resumed.stopped_by is None
     assert timeless(out) == timeless(tmp_path / "whole")
 
@@ -76,18 +76,20 @@ def test_a_signal_ends_the_comparison_with_a_checkpoint(tmp_path, at_call):
 def test_more_iterations_go_on(tmp_path):
     run(tmp_path / "a", names=["maml"])
     run(tmp_path / "b", names=["maml"], iterations=6)
-    configs = resumed_plan(tmp_path / "a", iterations=6)
+    configs = plan(tmp_path / "a", iterations=6, resume=True)
     compare(configs, tmp_path / "a", tasks=10, resume=True)
     assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
     with pytest.raises(ValueError, match="iterations: MAML has taken 6 already, got 5"):
-        compare(resumed_plan(tmp_path / "a", iterations=5), tmp_path / "a", tasks=10, resume=True)
+        compare(
+            plan(tmp_path / "a", iterations=5, resume=True), tmp_path / "a", tasks=10, resume=True
+        )
 
 
 def test_a_run_that_was_trained_on_is_scored_anew(tmp_path):
     run(tmp_path, names=["maml"])
     options = {**read_options(tmp_path / "maml"), "iterations": 5}
     training.train(TrainConfig(**options), resume=True)
-    configs = resumed_plan(tmp_path, iterations=5)
+    configs = plan(tmp_path, iterations=5, resume=True)
     compare(configs, tmp_path, tasks=10, resume=True)
     assert learners(tmp_path)["maml"]["evaluation"]["iteration"] == 5
 
@@ -97,7 +99,7 @@ def test_a_run_that_was_deleted_is_made_again(tmp_path):
     run(tmp_path / "b")
     for file in (tmp_path / "a" / "reptile").iterdir():
         file.unlink()
-    compare(resumed_plan(tmp_path / "a"), tmp_path / "a", tasks=10, resume=True)
+    compare(plan(tmp_path / "a", resume=True), tmp_path / "a", tasks=10, resume=True)
     assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
 
 
@@ -121,13 +123,13 @@ def test_time_that_was_trained_counts(tmp_path, at_call, monkeypatch):
     )
     at_call(20, lambda: signal.raise_signal(signal.SIGINT))
     spent = run(tmp_path, names=["maml"], **LIMITED).entries[0].seconds
-    compare(resumed_plan(tmp_path), tmp_path, tasks=10, resume=True)
+    compare(plan(tmp_path, resume=True), tmp_path, tasks=10, resume=True)
     assert limits == [LIMITED["time_limit"], pytest.approx((0.3 - spent) / 60)]
     assert learners(tmp_path)["maml"]["stopped"] == "time limit"
     assert read_options(tmp_path / "maml")["time_limit"] == LIMITED["time_limit"]
-    compare(resumed_plan(tmp_path), tmp_path, tasks=10, resume=True)
+    compare(plan(tmp_path, resume=True), tmp_path, tasks=10, resume=True)
     assert len(limits) == 2  # its time is up
-    compare(resumed_plan(tmp_path, time_limit=0.4 / 60), tmp_path, tasks=10, resume=True)
+    compare(plan(tmp_path, time_limit=0.4 / 60, resume=True), tmp_path, tasks=10, resume=True)
     assert len(limits) == 3
 
 
@@ -140,4 +142,4 @@ def test_what_a_resumed_comparison_must_keep(tmp_path):
         ({"own": {"fomaml": {"steps": 2}}}, "fomaml: steps: the run to resume began with 5, got 2"),
     ]:
         with pytest.raises(ValueError, match=message):
-            compare(resumed_plan(tmp_path, **options), tmp_path, tasks=10, resume=True)
+            compare(plan(tmp_path, **options, resume=True), tmp_path, tasks=10, resume=True)

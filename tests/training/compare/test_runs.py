@@ -11,7 +11,7 @@ from fastmeta import cli
 from fastmeta.training import compare as comparing
 from fastmeta.training import loop as training
 from fastmeta.training.compare import compare_runs
-from fastmeta.training.compare.plan import resumed_plan
+from fastmeta.training.compare.plan import plan
 from fastmeta.training.config import TrainConfig
 from tests.helpers.comparisons import Killed, kill, learners, record, run, sinusoid, timeless
 from tests.helpers.runs import TINY
@@ -41,7 +41,7 @@ def test_runs_that_exist_are_compared(tmp_path, runs, figures):
     assert f"--out {runs[0]}\n" in page
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["MAML", "FOMAML"]
     with pytest.raises(ValueError, match="trains nothing, its runs exist"):
-        resumed_plan(tmp_path / "out")
+        plan(tmp_path / "out", resume=True)
     with pytest.raises(FileExistsError, match="already holds a comparison"):
         compare_runs(runs, tmp_path / "out")
     compare_runs(runs[:1], tmp_path / "out", tasks=10, overwrite=True)
@@ -95,8 +95,8 @@ def test_runs_on_other_tasks_cannot_be_compared(tmp_path, from_memory, option, v
         options = {"data": "images", **TINY, "iterations": 1, option: value}
         training.train(TrainConfig("maml", out=str(folder), **options))
     message = (
-        f"{option}: runs of a comparison have the same, {folders[0]} has {values[0]!r}, "
-        f"{folders[1]} has {values[1]!r}"
+        f"{option}: expected the same in all runs, got {values[0]!r} in {folders[0]} "
+        f"and {values[1]!r} in {folders[1]}"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         compare_runs(folders, tmp_path / "out")
@@ -106,11 +106,11 @@ def test_runs_on_other_tasks_cannot_be_compared(tmp_path, from_memory, option, v
 def test_runs_that_cannot_be_compared_are_told(tmp_path, runs, capsys):
     out = ["--out", str(tmp_path / "out")]
     for options, message in [
-        ([str(runs[0]), str(runs[0])], f"runs: {runs[0]} stands there more than once"),
+        ([str(runs[0]), str(runs[0])], f"runs: expected each once, got {runs[0]} 2 times"),
         ([str(runs[0]), str(tmp_path)], f"{tmp_path} holds no training run"),
         ([str(runs[0]), "--tasks", "1"], "tasks: expected at least 2"),
-        ([str(runs[0]), "--lr", "0.1"], "lr: the runs in --runs are there, and not trained"),
-        ([str(runs[0]), "--resume"], "resume: the runs in --runs are there, and not trained"),
+        ([str(runs[0]), "--lr", "0.1"], "lr: not for --runs, whose runs are trained already"),
+        ([str(runs[0]), "--resume"], "resume: not for --runs, whose runs are trained"),
         ([str(runs[0]), "--threads", "0"], "threads: expected an integer >= 1, got 0"),
     ]:
         assert cli.main(["compare", "--runs", *options, *out]) == 2
