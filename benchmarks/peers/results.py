@@ -71,7 +71,7 @@ def between(text: str, name: str) -> re.Match[str]:
     begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
     found = re.search(f"(?<={re.escape(begin)}).*?(?={re.escape(end)})", text, re.DOTALL)
     if not found:
-        raise ValueError(f"no markers of the {name}")
+        raise ValueError(f"text: expected the markers of {name!r}, got none")
     return found
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
+import io
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path, PurePosixPath
 from typing import Any
+from unittest import mock
 
 import ziamath
 from mkdocs.structure.files import File
+
+from fastmeta import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = "benchmarks/results"
@@ -80,15 +83,12 @@ def _included(place: str) -> str:
 
 def _help(command: str) -> str:
     """What the parser prints for a command."""
-    text = subprocess.run(
-        [sys.executable, "-m", "fastmeta", command, "--help"],
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "88", "NO_COLOR": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    return f"### {command}\n\n```text\n{text}```\n"
+    printed = io.StringIO()
+    width = {"COLUMNS": "88", "NO_COLOR": "1"}
+    with mock.patch.dict(os.environ, width), contextlib.redirect_stdout(printed):
+        with contextlib.suppress(SystemExit):
+            cli.main([command, "--help"])
+    return f"### {command}\n\n```text\n{printed.getvalue()}```\n"
 
 
 def on_page_content(content: str, **_: Any) -> str:
