@@ -17,6 +17,7 @@ from benchmarks.peers.results import between
 from fastmeta import cli
 from tests.helpers.documents import (
     RECORDS,
+    blocks,
     check_command,
     commands,
     excerpts,
@@ -90,6 +91,11 @@ def command_lines() -> list:
 @pytest.mark.parametrize("arguments", command_lines())
 def test_command_lines_are_valid(arguments):
     check_command(arguments)
+
+
+def test_code_of_the_home_page_fits_its_width():
+    code = [line for block in blocks(text_of("index.md")) for line in block.code.splitlines()]
+    assert code and max(map(len, code)) <= 72
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -84,7 +84,7 @@ def _included(place: str) -> str:
 def _help(command: str) -> str:
     """What the parser prints for a command."""
     printed = io.StringIO()
-    width = {"COLUMNS": "88", "NO_COLOR": "1"}
+    width = {"COLUMNS": "80", "NO_COLOR": "1"}
     with mock.patch.dict(os.environ, width), contextlib.redirect_stdout(printed):
         with contextlib.suppress(SystemExit):
             cli.main([command, "--help"])
