@@ -93,6 +93,21 @@ def test_command_lines_are_valid(arguments):
     check_command(arguments)
 
 
+YAML = [".pre-commit-config.yaml", "CITATION.cff", *sorted(ROOT.glob(".github/**/*.yml"))]
+
+
+@pytest.mark.parametrize("path", [ROOT / path for path in YAML], ids=lambda path: path.name)
+def test_configurations_are_valid_yaml(path):
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    content = yaml.safe_load(path.read_text())
+    for run in re.findall(r"run: (\.[\w./]+)$", path.read_text(), re.MULTILINE):
+        assert os.access(ROOT / run, os.X_OK)
+    if path.name == "CITATION.cff":
+        assert content["version"] == fm.__version__
+    if path.name == ".pre-commit-config.yaml":
+        assert [repository["repo"] for repository in content["repos"]] == ["local"]
+
+
 def test_code_of_the_home_page_fits_its_width():
     code = [line for block in blocks(text_of("index.md")) for line in block.code.splitlines()]
     assert code and max(map(len, code)) <= 72
