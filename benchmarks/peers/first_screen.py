@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.gpu.machine import ROOT
 from benchmarks.peers import picture, results
-from benchmarks.peers.contenders import OURS
+from benchmarks.peers.contenders import MATRIX, OURS
 from benchmarks.peers.tables import digits
 
 # Each document, and where its links to the page of benchmarks lead.
@@ -57,11 +57,10 @@ def fastest_peer(result: Mapping[str, Any], names: Collection[str] = ()) -> tupl
         result: a workload of a report.
         names: contenders to choose from; none: all.
     """
-    rows = [
-        row
-        for name, row in result["contenders"].items()
-        if "ratio" in row and not name.startswith(OURS) and (not names or name in names)
-    ]
+    contenders = result["contenders"]
+    others = [n for n in contenders if n != MATRIX.name and not n.startswith(OURS)]
+    chosen = [contenders[name] for name in others if not names or name in names]
+    rows = [row for row in chosen if row["status"] == "measured"]
     best = min(rows, key=lambda row: row["ratio"])
     return best["label"], best["ratio"]
 

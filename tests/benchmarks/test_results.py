@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from dataclasses import replace
 
@@ -138,6 +139,17 @@ def test_first_screens_show_the_committed_numbers(document):
     text, page = document.read_text(), first_screen.DOCUMENTS[document]
     assert results.between(text, first_screen.BLOCK).group() == first_screen.numbers(page)
     assert first_screen.PICTURE in text.partition("<!-- numbers -->")[0]
+
+
+def test_first_screens_follow_the_kept_runs(tmp_path, monkeypatch):
+    document, kept = tmp_path / "README.md", tmp_path / "results"
+    document.write_text("<!-- numbers -->\nold\n<!-- end of numbers -->\n")
+    monkeypatch.setattr(first_screen, "DOCUMENTS", {document: "page.md"})
+    shutil.copytree(results.KEPT, kept)
+    (kept / first_screen.PICTURE).unlink()
+    first_screen.keep(kept)
+    assert "(page.md#mlps)" in document.read_text() and "old" not in document.read_text()
+    assert (kept / first_screen.PICTURE).exists()
 
 
 def test_the_fastest_peer_is_not_fastmeta():
