@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.workloads import WORKLOADS
-from benchmarks.peers import results, tables
+from benchmarks.peers import first_screen, results, tables
 from benchmarks.peers.contenders import CONTENDERS, OURS
 from benchmarks.peers.run import run
 from benchmarks.regression import command as regression
@@ -54,7 +54,9 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--rounds", type=_at_least(2), default=ROUNDS, help=f"default {ROUNDS}")
     measure.add_argument("--threads", type=_at_least(1), default=torch.get_num_threads())
     report = commands.add_parser("report", help="draw the picture and print the table of a run")
-    report.add_argument("--keep", action="store_true", help="as committed results and in README.md")
+    report.add_argument(
+        "--keep", action="store_true", help="as committed results, and in the documents"
+    )
     for command in (measure, report):
         command.add_argument("--device", choices=results.DEVICES, default="cpu")
         command.add_argument("--out", type=Path, default=results.OUT, help="folder of the results")
@@ -87,6 +89,7 @@ def report(options: argparse.Namespace) -> int:
         print(path)
     if options.keep:
         results.keep(options.device, options.out)
+        first_screen.keep()
     return 0
 
 

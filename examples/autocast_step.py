@@ -1,8 +1,8 @@
-"""Training in bfloat16: a compiled step under autocast, and what it differs from float32 by.
+"""Training in bfloat16: a compiled step under autocast, and its difference from float32.
 
     python examples/autocast_step.py
 
-It runs on a GPU where there is one, and there in float16 with a gradient scaler besides.
+It runs on a GPU if the machine has one, and there also in float16 with a gradient scaler.
 """
 
 import copy
@@ -23,7 +23,7 @@ def network() -> nn.Module:
 
 
 def losses(learner: nn.Module, dtype: torch.dtype | None) -> list[float]:
-    """Those of a few training steps, compiled with autocast inside, or as they are in float32."""
+    """Losses of a few training steps: compiled with autocast inside, or eager in float32."""
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.05)
     scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16)
     options = {"num_classes": WAYS} if isinstance(learner, fm.ProtoNet) else {}

@@ -3,7 +3,7 @@
     python examples/compiled_step.py
 
 ProtoNet is compiled from the encoder to the loss. The meta-losses of MAML, ANIL and their relatives
-are one op of the graph, which runs what runs without torch.compile.
+are one op of the graph, with the same results as without torch.compile.
 """
 
 import copy
@@ -19,7 +19,7 @@ import fastmeta as fm
 
 WAYS = 5
 BACKEND = "inductor" if shutil.which("g++") else "aot_eager"  # Inductor takes a C++ compiler
-TASKS = (4, 3, 6, 2, 5)  # of the meta-batches that come one after another
+TASKS = (4, 3, 6, 2, 5)  # sizes of the meta-batches, one after another
 
 
 def classification(tasks: int) -> fm.data.Episodes:
@@ -45,9 +45,9 @@ def maml() -> nn.Module:
 def training_step(
     learner: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Callable, Callable]:
-    """What is compiled, and an iteration around it.
+    """The function to compile, and an iteration around it.
 
-    ProtoNet is told the number of classes: read off the labels it would break the graph.
+    ProtoNet gets the number of classes: reading it from the labels would break the graph.
     """
     options = {"num_classes": WAYS} if isinstance(learner, fm.ProtoNet) else {}
 

@@ -48,7 +48,7 @@ eager = learner()
 graphed = copy.deepcopy(eager)
 optimizer, twin = adam(graphed), adam(eager)
 
-data = [tensor.clone() for tensor in episodes[0]]  # what the graph reads
+data = [tensor.clone() for tensor in episodes[0]]  # the tensors that the graph reads
 stream = torch.cuda.Stream()
 stream.wait_stream(torch.cuda.current_stream())
 with torch.cuda.stream(stream):

@@ -2,9 +2,9 @@
 
     python examples/ddp_body.py
 
-DDP averages the gradients of the module that it wraps, and a learner takes it as any body. What is
-outside, such as ANIL's head, is averaged by ``fm.distributed.average_gradients``. The gradients are
-those of one process that has all tasks, in float64 to the last digits.
+DDP averages the gradients of the module that it wraps, and a learner takes it as any body.
+``fm.distributed.average_gradients`` averages the rest, such as ANIL's head. The gradients equal the
+result of one process with all tasks, in float64 to the last digits.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ def process(rank: int, store: str, expected: dict[str, Tensor]) -> None:
 
 
 def main() -> None:
-    print(f"The meta-gradient of {PROCESSES} processes beside that of one:")
-    alone = {n: meta_gradient(made, meta_batch()) for n, made in learners(lambda m: m).items()}
+    print(f"The meta-gradient of {PROCESSES} processes beside the meta-gradient of one:")
+    expected = {n: meta_gradient(made, meta_batch()) for n, made in learners(lambda m: m).items()}
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(process, (f"{folder}/store", alone), nprocs=PROCESSES)
+        multiprocessing.spawn(process, (f"{folder}/store", expected), nprocs=PROCESSES)
 
 
 if __name__ == "__main__":

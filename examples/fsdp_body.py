@@ -3,8 +3,8 @@
     python examples/fsdp_body.py
 
 Each of two processes holds half of the body's parameters and half of the tasks. The body's
-features are an ordinary tensor, and the inner loop is one differentiable op on them, so that
-nothing needs to know that the body is sharded. Losses are those of one process, step after step.
+features are an ordinary tensor, and the inner loop is one differentiable op on them, so the loop is
+the same for a sharded body. Losses equal a run of one process, step after step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROCESSES, TASKS, OUTER_STEPS, SHOTS = 2, 8, 5, 5
 
 
 def meta_loss(body: nn.Module, head: nn.Linear, episode: fm.data.Episode) -> Tensor:
-    """ANIL's: the query loss of heads adapted to the support."""
+    """The query loss of heads adapted to the support, as in ANIL."""
     support_x, support_y, query_x, query_y = episode
     x = torch.cat([support_x, query_x], dim=1)
     features = body(x.flatten(0, 1)).unflatten(0, x.shape[:2])

@@ -1,4 +1,4 @@
-"""What the README and the docstrings show, runs."""
+"""The README: short, its code and its links work. The examples of the docstrings run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,30 @@ import torch
 import fastmeta as fm
 from tests.helpers.documents import check_command, commands, run_python
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
 PUBLIC = [getattr(fm, name) for name in fm.__all__ if callable(getattr(fm, name))]
 
 
+def test_the_readme_is_one_page():
+    assert len(README.splitlines()) <= 150
+    assert len(README.split()) <= 1300
+
+
+def test_the_first_screen_shows_how_to_start():
+    first, code = README.split("```python\n")[:2]
+    assert "![" in first and "pip install" in first and "<!-- numbers -->" in first
+    assert len(first.splitlines()) <= 25 and len(code.split("```")[0].splitlines()) == 12
+
+
+def test_the_readme_names_every_op_and_learner():
+    classes = {name for name in fm.__all__ if name[0].isupper()}
+    ops = {"hvp", *fm.ops.__all__} - {"backend_of", "build_info", "use_backend"}
+    assert {name for name in classes | ops if f"[`{name}`](" not in README} == set()
+
+
 def test_python_of_the_readme_runs_in_order():
-    assert run_python(README, "README.md") >= 4
+    assert run_python(README, "README.md") == 2
 
 
 @pytest.mark.parametrize("arguments", commands(README), ids=" ".join)

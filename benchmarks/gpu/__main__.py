@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu          runs everything; what `make gpu` does
     python -m benchmarks.gpu keep     copies its results to benchmarks/results/<gpu>/
-    python -m benchmarks.gpu table    prints the README's table of the kept results
+    python -m benchmarks.gpu table    prints the table of the kept results for docs/benchmarks.md
 
 Everything goes to the folder $OUT (default build/gpu): report.json after every step, and what each
 step printed. Exit code 0: nothing failed; 1: a step failed, was stopped or skipped; 2: this

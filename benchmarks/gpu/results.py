@@ -1,4 +1,4 @@
-"""Committed results: one folder a GPU in benchmarks/results/, and the README's table of them."""
+"""Committed results, one folder a GPU in benchmarks/results/, and their table for documents."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _of_copy(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Shown:
-    """A line of the README's table: which row of the benchmarks, what of it, what it should be."""
+    """A line of the table: which row of the benchmarks, what of it, what it should be."""
 
     label: str
     workload: str
@@ -109,7 +109,7 @@ SHOWN = (
 
 
 def table(reports: list[Mapping[str, Any]]) -> str:
-    """The README's table, a column for each report."""
+    """Markdown table of the kept results, a column for each report."""
     heads = ["workload", "aim", *([r["gpu"] for r in reports] or ["NVIDIA H200"])]
     lines = [heads, ["---"] * len(heads)]
     for shown in SHOWN:

@@ -274,7 +274,7 @@ def heads(sizes: Sizes) -> Iterator[Measure]:
 
 
 def all_measures(sizes: Sizes) -> Iterator[Measure]:
-    """What the README shows first."""
+    """The first rows of the table in the documents."""
     yield from small_losses(sizes)
     yield from programs(sizes.programs, sizes.rounds, sizes.graph)
     yield from heads(sizes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,22 @@ def _panel(axes: Any, name: str, result: Mapping[str, Any]) -> None:
     axes.set_xticks([], minor=True)
 
 
-def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Writes a PNG, atomically: a panel a workload, a bar a contender."""
+def draw(report: Mapping[str, Any], path: Path, names: Collection[str] = ()) -> None:
+    """Writes a PNG atomically: a panel a workload, a bar a contender.
+
+    Args:
+        report: a run.
+        path: the file to write.
+        names: workloads to draw; none: all of the run.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    results = {n: r for n, r in report["workloads"].items() if r["contenders"]}
+    results = {
+        name: result
+        for name, result in report["workloads"].items()
+        if result["contenders"] and (not names or name in names)
+    }
     lines = -(-len(results) // COLUMNS) or 1
     most = max((len(r["contenders"]) for r in results.values()), default=1)
     figure = Figure(figsize=(11, 0.6 + lines * (FRAME + BAR * most)), layout="constrained")

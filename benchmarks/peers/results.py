@@ -1,4 +1,4 @@
-"""A run on disk: JSON, picture and table in one folder, and what of it the README shows."""
+"""A run on disk: JSON, picture and table in one folder, and what of it the documents show."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from benchmarks.peers import picture, tables
 
 OUT = ROOT / "build" / "peers"
 KEPT = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 NOTHING = "No run on this kind of device is kept yet."
 DEVICES = ("cpu", "cuda")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Atomically."""
+    """Write a text file atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     os.replace(temporary, path)
@@ -33,13 +33,13 @@ def json_of(device: str, folder: Path) -> Path:
 
 
 def save(report: Mapping[str, Any], folder: Path) -> None:
-    """The JSON alone, as after every workload of a run."""
+    """Write only the JSON, as after every workload of a run."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(json_of(report["device"], folder), report)
 
 
 def load(device: str, folder: Path) -> dict[str, Any] | None:
-    """None where there was no run on that device."""
+    """The report of a run, or None without one."""
     path = json_of(device, folder)
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -53,29 +53,38 @@ def render(report: Mapping[str, Any], folder: Path) -> list[Path]:
     return [image, table]
 
 
-def shown(device: str, folder: Path = KEPT) -> str:
-    """What the README shows for a device."""
-    report = load(device, folder)
+def shown(name: str, folder: Path = KEPT) -> str:
+    """Markdown of the kept run ``peers-NAME.json`` for the page of benchmarks."""
+    report = load(name, folder)
     if report is None:
         return NOTHING
-    image = json_of(device, folder).with_suffix(".png")
-    return tables.markdown(report, image.relative_to(ROOT).as_posix())
+    image = json_of(name, folder).with_suffix(".png")
+    return tables.markdown(report, os.path.relpath(image, PAGE.parent))
 
 
-def between(text: str, device: str) -> re.Match:
-    """What a text has between the markers of a device. Raises ValueError if it has none."""
-    begin, end = f"<!-- peers {device} -->\n", f"\n<!-- end of peers {device} -->"
+def between(text: str, name: str) -> re.Match[str]:
+    """The part of a document between the markers of a block.
+
+    Raises:
+        ValueError: the document has no such markers.
+    """
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
     found = re.search(f"(?<={re.escape(begin)}).*?(?={re.escape(end)})", text, re.DOTALL)
     if not found:
-        raise ValueError(f"no markers of the peers on {device}")
+        raise ValueError(f"text: expected the markers of {name!r}, got none")
     return found
 
 
-def keep(device: str, folder: Path, kept: Path = KEPT, readme: Path = README) -> None:
-    """Copies JSON and picture of a run to the kept results, and its table to the README."""
-    source = json_of(device, folder)
+def put(path: Path, name: str, content: str) -> None:
+    """Replaces the block of that name in a document."""
+    text = path.read_text()
+    place = between(text, name)
+    write_text(path, text[: place.start()] + content + text[place.end() :])
+
+
+def keep(name: str, folder: Path, kept: Path = KEPT, page: Path = PAGE) -> None:
+    """Copies JSON and picture of a run to the kept results, and its table to the page."""
+    source = json_of(name, folder)
     for path in (source, source.with_suffix(".png")):
         shutil.copyfile(path, kept / path.name)
-    text = readme.read_text()
-    place = between(text, device)
-    write_text(readme, text[: place.start()] + shown(device, kept) + text[place.end() :])
+    put(page, f"peers {name}", shown(name, kept))

@@ -1,4 +1,4 @@
-"""A run as text for the terminal and as Markdown for the README, from what its JSON holds."""
+"""A run as text for the terminal and as Markdown for the documents, from what its JSON holds."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _reasons(report: Report) -> str:
 
 
 def markdown(report: Report, picture: str) -> str:
-    """What stands between the README's markers."""
+    """Markdown of a run: where it was measured, a table a kind, what is missing, the picture."""
     facts = report["facts"]
     shown = ("processor", "threads", "torch", "jax", "learn2learn", "higher", "torchopt")
     names = {"processor": "", "threads": "threads "}

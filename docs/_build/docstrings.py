@@ -49,7 +49,7 @@ def _each(found: re.Match[str]) -> str:
 
 
 def _reference(found: re.Match[str]) -> str:
-    """A link where the site has the object, else its name alone."""
+    """A link if the site has the object, else only its name."""
     path, name = found[1], found[1].rpartition(".")[2]
     return f'<autoref identifier="{path}" optional><code>{name}</code></autoref>'
 

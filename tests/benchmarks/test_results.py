@@ -1,22 +1,22 @@
-"""What a run of the peers' benchmark leaves, what the README shows of it, and the command line."""
+"""The results of a run of the peers' benchmark, their place in the documents, the command line."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import cli
 from benchmarks.memory.program import allocated_peak
-from benchmarks.peers import driver, process, results, run, tables
+from benchmarks.peers import driver, first_screen, process, results, run, tables
 from benchmarks.peers.contenders import MATRIX, OURS
 from tests.benchmarks.fake_peers import contender
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+KEPT = ("cpu", "cuda", "images-cpu", "anil-cpu")
 
 
 def measured(label: str, median: float, ratio: float) -> dict:
@@ -103,29 +103,61 @@ def test_a_picture_of_nothing_measured_is_drawn(tmp_path):
     assert results.render(report, tmp_path)[0].stat().st_size > 0
 
 
-def test_a_kept_run_stands_in_the_readme(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "ROOT", tmp_path)
-    kept, readme = tmp_path / "results", tmp_path / "README.md"
+def test_a_kept_run_stands_on_the_page(tmp_path, monkeypatch):
+    kept, page = tmp_path / "results", tmp_path / "page.md"
+    monkeypatch.setattr(results, "PAGE", page)
     kept.mkdir()
-    readme.write_text("a\n<!-- peers cpu -->\nold\n<!-- end of peers cpu -->\nb\n")
+    page.write_text("a\n<!-- peers cpu -->\nold\n<!-- end of peers cpu -->\nb\n")
     results.save(small_report(), tmp_path)
     results.render(small_report(), tmp_path)
-    results.keep("cpu", tmp_path, kept, readme)
+    results.keep("cpu", tmp_path, kept, page)
     assert sorted(p.name for p in kept.iterdir()) == ["peers-cpu.json", "peers-cpu.png"]
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("a\n<!-- peers cpu -->\nSome CPU") and text.endswith("-->\nb\n")
-    shown = results.between(text, "cpu").group()
+    shown = results.between(text, "peers cpu").group()
     assert shown == tables.markdown(small_report(), "results/peers-cpu.png")
 
 
 def test_a_text_without_markers_is_refused():
-    with pytest.raises(ValueError, match="no markers of the peers on cuda"):
-        results.between("<!-- peers cpu -->\n\n<!-- end of peers cpu -->", "cuda")
+    with pytest.raises(ValueError, match="expected the markers of 'peers cuda', got none"):
+        results.between("<!-- peers cpu -->\n\n<!-- end of peers cpu -->", "peers cuda")
 
 
-@pytest.mark.parametrize("device", results.DEVICES)
-def test_the_readme_shows_the_committed_results(device):
-    assert results.between(README.read_text(), device).group() == results.shown(device)
+@pytest.mark.parametrize("name", KEPT)
+def test_the_page_shows_the_committed_results(name):
+    shown = results.between(results.PAGE.read_text(), f"peers {name}").group()
+    assert shown == results.shown(name)
+
+
+def test_every_committed_run_is_on_the_page():
+    found = {path.stem.removeprefix("peers-") for path in results.KEPT.glob("peers-*.json")}
+    assert found <= set(KEPT)
+
+
+@pytest.mark.parametrize("document", first_screen.DOCUMENTS, ids=lambda path: path.name)
+def test_first_screens_show_the_committed_numbers(document):
+    text, page = document.read_text(), first_screen.DOCUMENTS[document]
+    assert results.between(text, first_screen.BLOCK).group() == first_screen.numbers(page)
+    assert first_screen.PICTURE in text.partition("<!-- numbers -->")[0]
+
+
+def test_first_screens_follow_the_kept_runs(tmp_path, monkeypatch):
+    document, kept = tmp_path / "README.md", tmp_path / "results"
+    document.write_text("<!-- numbers -->\nold\n<!-- end of numbers -->\n")
+    monkeypatch.setattr(first_screen, "DOCUMENTS", {document: "page.md"})
+    shutil.copytree(results.KEPT, kept)
+    (kept / first_screen.PICTURE).unlink()
+    first_screen.keep(kept)
+    assert "(page.md#mlps)" in document.read_text() and "old" not in document.read_text()
+    assert (kept / first_screen.PICTURE).exists()
+
+
+def test_the_fastest_peer_is_not_fastmeta():
+    workload = small_report()["workloads"]["sin1"]
+    workload["contenders"]["fastmeta-autograd"] = measured("fastmeta, backward", 1e-5, 1.5)
+    workload["contenders"]["slow"] = measured("slow", 1.0, 400.0)
+    assert first_screen.fastest_peer(workload) == ("JAX", 17.64)
+    assert first_screen.fastest_peer(workload, ["slow"]) == ("slow", 400.0)
 
 
 # The command line

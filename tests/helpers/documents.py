@@ -1,7 +1,8 @@
-"""What the tests of documents share: their code blocks and command lines."""
+"""Parts of documents: code blocks, command lines, tables of recorded results."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -14,6 +15,7 @@ from fastmeta import cli
 from fastmeta.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
+RECORDS = json.loads((ROOT / "benchmarks/results/records.json").read_text())
 _BLOCK = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 _TITLE = re.compile(r'title="([\w./]+)"')
 
@@ -67,3 +69,12 @@ def check_command(arguments: list[str]) -> None:
         given.pop(name)
     if arguments[0] == "train":
         assert TrainConfig(**given).algorithm == arguments[1]
+
+
+def record_table(name: str) -> str:
+    """A record of ``benchmarks/results/records.json`` as Markdown: table and conditions."""
+    record = RECORDS[name]
+    columns = record["columns"]
+    lines = [columns, ["---"] * len(columns), *record["rows"]]
+    table = "\n".join("".join(f"| {c} " if c else "| " for c in cells) + "|" for cells in lines)
+    return f"{table}\n\n{record['about']}."

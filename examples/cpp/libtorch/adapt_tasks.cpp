@@ -105,7 +105,7 @@ int main() {
   const auto means = unseen.support_x.view({kTasks, kWays, kShots, kFeatures}).mean(2);
   require(difference(prototypes, means) < 1e-5, "prototypes are the classes' means");
   require(difference(distance, at::cdist(unseen.query_x, means, 2, 2).square()) < 1e-3,
-          "distances are those of ATen");
+          "distances equal the results of ATen");
   const auto by_hand = adapted_by_hand(unseen, weight, bias, 0.01);
   require(difference(head.weight, by_hand) < 1e-5, "the head is what single steps make of it");
   std::printf("All agrees with plain ATen.\n");

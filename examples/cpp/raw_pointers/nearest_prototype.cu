@@ -4,7 +4,7 @@
 //   cmake --build build && build/nearest_prototype_cuda
 //
 // The prototypes start as the classes' means, and take steps of gradient descent on the task's own
-// examples; the loss is checked against the CPU's. Exit status 77 where there is no GPU.
+// examples; the loss is checked against the CPU's. Exit status 77 without a GPU.
 #include <cuda_runtime.h>
 #include <fastmeta/kernels/inner_update/inner_update.h>
 

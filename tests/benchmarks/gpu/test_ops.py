@@ -69,7 +69,7 @@ def test_everything_is_measured_and_agrees(capsys):
     assert len(printed) == 1 + len(rows) and "% of floor" in printed[-1]
 
 
-def test_what_the_readme_shows_is_measured():
+def test_all_rows_of_the_table_are_measured():
     measured = {
         (head["workload"], head["what"], head["dtype"], head["how"])
         for head in map(ops.head, all_measures(Sizes()))

@@ -1,23 +1,20 @@
-"""What `make gpu` makes of the output of its steps, and which results are kept and shown."""
+"""The outcomes of `make gpu`, and the results that are kept and shown."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks.gpu import __main__ as driver
 from benchmarks.gpu import machine, outcomes, results
 from benchmarks.gpu.runner import run_steps, write_json
+from benchmarks.peers.results import NOTHING, PAGE, between
 from tests.benchmarks.gpu.stub_steps import FAIL, PASS, stub
 
-ROOT = Path(__file__).resolve().parents[3]
-
-
-# What outputs say
+# Outcomes
 
 
 @pytest.mark.parametrize(
@@ -91,7 +88,7 @@ def test_whether_all_kernels_ran():
     assert unseen.status == "not available"
 
 
-# What is kept and shown
+# Kept results
 
 
 def small_row(seconds: float, **options) -> dict:
@@ -148,7 +145,7 @@ def test_a_wrong_or_skipped_row_leaves_its_cell_empty():
     assert results.table([report]).splitlines()[2].endswith("| at most 15 us | |")
 
 
-def test_the_readme_shows_the_committed_results():
-    section = (ROOT / "README.md").read_text().split("### GPU\n")[1].split("\n## ")[0]
-    shown = [line for line in section.splitlines() if line.startswith("|")]
-    assert shown == results.table(results.committed()).splitlines()
+def test_the_page_shows_the_committed_results():
+    shown = between(PAGE.read_text(), "gpu").group()
+    committed = results.committed()
+    assert shown == (results.table(committed) if committed else NOTHING)
