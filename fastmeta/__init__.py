@@ -13,6 +13,7 @@ backends    backend_of, use_backend, build_info
 
 from fastmeta import data, distributed, models, rules
 from fastmeta.core.backend import backend_of, build_info, use_backend
+from fastmeta.core.version import VERSION
 from fastmeta.learners.gradient.anil import ANIL
 from fastmeta.learners.gradient.fomaml import FOMAML
 from fastmeta.learners.gradient.imaml import IMAML
@@ -35,7 +36,7 @@ from fastmeta.ops import (
 )
 from fastmeta.ops.hvp import hvp
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "ANIL",

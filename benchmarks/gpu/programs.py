@@ -13,7 +13,7 @@ from benchmarks.common.networks import MLP, Network
 from benchmarks.common.workloads import Workload
 from benchmarks.gpu.measure import OURS, Contender, Inputs, Measure, in_torch
 from fastmeta.core.backend import PROGRAM, is_native
-from fastmeta.engines.program.engine import Lowering
+from fastmeta.engines.program.lowering import Lowering
 from fastmeta.ops.task_program import COMPILED, reference
 
 LOSSES = {"mse": F.mse_loss, "cross_entropy": F.cross_entropy}

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastmeta as fm
+from fastmeta.core.backend import backend_of, use_backend
 from fastmeta.core.checks import check_positive
 from fastmeta.data import Glyphs
+from fastmeta.ops import inner_update, pairwise_distance, prototype_loss
 from fastmeta.training.config import TrainConfig
 from fastmeta.training.evaluation import evaluate_run
 from fastmeta.training.loop import train
@@ -79,7 +80,7 @@ def configs(out: Path, seconds: float) -> list[TrainConfig]:
 
 def has_native() -> bool:
     """Whether the compiled ops are built and not switched off."""
-    return fm.backend_of("prototype_loss", "cpu", torch.float32) == "native"
+    return backend_of("prototype_loss", "cpu", torch.float32) == "native"
 
 
 def speeds(rounds: int) -> str:
@@ -99,7 +100,7 @@ def speeds(rounds: int) -> str:
 
 
 def _on(backend: str, call: Callable[[], object]) -> None:
-    with fm.use_backend(backend):
+    with use_backend(backend):
         call()
 
 
@@ -114,14 +115,14 @@ def cases() -> dict[str, Callable[[], object]]:
     grads = torch.randn(32, 112_261, generator=generator)
 
     def loss() -> tuple[Tensor, ...]:
-        value = fm.prototype_loss(query, labels, centres)
+        value = prototype_loss(query, labels, centres)
         return torch.autograd.grad(value, (query, centres))
 
     def distance() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(fm.pairwise_distance(query, centres).sum(), (query, centres))
+        return torch.autograd.grad(pairwise_distance(query, centres).sum(), (query, centres))
 
     return {
         "prototype_loss, forward and backward": loss,
         "pairwise_distance, forward and backward": distance,
-        "inner_update": lambda: fm.inner_update(params, grads, 0.4),
+        "inner_update": lambda: inner_update(params, grads, 0.4),
     }

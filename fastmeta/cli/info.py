@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-import fastmeta as fm
-from fastmeta.core.backend import DTYPES, NAMES
+from fastmeta.core.backend import DTYPES, NAMES, backend_of, build_info
+from fastmeta.core.version import VERSION
 
 ENVIRONMENT = ("FASTMETA_", "CUDA_", "NCCL_", "OMP_", "MKL_", "KMP_", "TORCH", "PYTORCH_")
 
@@ -26,7 +26,7 @@ def report() -> str:
     fastmeta          0.1.0 in ...
     """
     rows = {
-        "fastmeta": f"{fm.__version__} in {Path(fm.__file__).parent}",
+        "fastmeta": f"{VERSION} in {Path(__file__).parents[1]}",
         "Python": f"{platform.python_version()} ({platform.python_implementation()})",
         "platform": platform.platform(),
         "torch": torch.__version__,
@@ -46,7 +46,7 @@ def report() -> str:
 
 
 def _build() -> dict[str, str]:
-    info = fm.build_info()
+    info = build_info()
     if not info["native"]:
         return {"native kernels": f"none: {info['reason']}"}
     return {
@@ -95,6 +95,6 @@ def _backend_table() -> str:
     heads = [f"{device} {name}" for (device, _), name in zip(columns, names, strict=True)]
     lines = ["".join(["op".ljust(19), *(f"{head:<15}" for head in heads)]).rstrip()]
     for op in NAMES:
-        backends = (fm.backend_of(op, torch.device(device), dtype) for device, dtype in columns)
+        backends = (backend_of(op, torch.device(device), dtype) for device, dtype in columns)
         lines.append("".join([f"{op:<19}", *(f"{backend:<15}" for backend in backends)]).rstrip())
     return "\n".join(lines)
