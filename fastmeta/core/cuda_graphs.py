@@ -1,9 +1,9 @@
-"""CUDA graphs of functions of tensors: captured when a call comes again, replayed from then on.
+"""CUDA graphs of functions of tensors: captured when a call is repeated, replayed from then on.
 
-A graph launches all kernels of a call at once, in memory that stays where it is: what it is given
-is copied in, what it gives is copied out. The rules are those of PyTorch's notes on CUDA graphs,
+A graph launches all kernels of a call at once, in memory at fixed addresses: inputs are copied in,
+outputs are copied out. It follows PyTorch's notes on CUDA graphs,
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs: the function runs once on a side
-stream before it is captured there, from inputs and into memory that live as long as the graph.
+stream before it is captured there. Its inputs and outputs live as long as the graph.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 
 DEVICE_TYPE = "cuda"
 
-CALLS = 3  # of a kind, one after the other, of which the last is captured
+CALLS = 3  # calls of a kind in a row; the last is captured
 
-KEPT = 4  # graphs, of the kinds that were used last
+KEPT = 4  # graphs, of the kinds of calls used last
 
 Function = Callable[..., Sequence[Tensor]]
 
-# Graphs whose capture failed: the allocator may go on asking them whether they are being captured.
+# Graphs whose capture failed. The allocator may still ask them whether they are being captured.
 _FAILED: list[torch.cuda.CUDAGraph] = []
 
 
@@ -35,16 +35,16 @@ def check_option(cuda_graph: bool | str) -> None:
 
 
 class Captured:
-    """A function as a CUDA graph, called with tensors of the kinds that it was captured with.
+    """A function as a CUDA graph, called with tensors like the captured ones.
 
     Results belong to the caller; they have no gradients.
 
     Args:
-        function: tensors to tensors. What it does must not depend on values, and it must not wait
+        function: tensors to tensors. Its launches must not depend on values, and it must not wait
             for the device while it is captured; otherwise it raises a RuntimeError.
         inputs: of the first call.
         stream: where to run and capture it, not a default stream.
-        pool: that of another graph which is never replayed at the same time, to share its memory.
+        pool: memory of another graph, to share; the two are never replayed at the same time.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Captured:
         self._graph, self._stream = torch.cuda.CUDAGraph(), stream
         self._streams = {stream}
         stream.wait_stream(torch.cuda.current_stream(stream.device))
-        # The stream again after a capture that failed, which leaves it the current one. Outside
+        # A capture that failed leaves its stream the current one; this resets it. Outside
         # inference mode, or the inputs could be written in inference mode only.
         with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
             dense = torch.contiguous_format
@@ -78,7 +78,7 @@ class Captured:
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         stream = torch.cuda.current_stream(self._stream.device)
-        if stream not in self._streams:  # the memory is not to be used again before its work ends
+        if stream not in self._streams:  # its work must end before the memory is reused
             self._streams.add(stream)
             for static in self._inputs:
                 static.record_stream(stream)
@@ -92,9 +92,9 @@ class Captured:
 class Graphs:
     """The graphs of one learner, each of one kind of call.
 
-    A kind is a key and the kinds of all tensors, with PyTorch's precisions. The third call of a
-    kind in a row is captured; the graphs of the four kinds that were used last are kept. They share
-    their memory, so one is replayed after the other, on whatever streams. All tensors are on one
+    A kind is a key, the shapes and dtypes of all tensors, and PyTorch's precisions. The third call
+    of a kind in a row is captured; the graphs of the four kinds used last are kept. They share
+    their memory, so they are replayed one after another, on any stream. All tensors are on one
     device.
     """
 
@@ -103,7 +103,7 @@ class Graphs:
         self._latest: Hashable = None
         self._in_a_row = 0
         self._stream: torch.cuda.Stream | None = None
-        self._done: Any = None  # an event, as soon as there is a stream
+        self._done: Any = None  # an event, once the stream exists
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -126,17 +126,17 @@ class Graphs:
         check: Callable[..., object],
         at_once: bool = False,
     ) -> Sequence[Tensor]:
-        """``function(*inputs)``, by its graph where there is one or it is time for one.
+        """``function(*inputs)``, by a graph if one is kept or due.
 
-        Without a graph where the caller captures one, which then has the function's kernels, and
-        under transforms and dispatch modes, which would not see what a graph does.
+        No graph is used while the caller captures one, which then holds the function's kernels.
+        Nor under transforms and dispatch modes, which would not see the kernels of a replay.
 
         Args:
-            key: all but the inputs on which depends what the function does.
+            key: everything besides the inputs that the function depends on.
             function: as for ``Captured``; it checks its inputs as ``check`` does, except while it
                 is captured.
-            inputs: on the same device, which is that of all calls until ``clear``.
-            check: of the inputs; what it raises is raised here. It runs before each replay.
+            inputs: on one device, the same for all calls until ``clear``.
+            check: called with the inputs before each replay; its errors are raised here.
             at_once: capture the first call of a kind, and raise a RuntimeError if that fails.
         """
         if _is_watched() or is_being_captured(inputs[0]):
@@ -169,7 +169,7 @@ class Graphs:
             self._kept.popitem(last=False)
         if self._stream is None:
             self._stream, self._done = torch.cuda.Stream(inputs[0].device), torch.cuda.Event()
-        # A pool's name lasts as long as a graph has it.
+        # A pool is valid while a graph uses it.
         pools = [kept.pool() for kept in self._kept.values() if isinstance(kept, Captured)]
         try:
             return Captured(function, inputs, self._stream, pools[0] if pools else None)
@@ -186,7 +186,7 @@ class Graphs:
 
 
 def _is_watched() -> bool:
-    """Whether a transform of torch.func or a dispatch mode is to see each operation."""
+    """Whether a transform of torch.func or a dispatch mode must see each operation."""
     return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
 
 
