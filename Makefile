@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+# Tests run in several processes, each with one thread, or they would wait for each other's threads.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 PACKAGE := $(shell find fastmeta -name '*.py')
 
@@ -11,13 +13,13 @@ demo: $(VENV)/.built
 	$(RUN) -m fastmeta demo --out demo
 
 test: $(VENV)/.built lint
-	$(RUN) -m pytest
+	$(PYTEST)
 	@$(MAKE) --no-print-directory cuda-test
 
 # The examples as a user runs them: fastmeta from its wheel, away from the sources, and from C++.
 test-examples: .venv-wheel/.installed
 	FASTMETA_EXAMPLES_PYTHON=$(CURDIR)/.venv-wheel/bin/python \
-		$(RUN) -m pytest tests/test_examples.py tests/packaging/test_wheel.py tests/packaging/test_cpp_install.py
+		$(PYTEST) tests/test_examples.py tests/packaging/test_wheel.py tests/packaging/test_cpp_install.py
 
 # The tests with a wheel for another torch: make test-torch TORCH=2.15.0
 test-torch: $(VENV)/.installed
