@@ -58,9 +58,10 @@ _META_LOSS_NAMES = (*_ADAPT_NAMES, *QUERY_NAMES)
 def check_loop(
     layout: ParameterLayout, options: InnerLoopOptions, theta: Tensor, *sets: Examples
 ) -> int:
-    """Check what an inner loop starts from; returns the number of tasks."""
+    """Check the inputs of an inner loop; returns the number of tasks."""
     tasks = check_examples(layout, *sets)
     check_arena("theta", layout, theta, tasks)
+    # Without steps no gradient is taken, so inference mode may pass.
     if options.steps > 0:
         refuse_inference_mode("adaptation needs the gradient of the support loss")
     options.inner_rule.check(layout)
@@ -85,11 +86,13 @@ def adapt(
     loop = InnerLoop(passes, options)
     sources = LoopInputs(theta, step_sizes, support).named()
     parts = (
-        [of_tasks(name, tensor, rows) for name, tensor in sources.items()]
-        for rows in options.chunks(tasks)
+        [of_tasks(name, tensor, chunk) for name, tensor in sources.items()]
+        for chunk in options.chunks(tasks)
     )
     rule_parameters = loop.rule_parameters.values()
+    # Read here: inside Function.forward gradients are always disabled.
     enabled = torch.is_grad_enabled()
+    # One autograd node a chunk, so that the backward works through one chunk at a time.
     chunks = [_Adapt.apply(loop, enabled, *part, *rule_parameters) for part in parts]
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
@@ -105,6 +108,7 @@ def meta_loss(
     """The meta-loss and the outputs, as ``Engine.meta_loss``; the inputs are checked."""
     weights = read_step_weights(step_weights, options.steps)
     step_sizes = StepSizes.of(lr, passes.layout, len(batch.support_x), options.steps)
+    # A step of weight 0 takes no query pass; the last one does, for the outputs.
     nonzero = {k: weight for k, weight in enumerate(weights, 1) if weight}
     by_step = {options.steps: 0.0, **nonzero} if weights else {options.steps: 1.0}
     loop = InnerLoop(passes, options)
@@ -127,6 +131,7 @@ def meta_gradient(
         sources.append(lr)
     rule = engine.options.inner_rule
     learned = {n: p for n, p in rule.named_parameters() if p.requires_grad}
+    # The caller may have disabled gradients; this function exists to take one.
     with torch.enable_grad():
         loss, outputs = engine.meta_loss(theta, lr, batch.detached(), step_weights)
     grads = torch.autograd.grad(loss, [*sources, *learned.values()])
@@ -146,9 +151,10 @@ def query_losses(
     requires, parts = {"theta"} if gradient else set(), []
     with torch.no_grad():
         theta = theta.expand(len(query.x), passes.layout.numel)
-        for rows in options.chunks(len(query.x)):
-            part = query.of_tasks(rows)
-            parts.append(passes.query(options.steps, theta[rows], part, requires, 1.0))
+        for tasks in options.chunks(len(query.x)):
+            part = query.of_tasks(tasks)
+            # Norms with a row of parameters a step use the row of the last step.
+            parts.append(passes.query(options.steps, theta[tasks], part, requires, 1.0))
     losses, outputs, grads = zip(*parts, strict=True)
     to_theta = torch.cat([g["theta"] for g in grads]) if gradient else None
     return torch.cat(losses), torch.cat(outputs), to_theta
@@ -160,6 +166,7 @@ class _Adapt(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loop: InnerLoop, enabled: bool, *inputs: Tensor) -> Tensor:
         ctx.names = *_ADAPT_NAMES, *loop.rule_parameters
+        # Detached: the passes enable gradients inside and must not reach the caller's graph.
         theta, step_sizes, x, y, *rule_parameters = (tensor.detach() for tensor in inputs)
         ctx.requires = _requires(ctx, enabled, ctx.names)
         sources = LoopInputs(theta, StepSizes(step_sizes), Examples(x, y))
@@ -173,13 +180,16 @@ class _Adapt(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        # Reading saved_tensors raises if any of them, the constants too, was changed in place.
         leaves = ctx.saved_tensors[: ctx.tree.num_leaves]
         tensors, thetas, grads, states = tree_unflatten(leaves, ctx.tree)
         theta, step_sizes, x, y, *_ = tensors
         sources = LoopInputs(theta, StepSizes(step_sizes), Examples(x, y))
         loop, tape = ctx.loop, Tape(thetas, grads, states, ctx.randoms)
+        # A backward runs outside the caller's autocast, but takes the passes again as they ran.
         with torch.no_grad(), ctx.autocast.restored():
             to_inputs = loop.adjoint(tape, {loop.options.steps: v}, sources, ctx.requires)
+        # What all tasks share, such as theta [P], gets the sum over the tasks.
         shaped = [
             to_inputs[name].sum_to_size(tensor.shape)
             if name in ctx.requires & set(to_inputs)
@@ -193,7 +203,7 @@ class _MetaLoss(torch.autograd.Function):
     """The meta-loss of all tasks, and its gradient in the same call.
 
     With gradients enabled the meta-gradient is taken in the forward, chunk by chunk, so that no
-    more than a chunk's memory is ever held; the backward only hands it out.
+    more than a chunk's memory is ever held; the backward only scales it.
     """
 
     @staticmethod
@@ -211,6 +221,7 @@ class _MetaLoss(torch.autograd.Function):
         requires = _requires(ctx, enabled, names)
         loss, outputs, grads = loop.meta_gradient(sources, requires, weights)
         ctx.save_for_backward(*(grads.get(name) for name in names))
+        # The outputs are for metrics: a loss on them would have no adjoint here.
         ctx.mark_non_differentiable(outputs)
         return loss, outputs
 
@@ -222,5 +233,6 @@ class _MetaLoss(torch.autograd.Function):
 
 
 def _requires(ctx: Any, enabled: bool, names: tuple[str, ...]) -> set[str]:
+    # The arguments in front of the tensors (loop, flags, weights) never have a gradient.
     needed = ctx.needs_input_grad[-len(names) :]
     return {name for name, need in zip(names, needed, strict=True) if need and enabled}

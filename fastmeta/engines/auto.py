@@ -1,4 +1,4 @@
-"""The engine that runs the task program if there is one, and the functional engine if not."""
+"""The automatic engine: the task program if the module lowers to one, else the functional one."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastmeta.engines.program.trace import LoweringError
 
 @dataclass(frozen=True)
 class AutoEngine:
-    """The program engine, and the functional engine whenever there is no program.
+    """Tries the program engine first and falls back to the functional engine.
 
-    Methods are those of ``FunctionalEngine``. A LoweringError comes before any work is done, so the
-    other engine starts afresh.
+    Methods do what the methods of ``FunctionalEngine`` do. The program engine raises LoweringError
+    before it computes anything, so the functional engine starts afresh.
 
     Args:
-        program: tried first.
-        functional: of the same module, loss and options.
+        program: the engine to try first.
+        functional: an engine of the same module, loss and options.
     """
 
     program: ProgramEngine
@@ -57,6 +57,7 @@ class AutoEngine:
         indices: Tensor | None = None,
     ) -> Tensor:
         """The parameters of every task after K steps, see ``FunctionalEngine.adapt``."""
+        # Only LoweringError falls back: an argument that does not fit is the caller's to see.
         with suppress(LoweringError):
             return self.program.adapt(theta, lr, support, indices)
         return self.functional.adapt(theta, lr, support, indices)
@@ -109,6 +110,7 @@ class AutoEngine:
     @exclude_from_compile
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
         """The module's outputs ``[T, B, ...]`` on x ``[T, B, ...]``, with parameters ``[T, P]``."""
+        # The program engine falls back by itself here: adapted parameters may need a graph.
         return self.program.outputs(theta, x)
 
     def explain(self, support: Examples | None = None) -> str:
@@ -116,6 +118,7 @@ class AutoEngine:
         program = self.program.program() if support is None else self.program.program(support)
         if isinstance(program, Program):
             return self.program.describe(program)
+        # A required CUDA graph has no fallback, although the functional engine could run.
         required = self.program.program_options.cuda_graph is True
         raises = " cuda_graph=True: meta-losses raise ValueError." if required else ""
         functional = describe_functional(self.module, self.options)

@@ -1,4 +1,4 @@
-"""Limits of the engines' derivatives: what torch.compile must not trace, what has no second one."""
+"""Boundaries of the engines' derivatives: no tracing by torch.compile, no double backward."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class _RaiseOnDoubleBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
+        # Clones: autograd treats an output that is an input as a view of it.
         return tuple(grad.clone() for grad in grads)
 
     @staticmethod
@@ -44,14 +45,18 @@ class _RaiseOnDoubleBackward(torch.autograd.Function):
 
 
 def once_differentiable(grads: list[Tensor | None]) -> list[Tensor | None]:
-    """The gradients; if a graph of them is asked for, one that raises when it is used."""
+    """Mark gradients as differentiable once: a second backward through them raises.
+
+    Without grad mode nobody can differentiate them again, and they are returned unchanged.
+    """
     if not torch.is_grad_enabled():
         return grads
+    # Leaves that require a gradient: else autograd would not record the node that raises.
     present = [grad.detach().requires_grad_() for grad in grads if grad is not None]
     marked = iter(_RaiseOnDoubleBackward.apply(*present) if present else ())
     return [None if grad is None else next(marked) for grad in grads]
 
 
 def is_learned(lr: float | Tensor) -> TypeGuard[Tensor]:
-    """Whether a step size is a tensor whose gradient is asked for."""
+    """Whether a step size is a tensor that requires a gradient."""
     return isinstance(lr, Tensor) and lr.requires_grad

@@ -20,13 +20,13 @@ NORM_STATISTICS = ("batch", "running")
 
 
 class Examples(NamedTuple):
-    """Inputs and targets of T tasks, in the role that they have for a task.
+    """Inputs and targets of T tasks, in one role: support, query or neither.
 
     Attributes:
         x: ``[T, B, ...]``.
         y: ``[T, B, ...]``; int64 labels or floating-point targets.
-        role: ``"support"`` or ``"query"``; empty for examples of neither. Errors and gradients name
-            the tensors by it.
+        role: ``"support"``, ``"query"`` or empty. It is part of the tensors' names in errors and
+            gradients.
     """
 
     x: Tensor
@@ -42,6 +42,7 @@ class Examples(NamedTuple):
         return f"{self.role}_y" if self.role else "y"
 
     def of_tasks(self, tasks: slice) -> Examples:
+        """The examples of some of the tasks."""
         return Examples(self.x[tasks], self.y[tasks], self.role)
 
 
@@ -68,7 +69,7 @@ class TaskBatch(NamedTuple):
         return Examples(self.query_x, self.query_y, "query")
 
     def detached(self) -> TaskBatch:
-        """The batch without its graph. What is no tensor stays, for the engine to refuse."""
+        """The batch, detached. Entries that are no tensors stay: the engine's checks name them."""
         return TaskBatch(*(t.detach() if isinstance(t, Tensor) else t for t in self))
 
 
@@ -77,7 +78,7 @@ class MetaGradient(NamedTuple):
 
     Attributes:
         loss: scalar.
-        outputs: on the queries after the last step ``[T, Q, N]``.
+        outputs: outputs on the queries after the last step ``[T, Q, N]``.
         grads: gradient to the module's trainable parameters ``[P]``, in the order of
             ``ParameterLayout``.
         lr_grad: gradient to a learned ``lr``, in its shape; otherwise None.
@@ -94,7 +95,7 @@ class MetaGradient(NamedTuple):
         """Set ``.grad`` of the learner's parameters for its optimizer, replacing earlier ones."""
         named = dict(learner.module.named_parameters())
         for name, grad in ParameterLayout.of(learner.module).views(self.grads).items():
-            named[name].grad = grad
+            named[name].grad = grad  # a view: all gradients share one buffer [P]
         if self.lr_grad is not None:
             cast("Tensor", learner.lr).grad = self.lr_grad
         for name, grad in self.rule_grads.items():
@@ -103,7 +104,7 @@ class MetaGradient(NamedTuple):
 
 @dataclass(frozen=True)
 class InnerLoopOptions:
-    """Options of an inner loop that both engines have.
+    """Options of an inner loop, the same for both engines.
 
     Args:
         steps: K, inner gradient steps; 0 adapts nothing.
@@ -111,12 +112,12 @@ class InnerLoopOptions:
             gradients is built and no Hessian-vector product taken. Step sizes still get
             ``-g_k v_{k+1}``; the support gets no gradient.
         hvp_mode: ``"reverse"``, ``"forward"`` or ``"finite_difference"``, as in ``fastmeta.hvp``.
-        task_chunk: tasks that run together; None is all of them. Memory grows with it; results do
-            not depend on it beyond rounding (random numbers, as in dropout, do). 1 runs each
-            task by itself, without vmap, for modules that vmap cannot take.
-        norm_statistics: statistics of batch and instance norms that track running ones:
-            ``"batch"``, always the batch's, or ``"running"``, in ``eval()`` the running ones
-            as in any module. Neither updates the running ones.
+        task_chunk: tasks that run together; None: all of them. Memory grows with it. Results do
+            not depend on it beyond rounding, except for random numbers, as in dropout. 1 runs
+            each task by itself, without vmap, for modules that vmap cannot take.
+        norm_statistics: what batch and instance norms with running statistics normalise by.
+            ``"batch"``: always the batch. ``"running"``: in ``eval()`` the running statistics,
+            as in any module. Running statistics are never updated.
         rule: the inner update rule, see ``fastmeta.rules``; None: plain descent.
 
     Raises:
@@ -152,7 +153,7 @@ class InnerLoopOptions:
         return self.rule is None or self.rule.is_plain
 
     def chunks(self, tasks: int) -> list[slice]:
-        """The tasks that run together."""
+        """Slices of the tasks that run together."""
         size = self.task_chunk or tasks
         return [slice(start, start + size) for start in range(0, tasks, size)]
 
@@ -214,7 +215,7 @@ class Engine(Protocol):
     def query_losses(
         self, theta: Tensor, query: Examples, gradient: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Each task's query loss at given parameters, the outputs, and perhaps the gradient."""
+        """Each task's query loss at given parameters, the outputs, and the gradient or None."""
         ...
 
     def hvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:

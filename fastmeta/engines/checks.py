@@ -13,21 +13,21 @@ from fastmeta.engines.base import Examples
 
 
 def read_step_weights(weights: Sequence[float] | Tensor | None, steps: int) -> list[float]:
-    """The weights w_1 .. w_K of the query losses as numbers; none of them for None.
+    """The weights w_1 .. w_K of the query losses as numbers; an empty list for None.
 
     Raises:
-        TypeError: ``weights`` is no sequence of numbers and no tensor.
-        ValueError: not K of them, one that is not finite, or no steps.
+        TypeError: ``weights`` is neither a sequence of numbers nor a tensor.
+        ValueError: not K weights, a weight that is not finite, or no steps.
     """
     if weights is None:
         return []
     expected = f"step_weights: expected {steps} finite numbers, one a step"
     if steps == 0:
-        raise ValueError("step_weights: expected None, as there are no steps")
+        raise ValueError(f"step_weights: expected None, as there are no steps, got {weights!r}")
     if isinstance(weights, Tensor):
         if weights.ndim != 1:
             raise ValueError(f"{expected}, got shape {list(weights.shape)}")
-        weights = weights.tolist()
+        weights = weights.tolist()  # read once, here: on CUDA this waits for the device
     numbers = isinstance(weights, Sequence) and all(isinstance(w, (int, float)) for w in weights)
     if not numbers:
         raise TypeError(f"{expected}, got {weights!r}")
@@ -47,7 +47,10 @@ def check_indices(indices: Tensor, steps: int, support: Examples) -> Tensor:
         )
     examples = support.x.shape[1]
     if indices.numel() and not (indices.min() >= 0 and indices.max() < examples):
-        raise ValueError(f"indices: expected examples from 0 to {examples - 1}")
+        low, high = int(indices.min()), int(indices.max())
+        raise ValueError(
+            f"indices: expected examples from 0 to {examples - 1}, got {low} to {high}"
+        )
     return indices.to(support.x.device)
 
 
@@ -67,10 +70,10 @@ def check_arena(name: str, layout: ParameterLayout, arena: Tensor, tasks: int) -
 
 
 def check_examples(layout: ParameterLayout, *sets: Examples) -> int:
-    """The number of tasks in sets of examples, which all have the same.
+    """Check sets of examples of the same tasks; returns the number of tasks.
 
     Raises:
-        TypeError: what is no tensor; inputs of another floating-point dtype than the parameters.
+        TypeError: no tensor, or inputs of another floating-point dtype than the parameters.
         ValueError: no tasks or no examples, different numbers of them, or another device.
     """
     for examples in sets:
@@ -85,6 +88,7 @@ def check_examples(layout: ParameterLayout, *sets: Examples) -> int:
                     f"{name}: expected shape [{expected[0]}, {expected[1]}, ...], "
                     f"got {list(tensor.shape)}"
                 )
+        # Integer inputs, such as token ids of an embedding, have no dtype to agree on.
         mixed = examples.x.is_floating_point() and examples.x.dtype != layout.dtype
         # Under autocast the module itself brings its inputs to one dtype.
         if mixed and not torch.is_autocast_enabled(layout.device.type):

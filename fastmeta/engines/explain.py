@@ -1,4 +1,4 @@
-"""Sentences about an engine, for ``explain``."""
+"""Sentences that describe an engine, for ``explain``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastmeta.engines.base import InnerLoopOptions
 
 
 def describe_functional(module: nn.Module, options: InnerLoopOptions) -> str:
-    """How the functional engine runs a module."""
+    """Describe how the functional engine runs a module."""
     layout, size = ParameterLayout.of(module), options.task_chunk
     together = {None: "all tasks vmapped together", 1: "tasks one at a time, without vmap"}
     tasks = together.get(size, f"tasks vmapped {size} at a time")
@@ -24,7 +24,7 @@ def describe_functional(module: nn.Module, options: InnerLoopOptions) -> str:
 
 
 def describe_steps(options: InnerLoopOptions, products: str) -> str:
-    """The number of inner steps, their rule and order."""
+    """Name the number of inner steps, their rule and their order."""
     if options.first_order:
         mode = "first order, no Hessian-vector products"
     else:
@@ -34,7 +34,7 @@ def describe_steps(options: InnerLoopOptions, products: str) -> str:
 
 
 def describe_backend(layout: ParameterLayout, op: str) -> str:
-    """The backend, the device and the dtype of an op."""
+    """Name the backend, the device and the dtype of an op."""
     backend, dtype = backend_of(op, layout.device, layout.dtype), str(layout.dtype)
     subject = "Everything" if op == "task_program" else "Inner updates"
     name = dtype.removeprefix("torch.")
@@ -42,5 +42,5 @@ def describe_backend(layout: ParameterLayout, op: str) -> str:
 
 
 def count_parameters(layout: ParameterLayout) -> str:
-    """The number of adapted parameters and of their tensors."""
+    """Count the adapted parameters and their tensors."""
     return f"{layout.numel} adapted parameters in {len(layout.names)} tensors"

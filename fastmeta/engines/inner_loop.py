@@ -31,9 +31,9 @@ _LEFT_OUT = cast("Tensor", None)  # on the tape of a plain step, whose derivativ
 class Passes(Protocol):
     """Gradients, Hessian-vector products and query losses at parameters ``[T, P]``.
 
-    An inner loop needs nothing else of a module. ``ModulePasses`` takes them by autograd,
-    ``ProgramPasses`` by compiled calls. ``requires`` names the tensors whose gradient is asked for;
-    gradients of inputs come back by the same names.
+    An inner loop needs nothing else of a module. ``ModulePasses`` computes them by autograd,
+    ``ProgramPasses`` by compiled calls. ``requires`` names the tensors that require a gradient;
+    gradients of inputs are returned under the same names.
     """
 
     @property
@@ -47,11 +47,11 @@ class Passes(Protocol):
         ...
 
     def conditions(self) -> AbstractContextManager[None]:
-        """The context of all passes of one loop."""
+        """The context in which all passes of one loop run."""
         ...
 
     def random_state(self, device: torch.device) -> RandomState | None:
-        """The generators before the next gradient, for ``curvature`` to draw the same numbers."""
+        """Random state before the next gradient, for ``curvature`` to draw the same numbers."""
         ...
 
     def gradient(self, k: int, theta: Tensor, support: Examples) -> Tensor:
@@ -96,7 +96,7 @@ class LoopInputs(NamedTuple):
     query: Examples | None = None
 
     def of_tasks(self, tasks: slice) -> LoopInputs:
-        """The inputs of some tasks; tensors that all tasks share stay whole."""
+        """The inputs of some tasks; tensors that all tasks share are not sliced."""
         return LoopInputs(
             of_tasks("theta", self.theta, tasks),
             self.step_sizes.of_tasks(tasks),
@@ -105,7 +105,7 @@ class LoopInputs(NamedTuple):
         )
 
     def named(self) -> Tensors:
-        """The tensors by the names that gradients have."""
+        """The tensors by name; gradients have the same names."""
         named = {"theta": self.theta, "lr": self.step_sizes.values}
         for examples in (self.support, self.query):
             if examples is not None:
@@ -116,7 +116,7 @@ class LoopInputs(NamedTuple):
 def of_tasks(name: str, tensor: Tensor, tasks: slice) -> Tensor:
     """The part of a named tensor, or of its gradient, that belongs to some tasks."""
     if name.startswith(PREFIX):
-        return tensor
+        return tensor  # all tasks share the rule's hyperparameters
     if name == "lr":
         return StepSizes(tensor).of_tasks(tasks).values
     return tensor if name == "theta" and tensor.ndim < 2 else tensor[tasks]
@@ -130,7 +130,7 @@ class Tape:
         thetas: theta_0 .. theta_{K-1} ``[T, P]``, for the second order and for the rule.
         grads: g_0 .. g_{K-1} ``[T, P]``, for the step sizes and for the rule.
         states: the rule's state before each step.
-        randoms: the generators before each step, for the second order.
+        randoms: random state before each step, for the second order.
     """
 
     thetas: list[Tensor] = field(default_factory=list)
@@ -139,7 +139,7 @@ class Tape:
     randoms: list[RandomState | None] = field(default_factory=list)
 
     def at(self, k: int, step_sizes: Tensor) -> Step:
-        """Where step k started."""
+        """The inputs of step k."""
         theta, grads = (steps[k] if steps else _LEFT_OUT for steps in (self.thetas, self.grads))
         return Step(k, theta, grads, step_sizes, self.states[k] if self.states else ())
 
@@ -148,11 +148,11 @@ class Tape:
 class InnerLoop:
     """The inner loop of one call, its adjoint, and the query loss.
 
-    ``requires`` names the tensors whose gradient is asked for, among ``theta``, ``lr``,
+    ``requires`` names the tensors that require a gradient, among ``theta``, ``lr``,
     ``support_x``, ``support_y``, ``query_x``, ``query_y`` and the rule's parameters, ``rule.NAME``.
 
     Attributes:
-        passes: of the module, or of its task program; perhaps on minibatches.
+        passes: the passes of the module or of its task program; perhaps on minibatches.
         options: steps, order and rule.
     """
 
@@ -175,11 +175,12 @@ class InnerLoop:
         requires: set[str],
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> tuple[Tensor, Tape]:
-        """Take the K steps: theta_K ``[T, P]`` and their tape.
+        """Take the K steps; returns theta_K ``[T, P]`` and the tape of the steps.
 
         ``on_step(k, theta_k)`` is called before each step, for k = 0 .. K - 1.
         """
         first_order, plain, tape = self.options.first_order, self.rule.is_plain, Tape()
+        # A view without a copy: steps make new tensors and never write into theta_0.
         theta = inputs.theta.expand(len(inputs.support.x), self.passes.layout.numel)
         state = self.rule.start(theta)
         # The queries' gradients need no tape; in first order the support has none.
@@ -188,9 +189,11 @@ class InnerLoop:
             for k in range(self.options.steps):
                 if on_step is not None:
                     on_step(k, theta)
+                # Before the gradient draws: the curvature pass replays its dropout masks.
                 if taped and not first_order:
                     tape.randoms.append(self.passes.random_state(theta.device))
                 grads = self.passes.gradient(k, theta, inputs.support)
+                # To first order a plain step is the identity in theta, so theta_k is not read.
                 if taped and not (plain and first_order):
                     tape.thetas.append(theta)
                 if taped and (not plain or "lr" in requires):
@@ -212,15 +215,15 @@ class InnerLoop:
         """Go back through the K steps by the adjoint recursion.
 
         Args:
-            tape: of these steps.
+            tape: the record of these steps.
             query_grads: for step k, the gradient ``[T, P]`` of the query loss evaluated at theta_k.
                 Always has k = K; has k < K if step k's query loss has a weight.
             inputs, requires: as for ``run``.
 
         Returns:
-            name -> gradient: ``theta`` ``[T, P]``; ``lr`` in the shape of the step sizes; those of
-            the rule's parameters and of the support that are required. First order has no gradient
-            of the support.
+            name -> gradient: ``theta`` ``[T, P]``; ``lr`` in the shape of the step sizes; and the
+            required parameters of the rule and tensors of the support. First order has no
+            gradient to the support.
         """
         named = {**inputs.named(), **self.rule_parameters}
         support = set() if self.options.first_order else requires.intersection(SUPPORT_NAMES)
@@ -237,9 +240,10 @@ class InnerLoop:
                 at = tape.at(k, inputs.step_sizes.at(k))
                 back = self.rule.vjp(at, v, state_v, of_step)
                 for name, tensor in back.named.items():
+                    # Step sizes that all steps share have one row, in which the steps add up.
                     row = inputs.step_sizes.row(k)
                     target = result["lr"][row] if name == "lr" else result[name]
-                    target += tensor
+                    target += tensor  # in place: target is a view of the result
                 v, state_v = back.theta, back.state
                 curved = self._curvature(tape, k, back, inputs.support, support, result)
                 for term in (curved, query_grads.get(k)):
@@ -256,6 +260,7 @@ class InnerLoop:
         result: Tensors,
     ) -> Tensor | None:
         """H_k times the gradient to g_k; adds the support's share to ``result``."""
+        # A first-order step has no g_k in its pullback: there is no product to take.
         if back.grads is None:
             return None
         product, mixed = self.passes.curvature(
@@ -284,18 +289,20 @@ class InnerLoop:
         losses: list[Any] = []  # tensors, as the weights have K
         outputs: list[Any] = []
         tasks = len(inputs.support.x)
-        for rows in self.options.chunks(tasks):
-            part = inputs.of_tasks(rows)
+        for chunk in self.options.chunks(tasks):
+            part = inputs.of_tasks(chunk)
             queries = _WeightedQueries(self.passes, cast("Examples", part.query), requires, weights)
             adapted, tape = self.run(part, requires, queries.add)
             queries.add(self.options.steps, adapted)
             losses.append(queries.losses)
             outputs.append(queries.outputs)
             grads = queries.input_grads
+            # A gradient of the queries only is complete without the adjoint.
             if requires.difference(QUERY_NAMES):
                 grads.update(self.adjoint(tape, queries.theta_grads, part, requires))
             for name in result.keys() & grads.keys():
-                target = of_tasks(name, result[name], rows)
+                # A view of the chunk's tasks, or all of a tensor that the chunks share.
+                target = of_tasks(name, result[name], chunk)
                 target += grads[name].sum_to_size(target.shape)
         means = {name: total.div_(tasks) for name, total in result.items()}
         return torch.cat(losses).mean(), torch.cat(outputs), means
@@ -303,15 +310,15 @@ class InnerLoop:
 
 @dataclass
 class _WeightedQueries:
-    """The query losses of a chunk, ``sum_k w_k L_q(theta_k)``, summed as the inner loop proceeds.
+    """Weighted sum of a chunk's query losses, ``sum_k w_k L_q(theta_k)``, during the inner loop.
 
-    They are taken in the forward loop, in the order in which an unrolled loop would draw its random
-    numbers; the adjoint reads their gradients from ``theta_grads``.
+    The losses are taken in the forward loop, in which an unrolled loop draws its random numbers
+    too. The adjoint reads their gradients from ``theta_grads``.
 
     Attributes:
-        passes, query, requires, weights: as in ``InnerLoop.meta_gradient``, of the chunk.
+        passes, query, requires, weights: as in ``InnerLoop.meta_gradient``, for the chunk.
         losses: the weighted sum ``[T]``.
-        outputs: on the queries at the last parameters added ``[T, Q, ...]``.
+        outputs: outputs on the queries at the last parameters added ``[T, Q, ...]``.
         theta_grads: k -> ``w_k grad L_q(theta_k)`` ``[T, P]``, if a gradient is required.
         input_grads: name -> gradient of the required query tensors.
     """
@@ -332,21 +339,21 @@ class _WeightedQueries:
         weight = self.weights[k]
         requires = self.requires if weight else set()
         losses, self.outputs, grads = self.passes.query(k, theta, self.query, requires, weight)
-        # A weight of 0 means not asked for: 0 times an infinite loss would be NaN.
+        # A weight of 0 excludes the loss: 0 times an infinite loss would be NaN.
         weighted = weight * losses if weight else torch.zeros_like(losses)
         self.losses = weighted if self.losses is None else self.losses + weighted
         self.theta_grads[k] = grads.pop("theta") if requires else torch.zeros_like(theta)
         for name, grad in grads.items():
-            known = self.input_grads.get(name)
-            self.input_grads[name] = grad if known is None else known + grad
+            total = self.input_grads.get(name)
+            self.input_grads[name] = grad if total is None else total + grad
 
 
 @dataclass(frozen=True)
 class Minibatches:
-    """Passes whose inner steps each see some of the support's examples.
+    """Passes whose inner steps each see a minibatch of the support.
 
     Attributes:
-        passes: of all of them.
+        passes: the passes on the complete support.
         indices: ``[K, B]``, the examples of each step.
     """
 
@@ -354,6 +361,7 @@ class Minibatches:
     indices: Tensor
 
     def __getattr__(self, name: str) -> Any:
+        # Everything that does not read the support is the same for minibatches.
         return getattr(self.passes, name)
 
     def gradient(self, k: int, theta: Tensor, support: Examples) -> Tensor:
@@ -371,11 +379,12 @@ class Minibatches:
         seen = self._seen(k, support)
         product, mixed = self.passes.curvature(k, theta, direction, seen, requires, random)
         tensors = {support.x_name: support.x, support.y_name: support.y}
-        whole = {
+        # Back to all examples; one that the step saw twice gets both of its gradients.
+        support_grads = {
             name: torch.zeros_like(tensors[name]).index_add_(1, self.indices[k], part)
             for name, part in mixed.items()
         }
-        return product, whole
+        return product, support_grads
 
     def _seen(self, k: int, support: Examples) -> Examples:
         indices = self.indices[k]

@@ -1,8 +1,8 @@
-"""A learner's meta-loss as one op of the graph that torch.compile makes of a training step.
+"""A learner's meta-loss as one custom op in the graph that torch.compile makes of a training step.
 
-A meta-gradient comes from the module's structure, its hooks, the generators and the inner loop of
-its own: nothing that a tracer can follow. The op runs it as without torch.compile, and what is
-traced around it knows its shapes and its derivative alone.
+A tracer cannot follow a meta-gradient, which depends on the module's structure, its hooks, random
+generators and an inner loop with its own derivatives. The op runs the meta-loss as without
+torch.compile. The traced code around it knows only its shapes and its derivative.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _NAME = "fastmeta::meta_loss"
 
 _LEARNERS: WeakValueDictionary[int, CompilableLearner] = WeakValueDictionary()
 
-_METHODS: dict[str, Callable[..., Any]] = {}  # a subclass may call its parent's
+# By qualified name: a subclass may call the method of its parent, which is another one.
+_METHODS: dict[str, Callable[..., Any]] = {}
 
-# What PyTorch dispatches by. Where compiled code runs, autocast is left out, and at times autograd.
-with torch.inference_mode(False):  # whatever the mode of who imports
+# Dispatch keys of eager code. Compiled code runs with autocast excluded, and sometimes autograd.
+with torch.inference_mode(False):  # the importing code may be in inference mode
     _PLAIN = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
 
 def as_single_op(meta_loss: Method) -> Method:
-    """The method ``meta_loss`` of a learner, which torch.compile takes as one op.
+    """Make torch.compile see the method ``meta_loss`` of a learner as one op.
 
-    Whatever the number of tasks, it is the same graph. The op reads the learner's options when it
-    runs; the parameters, the buffers and autocast are those at the call.
+    The graph is the same for any number of tasks. The op reads the learner's options when it runs;
+    parameters, buffers and autocast are taken at the call.
     """
-
     method = meta_loss.__qualname__
     _METHODS[method] = meta_loss
 
@@ -64,21 +64,25 @@ def _traced(
 ) -> tuple[Tensor, Tensor]:
     if step_weights is not None and not isinstance(step_weights, Tensor):
         step_weights = torch.tensor(step_weights, dtype=torch.float64)
-    # Views, as torch.compile takes no tensor twice, and queries may be the support.
+    # Views: torch.compile takes no tensor twice, and queries may be the support.
     data = [x.view_as(x) for x in (support_x, support_y, query_x, query_y)]
     inputs = *_tensors(learner), *data
-    wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
+    requires = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
     autocast = autocast_dtype(inputs[0].device)
     learner._register()
-    # torch.compile checks that it is this learner, as it has seen its id.
-    return _MetaLoss.apply(method, id(learner), wanted, autocast, step_weights, *inputs)
+    # An op takes no Python object. torch.compile guards the id, so the graph is of this learner.
+    return _MetaLoss.apply(method, id(learner), requires, autocast, step_weights, *inputs)
 
 
 class CompilableLearner(nn.Module):
-    """What has a ``meta_loss`` that is one op, which finds it by its id."""
+    """Base of learners whose ``meta_loss`` torch.compile sees as a single custom op.
+
+    The op looks the learner up by its ``id``, since ops take tensors and numbers only.
+    """
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _register(self) -> None:
+        # The decorator makes torch.compile call this while it traces instead of tracing it.
         _LEARNERS[id(self)] = self
 
 
@@ -87,22 +91,22 @@ def _tensors(learner: nn.Module) -> list[Tensor]:
 
 
 class _MetaLoss(Function):
-    """The loss, whose gradient is taken in the same call, and the outputs."""
+    """The loss and the outputs; the gradient is computed in the same call."""
 
     @staticmethod
     def forward(
         ctx: Any,
         method: str,
         key: int,
-        wanted: list[bool],
+        requires: list[bool],
         autocast: torch.dtype | None,
         step_weights: Tensor | None,
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
         loss, outputs, *grads = torch.ops.fastmeta.meta_loss(
-            method, key, inputs[:-4], inputs[-4:], step_weights, wanted, autocast
+            method, key, inputs[:-4], inputs[-4:], step_weights, requires, autocast
         )
-        ctx.wanted = wanted
+        ctx.requires = requires
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(outputs)
         return loss, outputs
@@ -110,14 +114,15 @@ class _MetaLoss(Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        grads = [grad_loss * next(saved) if want else None for want in ctx.wanted]
+        grads = [grad_loss * next(saved) if required else None for required in ctx.requires]
         return None, None, None, None, None, *grads
 
 
 torch.library.define(
     _NAME,
     "(str method, int learner, Tensor[] tensors, Tensor[] data, Tensor? step_weights, "
-    "bool[] wanted, ScalarType? autocast) -> Tensor[]",
+    "bool[] requires, ScalarType? autocast) -> Tensor[]",
+    # It draws random numbers, and it may wait for the device, which no CUDA graph can hold.
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),
 )
 
@@ -129,24 +134,25 @@ def _run(
     tensors: list[Tensor],
     data: list[Tensor],
     step_weights: Tensor | None,
-    wanted: list[bool],
+    requires: list[bool],
     autocast: torch.dtype | None,
 ) -> list[Tensor]:
-    """Loss, outputs, and the gradient to each of the tensors and the data that is ``wanted``."""
+    """Loss, outputs, and the gradient to each of ``tensors`` and ``data`` that requires it."""
     learner = _LEARNERS[key]
     weights = () if step_weights is None else (step_weights,)
     own = _tensors(learner)
     casting = torch.autocast(tensors[0].device.type, autocast, enabled=autocast is not None)
-    with torch._C._ForceDispatchKeyGuard(*_PLAIN), _holding(own, tensors), casting:
-        flags = wanted[len(own) :]
+    # Without the guard, ops below an op skip autograd, and the meta-loss would have no gradient.
+    with torch._C._ForceDispatchKeyGuard(*_PLAIN), _substituted(own, tensors), casting:
+        flags = requires[len(own) :]
         data = [x.detach().requires_grad_(flag) for x, flag in zip(data, flags, strict=True)]
-        sources = [x for x, want in zip((*own, *data), wanted, strict=True) if want]
+        sources = [x for x, required in zip((*own, *data), requires, strict=True) if required]
         with torch.set_grad_enabled(bool(sources)):
             loss, outputs = _METHODS[method](learner, *data, *weights)
         grads: Sequence[Tensor] = ()
         if sources:
             grads = torch.autograd.grad(loss, sources, materialize_grads=True)
-    # Results of an op share no memory, and have the strides that were promised.
+    # Results of an op must not share memory, and must have the strides of the fake results.
     dense = torch.contiguous_format
     copies = (grad.clone(memory_format=dense) for grad in grads)
     return [loss.detach(), outputs.contiguous(), *copies]
@@ -159,17 +165,19 @@ def _shapes(
     tensors: list[Tensor],
     data: list[Tensor],
     step_weights: Tensor | None,
-    wanted: list[bool],
+    requires: list[bool],
     autocast: torch.dtype | None,
 ) -> list[Tensor]:
     learner, query_x = _LEARNERS[key], data[2]
+    # Shapes come from the module itself on fake tensors: one task's outputs, then T of them.
     names = [name for name, _ in (*learner.named_parameters(), *learner.named_buffers())]
     copies = dict(zip(names, map(torch.empty_like, tensors), strict=True))
     task = functional_call(learner, copies, (torch.empty_like(query_x[0]),))
     if autocast is not None and task.dtype in HALF:
         task = task.float()
-    outputs = task.new_empty(query_x.shape[0], *task.shape)  # len() would fix it
-    sources = (x for x, want in zip((*tensors, *data), wanted, strict=True) if want)
+    # len() would be a number, and compile a graph for this number of tasks.
+    outputs = task.new_empty(query_x.shape[0], *task.shape)
+    sources = (x for x, required in zip((*tensors, *data), requires, strict=True) if required)
     dense = torch.contiguous_format
     return [
         task.new_empty(()),
@@ -179,20 +187,21 @@ def _shapes(
 
 
 @contextmanager
-def _holding(own: Sequence[Tensor], given: Sequence[Tensor]) -> Iterator[None]:
-    """The learner with the tensors that the graph has in the place of its own.
+def _substituted(own: Sequence[Tensor], new: Sequence[Tensor]) -> Iterator[None]:
+    """Give the learner's tensors the values that the graph has for them.
 
-    They are the same unless the graph has changed them before, which it writes back at its end.
+    The values differ only if the graph has changed a tensor before the op: it writes changes back
+    at its end.
     """
     changed = [
-        (mine, mine.data, x)
-        for mine, x in zip(own, given, strict=True)
-        if mine.data_ptr() != x.data_ptr()
+        (tensor, tensor.data, value)
+        for tensor, value in zip(own, new, strict=True)
+        if tensor.data_ptr() != value.data_ptr()
     ]
-    for mine, _, x in changed:
-        mine.data = x.detach()
+    for tensor, _, value in changed:
+        tensor.data = value.detach()
     try:
         yield
     finally:
-        for mine, before, _ in changed:
-            mine.data = before
+        for tensor, before, _ in changed:
+            tensor.data = before

@@ -38,12 +38,12 @@ class AdaptedTasks:
     """A module adapted to T tasks.
 
     Attributes:
-        params: the parameters of every task ``[T, P]``, in the order of ``layout``; differentiable
-            when the adaptation ran with gradients enabled, so that a loss on ``adapted(query_x)``
-            gives the full meta-gradient.
+        params: the parameters of every task ``[T, P]``, in the order of ``layout``. If the
+            adaptation ran with gradients enabled they are differentiable, and a loss on
+            ``adapted(query_x)`` gives the exact meta-gradient.
         layout: names and shapes of the parameters.
-        module: the module that was adapted; it keeps its own parameters.
-        engine: the engine that adapted it, which gives the outputs.
+        module: the module that was adapted; its own parameters are unchanged.
+        engine: the engine that adapted the module and computes the outputs.
 
     Example:
         >>> import torch
@@ -66,8 +66,8 @@ class AdaptedTasks:
         """Outputs of each task's module on its queries, ``[T, Q, ...]`` -> ``[T, Q, N]``.
 
         Raises:
-            TypeError: ``query_x`` is no tensor.
-            ValueError: it has another number of tasks.
+            TypeError: ``query_x`` is not a tensor.
+            ValueError: ``query_x`` has another number of tasks.
         """
         check_queries(query_x, len(self))
         return self.engine.outputs(self.params, query_x)
@@ -78,12 +78,13 @@ class AdaptedTasks:
     def task(self, index: int) -> dict[str, Tensor]:
         """The parameters of one task by name, in the module's shapes, for ``functional_call``.
 
-        Modules with parameters of each inner step need ``fastmeta.models.inner_step`` there.
+        Modules with parameters for each inner step also need ``fastmeta.models.inner_step``.
         """
         return self.layout.views(self.params[index])
 
 
 def check_queries(query_x: Tensor, tasks: int) -> None:
+    """Raise unless ``query_x`` is a tensor ``[T, Q, ...]`` of the adapted tasks."""
     if not isinstance(query_x, Tensor):
         raise TypeError(f"query_x: expected a tensor, got {type(query_x).__name__}")
     if query_x.ndim < 2 or len(query_x) != tasks:

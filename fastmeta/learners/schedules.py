@@ -1,4 +1,4 @@
-"""How the outer step size changes over a training."""
+"""Schedules of the outer step size over a training."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def cosine_schedule(optimizer: Optimizer, iterations: int, floor: float = 0.01) -> LambdaLR:
-    """The step size falls by half a cosine, and stays where it arrives.
+    """Anneal the step size along half a cosine; it then stays at its lowest value.
 
     ``lr (floor + (1 - floor) (1 + cos(pi t)) / 2)`` with ``t = min(1, i / iterations)``
     (Loshchilov & Hutter 2017, arXiv 1608.03983, without restarts).
 
     Args:
-        optimizer: whose ``lr`` it starts from.
-        iterations: calls of ``step()`` until it arrives, at least 1.
-        floor: the share of ``lr`` that is left, 0 to 1.
+        optimizer: the optimizer whose ``lr`` is annealed.
+        iterations: calls of ``step()`` until the lowest value, at least 1.
+        floor: the lowest value as a share of ``lr``, 0 to 1.
 
     Raises:
         ValueError: a number out of range.

@@ -1,1 +1,1 @@
-"""The functional engine: any module."""
+"""The functional engine, for any module: autograd and vmap over tasks."""

@@ -30,10 +30,10 @@ class FunctionalEngine:
     Args:
         module: any module of one input and one output tensor; its trainable parameters are adapted.
         loss: ``loss(outputs, targets)`` of one task -> scalar, the mean over the task's examples.
-        options: of the inner loop.
+        options: options of the inner loop.
 
     Raises:
-        TypeError: ``module`` is no module, or ``loss`` cannot be called.
+        TypeError: ``module`` is no ``nn.Module``, or ``loss`` is not callable.
 
     Example:
         >>> import torch
@@ -80,7 +80,7 @@ class FunctionalEngine:
             lr: a number or a tensor, as for ``StepSizes.of``; three dimensions are one matrix a
                 step.
             support: examples ``[T, S, ...]``.
-            indices: ``[K, B]`` int64: the examples that each step sees, the same of every task;
+            indices: ``[K, B]`` int64: the examples that each step sees, the same in every task;
                 None: all of them at every step.
 
         Returns:
@@ -141,16 +141,16 @@ class FunctionalEngine:
     def query_losses(
         self, theta: Tensor, query: Examples, gradient: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Each task's query loss at given parameters, for example those after K steps.
+        """Each task's query loss at given parameters, for example after K steps.
 
         Args:
             theta: ``[P]`` for all tasks or ``[T, P]``.
             query: examples ``[T, Q, ...]``.
-            gradient: whether to take it.
+            gradient: whether to compute the gradient.
 
         Returns:
             losses ``[T]``, outputs ``[T, Q, ...]``, and the gradient of each task's loss to its
-            parameters ``[T, P]``. None has a graph.
+            parameters ``[T, P]``, or None. All are without a graph.
 
         Raises:
             TypeError, ValueError, RuntimeError: as for ``adapt``.
@@ -163,34 +163,36 @@ class FunctionalEngine:
         """The Hessian of each task's loss on the examples times a vector (Pearlmutter 1994).
 
         Args:
-            theta: where the Hessian is taken, ``[P]`` for all tasks or ``[T, P]``.
+            theta: parameters at which the Hessian is taken, ``[P]`` for all tasks or ``[T, P]``.
             examples: ``[T, B, ...]``.
             vector: ``[P]`` for all tasks or ``[T, P]``.
 
         Returns:
-            ``[T, P]``, differentiable wherever the result of ``fastmeta.hvp`` is.
+            ``[T, P]``, differentiable like the result of ``fastmeta.hvp``.
 
         Raises:
             TypeError, ValueError, RuntimeError: as for ``adapt``.
         """
         layout = ParameterLayout.of(self.module)
         tasks = check_examples(layout, examples)
-        check_arena("params", layout, theta, tasks)
+        check_arena("params", layout, theta, tasks)  # the name that MAML.hvp has for it
         check_arena("vector", layout, vector, tasks)
         refuse_inference_mode("the product needs the gradient of the loss")
         task_module = self._task_module()
         loss = with_checked_labels(self.loss, examples.y, examples.y_name)
         theta, vector = (arena.expand(tasks, layout.numel) for arena in (theta, vector))
         products = []
+        # Norms with a row of parameters a step use row 0: no step has been taken.
         with task_module.conditions(), inner_step(0):
-            for rows in self.options.chunks(tasks):
-                part = examples.of_tasks(rows)
+            for chunk in self.options.chunks(tasks):
+                part = examples.of_tasks(chunk)
 
+                # The default binds the chunk now: a closure would see the loop's last one.
                 def total(theta: Tensor, part: Examples = part) -> Tensor:
                     params = layout.views(theta)
                     return task_module.losses(params, part.x, part.y, loss)[0].sum()
 
-                products.append(_hvp(total, theta[rows], vector[rows], self.options.hvp_mode))
+                products.append(_hvp(total, theta[chunk], vector[chunk], self.options.hvp_mode))
         return torch.cat(products)
 
     @exclude_from_compile
@@ -201,7 +203,7 @@ class FunctionalEngine:
             return task_module.outputs(ParameterLayout.of(self.module).views(theta), x)
 
     def explain(self, support: Examples | None = None) -> str:
-        """How this engine runs, in a few sentences."""
+        """Describe how this engine runs, in a few sentences."""
         return f"{describe_functional(self.module, self.options)} engine='functional' asks for it."
 
     def _task_module(self) -> TaskModule:
@@ -212,13 +214,17 @@ class FunctionalEngine:
     ) -> ModulePasses:
         layout = ParameterLayout.of(self.module)
         sets = [examples for examples in (support, query) if examples is not None]
+        # The checks come before the labels are read, which may wait for the device.
         adjoint.check_loop(layout, self.options, theta, *sets)
         task_module = self._task_module()
         return ModulePasses.of(layout, task_module, self.loss, self.options, support, query)
 
 
 def _hvp(total: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor, mode: str) -> Tensor:
-    """Hessian of the summed loss of all tasks times ``vector``; tasks do not mix."""
+    """Hessian of the summed loss of all tasks times ``vector``.
+
+    Tasks do not mix, so the Hessian of the sum is block diagonal: one block a task.
+    """
     if mode == "reverse":
         return vjp(grad(total), theta)[1](vector)[0]
     along = tangent if mode == "forward" else central_difference

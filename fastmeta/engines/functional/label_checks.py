@@ -1,4 +1,4 @@
-"""Class labels checked against a module's outputs before a loss reads them."""
+"""Checks of class labels against a module's outputs, before a loss reads them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _DEFAULT_IGNORE_INDEX = -100
 
 
 def with_checked_labels(loss: Loss, labels: Tensor, name: str) -> Loss:
-    """A classification loss that raises for a label without a class; other losses as they are.
+    """Make a classification loss raise for a label without a class; other losses are unchanged.
 
-    A loss on CUDA would otherwise answer a wrong label by an assertion that ends the CUDA context.
-    The labels are read once, here, which on CUDA waits for the device (so not while a CUDA graph is
-    captured).
+    On CUDA a wrong label would otherwise fail a device-side assertion, which ends the CUDA context.
+    The labels are read once, here. On CUDA this waits for the device, so it is left out while a
+    CUDA graph is captured.
 
     Args:
         loss: ``F.cross_entropy``, ``F.nll_loss``, their modules, or any other loss.
         labels: the targets of all tasks ``[T, S, ...]``.
-        name: what the message calls them.
+        name: the argument's name in the error.
 
     Raises:
         TypeError: integer labels that are not int64.
-        ValueError: (from the loss) a label outside ``0..N-1``.
+        ValueError: raised by the loss that is returned, for a label outside ``0..N-1``.
     """
     if not _takes_classes(loss) or labels.is_floating_point() or labels.numel() == 0:
         return loss
@@ -35,9 +35,11 @@ def with_checked_labels(loss: Loss, labels: Tensor, name: str) -> Loss:
     if is_being_captured(labels):
         return loss
     ignored = labels == getattr(loss, "ignore_index", _DEFAULT_IGNORE_INDEX)
+    # Both numbers in one transfer from the device.
     lowest, highest = torch.stack(labels.masked_fill(ignored, 0).aminmax()).tolist()
 
     def checked(outputs: Tensor, targets: Tensor) -> Tensor:
+        # Here, as only the outputs tell the number of classes; under vmap the dimension B leads.
         classes = outputs.shape[1 if outputs.ndim > 1 else 0]
         if lowest < 0 or highest >= classes:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Layers of images of a module that is vmapped over tasks, on the kernels of the ops."""
+"""Routing of a vmapped module's image layers to the kernels of the ops."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fastmeta.core.dtypes import HALF
 from fastmeta.ops.task_batch_norm import task_batch_norm
 from fastmeta.ops.task_conv2d import task_conv2d
 
-# What autocast computes in its dtype, and in float32. PyTorch's own comes too late for what is
-# vmapped: a convolution, or a linear layer with a bias, has fallen into parts by then.
+# Functions that autocast computes in its dtype, and functions that it computes in float32. PyTorch
+# itself casts below vmap, where a convolution or a linear layer with a bias is already decomposed.
 _NARROW = {
     *(F.conv1d, F.conv2d, F.conv3d),
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
@@ -33,23 +33,24 @@ _WIDE = {
 
 
 def widened(x: Tensor) -> Tensor:
-    """Outputs for a loss: under autocast float32, as it gives them to the losses of PyTorch."""
+    """Outputs for a loss: float32 under autocast, as autocast casts the inputs of losses."""
     return x.float() if x.dtype in HALF and torch.is_autocast_enabled(x.device.type) else x
 
 
 class RoutedLayers(TorchFunctionMode):
-    """While it is on, ``F.batch_norm`` and ``F.conv2d`` are those of fastmeta, whoever calls them.
+    """Mode in which ``F.batch_norm`` and ``F.conv2d`` run on the kernels of fastmeta's ops.
 
-    PyTorch makes a long chain of elementwise ops of a norm's second derivative, and vmap one
-    grouped convolution of those of all tasks. What the kernels do not take stays as it is: other
-    dtypes, images without a batch, groups of several channels, norms by running statistics; and
-    convolutions of bfloat16 on a CPU, which PyTorch multiplies in that type where the hardware can.
+    PyTorch computes the second derivative of a norm by a long chain of elementwise ops, and vmap
+    turns the convolutions of all tasks into one grouped convolution. Calls that the kernels do not
+    support run in PyTorch: other dtypes, images without a batch, groups of several channels, norms
+    by running statistics, and bfloat16 convolutions on a CPU, which may have instructions for them.
 
-    Under autocast, products are of its dtype and norms of float32, vmapped or not.
+    Under autocast, products run in its dtype and norms in float32, vmapped or not.
 
     Args:
-        vmapped: over tasks with weights of their own. If not, convolutions stay as they are too.
-        device: of the images; None: autocast is not looked at.
+        vmapped: whether tasks are vmapped with weights of their own. If not, convolutions are not
+            routed.
+        device: the device of the images, whose autocast applies; None: no autocast.
 
     Example:
         >>> import torch
@@ -61,6 +62,7 @@ class RoutedLayers(TorchFunctionMode):
 
     def __init__(self, vmapped: bool, device: torch.device | None = None) -> None:
         super().__init__()
+        # Batch norms are routed without vmap too: their second derivative is the same chain.
         self._routes: dict[Any, Callable[..., Any]] = {F.batch_norm: _batch_norm}
         if vmapped:
             self._routes[F.conv2d] = _conv2d
@@ -73,18 +75,20 @@ class RoutedLayers(TorchFunctionMode):
         if self._narrow is not None:
             args, kwargs = self._cast(func, (args, kwargs))
         route = self._routes.get(func)
+        # A route answers NotImplemented for a call that its kernel does not support.
         result = NotImplemented if route is None else route(*args, **kwargs)
         return func(*args, **kwargs) if result is NotImplemented else result
 
     def _cast(self, func: Callable[..., Any], arguments: Any) -> Any:
-        """The arguments in the dtype that autocast computes the function in."""
+        """Cast the arguments to the dtype in which autocast computes the function."""
         if func not in _NARROW and func not in _WIDE:
             return arguments
         dtype = self._narrow if func in _NARROW else torch.float32
 
         def cast(x: Any) -> Any:
-            takes = isinstance(x, Tensor) and x.dtype in (torch.float32, *HALF)
-            return x.to(dtype) if takes else x
+            # Autocast leaves float64 and integers unchanged.
+            is_cast = isinstance(x, Tensor) and x.dtype in (torch.float32, *HALF)
+            return x.to(dtype) if is_cast else x
 
         return tree_map(cast, arguments)
 
@@ -100,10 +104,10 @@ def _conv2d(
 ) -> Tensor:
     # Widened to float32, Conv4-64 takes 1.6 times as long as in PyTorch with AVX512_BF16.
     in_hardware = input.dtype == torch.bfloat16 and input.device.type == "cpu"
-    takes = not in_hardware and _takes("task_conv2d", input, weight)
-    if not takes or groups not in (1, input.shape[1]):
+    is_supported = not in_hardware and _is_supported("task_conv2d", input, weight)
+    if not is_supported or groups not in (1, input.shape[1]):
         return NotImplemented
-    # Contiguous images come out as such, and modules may view them as they like.
+    # The op keeps the layout of its input; modules may call view() on contiguous images only.
     return task_conv2d(input.contiguous(), weight, bias, stride, padding, dilation, groups)
 
 
@@ -117,14 +121,14 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    by_the_batch = training and running_mean is None and running_var is None
-    if not by_the_batch or not _takes("task_batch_norm", input, input):
+    uses_batch_statistics = training and running_mean is None and running_var is None
+    if not uses_batch_statistics or not _is_supported("task_batch_norm", input, input):
         return NotImplemented
     return task_batch_norm(input, weight, bias, eps)
 
 
-def _takes(op: str, images: Tensor, other: Tensor) -> bool:
-    """Whether the op has kernels for images of a batch, and what goes with them."""
+def _is_supported(op: str, images: Tensor, other: Tensor) -> bool:
+    """Whether the op has a native kernel for a batch of images and the other tensor."""
     return (
         images.dim() == other.dim() == 4
         and images.dtype == other.dtype

@@ -1,4 +1,4 @@
-"""The passes of any module that an inner loop needs, by autograd and vmap."""
+"""Gradients, curvature and query losses of any module, by autograd and vmap."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fastmeta.engines.base import Examples, InnerLoopOptions, Loss
 from fastmeta.engines.functional.label_checks import with_checked_labels
 from fastmeta.engines.functional.task_module import TaskModule
 
-# Activations that a reverse Hessian-vector product keeps, in multiples of a gradient's: measured
-# 2.9 on Conv4-64 and 2.8 on an MLP.
+# Activations that a reverse Hessian-vector product keeps, as a multiple of the activations that a
+# gradient keeps: measured 2.9 on Conv4-64 and 2.8 on an MLP.
 _HVP_ACTIVATIONS = 3
 
 
@@ -28,11 +28,12 @@ class ModulePasses:
     The methods are documented in ``fastmeta.engines.inner_loop.Passes``.
 
     Attributes:
-        layout: of the arenas.
+        layout: the layout of the arenas.
         task_module: the module as a function of the tasks' parameters.
-        support_loss, query_loss: the loss, which checks the labels of this batch.
+        support_loss, query_loss: the loss, with the labels of this batch checked.
         hvp_mode: as in ``InnerLoopOptions``.
-        examples_together: query examples a task that one pass of all tasks could take; None: any.
+        query_limit: query examples of each task that one pass over all tasks may take; None: any
+            number.
     """
 
     layout: ParameterLayout
@@ -40,7 +41,7 @@ class ModulePasses:
     support_loss: Loss
     query_loss: Loss
     hvp_mode: str
-    examples_together: int | None
+    query_limit: int | None
 
     @classmethod
     def of(
@@ -52,17 +53,24 @@ class ModulePasses:
         support: Examples | None,
         query: Examples | None,
     ) -> ModulePasses:
-        """The passes for a batch whose labels are checked here, once."""
+        """The passes for a batch; checks its labels, once."""
         support_loss, query_loss = (
             loss if examples is None else with_checked_labels(loss, examples.y, examples.y_name)
             for examples in (support, query)
         )
-        together = None
+        query_limit = None
         if support is not None and options.steps > 0:
-            # As many activations as a Hessian-vector product on the support keeps, so that a large
-            # query set does not set the peak of the memory.
-            together = support.x.shape[1] * (1 if options.first_order else _HVP_ACTIVATIONS)
-        return cls(layout, task_module, support_loss, query_loss, options.hvp_mode, together)
+            # As many activations as the support's Hessian-vector product keeps: a larger query set
+            # then runs in groups and does not raise the peak of the memory.
+            query_limit = support.x.shape[1] * (1 if options.first_order else _HVP_ACTIVATIONS)
+        return cls(
+            layout=layout,
+            task_module=task_module,
+            support_loss=support_loss,
+            query_loss=query_loss,
+            hvp_mode=options.hvp_mode,
+            query_limit=query_limit,
+        )
 
     @property
     def constants(self) -> list[Tensor]:
@@ -92,7 +100,7 @@ class ModulePasses:
         total = self._total(support, self.support_loss)
         params, along = self.layout.views(theta), self.layout.views(direction)
         inputs = _required(support, requires)
-        # The same random numbers as in the gradient of step k: the same dropout masks.
+        # The Hessian belongs to the function that step k saw, so to the same dropout masks.
         with random.replay(), inner_step(k):
             product, mixed = curvature(total, params, along, inputs, self.hvp_mode)
         return self.layout.flatten(product), mixed
@@ -104,15 +112,15 @@ class ModulePasses:
         outputs: list[Tensor] = []
         grads: list[Tensors] = []
         with self.conditions(), inner_step(k):
-            for rows in self._query_groups(query):
-                part = query.of_tasks(rows)
+            for group in self._query_groups(query):
+                part = query.of_tasks(group)
                 total = self._total(part, self.query_loss, weight, (losses, outputs))
-                params = self.layout.views(theta[rows])
+                params = self.layout.views(theta[group])
                 if requires:
                     to_params, to_inputs = gradient(total, params, _required(part, requires))
                     grads.append({**to_inputs, "theta": self.layout.flatten(to_params)})
                 else:
-                    total(params, {})
+                    total(params, {})  # records the losses and the outputs
         names = grads[0] if grads else ()
         joined = {name: torch.cat([part[name] for part in grads]) for name in names}
         return torch.cat(losses), torch.cat(outputs), joined
@@ -126,7 +134,7 @@ class ModulePasses:
     ) -> Total:
         """The summed loss as a function of parameters, and of inputs that replace the examples.
 
-        ``record`` gets the losses and the outputs of each call.
+        Each call appends its losses and outputs to ``record``.
         """
 
         def total(params: Tensors, inputs: Tensors) -> Tensor:
@@ -136,6 +144,7 @@ class ModulePasses:
             if record is not None:
                 record[0].append(losses.detach())
                 record[1].append(outputs.detach())
+            # The sum: tasks do not mix, so its gradient is the gradient of every task.
             return losses.sum() if weight == 1 else weight * losses.sum()
 
         return total
@@ -143,8 +152,8 @@ class ModulePasses:
     def _query_groups(self, query: Examples) -> list[slice]:
         tasks, queries = query.x.shape[:2]
         size = tasks
-        if self.examples_together is not None:
-            size = max(1, tasks * self.examples_together // queries)
+        if self.query_limit is not None:
+            size = max(1, tasks * self.query_limit // queries)
         return [slice(start, start + size) for start in range(0, tasks, size)]
 
 

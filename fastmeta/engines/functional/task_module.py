@@ -14,21 +14,27 @@ from fastmeta.engines.functional.layer_routing import RoutedLayers, widened
 
 _RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
-# What a recurrent module caches of its weights at each call; it would cache one task's.
+# Caches of its weights that a recurrent module writes at each call. Under vmap it would keep one
+# task's weights there.
 _RECURRENT_CACHE = ("_flat_weights", "_flat_weight_refs")
 
-_REFUSALS = ("vmap", "batching rule", "functorch", "batchedtensor")
+# Words of errors that PyTorch raises for ops without a batching rule; it has no class for them.
+_VMAP_ERRORS = ("vmap", "batching rule", "functorch", "batchedtensor")
 
 
 class TaskModule:
-    """A module as a function of parameters, one set a task; tasks share those that are left out.
+    """A module as a pure function of parameters, one set a task.
 
-    Takes a snapshot of the module's training flags, so that a step can be run again later as it
-    ran. Batch and instance norms use batch statistics, in training and evaluation alike, or, with
-    ``norm_statistics="running"``, in evaluation their running ones, which are left alone. Every
-    call starts from the module's own buffers and drops what the module writes into them;
-    floating-point buffers are given to each task as a copy of its own, others (counters, indices,
-    masks) as one copy that the tasks share.
+    Parameters that are left out are the module's own, shared by the tasks. The training flags are
+    those at construction, so that the backward can run a step again as it ran.
+
+    Batch and instance norms use batch statistics, in training and in evaluation. With
+    ``norm_statistics="running"`` they use their running statistics in evaluation. Running
+    statistics are never updated.
+
+    Every call starts from the module's own buffers and discards what the module writes into them.
+    Each task gets its own copy of floating-point buffers; the tasks share one copy of the others
+    (counters, indices, masks).
 
     Example:
         >>> import torch
@@ -42,14 +48,15 @@ class TaskModule:
     def __init__(self, module: nn.Module, norm_statistics: str = "batch") -> None:
         self.module = module
         modules = list(module.modules())
-        own_in_evaluation = norm_statistics == "running"
+        running_in_evaluation = norm_statistics == "running"
         self._training = [(m, m.training) for m in modules]
+        # Norms that ``conditions`` switches to batch statistics.
         self._norms = [
             m
             for m in modules
             if getattr(m, "track_running_stats", False)
             and "running_mean" in m._buffers
-            and (m.training or not own_in_evaluation)
+            and (m.training or not running_in_evaluation)
         ]
         self._recurrent = [m for m in modules if isinstance(m, (nn.RNNBase, nn.RNNCellBase))]
         running = {id(m._buffers.get(name)) for m in self._norms for name in _RUNNING_STATISTICS}
@@ -60,7 +67,7 @@ class TaskModule:
         self._trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
         names = {id(tensor): name for name, tensor in (buffers | self._trainable).items()}
         # Where each tensor is registered. A tensor registered twice (tied weights, a submodule in
-        # two places) is replaced in both, which torch.func.functional_call fails to undo.
+        # two places) is replaced in both places, which torch.func.functional_call fails to undo.
         tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
         self._places = [
             (table, {key: names[id(t)] for key, t in table.items() if id(t) in names})
@@ -69,14 +76,15 @@ class TaskModule:
 
     @property
     def constants(self) -> list[Tensor]:
-        """The tensors of the module that a call reads besides the tasks' parameters."""
+        """The module's tensors that a call reads besides the tasks' parameters."""
         return [*self._frozen, *self._task_buffers.values(), *self._shared_buffers.values()]
 
     @contextmanager
     def conditions(self) -> Iterator[None]:
-        """Batch statistics, the snapshot's training flags, and kernels with second derivatives."""
+        """Context of calls: batch statistics, training flags, twice differentiable kernels."""
         with ExitStack() as stack:
             for m in self._norms:
+                # PyTorch normalises by the batch, in eval() too, if a norm has no statistics.
                 stack.enter_context(
                     _temporarily(
                         m._buffers, {n: None for n in _RUNNING_STATISTICS if n in m._buffers}
@@ -84,9 +92,11 @@ class TaskModule:
                 )
                 stack.enter_context(_temporarily(m.__dict__, {"track_running_stats": False}))
             for m, training in self._training:
+                # Only flags that have changed: entering a context for each takes longer.
                 if m.training != training:
                     stack.enter_context(_temporarily(m.__dict__, {"training": training}))
             for m in self._recurrent:
+                # Restored afterwards: the call under vmap leaves tensors of vmap in it.
                 cache = {n: m.__dict__[n] for n in _RECURRENT_CACHE if n in m.__dict__}
                 stack.enter_context(_temporarily(m.__dict__, cache))
             stack.enter_context(differentiable_kernels(recurrent=bool(self._recurrent)))
@@ -95,7 +105,7 @@ class TaskModule:
     def outputs(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """The outputs ``[T, S, ...]`` for parameters ``[T, *shape]`` and x ``[T, S, ...]``.
 
-        Those that ``params`` lacks are the module's own, the same of every task.
+        Parameters that ``params`` lacks are the module's own, the same for every task.
         """
         return self._mapped(lambda call, x: call(x), params, x)
 
@@ -124,10 +134,11 @@ class TaskModule:
         shared = {name: b.clone() for name, b in self._shared_buffers.items()}
         decompose = bool(self._recurrent) and tasks != 1
         if decompose:
-            # The parts write one task's numbers into what they make of shared weights.
+            # The decomposition writes numbers of one task into tensors that it makes from the
+            # weights, so every task needs its own.
             own = {n: p.expand(tasks, *p.shape) for n, p in self._trainable.items()}
             params = {**own, **params}
-        # With weights that the tasks share, PyTorch's convolutions take the tasks as one batch.
+        # If the tasks share the weights, PyTorch convolves the images of all tasks as one batch.
         own_weights = tasks != 1 and bool(params)
 
         def one_task(params: dict[str, Tensor], buffers: dict[str, Tensor], *inputs: Tensor) -> Any:
@@ -136,6 +147,8 @@ class TaskModule:
                     tensors = {**self._trainable, **params, **buffers, **shared}
                     return self._call(tensors, x, own_weights)
 
+                # PyTorch's recurrent kernels have no batching rule; under a derivative they
+                # decompose into ops that have one.
                 outputs = under_derivative(run, params) if decompose else run(params)
                 if not isinstance(outputs, Tensor):
                     raise TypeError(
@@ -148,7 +161,7 @@ class TaskModule:
         try:
             return map_tasks(one_task, dict(params), buffers, *inputs)
         except RuntimeError as error:
-            if tasks != 1 and any(word in str(error).lower() for word in _REFUSALS):
+            if tasks != 1 and any(word in str(error).lower() for word in _VMAP_ERRORS):
                 raise RuntimeError(
                     f"{type(self.module).__name__} cannot be vmapped over tasks; task_chunk=1 runs "
                     f"the tasks one at a time, without vmap. The reason: {error}"
@@ -166,6 +179,7 @@ class TaskModule:
 
 @contextmanager
 def _temporarily(namespace: dict[str, Any], values: dict[str, Any]) -> Iterator[None]:
+    # In the tables themselves: nn.Module.__setattr__ takes no plain tensor as a parameter.
     before = {name: namespace[name] for name in values}
     namespace.update(values)
     try:

@@ -1,1 +1,1 @@
-"""The program engine: recognised networks."""
+"""The program engine, for recognised networks: one compiled call a meta-gradient."""

@@ -1,4 +1,4 @@
-"""From a trace to the instructions of a task program, by handlers for every layer and function."""
+"""Builder of a task program's instructions from a trace: one handler a layer or function."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fastmeta.ops.task_program.bytecode import Code, Instruction, LossCode, Opco
 
 
 class Value(NamedTuple):
-    """A value of the program: which it is, and the shape that the module sees of one example.
+    """A value of the program: its number, and the shape of one example as the module sees it.
 
-    What a module sees as ``[C, ...]`` lies in memory as ``[..., C]`` if ``channels_last``.
+    If ``channels_last``, the shape ``[C, ...]`` is stored as ``[..., C]``.
     """
 
     at: int
@@ -26,11 +26,11 @@ class Value(NamedTuple):
 
 
 class BatchSize:
-    """The number of examples, where a module asks for it."""
+    """Placeholder for the number of examples, which a forward reads off a shape."""
 
 
 class Shape(NamedTuple):
-    """The shape of a value with its batch size, where a module asks for it."""
+    """The shape of a value with its batch size, as a forward reads it."""
 
     example: tuple[int, ...]
 
@@ -39,9 +39,10 @@ Handler = Callable[..., Any]
 
 
 class Handlers(NamedTuple):
-    """What emits the instructions of a call: of a layer, a function, a method of a tensor.
+    """Tables of handlers, which emit the instructions of a call.
 
-    A handler takes the builder and the arguments of the call; that of a layer besides ``layer``.
+    A handler takes the builder and the arguments of the call. A layer's handler also takes
+    ``layer``.
     """
 
     layers: Mapping[type[nn.Module], Handler]
@@ -50,10 +51,10 @@ class Handlers(NamedTuple):
 
 
 class Builder:
-    """The instructions of a trace for one shape of an example.
+    """Emits the instructions of a trace for one shape of an example.
 
     Raises:
-        LoweringError: naming the module or function that the program does not have.
+        LoweringError: naming the module or function that a program does not have.
     """
 
     def __init__(
@@ -65,17 +66,17 @@ class Builder:
     ) -> None:
         self.trace = trace
         self.norm_statistics = norm_statistics
-        self.frozen: list[Tensor] = list(trace.frozen)  # and the buffers that instructions read
+        self.frozen: list[Tensor] = list(trace.frozen)  # then the buffers that are read
         self.layers: list[str] = []
-        self.per_step = False  # whether there are parameters of each inner step
-        self.least_examples = 1  # of a batch; two where statistics are over examples alone
+        self.per_step = False  # whether a norm has parameters for each inner step
+        self.least_examples = 1  # of a batch; 2 if a norm's statistics are over examples only
         self._handlers = handlers
-        self._sizes = [math.prod(shape)]
+        self._sizes = [math.prod(shape)]  # elements of each value; value 0 is the input
         self._instructions: list[Instruction] = []
-        self._overwritten: list[tuple[int, int]] = []  # value, the instruction that does it
+        self._overwritten: list[tuple[int, int]] = []  # value, the instruction in place
         self._adapts: set[int] = set()  # values that depend on adapted parameters
-        self._transposed: dict[tuple[int, int, int], int] = {}  # value, rows, columns
-        self._sources: dict[int, int] = {}  # of what is a transpose
+        self._transposed: dict[tuple[int, int, int], int] = {}  # (value, rows, columns) -> value
+        self._sources: dict[int, int] = {}  # transpose -> the value that it transposes
         self.output = self._run(Value(0, shape))
         self._check_overwritten()
         if 0 in self._sizes:
@@ -84,6 +85,7 @@ class Builder:
             raise LoweringError("the outputs of model depend on no trainable parameter")
 
     def code(self, loss: LossCode | None) -> Code:
+        """The instructions and the loss as code."""
         return Code(
             values=tuple(self._sizes),
             instructions=tuple(self._instructions),
@@ -96,13 +98,12 @@ class Builder:
     def emit(
         self, opcode: Opcode, x: Value, shape: tuple[int, ...], name: str, **fields: Any
     ) -> Value:
-        """An instruction on x; its value is in the layout of x."""
+        """Emit an instruction on x; the new value has the memory layout of x."""
         y = Value(len(self._sizes), shape, x.channels_last)
         instruction = Instruction(opcode, x.at, y.at, **fields)
-        if max(instruction.weight, instruction.bias) >= 0 or self._adapts & {
-            x.at,
-            instruction.x2,
-        }:
+        # Offsets from 0 up are adapted parameters; frozen ones are below -1.
+        has_adapted = max(instruction.weight, instruction.bias) >= 0
+        if has_adapted or self._adapts & {x.at, instruction.x2}:
             self._adapts.add(y.at)
         self._sizes.append(math.prod(shape))
         self._instructions.append(instruction)
@@ -110,20 +111,21 @@ class Builder:
         return y
 
     def channels_last(self, x: Value) -> Value:
+        """x with its channels last in memory, as image layers compute."""
         return self._in_layout(x, channels_last=True)
 
     def channels_first(self, x: Value) -> Value:
-        """As the module sees it."""
+        """x with its channels first in memory, as the module sees it."""
         return self._in_layout(x, channels_last=False)
 
     def overwrite(self, x: Value) -> None:
-        """The instruction that comes next works in place on ``x``."""
+        """Record that the next instruction works in place on ``x``."""
         self._overwritten.append((x.at, len(self._instructions)))
 
     def reference(self, tensor: Any, shape: tuple[int, ...]) -> int:
-        """A weight or bias as an instruction names it; None is none."""
+        """The number by which an instruction refers to a weight or bias, as ``Trace.reference``."""
         if tensor is None:
-            return -1
+            return -1  # none, as the code writes it
         if not isinstance(tensor, nn.Parameter):
             raise LoweringError("a weight or bias of it is no parameter")
         if tensor.shape != shape:
@@ -133,15 +135,16 @@ class Builder:
         return self.trace.reference(tensor)
 
     def constant(self, buffer: Any, shape: tuple[int, ...]) -> int:
-        """A buffer as an instruction names it, among the frozen parameters."""
+        """The number by which an instruction refers to a buffer, which joins ``frozen``."""
         layout = self.trace.layout
         if type(buffer) is not Tensor or buffer.requires_grad:
             raise LoweringError("a buffer of it is no plain tensor, or requires a gradient")
         if (buffer.dtype, buffer.device) != (layout.dtype, layout.device):
-            what = f"{buffer.dtype} on {buffer.device}"
-            raise LoweringError(f"a buffer of it is {what}, unlike the parameters")
+            kind = f"{buffer.dtype} on {buffer.device}"
+            raise LoweringError(f"a buffer of it is {kind}, unlike the parameters")
         if buffer.shape != shape:
             raise LoweringError(f"a buffer of it has shape {list(buffer.shape)}, not {list(shape)}")
+        # A layer called twice reads its buffer from one place.
         offset = 0
         for tensor in self.frozen:
             if tensor is buffer:
@@ -153,9 +156,11 @@ class Builder:
     def _in_layout(self, x: Value, channels_last: bool) -> Value:
         channels, *positions = x.shape or (1,)
         count = math.prod(positions)
+        # With one channel or one position both layouts are the same memory.
         if x.channels_last == channels_last or channels == 1 or count == 1:
             return x._replace(channels_last=channels_last)
         rows, columns = (channels, count) if channels_last else (count, channels)
+        # A value is transposed once, and the transpose of a transpose is the value itself.
         at = self._transposed.get((x.at, rows, columns))
         if at is None:
             name = "channels last" if channels_last else "channels first"
@@ -166,19 +171,20 @@ class Builder:
         return Value(at, x.shape, channels_last)
 
     def _source(self, value: int) -> int:
-        """The value of which this one is a transpose, or itself."""
+        """The value that this one transposes; itself if it is no transpose."""
         return self._sources.get(value, value)
 
     def _run(self, x: Value) -> Value:
-        env: dict[fx.Node, Any] = {}
+        """Emit the instructions of all nodes of the trace; returns the output."""
+        results: dict[fx.Node, Any] = {}
         for node in self.trace.graph.nodes:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), results.__getitem__)
             if node.op == "placeholder":
-                env[node] = x
+                results[node] = x
             elif node.op == "get_attr":
-                env[node] = self.trace.attribute(node.target)
+                results[node] = self.trace.attribute(node.target)
             elif node.op != "output":
-                env[node] = self._call(node, args, kwargs)
+                results[node] = self._call(node, args, kwargs)
         (output,) = args  # the last node is the output
         if not isinstance(output, Value):
             raise LoweringError("model does not return one tensor that comes from its input")
@@ -192,8 +198,8 @@ class Builder:
         handler: Handler | None
         if node.op == "call_module":
             layer = self.trace.attribute(target)
-            what, known = f"is a {type(layer).__name__}", handlers.layers.get(type(layer))
-            handler = known and partial(known, layer=layer)
+            what, of_layer = f"is a {type(layer).__name__}", handlers.layers.get(type(layer))
+            handler = of_layer and partial(of_layer, layer=layer)
         else:
             name = getattr(target, "__name__", target)
             table: Mapping[Any, Handler]
@@ -201,6 +207,7 @@ class Builder:
             what, handler = f"calls {name}", table.get(target)
         if handler is None:
             raise LoweringError(f"{where} {what}, which the program does not have yet")
+        # Bound first, so that a TypeError from inside a handler is not taken for an option.
         try:
             inspect.signature(handler).bind(self, *args, **kwargs)
         except TypeError as error:
@@ -211,7 +218,8 @@ class Builder:
             raise LoweringError(f"{where} {what}: {error.reason}") from None
 
     def _check_overwritten(self) -> None:
-        # A transpose shares memory with its value in the module: it is the same tensor to it.
+        # In the module a value and its transposes are one tensor: writing one changes them all.
+        # The program has no in-place ops, so such a write must be seen by nothing else.
         read = [
             {self._source(ins.x), self._source(ins.x2)} if ins.opcode != Opcode.TRANSPOSE else set()
             for ins in self._instructions
@@ -226,7 +234,7 @@ class Builder:
 
 
 def from_layer(handler: Handler, *names: str) -> Handler:
-    """The handler of a layer: that of the function of the same name, with the layer's options."""
+    """Make a layer's handler: the function's handler, with the layer's attributes as options."""
 
     def of_layer(b: Builder, input: Any, *, layer: nn.Module) -> Value:
         return handler(b, input, **{name: getattr(layer, name) for name in names})
@@ -235,12 +243,14 @@ def from_layer(handler: Handler, *names: str) -> Handler:
 
 
 def as_value(input: Any) -> Value:
+    """The argument as a value; LoweringError if it is not computed from the input."""
     if not isinstance(input, Value):
         raise LoweringError("it takes something that is not computed from the input by layers")
     return input
 
 
 def as_number(value: Any) -> float:
+    """The option as a float; LoweringError if it is no number."""
     if not isinstance(value, (int, float)):
         raise LoweringError(f"an option of it is a {type(value).__name__}, not a number")
     return float(value)

@@ -1,4 +1,4 @@
-"""The programs of one learner, its CUDA graphs and its last call, kept while they hold."""
+"""Cache of one learner's programs, CUDA graphs and last call."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fastmeta.engines.program.lowering import Lowering, Program
 from fastmeta.engines.program.trace import LoweringError
 from fastmeta.ops.task_program.bytecode import LossKind
 
-_PLANS_KEPT = 64
-_PLAIN = (Tensor, nn.Parameter)
+_PLANS_KEPT = 64  # kinds of batches
+_PLAIN = (Tensor, nn.Parameter)  # exact types: a subclass may have no memory of its own
 
 
 class LoweredSource(NamedTuple):
-    """What a program is lowered from."""
+    """Source of a lowering: the module, the loss and the statistics of its norms."""
 
     module: nn.Module
     loss: Loss
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     Attributes:
         program: for examples of the batch's shape.
         tasks: T.
-        kept: numbers that a task's inner step keeps: its activations and their gradients.
+        kept: numbers that one inner step of a task keeps: activations and their gradients.
     """
 
     program: Program
@@ -56,19 +56,19 @@ class LastCall(NamedTuple):
     batch: TaskBatch
 
     def signature(self) -> tuple[Any, ...]:
-        """Equal for meta-gradients that are likely to differ only in values."""
+        """Key that is equal for meta-gradients that are likely to differ only in values."""
         return self.lr, id(self.call.program), *(tensor.shape for tensor in self.batch)
 
 
 class ProgramCache:
     """The lowering, the plans by kind of batch, the CUDA graphs and the last call of one learner.
 
-    A lowering and what was made from it last while the module, the loss and their options are
-    unchanged. Copies and pickles are empty: a copy's module is another one.
+    The lowering, and all that depends on it, is valid while the module, the loss and their options
+    are unchanged. Copies and pickles of a cache are empty: a copied learner has another module.
 
     Attributes:
         graphs: the CUDA graphs of meta-gradients.
-        last_call: the last meta-gradient, if the fast path may take the next.
+        last_call: the last meta-gradient, if the next one may take the fast path.
     """
 
     def __init__(self) -> None:
@@ -83,11 +83,11 @@ class ProgramCache:
         return ProgramCache, ()
 
     def lowering(self, source: LoweredSource) -> Lowering:
-        """The lowering of a module and a loss; the last one while it holds."""
+        """The lowering of a module and a loss: the cached one while it is valid."""
         if self._lowering is None or not self._lowering.current(*source):
             self._lowering = Lowering(*source)
             self._plans.clear()
-            self.graphs.clear()
+            self.graphs.clear()  # they replay kernels with the old program and parameters
         return self._lowering
 
     def plan(self, source: LoweredSource, sets: Sequence[Examples]) -> Plan:
@@ -98,9 +98,11 @@ class ProgramCache:
             TypeError, ValueError: naming the argument that does not fit.
         """
         lowering = self.lowering(source)
+        # All that a plan depends on. It is built at every call, so its loop is plain.
         key: list[Any] = []
         for examples in sets:
             for name, tensor in (("x", examples.x), ("y", examples.y)):
+                # The exact check inline: check_plain is called for what may have to raise.
                 if type(tensor) is not Tensor or tensor.layout is not torch.strided:
                     check_plain(examples.x_name if name == "x" else examples.y_name, tensor)
                 key += (tensor.shape, tensor.dtype, tensor.device)
@@ -108,10 +110,11 @@ class ProgramCache:
         signature = tuple(key)
         plan = self._plans.get(signature)
         if plan is None:
+            # Batches of ever new shapes would otherwise fill the memory.
             if len(self._plans) >= _PLANS_KEPT:
                 self._plans.clear()
             plan = self._plans[signature] = _plan(lowering, source.module, sets)
-        if isinstance(plan, str):
+        if isinstance(plan, str):  # the cached reason why there is none
             raise LoweringError(plan)
         return plan
 
@@ -119,18 +122,20 @@ class ProgramCache:
         """The learner's meta-gradient if only values have changed since the last; else None."""
         result = None if self._fast_path is None else self._fast_path(learner, batch)
         if result is not None:
+            # Two more calls in a row have to come before another fast path is prepared.
             self._signature = ()
         return result
 
     def prepare(self, learner: nn.Module) -> None:
-        """Open the fast path if the learner's last meta-gradient came twice in a row.
+        """Prepare the fast path if the learner's last two meta-gradients had the same signature.
 
-        Nothing happens unless it was one compiled call with a number as step size.
+        Does nothing unless the last one was one compiled call with a number as step size.
         """
         last, self.last_call = self.last_call, None
         if last is None or self._lowering is None:
             return
         before, self._signature = self._signature, last.signature()
+        # Only the second time: preparing costs more than a call, and shapes may alternate.
         tables = self._lowering.tables() if before == self._signature else None
         if tables is not None:
             self._fast_path = CachedMetaGradient(
@@ -153,6 +158,7 @@ def _plan(lowering: Lowering, module: nn.Module, sets: Sequence[Examples]) -> Pl
     program = lowering.program(tuple(first.x.shape[2:]))
     if isinstance(program, str):
         return program
+    # Query and support share one program, so they have one shape of an example.
     for examples in sets:
         x, name = examples.x, examples.x_name
         if x.dtype != layout.dtype or x.shape[2:] != first.x.shape[2:]:
@@ -162,11 +168,12 @@ def _plan(lowering: Lowering, module: nn.Module, sets: Sequence[Examples]) -> Pl
         reason = _targets_mismatch(program, examples.y_name, examples.y)
         if reason:
             return reason
+    # Twice: the activations and their gradients, which the Hessian-vector product reads.
     return Plan(program, tasks, kept=2 * first.x.shape[1] * program.activations)
 
 
 def _targets_mismatch(program: Program, name: str, y: Tensor) -> str:
-    """Why the program's loss does not take the targets y as the loss itself does; or nothing."""
+    """The reason why the program's loss does not take the targets y; empty if it does."""
     if program.loss.kind == LossKind.CROSS_ENTROPY:
         expected, fits = "int64 labels [T, examples]", y.dtype == torch.int64 and y.ndim == 2
     else:

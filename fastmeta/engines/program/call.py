@@ -1,4 +1,4 @@
-"""One call of a task program on a batch of tasks, and how autograd sees it."""
+"""Calls of a task program on a batch of tasks, and their autograd Functions."""
 
 from __future__ import annotations
 
@@ -20,20 +20,34 @@ from fastmeta.ops.task_program.bytecode import at_step
 Tensors = tuple[Tensor, ...]
 
 
+class RequiredGrads(NamedTuple):
+    """Whether each gradient of the meta-loss is required, in the order of the op's arguments.
+
+    Attributes:
+        any: whether any gradient is required, among them the gradient to theta.
+        lr, support_x, query_x: whether the gradient to this tensor is required.
+    """
+
+    any: bool = False
+    lr: bool = False
+    support_x: bool = False
+    query_x: bool = False
+
+
 class Call(NamedTuple):
     """A program on T tasks, the functions that run it, and the options.
 
     Attributes:
         ops: the functions of ``fastmeta.ops.task_program``, compiled or not.
         program: the module and its loss as code.
-        own_parameters: whether theta is the module's own parameters, given as all of them. Autograd
-            then sees one function instead of a concatenation and its parts. Otherwise theta is one
+        own_parameters: whether theta is the module's own parameters, one tensor each. Autograd then
+            records one function instead of a concatenation and its parts. Otherwise theta is one
             arena, ``[P]`` or ``[T, P]``.
         tasks: T.
-        options: of the inner loop.
+        options: options of the inner loop.
         keep: whether the activations of all steps are kept for the backward.
-        step_weights: w_1 .. w_K, or none.
-        graphs: CUDA graphs that replay whole meta-gradients, if any.
+        step_weights: w_1 .. w_K; empty: the last step's loss only.
+        graphs: CUDA graphs that replay meta-gradients; None: launch the kernels.
         capture_at_once: whether the first call of a kind is captured.
     """
 
@@ -48,6 +62,7 @@ class Call(NamedTuple):
     capture_at_once: bool = False
 
     def arena(self, theta: Tensors) -> Tensor:
+        """theta as one tensor, ``[P]`` or ``[T, P]``."""
         return _flatten_dense_tensors(theta) if self.own_parameters else theta[0]
 
     def parts(self, arena: Tensor) -> Tensors:
@@ -62,89 +77,137 @@ class Call(NamedTuple):
 
     def adapt(self, theta: Tensor, frozen: Tensor, lr: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """theta_K ``[T, P]``."""
-        results = []
-        for rows in self._chunks():
-            inputs = self.program.code, _of_tasks(theta, rows), frozen, _of_tasks(lr, rows)
-            results.append(self.ops.adapt(*inputs, x[rows], y[rows], self.options.steps))
+        results = [
+            self.ops.adapt(
+                self.program.code,
+                _of_tasks(theta, chunk),
+                frozen,
+                _of_tasks(lr, chunk),
+                x[chunk],
+                y[chunk],
+                self.options.steps,
+            )
+            for chunk in self.options.chunks(self.tasks)
+        ]
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def adapt_backward(
         self, saved: Sequence[Tensor], v: Tensor, lr_grad: bool, x_grad: bool
     ) -> Iterator[Tensor]:
-        """The gradients to theta, lr and x from ``v`` ``[T, P]``, that to theta_K."""
+        """The gradients to theta, lr and x, from the gradient ``v`` ``[T, P]`` to theta_K."""
         theta, frozen, lr, x, y = saved
-        results = []
-        for rows in self._chunks():
-            inputs = self.program.code, _of_tasks(theta, rows), frozen, _of_tasks(lr, rows)
-            step = (
-                x[rows],
-                y[rows],
+        results = [
+            self.ops.adapt_backward(
+                self.program.code,
+                _of_tasks(theta, chunk),
+                frozen,
+                _of_tasks(lr, chunk),
+                x[chunk],
+                y[chunk],
                 self.options.steps,
-                v[rows],
+                v[chunk],
                 self.options.first_order,
                 self.keep,
+                lr_grad,
+                x_grad,
             )
-            results.append(self.ops.adapt_backward(*inputs, *step, lr_grad, x_grad))
+            for chunk in self.options.chunks(self.tasks)
+        ]
         return map(_joined, zip(*results, strict=True), (theta, lr, x))
 
     def meta_gradient(
-        self, theta: Tensor, lr: Tensor, batch: TaskBatch, wanted: tuple[bool, ...]
+        self, theta: Tensor, lr: Tensor, batch: TaskBatch, requires: RequiredGrads
     ) -> Sequence[Tensor]:
         """Meta-loss, outputs, and the gradients to theta, lr, support_x and query_x.
 
         Args:
             theta, lr: as the ops take them.
             batch: the tasks.
-            wanted: whether any gradient is, and those to lr, support_x, query_x.
+            requires: the required gradients; the others are empty tensors.
         """
-        code, frozen = self.program.code, self.frozen(theta)
-        options = (
-            self.step_weights,
-            self.options.steps,
-            self.options.first_order,
-            self.keep,
-            *wanted,
-        )
-        if self._is_whole():
-            return self._whole_meta_gradient((theta, frozen, lr, *batch), options)
+        frozen = self.frozen(theta)
+        if self._runs_together():
+            return self._meta_gradient_together((theta, frozen, lr, *batch), requires)
         results = []
-        for rows in self._chunks():
-            inputs = code, _of_tasks(theta, rows), frozen, _of_tasks(lr, rows)
-            part = [tensor[rows] for tensor in batch]
-            loss, outputs, *grads = self.ops.meta_gradient(*inputs, *part, *options)
+        for chunk in self.options.chunks(self.tasks):
+            inputs = (
+                _of_tasks(theta, chunk),
+                frozen,
+                _of_tasks(lr, chunk),
+                *(tensor[chunk] for tensor in batch),
+            )
+            loss, outputs, *grads = self._meta_gradient_op(inputs, requires)
+            # The op takes the mean over its tasks, so a chunk counts by its share of all tasks.
             share = len(outputs) / self.tasks
             results.append((share * loss, outputs, *(share * grad for grad in grads)))
         losses, outputs, *grads = zip(*results, strict=True)
         joined = map(_joined, grads, (theta, lr, batch.support_x, batch.query_x))
         return sum(losses), torch.cat(outputs), *joined
 
-    def _whole_meta_gradient(self, inputs: Tensors, options: tuple[Any, ...]) -> Sequence[Tensor]:
-        code, graphs = self.program.code, self.graphs
-        if graphs is None:
-            return self.ops.meta_gradient(code, *inputs, *options)
+    def _meta_gradient_op(self, inputs: Tensors, requires: RequiredGrads) -> Sequence[Tensor]:
+        """One call of the op; ``inputs``: theta, frozen, lr and the four tensors of a batch."""
+        theta, frozen, lr, support_x, support_y, query_x, query_y = inputs
+        return self.ops.meta_gradient(
+            self.program.code,
+            theta,
+            frozen,
+            lr,
+            support_x,
+            support_y,
+            query_x,
+            query_y,
+            self.step_weights,
+            self.options.steps,
+            self.options.first_order,
+            self.keep,
+            requires.any,
+            requires.lr,
+            requires.support_x,
+            requires.query_x,
+        )
+
+    def _meta_gradient_together(self, inputs: Tensors, requires: RequiredGrads) -> Sequence[Tensor]:
+        """The meta-gradient of all tasks in one call, from a CUDA graph if there are graphs."""
+        if self.graphs is None:
+            return self._meta_gradient_op(inputs, requires)
 
         def function(*inputs: Tensor) -> Sequence[Tensor]:
-            return self.ops.meta_gradient(code, *inputs, *options)
+            return self._meta_gradient_op(inputs, requires)
 
+        # A replay launches kernels only; the op's check of the labels runs on the host.
         def check(*inputs: Tensor) -> None:
             *_, support_y, _, query_y = inputs
-            self.ops.check_labels(code, support_y, query_y)
+            self.ops.check_labels(self.program.code, support_y, query_y)
 
-        weights, *others = options
-        key = self.program, tuple(weights), *others
-        return graphs.run(key, function, inputs, check, self.capture_at_once)
+        key = (
+            self.program,
+            tuple(self.step_weights),
+            self.options.steps,
+            self.options.first_order,
+            self.keep,
+            requires,
+        )
+        return self.graphs.run(key, function, inputs, check, self.capture_at_once)
 
     def meta_loss(self, theta: Tensors, lr: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """Meta-loss and outputs, differentiable once in theta, lr, support_x and query_x.
 
-        The compiled function for the module's own parameters saves what autograd takes in Python:
-        for a small network longer than the work.
+        For the module's own parameters the autograd function is compiled too. One in Python takes
+        longer than the arithmetic of a small network.
         """
         if not (self.own_parameters and self.is_one_compiled and self.graphs is None):
             return MetaLoss.apply(self, lr, *batch, *theta)
-        options = self.step_weights, self.options.steps, self.options.first_order, self.keep
-        frozen = self.frozen(theta[0])
-        loss, outputs = self.ops.meta_loss(self.program.code, theta, frozen, lr, *batch, *options)
+        loss, outputs = self.ops.meta_loss(
+            self.program.code,
+            theta,
+            self.frozen(theta[0]),
+            lr,
+            *batch,
+            self.step_weights,
+            self.options.steps,
+            self.options.first_order,
+            self.keep,
+        )
         return loss, self.shaped(outputs)
 
     def loss_and_gradient(
@@ -153,34 +216,40 @@ class Call(NamedTuple):
         """Meta-loss, outputs, and the gradients to the module's own parameters ``[P]`` and lr."""
         theta = self.program.adapted
         if self.is_one_compiled and self.graphs is None:
-            options = (
+            loss, outputs, to_theta, to_lr = self.ops.loss_and_gradient(
+                self.program.code,
+                theta,
+                self.frozen(theta[0]),
+                lr,
+                *batch,
                 self.step_weights,
                 self.options.steps,
                 self.options.first_order,
                 self.keep,
                 lr_grad,
             )
-            inputs = self.program.code, theta, self.frozen(theta[0]), lr
-            loss, outputs, to_theta, to_lr = self.ops.loss_and_gradient(*inputs, *batch, *options)
         else:
-            wanted = True, lr_grad, False, False
+            requires = RequiredGrads(any=True, lr=lr_grad)
             with torch.no_grad():
-                results = self.meta_gradient(self.arena(theta), lr, batch, wanted)
+                results = self.meta_gradient(self.arena(theta), lr, batch, requires)
             loss, outputs, to_theta, to_lr, *_ = results
         return loss, self.shaped(outputs), to_theta, to_lr if lr_grad else None
 
     def hvp(self, theta: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:
         """``H v`` ``[T, P]``."""
         frozen = self.frozen(theta)
-        results = []
-        for rows in self._chunks():
-            inputs = self.program.code, _of_tasks(theta, rows), frozen, x[rows], y[rows]
-            results.append(self.ops.hvp(*inputs, vector[rows], False)[0])
+        code, results = self.program.code, []
+        for chunk in self.options.chunks(self.tasks):
+            part = _of_tasks(theta, chunk)
+            # False: no gradient to the inputs, which the op returns second.
+            product, _ = self.ops.hvp(code, part, frozen, x[chunk], y[chunk], vector[chunk], False)
+            results.append(product)
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
-        """The module's outputs ``[T, B, ...]`` with parameters after the call's steps."""
+        """The module's outputs ``[T, B, ...]`` with parameters that have taken the call's steps."""
         code = self.program.code
+        # Norms with a row of parameters a step read the row of the last step.
         if self.program.per_step:
             code = at_step(code, self.options.steps)
         return self.shaped(self.ops.forward(code, theta, self.frozen(theta), x))
@@ -193,18 +262,14 @@ class Call(NamedTuple):
     @property
     def is_one_compiled(self) -> bool:
         """Whether the meta-gradient is one call of a compiled op."""
-        return self._is_whole() and hasattr(self.ops, "loss_and_gradient")
+        return self._runs_together() and hasattr(self.ops, "loss_and_gradient")
 
-    def _is_whole(self) -> bool:
+    def _runs_together(self) -> bool:
         return self.options.task_chunk is None or self.options.task_chunk >= self.tasks
-
-    def _chunks(self) -> Iterator[slice]:
-        size = self.options.task_chunk or self.tasks
-        return (slice(start, start + size) for start in range(0, self.tasks, size))
 
 
 class Adapt(torch.autograd.Function):
-    """theta_K; the backward runs the steps again."""
+    """theta_K; the backward runs the steps again and keeps nothing of them but the inputs."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, lr: Tensor, x: Tensor, y: Tensor, *theta: Tensor) -> Tensor:
@@ -217,7 +282,7 @@ class Adapt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         call, (_, lr_needed, x_needed, _, *theta_needed) = ctx.call, ctx.needs_input_grad
-        x_needed = x_needed and not call.options.first_order
+        x_needed = x_needed and not call.options.first_order  # as documented: no support gradient
         with torch.no_grad():
             to_theta, to_lr, to_x = call.adapt_backward(ctx.saved_tensors, v, lr_needed, x_needed)
         to_theta = call.parts(to_theta) if theta_needed[0] else (None,)
@@ -241,18 +306,16 @@ class MetaLoss(torch.autograd.Function):
         *theta: Tensor,
     ) -> tuple[Tensor, Tensor]:
         _, lr_needed, support_needed, _, query_needed, _, theta_needed, *_ = ctx.needs_input_grad
-        needed = (
-            theta_needed,
-            lr_needed,
-            support_needed and not call.options.first_order,
-            query_needed,
-        )
+        support_needed = support_needed and not call.options.first_order
+        # In the order of the gradients: theta, lr, support_x, query_x.
+        needed = theta_needed, lr_needed, support_needed, query_needed
+        requires = RequiredGrads(any(needed), lr_needed, support_needed, query_needed)
         batch = TaskBatch(support_x, support_y, query_x, query_y)
-        wanted = any(needed), *needed[1:]
-        loss, outputs, *grads = call.meta_gradient(call.arena(theta), lr, batch, wanted)
+        loss, outputs, *grads = call.meta_gradient(call.arena(theta), lr, batch, requires)
         outputs = call.shaped(outputs)
         ctx.call, ctx.needed = call, needed
         ctx.save_for_backward(*itertools.compress(grads, needed))
+        # A loss that the caller does not differentiate gets None, not a tensor of zeros.
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs)
         return loss, outputs
@@ -261,7 +324,7 @@ class MetaLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
-        scale = grad_loss.detach()  # a graph, where one is asked for, ends here
+        scale = grad_loss.detach()  # with create_graph=True its graph ends here
         saved = iter(ctx.saved_tensors)
         theta, *others = [scale * next(saved) if need else None for need in ctx.needed]
         to_theta = (None,) if theta is None else ctx.call.parts(theta)
@@ -269,17 +332,18 @@ class MetaLoss(torch.autograd.Function):
         return None, to_lr, to_support, None, to_query, None, *to_theta
 
 
-def _of_tasks(tensor: Tensor, rows: slice) -> Tensor:
-    """A chunk of theta ``[P]`` or ``[T, P]``, or of step sizes; what tasks share stays whole."""
-    if tensor.ndim == 3:
-        return tensor if tensor.shape[1] == 1 else tensor[:, rows]
-    return tensor if tensor.ndim == 1 else tensor[rows]
+def _of_tasks(tensor: Tensor, tasks: slice) -> Tensor:
+    """Slice theta or step sizes to some tasks; tensors that tasks share are not sliced."""
+    if tensor.ndim == 3:  # step sizes [K or 1, T or 1, P or L or 1]
+        return tensor if tensor.shape[1] == 1 else tensor[:, tasks]
+    return tensor if tensor.ndim == 1 else tensor[tasks]  # theta [P] or [T, P]
 
 
 def _joined(grads: tuple[Tensor, ...], like: Tensor) -> Tensor:
-    """The chunks' gradients to ``like``, which they share or have a part of each."""
+    """Join the chunks' gradients to ``like``: concatenate parts, or sum if the chunks share it."""
     if len(grads) == 1 or grads[0].numel() == 0:
         return grads[0]
     sizes = zip(grads[0].shape, like.shape, strict=True)
-    parted = [dim for dim, (part, whole) in enumerate(sizes) if part != whole]
-    return torch.cat(grads, parted[0]) if parted else torch.stack(grads).sum(0)
+    # The dimension of the tasks is where a chunk is smaller; there is none in a shared tensor.
+    task_dims = [dim for dim, (part, size) in enumerate(sizes) if part != size]
+    return torch.cat(grads, task_dims[0]) if task_dims else torch.stack(grads).sum(0)

@@ -31,7 +31,7 @@ from fastmeta.engines.program.cache import (
     ProgramCache,
     check_plain,
 )
-from fastmeta.engines.program.call import Adapt, Call
+from fastmeta.engines.program.call import Adapt, Call, RequiredGrads
 from fastmeta.engines.program.explain import describe_program
 from fastmeta.engines.program.lowering import Program
 from fastmeta.engines.program.passes import ProgramPasses
@@ -40,8 +40,8 @@ from fastmeta.ops import task_program
 
 MEMORY = ("auto", "recompute", "keep")
 
-_MOST_KEPT = 512 << 20  # bytes of activations
-_MOST_SHARED = 227 << 10  # bytes of memory that a block of a GPU shares
+_MOST_KEPT = 512 << 20  # bytes of activations that "auto" keeps
+_MOST_SHARED = 227 << 10  # bytes of shared memory that a block may have on sm_90
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class ProgramOptions:
 
     Args:
         memory: ``"keep"`` the activations of all steps for the backward, ``"recompute"`` them step
-            by step, or ``"auto"``: keep them if they take at most twice the room of the K
-            parameter vectors, or the activations of all tasks computed at a time 512 MiB.
+            by step, or ``"auto"``: keep them if they take at most twice the memory of the K
+            parameter vectors, or at most 512 MiB for the tasks computed at a time.
         cuda_graph: whether meta-gradients are replayed from CUDA graphs, see ``fastmeta.MAML``.
-        compiled_only: refuse to run the program's ops in plain PyTorch.
+        compiled_only: raise LoweringError instead of running the program's ops in plain PyTorch.
 
     Raises:
         ValueError: an option out of range.
@@ -72,15 +72,17 @@ class ProgramOptions:
 class ProgramEngine:
     """Adaptation, meta-gradient and Hessian-vector product as one compiled call each.
 
-    Methods are those of ``FunctionalEngine``, with the same results. They raise ``LoweringError``,
-    a ValueError with the reason, if the module, the loss, the batch or the backend have no program.
+    Methods do what the methods of ``FunctionalEngine`` do, with the same results. They raise
+    ``LoweringError``, a ValueError with the reason, if the module, the loss, the batch or the
+    backend has no program.
 
     Args:
         module, loss: as for ``FunctionalEngine``.
-        options: of the inner loop. The program's products are exact, so
+        options: options of the inner loop. The program's Hessian-vector products are exact, so
             ``hvp_mode="finite_difference"`` has no program. A rule other than plain descent takes
-            its steps between compiled calls: a gradient a step, and a product a step backward.
-        program_options: of the program.
+            its steps between compiled calls: one gradient a step, and one product a step in the
+            backward.
+        program_options: options of the program.
         cache: programs lowered before, shared by the engines of one learner.
 
     Example:
@@ -109,7 +111,9 @@ class ProgramEngine:
         return self._functional.parameters()
 
     def program(self, *sets: Examples) -> Program | str:
-        """The program for sets of examples (none: for any that fit), or why there is none.
+        """The program for sets of examples, or the reason why there is none.
+
+        Without examples, the program is for examples that fit the module.
 
         Raises:
             TypeError, ValueError: naming the argument that does not fit.
@@ -140,6 +144,7 @@ class ProgramEngine:
             return adjoint.adapt(passes, self.options, theta, lr, support, indices)
         values = self._step_sizes(call, lr)
         start = call.program.adapted if theta is None else (theta,)
+        # An autograd Function costs microseconds, also where nothing is recorded.
         if torch.is_grad_enabled():
             return Adapt.apply(call, values, support.x, support.y, *start)
         arena = call.arena(start)
@@ -156,8 +161,8 @@ class ProgramEngine:
         """The mean query loss after adaptation, see ``FunctionalEngine.meta_loss``.
 
         Raises:
-            ValueError: besides, a CUDA graph is required and there can be none.
-            RuntimeError: besides, the CUDA graph that is required could not be captured.
+            ValueError: also if ``cuda_graph=True`` and the program cannot have a CUDA graph.
+            RuntimeError: also if ``cuda_graph=True`` and the capture of the graph failed.
         """
         call = self._meta_call(theta, batch, read_step_weights(step_weights, self.options.steps))
         if not self.options.is_plain:
@@ -167,7 +172,8 @@ class ProgramEngine:
         start = call.program.adapted if theta is None else (theta,)
         if torch.is_grad_enabled():
             return call.meta_loss(start, values, batch)
-        loss, outputs, *_ = call.meta_gradient(call.arena(start), values, batch, (False,) * 4)
+        arena = call.arena(start)
+        loss, outputs, *_ = call.meta_gradient(arena, values, batch, RequiredGrads())
         return loss, call.shaped(outputs)
 
     @exclude_from_compile
@@ -189,15 +195,18 @@ class ProgramEngine:
         if not is_learned(lr):
             values = self._step_sizes(call, lr)
             loss, outputs, grads, _ = call.loss_and_gradient(values, batch)
-            # The fast path would not notice that a rule has changed.
+            # The fast path would not notice that the rule has changed.
             repeatable = self.options.rule is None and not weights
             if call.is_one_compiled and repeatable and not isinstance(lr, Tensor):
                 self.cache.last_call = LastCall(lr, call, values, batch)
             return MetaGradient(loss, outputs, grads, None, {})
+        # The op gives the gradient to the step sizes in its own shape; autograd brings it to lr's.
         with torch.enable_grad():
             leaf = lr.detach().requires_grad_()
             values = self._step_sizes(call, leaf)
-        loss, outputs, grads, to_values = call.loss_and_gradient(values.detach(), batch, True)
+        loss, outputs, grads, to_values = call.loss_and_gradient(
+            values.detach(), batch, lr_grad=True
+        )
         lr_grad = torch.autograd.grad(values, leaf, to_values)[0]
         return MetaGradient(loss, outputs, grads, lr_grad, {})
 
@@ -213,8 +222,8 @@ class ProgramEngine:
     def hvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:
         """The Hessian of each task's loss times a vector, see ``FunctionalEngine.hvp``.
 
-        The product has no graph: if gradients are enabled and an argument requires one, there is
-        no program for it.
+        The product has no graph. If gradients are enabled and an argument requires one, this raises
+        LoweringError.
         """
         if _require_gradients((theta, vector, examples.x, examples.y)):
             raise LoweringError(
@@ -230,20 +239,20 @@ class ProgramEngine:
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
         """The module's outputs ``[T, B, ...]`` on x ``[T, B, ...]``, with parameters ``[T, P]``.
 
-        The module itself gives outputs that need a graph or have no program.
+        The functional engine computes outputs that need a graph or have no program.
         """
         call = self._outputs_call(theta, x)
         return self._functional.outputs(theta, x) if call is None else call.outputs(theta, x)
 
     def explain(self, support: Examples | None = None) -> str:
-        """How the program runs, or why there is none, in a few sentences."""
+        """Describe how the program runs, or why there is none, in a few sentences."""
         program = self.program() if support is None else self.program(support)
         if isinstance(program, Program):
             return self.describe(program)
         return f"engine='program', but there is no task program: {program}. Calls raise ValueError."
 
     def describe(self, program: Program) -> str:
-        """How a program runs, in a few sentences."""
+        """Describe how a program runs, in a few sentences."""
         return describe_program(
             program,
             self.options,
@@ -253,7 +262,7 @@ class ProgramEngine:
         )
 
     def why_no_graph(self, program: Program) -> str:
-        """Why meta-gradients of a program are not replayed from CUDA graphs; or nothing."""
+        """The reason why meta-gradients are not replayed from CUDA graphs; empty if they are."""
         if not self.options.is_plain:
             return (
                 f"the inner rule is {self.options.inner_rule.title}, which steps between the calls"
@@ -261,7 +270,7 @@ class ProgramEngine:
         layout = program.layout
         if layout.device.type != DEVICE_TYPE:
             return f"the parameters are on {layout.device.type}"
-        # One launch for all steps needs at least room for two parameter vectors in shared memory.
+        # One launch takes all steps if two parameter vectors of a task fit in shared memory.
         one_launch = 2 * layout.numel * layout.dtype.itemsize <= _MOST_SHARED
         if self.program_options.cuda_graph == "auto" and one_launch and not program.has_images:
             return "the program is a few launches, which take no longer than a graph's copies"
@@ -287,12 +296,13 @@ class ProgramEngine:
         return ProgramPasses(call), theta
 
     def _meta_call(self, theta: Tensor | None, batch: TaskBatch, weights: Sequence[float]) -> Call:
-        """The call of a whole meta-gradient, with the CUDA graphs that it may replay."""
+        """The call of a meta-gradient, with the CUDA graphs that it may replay."""
         required = self.program_options.cuda_graph is True
         try:
             call = self._call(theta, (batch.support, batch.query), weights)
         except LoweringError as error:
             if required:
+                # Not a LoweringError: the automatic engine would fall back on that.
                 raise ValueError(f"cuda_graph=True: {error}") from None
             raise
         if self.program_options.cuda_graph is False:
@@ -312,10 +322,11 @@ class ProgramEngine:
         """The call that computes with sets of examples.
 
         Raises:
-            LoweringError: there is none.
+            LoweringError: the module, the loss, the examples or the options have no program.
         """
         plan = self.cache.plan(self._source, sets)
         self._check_circumstances(plan.program.layout)
+        # The program has no derivative in targets; the functional engine does.
         if _require_gradients(examples.y for examples in sets):
             raise LoweringError("targets require gradients")
         if theta is not None:
@@ -335,14 +346,16 @@ class ProgramEngine:
         )
 
     def _outputs_call(self, theta: Tensor, x: Tensor) -> Call | None:
-        """The call that gives outputs without a graph, if there is one."""
+        """The call for outputs without a graph; None if they need one or have no program."""
         if _require_gradients((theta, x)):
             return None
         try:
+            # No cached plan: plans are for examples with targets, and queries here have none.
             check_plain("x", x)
             program = self.cache.lowering(self._source).program(tuple(x.shape[2:]))
             if isinstance(program, str) or not program.takes(x.shape[1]):
                 return None
+            # Compiled code reads the tensors' memory as the parameters' dtype.
             if not _kind(x) == _kind(theta) == _kind(program.layout):
                 return None
             self._check_circumstances(program.layout)
@@ -351,14 +364,17 @@ class ProgramEngine:
             return None
 
     def _keeps(self, plan: Plan) -> bool:
+        """Whether ``memory="auto"`` keeps the activations, see ``ProgramOptions``."""
         options, layout = self.options, plan.program.layout
         together = min(plan.tasks, options.task_chunk or plan.tasks)
+        # On a CPU each thread works on one task; on a GPU all tasks of a chunk run at a time.
         if layout.device.type == "cpu":
             together = min(together, torch.get_num_threads())
         size = together * options.steps * plan.kept * layout.dtype.itemsize
         return plan.kept <= 2 * layout.numel or size <= _MOST_KEPT
 
     def _check_circumstances(self, layout: ParameterLayout) -> None:
+        """Raise LoweringError for options and modes under which no program runs."""
         if self.options.hvp_mode == "finite_difference":
             raise LoweringError(
                 "hvp_mode is 'finite_difference', and the program's products are exact"
@@ -367,7 +383,7 @@ class ProgramEngine:
             raise LoweringError("autocast is on, and the program computes in the parameters' dtype")
 
     def _implementation(self, layout: ParameterLayout) -> SimpleNamespace | ModuleType:
-        """The compiled ops, or those in plain PyTorch if the options allow them."""
+        """The compiled ops, or the ops in plain PyTorch if the options allow them."""
         ops = task_program.implementation(layout)
         if ops is not task_program.COMPILED and self.program_options.compiled_only:
             raise LoweringError(

@@ -1,4 +1,4 @@
-"""Sentences about a task program, for ``explain``."""
+"""Sentences that describe a task program, for ``explain``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def describe_program(
     graphs: Graphs,
     why_no_graph: str,
 ) -> str:
-    """How a program runs; ``why_no_graph`` is empty if CUDA graphs may replay it."""
-    *layers, loss = program.layers
+    """Describe how a program runs; ``why_no_graph`` is empty if CUDA graphs may replay it."""
+    *layers, loss = program.layers  # the last entry is the name of the loss
     size = options.task_chunk
     tasks = "all tasks together" if size is None else f"{size} tasks at a time"
     calls = "one call for all steps" if options.is_plain else "one call a step"

@@ -1,4 +1,4 @@
-"""The fast path: the same meta-gradient again, on other values, without any of the set-up."""
+"""The fast path: repeat the last meta-gradient on new values, without its set-up."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from fastmeta.engines.program.call import Call
 
 
 class CachedMetaGradient:
-    """A learner's last meta-gradient, kept so that the next can skip its set-up.
+    """A learner's last meta-gradient, kept so that the next one can skip its set-up.
 
     Valid while the learner's and the module's attributes are the same objects and the tensors keep
-    shape, dtype and flags; compiled code compares all of them in one go. On any change the call
-    returns None and the caller takes the slow path.
+    shape, dtype and flags; compiled code compares all of them in one call. On any change the result
+    is None and the caller takes the slow path.
 
     Args:
         learner: its options are all entries of its ``__dict__``.
-        call: of the module's own parameters, whole and compiled.
+        call: the last call, on the module's own parameters; one compiled call for all tasks.
         step_sizes: as the ops take them, made from a number.
-        batch: of the last call.
+        batch: the batch of the last call.
         tables: the dictionaries on which the call's program depends.
     """
 
@@ -42,6 +42,7 @@ class CachedMetaGradient:
         self._learner, self._theta, self._frozen = vars(learner), program.adapted, program.frozen
         self._call, self._step_sizes = call, step_sizes
         self._step = backend._C.CachedStep(
+            # In the order of its constructor, which takes no names.
             program.code,
             step_sizes,
             list(program.adapted),
@@ -60,12 +61,13 @@ class CachedMetaGradient:
         if (
             torch.compiler.is_compiling()
             or learner.__dict__ is not self._learner  # a copy of the learner
-            or backend._override is not None
+            or backend._override is not None  # use_backend() is in force
         ):
             return None
         state = self._held, self._theta, self._frozen, *batch
         if self._call.graphs is None:
             return self._step(*state)
+        # The graphs check the labels and copy the batch themselves; only validity is asked here.
         if not self._step.holds(*state):
             return None
         return self._call.loss_and_gradient(self._step_sizes, batch)[:3]

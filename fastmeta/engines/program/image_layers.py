@@ -1,4 +1,4 @@
-"""Layers of images ``[C, H, W]`` and sequences ``[C, L]``, channels-last in a task program."""
+"""Lowering of layers on images ``[C, H, W]`` and sequences ``[C, L]``, to channels-last memory."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from fastmeta.ops.task_program.bytecode import Opcode, PoolKind
 
 _EXAMPLES = {1: "[channels, length]", 2: "[channels, height, width]"}
 
-_LIMIT = 2**20  # of sizes, in the compiled program
+_LIMIT = 2**20  # bound of sizes, as the compiled program checks it
 
 Pair = tuple[int, int]
 
 
 class _Windows(NamedTuple):
-    """Windows over images, (height, width) each; a sequence is an image of height 1."""
+    """Windows over images, each option as (height, width); a sequence is an image of height 1."""
 
     image: Pair
     kernel: Pair
@@ -39,14 +39,15 @@ class _Windows(NamedTuple):
     dilation: Pair = (1, 1)
 
     def outputs(self) -> Pair:
-        """How many windows there are.
+        """The number of windows along height and width.
 
         Raises:
-            LoweringError: none, or numbers that no windows have.
+            LoweringError: no window fits, or an option is out of range.
         """
         sizes = *self.image, *self.kernel, *self.stride, *self.dilation
         if min(sizes) < 1 or min(self.padding) < 0 or max(*sizes, *self.padding) >= _LIMIT:
             raise LoweringError("a size of it is out of range")
+        # The size of a convolution's output, as in the documentation of torch.nn.Conv2d.
         height, width = (
             (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(*self, strict=True)
         )
@@ -73,6 +74,7 @@ def _convolution(
         raise LoweringError("its weight is no parameter [outputs, inputs, *kernel]")
     if padding_mode != "zeros":
         raise LoweringError(f"its padding mode is {padding_mode!r}")
+    # The compiled program has ordinary and depthwise convolutions, nothing between.
     if groups not in (1, channels):
         raise LoweringError(f"it has {groups} groups of {channels} channels, not 1 or as many")
     outputs, inputs = weight.shape[:2]
@@ -80,12 +82,18 @@ def _convolution(
         raise LoweringError(
             f"it takes {inputs * groups} channels, and examples there have {channels}"
         )
-    kernel, strides, steps = (
+    kernel, strides, dilations = (
         _pair(option, dims) for option in (tuple(weight.shape[2:]), stride, dilation)
     )
     if padding == "same" and strides != (1, 1):
         raise LoweringError("it pads to the same size, and has strides")
-    windows = _Windows(image, kernel, strides, _padding(padding, kernel, steps, dims), steps)
+    windows = _Windows(
+        image=image,
+        kernel=kernel,
+        stride=strides,
+        padding=_padding(padding, kernel, dilations, dims),
+        dilation=dilations,
+    )
     name = "depthwise convolution" if groups > 1 else "convolution"
     return b.emit(
         Opcode.CONVOLUTION,
@@ -103,6 +111,7 @@ def _padding(padding: Any, kernel: Pair, dilation: Pair, dims: int) -> Pair:
         return 0, 0
     if padding != "same":
         return _pair(padding, dims, one=0)
+    # Windows that see each pixel need d (k - 1) pixels more, half of them on either side.
     height, width = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
     if height % 2 or width % 2:
         raise LoweringError("it pads one side more than the other")
@@ -123,6 +132,7 @@ def _batch_norm(
     if running_mean is not None or running_var is not None or not training:
         raise LoweringError("it has running statistics, and the program those of the batch alone")
     x = _channelled(b, input)
+    # Without positions, one example has a variance of zero; PyTorch raises then.
     if math.prod(x.shape[1:]) == 1:
         b.least_examples = 2
     return _norm(b, x, 0, weight, bias, eps, f"batch norm {x.shape[0]}")
@@ -132,9 +142,10 @@ def _batch_norm_layer(b: Builder, input: Any, *, layer: Any, ndims: tuple[int, .
     x = as_value(input)
     if len(x.shape) not in ndims:
         raise LoweringError(f"it does not take examples of shape {list(x.shape)}")
-    # Without track_running_stats PyTorch reads in evaluation what is there, whatever was asked for.
-    asked_for = b.norm_statistics == "running" or not layer.track_running_stats
-    if asked_for and not layer.training and layer.running_mean is not None:
+    # Without track_running_stats, PyTorch uses statistics that the layer has in eval(), whatever
+    # ``norm_statistics`` is, and the functional engine calls PyTorch.
+    uses_running = b.norm_statistics == "running" or not layer.track_running_stats
+    if uses_running and not layer.training and layer.running_mean is not None:
         return _running_norm(b, x, layer, f"batch norm {layer.num_features}")
     return _batch_norm(b, x, None, None, layer.weight, layer.bias, True, eps=layer.eps)
 
@@ -159,8 +170,8 @@ def _group_norm(
 def _instance_norm_layer(b: Builder, input: Any, *, layer: Any, dims: int) -> Value:
     x, channels, image = _image(b, input, dims)
     name = f"instance norm {channels}"
-    reads_running = b.norm_statistics == "running" and not layer.training
-    if reads_running and layer.track_running_stats and layer.running_mean is not None:
+    uses_running = b.norm_statistics == "running" and not layer.training
+    if uses_running and layer.track_running_stats and layer.running_mean is not None:
         return _running_norm(b, x, layer, name)
     if channels != layer.num_features or math.prod(image) == 1:
         raise LoweringError(f"it does not take examples of shape {list(x.shape)}")
@@ -175,15 +186,16 @@ def _per_step_norm_layer(b: Builder, input: Any, *, layer: Any, ndims: tuple[int
         b.least_examples = 2
     b.per_step = True
     name = f"per-step batch norm {layer.channels}"
-    return _norm(b, x, 0, layer.weight, layer.bias, layer.eps, name, rows=layer.steps + 1)
+    rows = layer.steps + 1  # for theta_0 .. theta_K
+    return _norm(b, x, 0, layer.weight, layer.bias, layer.eps, name, rows=rows)
 
 
 def _running_norm(b: Builder, x: Value, layer: Any, name: str) -> Value:
     x = _channelled(b, x)
     shape = x.shape[:1]
-    given = b.constant(layer.running_mean, shape), b.constant(layer.running_var, shape)
+    statistics = b.constant(layer.running_mean, shape), b.constant(layer.running_var, shape)
     name = f"{name} by running statistics"
-    return _norm(b, x, 0, layer.weight, layer.bias, layer.eps, name, given)
+    return _norm(b, x, 0, layer.weight, layer.bias, layer.eps, name, statistics)
 
 
 def _norm(
@@ -194,9 +206,11 @@ def _norm(
     bias: Any,
     eps: float,
     name: str,
-    given: Pair = (-1, -1),
+    statistics: Pair = (-1, -1),
     rows: int | None = None,
 ) -> Value:
+    # groups: 0 is a batch norm, ``channels`` an instance norm. statistics: references to a running
+    # mean and variance; -1 is none, as of any reference.
     channels = x.shape[0]
     shape = (channels,) if rows is None else (rows, channels)
     return b.emit(
@@ -206,7 +220,7 @@ def _norm(
         name,
         weight=b.reference(weight, shape),
         bias=b.reference(bias, shape),
-        args=(channels, groups, as_number(eps), *given, rows or 1),
+        args=(channels, groups, as_number(eps), *statistics, rows or 1),
     )
 
 
@@ -226,7 +240,17 @@ def _max_pool(
         raise LoweringError("it returns indices")
     if _pair(dilation, dims) != (1, 1):
         raise LoweringError("it is dilated")
-    return _pool(b, input, PoolKind.MAX, kernel_size, stride, padding, ceil_mode, False, dims)
+    return _pool(
+        b,
+        input,
+        PoolKind.MAX,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=padding,
+        ceil_mode=ceil_mode,
+        counts_padding=False,
+        dims=dims,
+    )
 
 
 def _average_pool(
@@ -243,14 +267,24 @@ def _average_pool(
 ) -> Value:
     if divisor_override is not None:
         raise LoweringError("it divides by another number than that of its elements")
-    options = kernel_size, stride, padding, ceil_mode, count_include_pad
-    return _pool(b, input, PoolKind.AVERAGE, *options, dims)
+    return _pool(
+        b,
+        input,
+        PoolKind.AVERAGE,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=padding,
+        ceil_mode=ceil_mode,
+        counts_padding=count_include_pad,
+        dims=dims,
+    )
 
 
 def _pool(
     b: Builder,
     input: Any,
     kind: PoolKind,
+    *,
     kernel_size: Any,
     stride: Any,
     padding: Any,
@@ -264,6 +298,7 @@ def _pool(
     kernel = _pair(kernel_size, dims)
     strides = _pair(stride, dims) if stride is not None else kernel
     windows = _Windows(image, kernel, strides, _pair(padding, dims, one=0))
+    # As PyTorch: a wider padding would leave windows without any element.
     if any(2 * p > k for p, k in zip(windows.padding, kernel, strict=True)):
         raise LoweringError("its padding is more than half of its windows")
     shape = channels, *windows.outputs()[2 - dims :]
@@ -279,7 +314,7 @@ def _global_pool(b: Builder, input: Any, output_size: Any, *, dims: int) -> Valu
 
 
 def mean(b: Builder, input: Any, dim: Any = None, keepdim: bool = False) -> Value:
-    """The mean over positions, some or all, of images or sequences."""
+    """Lower a mean over some or all positions of images or sequences to an average pool."""
     x = as_value(input)
     ndim = 1 + len(x.shape)
     listed = dim if isinstance(dim, (tuple, list)) else (dim,)
@@ -287,7 +322,7 @@ def mean(b: Builder, input: Any, dim: Any = None, keepdim: bool = False) -> Valu
     if ndim not in (3, 4) or len(dims) != len(listed) or not dims <= set(range(2, ndim)):
         raise LoweringError(f"dimensions {dim} of {ndim} are not positions of images")
     x, channels, image = _image(b, x, ndim - 2)
-    # The last dimension is the width.
+    # Height and width are the last two dimensions; a sequence has the width only.
     height, width = (n if i + ndim - 2 in dims else 1 for i, n in enumerate(image))
     kernel = height, width
     windows = _Windows(image, kernel, kernel)
@@ -306,12 +341,12 @@ def _pooled(
     shape: tuple[int, ...],
     name: str,
 ) -> Value:
-    sizes = _flat(windows)[:-2]  # no dilation
+    sizes = _flat(windows)[:-2]  # pools have no dilation
     return b.emit(Opcode.POOL, x, shape, name, args=(kind, x.shape[0], *sizes, counts_padding))
 
 
 def _image(b: Builder, input: Any, dims: int) -> tuple[Value, int, Pair]:
-    """A value that lies channels-last, its channels, and its height and width."""
+    """Return a value as channels-last, its number of channels, and its height and width."""
     x = as_value(input)
     if len(x.shape) != 1 + dims:
         raise LoweringError(
@@ -329,8 +364,9 @@ def _channelled(b: Builder, input: Any) -> Value:
 
 
 def _pair(option: Any, dims: int, one: int = 1) -> Pair:
-    """An option as height and width; a sequence has ``one`` for the height."""
+    """An option as (height, width); for a sequence the height is ``one``."""
     numbers = option if isinstance(option, (tuple, list)) else (option,)
+    # type(), as a bool is an int to isinstance.
     if len(numbers) not in (1, dims) or not all(type(n) is int for n in numbers):
         raise LoweringError(f"an option of it is {option!r}, not {dims} integers")
     return (numbers[0] if dims == 2 else one), numbers[-1]

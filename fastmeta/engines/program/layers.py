@@ -1,4 +1,4 @@
-"""The layers and functions that a task program has, and the instructions that they become."""
+"""Layers and functions of a task program, and the instructions to which they lower."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fastmeta.engines.program.builder import (
 from fastmeta.engines.program.trace import LoweringError, Trace
 from fastmeta.ops.task_program.bytecode import Activation, Opcode
 
-# Of images, tried one by one where no batch shows them; the usual ones first.
+# Sides of square images to try if no batch gives the size; the usual ones first.
 _SIDES = (28, 84, 32, 64, *range(1, 257))
 
 
@@ -57,6 +57,7 @@ def _activation(
     x = as_value(input)
     if inplace:
         b.overwrite(x)
+    # An activation has two numbers in the code, whether it reads them or not.
     a, second = (*map(as_number, numbers), 0.0, 0.0)[:2]
     name = kind.name.lower().replace("_", " ")
     return b.emit(Opcode.ACTIVATION, x, x.shape, name, args=(kind, a, second))
@@ -101,6 +102,7 @@ def _softplus(b: Builder, input: Any, beta: float = 1, threshold: float = 20) ->
 
 def _add(b: Builder, input: Any, other: Any, *, alpha: float = 1, inplace: bool = False) -> Value:
     x, x2 = as_value(input), as_value(other)
+    # No broadcasting: the instruction adds values of one shape.
     if alpha != 1 or x.shape != x2.shape:
         raise LoweringError(f"it adds {alpha} times {list(x2.shape)} to {list(x.shape)}")
     if x.channels_last != x2.channels_last:
@@ -138,6 +140,7 @@ def _layer_norm(
 def _dropout(
     b: Builder, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Value:
+    # In evaluation dropout is the identity and needs no instruction.
     if training and p != 0:
         raise LoweringError("it draws random numbers in training mode")
     return as_value(input)
@@ -149,7 +152,7 @@ def _identity(b: Builder, input: Any) -> Value:
 
 def _flatten(b: Builder, input: Any, start_dim: int = 0, end_dim: int = -1) -> Value:
     x = as_value(input)
-    ndim = 1 + len(x.shape)
+    ndim = 1 + len(x.shape)  # the module sees the batch dimension too
     start, end = (dim + ndim if dim < 0 else dim for dim in (start_dim, end_dim))
     if not 0 < start <= end < ndim:
         raise LoweringError(f"it flattens dimensions {start_dim} to {end_dim} of {ndim}")
@@ -159,10 +162,12 @@ def _flatten(b: Builder, input: Any, start_dim: int = 0, end_dim: int = -1) -> V
 
 def _reshape(b: Builder, input: Any, *shape: Any) -> Value:
     x = as_value(input)
+    # view(a, b) and view((a, b)) are the same call.
     first, *rest = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
     if (first is not BatchSize and first != -1) or not all(isinstance(n, int) for n in rest):
         raise LoweringError("its first dimension is not the examples of the batch")
     size = math.prod(x.shape)
+    # One -1 behind the batch size stands for what is left of the example.
     known = math.prod(n for n in rest if n != -1)
     if first is BatchSize and rest.count(-1) == 1 and known > 0 and size % known == 0:
         rest[rest.index(-1)] = size // known
@@ -172,7 +177,7 @@ def _reshape(b: Builder, input: Any, *shape: Any) -> Value:
 
 
 def _shaped(b: Builder, x: Value, shape: tuple[int, ...]) -> Value:
-    """x with another shape; while its channels stay, they may stay last in memory."""
+    """x with another shape; a value that keeps its channels may stay channels-last in memory."""
     keeps_channels = bool(shape) and shape[:1] == x.shape[:1]
     return (x if keeps_channels else b.channels_first(x))._replace(shape=shape)
 
@@ -198,7 +203,7 @@ def _item(b: Builder, input: Any, index: Any) -> Any:
     return (BatchSize, *input.example)[index]
 
 
-# Exactly these types: a subclass may do something else.
+# Looked up by exact type: a subclass may compute something else.
 _LAYERS: dict[type[nn.Module], Handler] = {
     nn.Linear: from_layer(_linear, "weight", "bias"),
     nn.ReLU: from_layer(_relu, "inplace"),
@@ -235,7 +240,7 @@ _FUNCTIONS: dict[Any, Handler] = {
     torch.add: _add,
     operator.add: _add,
     operator.iadd: partial(_add, inplace=True),
-    operator.getitem: _item,
+    operator.getitem: _item,  # x.shape[0] in a forward
     getattr: _getattr,
     **images.FUNCTIONS,
 }
@@ -252,7 +257,7 @@ _METHODS: dict[str, Handler] = {
     "flatten": _flatten,
     "view": _reshape,
     "reshape": _reshape,
-    "contiguous": _identity,
+    "contiguous": _identity,  # the program decides about memory itself
     "size": _size,
     "mean": images.mean,
 }
@@ -261,7 +266,7 @@ HANDLERS = Handlers(_LAYERS, _FUNCTIONS, _METHODS)
 
 
 def examples_that_fit(trace: Trace) -> Iterator[tuple[int, ...]]:
-    """Shapes of an example that the first layer with a fixed size takes; none without one."""
+    """Yield shapes of an example that fit the first layer of a fixed size; none without one."""
     for node in trace.graph.nodes:
         first = trace.attribute(node.target) if node.op == "call_module" else None
         if type(first) in _EXAMPLES:
@@ -269,6 +274,7 @@ def examples_that_fit(trace: Trace) -> Iterator[tuple[int, ...]]:
             return
 
 
+# Of any other layer the shape of an example cannot be told.
 _EXAMPLES = {
     nn.Linear: lambda first: [(first.in_features,)],
     nn.LayerNorm: lambda first: [tuple(first.normalized_shape)],

@@ -1,7 +1,7 @@
-"""A module and its loss as the code of a task program, or the reason why there is none.
+"""Lowering of a module and its loss to the code of a task program, or the reason why not.
 
-A module is traced once (torch.fx); the trace becomes code once for each shape of an example. What
-the program would not compute exactly as the module does is refused.
+A module is traced once (torch.fx). The trace becomes code once for each shape of an example. A
+module that the program would compute differently is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastmeta.engines.program.layers import HANDLERS, examples_that_fit
 from fastmeta.engines.program.module_state import (
     ModuleSnapshot,
     hooked,
-    is_torchs_own,
+    is_torch_layer,
     module_tables,
 )
 from fastmeta.engines.program.trace import LoweringError, Trace
@@ -29,7 +29,7 @@ from fastmeta.ops.task_program.bytecode import LossCode, LossKind, Opcode
 
 
 class _LossOptions(NamedTuple):
-    """What a loss takes besides outputs, targets and reduction."""
+    """Options of a loss besides its reduction, and the loss's name in ``explain``."""
 
     name: str
     defaults: dict[str, float]
@@ -44,7 +44,7 @@ _LOSSES = {
     F.l1_loss: _LossOptions("L1 loss", {}),
 }
 
-# Exactly these types: a subclass may do something else.
+# Looked up by exact type: a subclass may compute something else.
 _LOSS_MODULES: dict[type[nn.Module], Any] = {
     nn.CrossEntropyLoss: F.cross_entropy,
     nn.MSELoss: F.mse_loss,
@@ -54,25 +54,26 @@ _LOSS_MODULES: dict[type[nn.Module], Any] = {
     nn.L1Loss: F.l1_loss,
 }
 
-_WEIGHTS = ("weight", "pos_weight")
+_WEIGHTS = ("weight", "pos_weight")  # options of class weights, which programs do not have
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A module and its loss as code, for inputs of one shape. No two are equal.
+    """A module and its loss as code, for examples of one shape. Compared by identity.
 
     Attributes:
-        code: int64, as ``fastmeta.ops.task_program.bytecode`` says.
-        layout: of the arena ``[P]``.
-        adapted: the parameters that are adapted, in the order of the code's offsets.
-        frozen: those that are not, and the buffers that it reads, in the order of the code's.
-        input_shape, output_shape: of one example.
-        activations: elements of one example, of all values but the input.
-        least_examples: of a batch; 2 where a norm takes statistics over the examples alone.
-        per_step: whether there are parameters of each inner step.
+        code: int64, in the format of ``fastmeta.ops.task_program.bytecode``.
+        layout: layout of the arena ``[P]``.
+        adapted: the adapted parameters, in the order of the code's offsets.
+        frozen: frozen parameters and the buffers that the program reads, in the order of the
+            code's offsets.
+        input_shape, output_shape: shapes of one example.
+        activations: number of elements of one example in all values except the input.
+        least_examples: smallest batch; 2 if a norm takes statistics over the examples only.
+        per_step: whether a norm has parameters for each inner step.
         has_images: whether it has convolutions, norms of channels, or pools.
-        loss: what the outputs are compared by.
-        layers: what runs, in words.
+        loss: the loss as code.
+        layers: the layers and the loss in words, for ``explain``.
     """
 
     code: Tensor
@@ -89,15 +90,15 @@ class Program:
     layers: tuple[str, ...]
 
     def takes(self, examples: int) -> bool:
-        """Whether it takes batches of so many examples, as the module itself does."""
+        """Whether it takes batches of this many examples, as the module itself does."""
         return examples == 0 or examples >= self.least_examples
 
 
 class Lowering:
-    """The programs of a module and its loss, made where they are first needed and then kept.
+    """The programs of a module and its loss, lowered on first use and then cached.
 
-    ``current()`` says at each call whether what was made still holds: it does not when layers,
-    parameters, options, flags or hooks of the module have changed.
+    They are valid while ``current()`` is true: until layers, parameters, options, flags or hooks of
+    the module change.
 
     Args:
         module: any module.
@@ -122,48 +123,52 @@ class Lowering:
             self._trace = Trace(module, layout, tuple(HANDLERS.layers))
         except LoweringError as error:
             self._trace = error.reason
-        # A forward that changes its module does so at every call; nothing else is lost then.
+        # Such a forward changes the module at every call: without this flag the cache would never
+        # hit. It has no program anyway.
         self._changing = not self._snapshot.is_unchanged()
         if self._changing:
             self._trace = "the forward of model changes model"
 
     def current(self, module: nn.Module, loss: Loss, norm_statistics: str = "batch") -> bool:
-        """Whether this is a lowering of the module and the loss as they are now."""
+        """Whether this lowering is valid for the module and the loss in their present state."""
         if module is not self._module or loss is not self._loss:
             return False
         if norm_statistics != self._norm_statistics:
             return False
         if not (self._snapshot.is_unchanged() or self._changing):
             return False
+        # A function cannot change its options; a loss module or a partial can.
         return type(loss) is FunctionType or lower_loss(loss)[0] == self._spec
 
     def tables(self) -> list[dict[str, Any]] | None:
-        """Dictionaries: while they have the same objects, and tensors their kinds, it holds.
+        """Dictionaries of the module's and the loss's state, for the fast path to compare.
 
-        None where that does not say enough.
+        The lowering is valid while they hold the same objects and tensors keep shape, dtype and
+        device. None if these comparisons are not enough.
         """
         tables = self._snapshot.tables()
         if tables is None or isinstance(self._loss, FunctionType):
             return tables
-        if isinstance(self._loss, nn.Module) and is_torchs_own(self._loss):
+        if isinstance(self._loss, nn.Module) and is_torch_layer(self._loss):
             return [*tables, *module_tables(self._loss)]
         return None
 
     def program(self, shape: tuple[int, ...] | None = None) -> Program | str:
-        """The program for examples of a shape (None: of one that fits), or why there is none."""
+        """The program for examples of a shape (None: any that fits), or the reason why not."""
         if isinstance(self._spec, str):
             return self._spec
         if isinstance(self._trace, str):
             return self._trace
         if shape is None:
             return self._fitting(self._trace, self._spec)
-        return self._kept(self._trace, self._spec, shape)
+        return self._cached(self._trace, self._spec, shape)
 
     def _fitting(self, trace: Trace, loss: LossCode) -> Program | str:
         shapes = list(examples_that_fit(trace)) or [()]
+        # Only a batch tells the size of images; any size with a program shows that there is one.
         reasons = []
         for shape in shapes:
-            program = self._kept(trace, loss, shape)
+            program = self._cached(trace, loss, shape)
             if isinstance(program, Program):
                 return program
             reasons.append(program)
@@ -171,31 +176,32 @@ class Lowering:
             return reasons[0]
         return f"{reasons[-1]} (with examples {list(shape)}; a batch shows which they are)"
 
-    def _kept(self, trace: Trace, loss: LossCode, shape: tuple[int, ...]) -> Program | str:
+    def _cached(self, trace: Trace, loss: LossCode, shape: tuple[int, ...]) -> Program | str:
         if shape not in self._programs:
-            self._programs[shape] = self._made(trace, loss, shape)
+            self._programs[shape] = self._lowered(trace, loss, shape)
         return self._programs[shape]
 
-    def _made(self, trace: Trace, loss: LossCode, shape: tuple[int, ...]) -> Program | str:
+    def _lowered(self, trace: Trace, loss: LossCode, shape: tuple[int, ...]) -> Program | str:
         try:
-            built = Builder(trace, shape, HANDLERS, self._norm_statistics)
+            builder = Builder(trace, shape, HANDLERS, self._norm_statistics)
         except LoweringError as error:
             return error.reason
-        output = built.output.shape
+        output = builder.output.shape
         if loss.kind == LossKind.CROSS_ENTROPY and len(output) != 1:
             return f"cross entropy takes [classes] of an example, and model gives {list(output)}"
-        layers = (*built.layers, self._loss_name)
-        code = built.code(loss)
+        layers = (*builder.layers, self._loss_name)
+        code = builder.code(loss)
         return Program(
             code=code.encode(),
             layout=trace.layout,
             adapted=tuple(trace.adapted),
-            frozen=tuple(built.frozen),
+            frozen=tuple(builder.frozen),
             input_shape=shape,
             output_shape=output,
             activations=sum(code.values[1:]),
-            least_examples=built.least_examples,
-            per_step=built.per_step,
+            least_examples=builder.least_examples,
+            per_step=builder.per_step,
+            # From CONVOLUTION on, opcodes are of images.
             has_images=any(i.opcode >= Opcode.CONVOLUTION for i in code.instructions),
             loss=loss,
             layers=layers,
@@ -203,7 +209,7 @@ class Lowering:
 
 
 def lower_loss(loss: Loss) -> tuple[LossCode | str, str]:
-    """A loss as code, or the reason why there is none; and its name."""
+    """Lower a loss: its code, or the reason why there is none, and its name."""
     try:
         return _lowered_loss(loss)
     except LoweringError as error:
@@ -211,20 +217,21 @@ def lower_loss(loss: Loss) -> tuple[LossCode | str, str]:
 
 
 def _lowered_loss(loss: Loss) -> tuple[LossCode, str]:
-    function, options = _taken_apart(loss)
-    known = _LOSSES.get(function)
-    if known is None:
+    function, options = _function_and_options(loss)
+    spec = _LOSSES.get(function)
+    if spec is None:
         name = getattr(function, "__name__", type(function).__name__)
         raise LoweringError(f"it is {name}, which the program does not have yet")
     reduction = options.pop("reduction", "mean")
     if any(options.pop(name, None) is not None for name in _WEIGHTS):
-        raise LoweringError(f"the program's {known.name} has no weights")
-    if reduction not in ("mean", "sum") or not set(options) <= set(known.defaults):
-        raise LoweringError(f"the program's {known.name} does not have these options")
-    numbers = {**known.defaults, **options}
+        raise LoweringError(f"the program's {spec.name} has no weights")
+    if reduction not in ("mean", "sum") or not set(options) <= set(spec.defaults):
+        raise LoweringError(f"the program's {spec.name} does not have these options")
+    numbers = {**spec.defaults, **options}
+    # Exact types: a tensor or a bool would be frozen into the code as a number.
     if any(type(number) not in (int, float) for number in numbers.values()):
-        raise LoweringError(f"the options of {known.name} are not all numbers")
-    return _coded(function, reduction == "mean", **numbers), known.name
+        raise LoweringError(f"the options of {spec.name} are not all numbers")
+    return _coded(function, reduction == "mean", **numbers), spec.name
 
 
 def _coded(
@@ -246,13 +253,15 @@ def _coded(
         return LossCode(LossKind.HUBER, float(delta), mean=mean)
     if function is F.l1_loss or (function is F.smooth_l1_loss and beta == 0):
         return LossCode(LossKind.L1, mean=mean)
+    # Smooth L1 is the Huber loss with delta = beta, divided by beta.
     if function is F.smooth_l1_loss and beta > 0:
         return LossCode(LossKind.HUBER, float(beta), mean=mean, scale=1 / beta)
     raise LoweringError("an option is out of range")
 
 
-def _taken_apart(loss: Any) -> tuple[Any, dict[str, Any]]:
-    """The function behind a loss, and its options."""
+def _function_and_options(loss: Any) -> tuple[Any, dict[str, Any]]:
+    """The function behind a loss module or a partial, and its options; other losses unchanged."""
+    # Positional arguments of a partial would come before the outputs: no known loss does that.
     if type(loss) is functools.partial:
         return (loss.func, dict(loss.keywords)) if not loss.args else (loss, {})
     function = _LOSS_MODULES.get(type(loss))

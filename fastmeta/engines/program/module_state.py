@@ -1,4 +1,4 @@
-"""What a trace of a module depends on, and whether it is still so."""
+"""State of a module on which its trace depends, and the check that it is unchanged."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from torch.nn.modules import module as every_module
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+# Attributes that every module has; the tables and hooks among them are compared separately.
 _STANDARD = frozenset(nn.Module().__dict__)
 
-_TABLES = ("_parameters", "_buffers", "_modules")  # by name, in order, and by identity
+_TABLES = ("_parameters", "_buffers", "_modules")  # compared by name, order and identity
 
-_WATCHED = ("training", *_HOOKS)
+_ALWAYS_COMPARED = ("training", *_HOOKS)
 
+# The very dictionaries: PyTorch has no public way to ask for global hooks.
 _GLOBAL_HOOKS: tuple[dict[Any, Any], ...] = (
     every_module._global_forward_hooks,
     every_module._global_forward_pre_hooks,
@@ -26,34 +28,37 @@ _GLOBAL_HOOKS: tuple[dict[Any, Any], ...] = (
     every_module._global_backward_pre_hooks,
 )
 
+# Objects that are compared by identity: what is inside is code, or watched elsewhere.
 _OPAQUE = (Tensor, nn.Module, type, FunctionType, ModuleType)
 
-_DEPTH = 4  # of containers and objects inside each other
+_DEPTH = 4  # of nested containers and objects; below it identity counts
 
 _SCALARS = (bool, int, float, complex, str, type(None))
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether a hook runs at the module's calls."""
+    """Whether the module has hooks on its calls."""
     return any(module.__dict__[name] for name in _HOOKS)
 
 
 def globally_hooked() -> bool:
-    """Whether a hook runs at the calls of every module."""
+    """Whether there are hooks on the calls of every module."""
     return any(_GLOBAL_HOOKS)
 
 
-def is_torchs_own(module: nn.Module) -> bool:
+def is_torch_layer(module: nn.Module) -> bool:
+    """Whether the module's class is PyTorch's own, of ``torch.nn``."""
     return type(module).__module__.startswith("torch.nn.")
 
 
 class ModuleSnapshot:
-    """The state of a module now: its submodules, flags, options, hooks and parameters.
+    """The state of a module at construction: submodules, flags, options, hooks, parameters.
 
-    ``is_unchanged()`` compares all of it. It runs at every call of a task program, so the comparing
-    is left to C (tuples and dicts). Attributes of the user's own modules count by value if they are
-    numbers, strings, or containers and objects of such, otherwise by identity. Values of parameters
-    and buffers do not count; globals, class attributes and closures are not seen.
+    ``is_unchanged()`` compares all of it. It runs at every call of a task program, so tuples and
+    dicts are compared in C. Attributes of user-defined modules are compared by value if they are
+    numbers, strings, or containers and objects of these, otherwise by identity. Values of
+    parameters and buffers are not compared. Changes of globals, class attributes and closures are
+    not detected.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout())
@@ -72,31 +77,34 @@ class ModuleSnapshot:
         self._deep = False
         self._contents = _contents(self._modules)
         for m in self._modules:
+            # Through the dict: nn.Module.__getattr__ is a Python call for each attribute.
             namespace = m.__dict__
             own = [name for name in namespace if name not in _STANDARD]
             simple = [name for name in own if _is_option(m, namespace[name])]
-            get = itemgetter(*_WATCHED, *simple)
+            get = itemgetter(*_ALWAYS_COMPARED, *simple)
             values = tuple(_copied(value) for value in get(namespace))
+            # The number of attributes shows new ones, which ``get`` does not read.
             self._simple.append((namespace, len(namespace), get, values))
             nested = [name for name in own if name not in simple]
             if nested:
                 self._nested.append((namespace, nested, _state(namespace, nested)))
                 self._deep = self._deep or any(_has_contents(namespace[name]) for name in nested)
-        # Kept, so that no id is reused.
+        # Held, so that no id of a tensor is reused while the snapshot compares ids.
         self._parameters, self._buffers = list(module.parameters()), list(module.buffers())
         self._kinds = _kinds([*self._parameters, *self._buffers])
 
     def tables(self) -> list[dict[str, Any]] | None:
-        """The dictionaries that make up the state: while their objects are the same, so is it.
+        """The dictionaries of the state: if they hold the same objects, the state is unchanged.
 
-        But for the kinds of parameters and buffers. None where objects inside have a state of their
-        own.
+        Shapes, dtypes and devices of parameters and buffers are not part of it. None if an object
+        in the dictionaries has a state of its own, which can change while the object stays.
         """
         if self._deep:
             return None
         return [*_GLOBAL_HOOKS, *(table for m in self._modules for table in module_tables(m))]
 
     def is_unchanged(self) -> bool:
+        """Whether the module's state equals the snapshot."""
         try:
             for namespace, size, get, values in self._simple:
                 if len(namespace) != size or get(namespace) != values:
@@ -104,7 +112,7 @@ class ModuleSnapshot:
             for namespace, names, state in self._nested:
                 if _state(namespace, names) != state:
                     return False
-        except KeyError:  # an attribute is gone
+        except KeyError:  # an attribute was deleted
             return False
         if _contents(self._modules) != self._contents:
             return False
@@ -114,12 +122,12 @@ class ModuleSnapshot:
 
 
 def module_tables(module: nn.Module) -> list[dict[str, Any]]:
-    """The dictionaries of one module."""
+    """The dictionaries with one module's state."""
     return [module.__dict__, *(module.__dict__[name] for name in (*_TABLES, *_HOOKS))]
 
 
 class _Identity:
-    """Equal to another of the same object, which it keeps alive."""
+    """Compares its object by identity, and keeps it alive so that its id is not reused."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -131,12 +139,13 @@ class _Identity:
 
 
 def _is_option(module: nn.Module, value: Any) -> bool:
-    """Whether ``==`` compares the attribute safely: what torch's own layers keep."""
-    return is_torchs_own(module) and type(value) in (*_SCALARS, tuple)
+    """Whether ``==`` compares the attribute safely: scalars and tuples of torch's own layers."""
+    # An attribute of a user's module may be a tensor or an array, whose == is no bool.
+    return is_torch_layer(module) and type(value) in (*_SCALARS, tuple)
 
 
 def _has_contents(value: Any) -> bool:
-    """Whether what the value is can change while it stays the same object."""
+    """Whether the value can change while it stays the same object."""
     return not (type(value) in _SCALARS or isinstance(value, _OPAQUE))
 
 
@@ -150,7 +159,7 @@ def _state(namespace: dict[str, Any], names: list[str]) -> list[Any]:
 
 
 def _comparable(value: Any, depth: int = _DEPTH) -> Any:
-    """A copy that can be compared: containers and plain objects by what is in them."""
+    """A copy that ``==`` compares: containers and plain objects by their contents."""
     if type(value) in _SCALARS:
         return value
     if depth == 0 or isinstance(value, _OPAQUE):
@@ -160,13 +169,14 @@ def _comparable(value: Any, depth: int = _DEPTH) -> Any:
     if type(value) is dict:
         pairs = value.items()
         return [(key, _comparable(item, depth - 1)) for key, item in pairs]
-    inside = getattr(value, "__dict__", None)
-    if inside is None:
+    attributes = getattr(value, "__dict__", None)
+    if attributes is None:
         return _Identity(value)
-    return [_Identity(value), _comparable(dict(inside), depth - 1)]
+    return [_Identity(value), _comparable(dict(attributes), depth - 1)]
 
 
 def _copied(value: Any) -> Any:
+    # Hooks are added in place, so the dictionary itself would always equal itself.
     return value.copy() if isinstance(value, dict) else value
 
 

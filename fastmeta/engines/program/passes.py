@@ -1,4 +1,4 @@
-"""The passes of a task program, for inner loops whose rule steps between compiled calls."""
+"""Passes of a task program, for inner loops whose rule takes its steps between compiled calls."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fastmeta.ops.task_program.bytecode import at_step
 
 
 class ProgramPasses:
-    """Run each pass of ``fastmeta.engines.inner_loop.Passes`` as one compiled call for all tasks.
+    """Runs each pass of ``fastmeta.engines.inner_loop.Passes`` as one compiled call for all tasks.
 
     Args:
-        call: of the program.
+        call: the call of the program whose ops compute the passes.
     """
 
-    # The frozen parameters are copied below: the backward reads nothing of the module.
+    # The frozen parameters are copied in __init__: the backward reads nothing of the module.
     constants: tuple[Tensor, ...] = ()
 
     def __init__(self, call: Call) -> None:
@@ -34,8 +34,9 @@ class ProgramPasses:
         """None: programs draw no random numbers."""
 
     def gradient(self, k: int, theta: Tensor, support: Examples) -> Tensor:
-        frozen, ops = self._frozen, self._call.ops
-        return ops.gradient(self._code(k), theta, frozen, support.x, support.y, False)[2]
+        ops, code = self._call.ops, self._code(k)
+        _, _, grads, _ = ops.gradient(code, theta, self._frozen, support.x, support.y, False)
+        return grads
 
     def curvature(
         self,
@@ -46,23 +47,26 @@ class ProgramPasses:
         requires: set[str],
         random: None,
     ) -> tuple[Tensor, Tensors]:
-        at = self._code(k), theta, self._frozen, support.x, support.y
+        ops, code = self._call.ops, self._code(k)
+        # Targets never require a gradient: the engine has no program for them.
         x_grad = support.x_name in requires
-        product, mixed = self._call.ops.hvp(*at, direction, x_grad)
+        product, mixed = ops.hvp(code, theta, self._frozen, support.x, support.y, direction, x_grad)
         return product, {support.x_name: mixed} if x_grad else {}
 
     def query(
         self, k: int, theta: Tensor, query: Examples, requires: set[str], weight: float
     ) -> tuple[Tensor, Tensor, Tensors]:
-        at = self._code(k), theta, self._frozen, query.x, query.y
+        ops, code = self._call.ops, self._code(k)
         x_grad = query.x_name in requires
-        losses, outputs, to_theta, to_x = self._call.ops.gradient(*at, x_grad)
+        losses, outputs, to_theta, to_x = ops.gradient(
+            code, theta, self._frozen, query.x, query.y, x_grad
+        )
         grads = {"theta": to_theta, **({query.x_name: to_x} if x_grad else {})}
         if weight != 1:
             grads = {name: weight * grad for name, grad in grads.items()}
         return losses, self._call.shaped(outputs), grads if requires else {}
 
     def _code(self, k: int) -> Tensor:
-        """The program at theta_k."""
+        """The program's code at theta_k: norms of each step read their row k."""
         program = self._call.program
         return at_step(program.code, k) if program.per_step else program.code

@@ -1,4 +1,4 @@
-"""What a module calls, in order: a torch.fx trace that can be relied on."""
+"""The calls of a module in order: a torch.fx trace, refused if it may not hold for all inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastmeta.core.parameter_layout import ParameterLayout
-from fastmeta.engines.program.module_state import globally_hooked, hooked, is_torchs_own
+from fastmeta.engines.program.module_state import globally_hooked, hooked, is_torch_layer
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -19,10 +19,10 @@ _MODULE = "module"
 
 
 class LoweringError(ValueError):
-    """A module, a loss or a batch has no task program.
+    """Raised for a module, a loss or a batch that has no task program.
 
     Attributes:
-        reason: why, in words for the user.
+        reason: the reason in words for the user.
     """
 
     def __init__(self, reason: str) -> None:
@@ -31,11 +31,12 @@ class LoweringError(ValueError):
 
 
 class Trace:
-    """The calls of a module, the same for all inputs as long as the module does not change.
+    """The calls of a module, valid for all inputs while the module does not change.
 
     Attributes:
-        module, layout: what was traced, and where its parameters lie in the arena.
-        graph: of a call of ``module`` as a submodule, so with the defaults of its forward.
+        module: the module that was traced.
+        layout: the layout of its parameters in the arena.
+        graph: a call of ``module`` as a submodule, so with the defaults of its forward.
         adapted, frozen: the parameters with and without ``requires_grad``.
 
     Raises:
@@ -50,31 +51,36 @@ class Trace:
         self.graph = self._traced(leaves)
         self.adapted = [p for p in module.parameters() if p.requires_grad]
         self.frozen = [p for p in module.parameters() if not p.requires_grad]
-        places = dict(zip(map(id, self.adapted), _offsets(self.adapted), strict=True))
+        # A frozen parameter has its own array; as -2 - offset it is told from -1, no parameter.
+        offsets = dict(zip(map(id, self.adapted), _offsets(self.adapted), strict=True))
         shared = zip(map(id, self.frozen), _offsets(self.frozen), strict=True)
-        self._references = places | {key: -2 - offset for key, offset in shared}
+        self._references = offsets | {key: -2 - offset for key, offset in shared}
 
     def reference(self, parameter: Tensor) -> int:
-        """A parameter as an instruction names it: its offset, ``-2 - offset`` if it is frozen."""
+        """The number by which an instruction refers to a parameter: its offset in the arena.
+
+        A frozen parameter has ``-2 - offset``.
+        """
         if id(parameter) not in self._references:
             raise LoweringError("it uses a parameter that model does not own")
         return self._references[id(parameter)]
 
     def attribute(self, target: str) -> Any:
-        """What a node of the graph refers to: a layer or a parameter."""
+        """The layer or parameter to which a node of the graph refers."""
         value: Any = self.module
-        for name in target.split(".")[1:]:
+        for name in target.split(".")[1:]:  # the first is _Root's own attribute
             value = getattr(value, name)
         return value
 
     def _traced(self, leaves: tuple[type[nn.Module], ...]) -> fx.Graph:
+        # A trace freezes random numbers and the branches taken on them, so drawing any is refused.
         generators = torch.get_rng_state(), random.getstate()
         try:
             graph = _Tracer(leaves).trace(_Root(self.module))
         except Exception as error:  # anything: a forward is the user's code
             message = error.reason if isinstance(error, LoweringError) else str(error)
-            what = message.partition("\n")[0].rstrip(".") or type(error).__name__
-            raise LoweringError(f"torch.fx cannot trace model: {what}") from error
+            reason = message.partition("\n")[0].rstrip(".") or type(error).__name__
+            raise LoweringError(f"torch.fx cannot trace model: {reason}") from error
         drawn = not torch.equal(generators[0], torch.get_rng_state())
         if drawn or generators[1] != random.getstate():
             raise LoweringError("the forward of model draws random numbers")
@@ -83,6 +89,7 @@ class Trace:
     def _check_modules(self) -> None:
         if self.layout.dtype not in _DTYPES:
             raise LoweringError(f"the parameters are {self.layout.dtype}, not float32 or float64")
+        # Hooks run code around the calls that the trace does not see.
         if globally_hooked():
             raise LoweringError("there are hooks on the calls of every module")
         for name, m in self.module.named_modules():
@@ -90,9 +97,11 @@ class Trace:
                 raise LoweringError(f"{path(name)} has hooks")
             if "forward" in m.__dict__ or m.__dict__.get("_compiled_call_impl") is not None:
                 raise LoweringError(f"{path(name)} is compiled, or its forward was replaced")
-            if m._buffers and not is_torchs_own(m):
+            # Buffers of torch's own layers are known: their handlers read or refuse them.
+            if m._buffers and not is_torch_layer(m):
                 raise LoweringError(f"{path(name)} has buffers, which the program does not follow")
         for name, p in self.module.named_parameters():
+            # A subclass (lazy, quantised, sharded) may not own plain memory.
             if type(p) is not nn.Parameter:
                 raise LoweringError(f"parameter {name!r} is a {type(p).__name__}")
             if (p.dtype, p.device) != (self.layout.dtype, self.layout.device):
@@ -107,12 +116,12 @@ def _offsets(parameters: list[nn.Parameter]) -> list[int]:
 
 
 def path(name: str) -> str:
-    """A submodule as the user names it."""
+    """The name of a submodule as users write it."""
     return f"model.{name}" if name else "model"
 
 
 def caller(node: fx.Node) -> str:
-    """The module in whose forward a node stands."""
+    """The module whose forward makes the call of a node."""
     target = node.target
     if node.op != "call_module":
         target = next(reversed(node.meta.get("nn_module_stack", {_MODULE: None})))
@@ -120,13 +129,15 @@ def caller(node: fx.Node) -> str:
 
 
 class _Proxy(fx.Proxy):
-    """Sees ``x += y`` as what it is; fx would take it for ``x + y``."""
+    """Records ``x += y`` as in-place addition; fx by itself records ``x + y``."""
 
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
 
 class _Tracer(fx.Tracer):
+    """Tracer that stops at layers with a handler and at torch's own modules."""
+
     def __init__(self, leaves: tuple[type[nn.Module], ...]) -> None:
         super().__init__()
         self._leaves = leaves
@@ -137,10 +148,13 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         if isinstance(module, self._leaves):
             return True
-        return is_torchs_own(module) and type(module) is not nn.Sequential
+        # Sequential is traced through: it only calls its layers.
+        return is_torch_layer(module) and type(module) is not nn.Sequential
 
 
 class _Root(nn.Module):
+    """Calls the module as a submodule: fx then traces its call, and names it in every node."""
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         setattr(self, _MODULE, module)

@@ -1,4 +1,4 @@
-"""One task's gradient step on the parameters of its learner, which autograd follows."""
+"""A differentiable gradient step on the parameters of one task's learner."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def task_gradients(
     allow_unused: bool | None,
     allow_nograd: bool | None,
 ) -> dict[Tensor, Tensor | None]:
-    """The gradient to each trainable parameter, in the module's order; None where there is none.
+    """The gradient to each trainable parameter, in the module's order; None if it is unused.
 
     In second order the gradients have a graph; in first order they have none, and the graph of the
     loss is freed.
 
     Args:
-        allow_unused: parameters may be without influence on the loss. None: they may not, and the
+        allow_unused: whether the loss may be independent of parameters. None: it may not, and the
             error names no option.
-        allow_nograd: parameters may be frozen. None: as for ``allow_unused``.
+        allow_nograd: whether parameters may be frozen. None: as for ``allow_unused``.
 
     Raises:
-        ValueError: a loss without a graph; unused or frozen parameters that are not allowed.
+        ValueError: a loss without a graph, or unused or frozen parameters that are not allowed.
     """
     if not loss.requires_grad:
         raise ValueError(
@@ -38,7 +38,7 @@ def task_gradients(
     named = dict(module.named_parameters())
     if not allow_nograd:
         frozen = [name for name, p in named.items() if not p.requires_grad]
-        _refuse(frozen, "do not require gradients", allow_nograd, "allow_nograd")
+        _check_none(frozen, "do not require gradients", allow_nograd, "allow_nograd")
     params = {name: p for name, p in named.items() if p.requires_grad}
     grads = torch.autograd.grad(
         loss,
@@ -49,37 +49,37 @@ def task_gradients(
     )
     if not allow_unused:
         unused = [name for name, g in zip(params, grads, strict=True) if g is None]
-        _refuse(unused, "are not used by the loss", allow_unused, "allow_unused")
+        _check_none(unused, "are not used by the loss", allow_unused, "allow_unused")
     return dict(zip(params.values(), grads, strict=True))
 
 
 def descend(
     module: nn.Module,
-    slopes: Iterable[tuple[Tensor, Tensor | None]],
+    grads: Iterable[tuple[Tensor, Tensor | None]],
     step_sizes: Iterable[float | Tensor],
 ) -> None:
-    """Put ``p - lr grad`` in the place of parameters p that have a gradient.
+    """Replace each parameter p that has a gradient by ``p - lr grad``.
 
     Args:
-        module: has the parameters.
-        slopes: parameters and their gradients.
-        step_sizes: lr of each: a number, or a tensor that broadcasts to the parameter.
+        module: the module with the parameters.
+        grads: pairs of a parameter and its gradient.
+        step_sizes: lr of each parameter: a number, or a tensor that broadcasts to it.
     """
-    pairs = zip(slopes, step_sizes, strict=True)
+    pairs = zip(grads, step_sizes, strict=True)
     new = {p: _descended(p, grad, lr) for (p, grad), lr in pairs if grad is not None}
     replace_tensors(module, new)
 
 
 def _descended(parameter: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
-    # One task's step is too small for inner_update, which pays with many tasks: on one core, for
-    # the six parameters of a small MLP, it takes ten times as long as these.
+    # inner_update pays only with many tasks: for one task and the six parameters of a small MLP it
+    # takes ten times as long on one core as these ops.
     if not isinstance(lr, Tensor):
         return torch.add(parameter, grad, alpha=-lr)
-    # A step size of more precision than the parameter counts in full, but does not spread.
+    # A step size of higher precision is used in full; the result keeps the parameter's dtype.
     return torch.addcmul(parameter, lr.to(parameter.device), grad, value=-1).to(parameter.dtype)
 
 
-def _refuse(names: list[str], what: str, allowed: bool | None, option: str) -> None:
+def _check_none(names: list[str], what: str, allowed: bool | None, option: str) -> None:
     if names:
-        hint = "" if allowed is None else f"; {option}=True leaves them alone"
+        hint = "" if allowed is None else f"; {option}=True leaves them unchanged"
         raise ValueError(f"adapt: the parameters {names} {what}{hint}")

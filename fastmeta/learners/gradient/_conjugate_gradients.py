@@ -1,4 +1,4 @@
-"""Linear systems of many tasks, by conjugate gradients."""
+"""Conjugate gradients for the linear systems of many tasks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
     """An approximate solution x of ``A x = b`` for each task, with A symmetric.
 
-    Hestenes & Stiefel 1952. Starts at 0. A task stops where its residual is 0, or where A is not
-    positive along its direction, as a Hessian may be: what was found until then stays.
+    Hestenes & Stiefel 1952. Starts at 0. A task stops if its residual is 0, or if A is not
+    positive along its direction, as a Hessian may be; its x then stays unchanged.
 
     Args:
         product: ``A v`` ``[T, P]`` of v ``[T, P]``.
         b: ``[T, P]``.
-        iterations: at most; P of them are exact but for rounding.
+        iterations: largest number of iterations; P are exact up to rounding.
 
     Returns:
         ``[T, P]``.
@@ -32,10 +32,10 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, iteratio
     for _ in range(iterations):
         image = product(direction)
         curvature = (direction * image).sum(1, keepdim=True)
-        goes_on = (curvature > 0) & (size > 0)
-        length = torch.where(goes_on, size / curvature, 0.0)
+        continues = (curvature > 0) & (size > 0)
+        length = torch.where(continues, size / curvature, 0.0)
         x = x + length * direction
         residual = residual - length * image
         before, size = size, residual.square().sum(1, keepdim=True)
-        direction = torch.where(goes_on, residual + size / before * direction, 0.0)
+        direction = torch.where(continues, residual + size / before * direction, 0.0)
     return x

@@ -1,4 +1,4 @@
-"""Differentiable copies of a module, and their update."""
+"""Differentiable copies of a module, and the replacement of their tensors."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def copy_module(
     buffer: Copy = Tensor.clone,
     tensors: dict[Tensor, Tensor] | None = None,
 ) -> Module:
-    """A copy of a module with the copies of its tensors that two functions make.
+    """A copy of a module whose tensors two functions copy.
 
     Args:
         module: any module; it is not changed.
-        parameter, buffer: what becomes of each parameter and each buffer.
-        tensors: the copies of tensors that have one already; those made here are added.
+        parameter, buffer: functions that copy a parameter and a buffer.
+        tensors: copies that exist already, by the original; new copies are added.
     """
     tensors = {} if tensors is None else tensors
     copy: Module = _copy(module, parameter, buffer, tensors, {})
@@ -54,7 +54,7 @@ def copy_module(
 
 
 def replace_tensors(module: nn.Module, new: dict[Tensor, Tensor]) -> None:
-    """Put new tensors where old ones are registered, as parameters or buffers, everywhere."""
+    """Replace tensors by new ones in every place where they are registered."""
     for m in module.modules():
         tables: tuple[dict[str, Any], ...] = (m._parameters, m._buffers)
         for table in tables:
@@ -64,7 +64,7 @@ def replace_tensors(module: nn.Module, new: dict[Tensor, Tensor]) -> None:
 
 
 def shallow_copy(module: Module) -> Module:
-    """A module of its own with the same parameters, buffers, submodules and hooks in it."""
+    """A new module with the same parameters, buffers, submodules and hooks."""
     copy = module.__new__(type(module))
     copy.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()}
     return copy
@@ -82,11 +82,11 @@ def _copy(
     if module in modules:
         return modules[module]
     copy = modules[module] = shallow_copy(module)
-    for table, made in ((copy._parameters, parameter), (copy._buffers, buffer)):
+    for table, copied in ((copy._parameters, parameter), (copy._buffers, buffer)):
         for name, tensor in table.items():
             if tensor is not None:
                 if tensor not in tensors:
-                    tensors[tensor] = made(tensor)
+                    tensors[tensor] = copied(tensor)
                 table[name] = tensors[tensor]
     for name, child in copy._modules.items():
         copy._modules[name] = _copy(child, parameter, buffer, tensors, modules)

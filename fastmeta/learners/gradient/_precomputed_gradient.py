@@ -1,4 +1,4 @@
-"""Learners whose meta-gradient is not that of their meta-loss through the inner loop."""
+"""Base of learners that compute their meta-gradient without differentiating the meta-loss."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from fastmeta.learners.gradient.maml import MAML
 
 
 class PrecomputedGradientLearner(MAML):
-    """A learner that says what its meta-gradient is; it adapts as MAML does.
+    """A learner that computes its own meta-gradient; it adapts as MAML does.
 
-    ``_gradient`` gives the loss, the outputs on the queries and the meta-gradient ``[P]``.
+    Subclasses implement ``_gradient``: the loss, the outputs on the queries and the meta-gradient
+    ``[P]``.
     """
 
     @as_single_op
     def meta_loss(  # type: ignore[override]  # there are no step weights
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The mean query loss after adaptation, whose ``backward`` hands out the meta-gradient.
+        """The mean query loss after adaptation; its ``backward`` gives the meta-gradient.
 
         Args:
             support_x: ``[T, S, ...]``.
@@ -40,7 +41,7 @@ class PrecomputedGradientLearner(MAML):
         theta = self._engine.parameters()
         with torch.no_grad():
             loss, outputs, grads = self._gradient(TaskBatch(support_x, support_y, query_x, query_y))
-        return _Given.apply(theta, loss, grads), outputs
+        return _WithGradient.apply(theta, loss, grads), outputs
 
     def meta_gradient(  # type: ignore[override]
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
@@ -53,16 +54,16 @@ class PrecomputedGradientLearner(MAML):
 
     def _gradient(self, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, the outputs on the queries, and the gradient ``[P]``."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its gradient is")
+        raise NotImplementedError(f"{type(self).__name__} does not implement _gradient")
 
 
-class _Given(torch.autograd.Function):
-    """A loss whose gradient to theta is given."""
+class _WithGradient(torch.autograd.Function):
+    """Identity on the loss; the backward returns the gradient that was computed for it."""
 
     @staticmethod
     def forward(ctx: Any, theta: Tensor, loss: Tensor, grads: Tensor) -> Tensor:
         ctx.save_for_backward(grads)
-        return loss.clone()
+        return loss.clone()  # an input that is returned would be a view of itself
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:

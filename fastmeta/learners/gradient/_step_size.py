@@ -1,4 +1,4 @@
-"""The inner step size of a learner, in the forms in which users write it."""
+"""The inner step size of a learner: the forms that users pass, and their checks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_step_size(lr: StepSize, layout: ParameterLayout, steps: int) -> float |
 
 
 def _joined(lr: Mapping[str, float | Tensor], layout: ParameterLayout) -> Tensor:
-    """One number a parameter by name -> ``[L]``."""
+    """Join one number for each parameter name to ``[L]``."""
     if set(lr) != set(layout.names):
         raise ValueError(f"lr: expected the names {list(layout.names)}, got {list(lr)}")
     like: dict[str, Any] = {"dtype": layout.dtype, "device": layout.device}
@@ -45,8 +45,8 @@ def _joined(lr: Mapping[str, float | Tensor], layout: ParameterLayout) -> Tensor
 
 def _check_shape(lr: Tensor, layout: ParameterLayout, steps: int) -> None:
     parameters, elements = len(layout.names), layout.numel
-    rows = lr.ndim < 2 or (lr.ndim == 2 and len(lr) == steps)
-    if not rows or (lr.ndim and lr.shape[-1] not in (1, parameters, elements)):
+    has_step_rows = lr.ndim < 2 or (lr.ndim == 2 and len(lr) == steps)
+    if not has_step_rows or (lr.ndim and lr.shape[-1] not in (1, parameters, elements)):
         raise ValueError(
             f"lr: expected a number or shape [], [L], [P] or, with one row a step, [K, 1], [K, L], "
             f"[K, P] with L = {parameters}, P = {elements}, K = {steps}; got {list(lr.shape)}"

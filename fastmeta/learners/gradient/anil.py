@@ -1,4 +1,4 @@
-"""ANIL: an inner loop for the head alone, on the features of a body that the tasks share."""
+"""ANIL: an inner loop for the head only, on the features of a body that the tasks share."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ _LOSSES = {
 
 
 class ANIL(CompilableLearner):
-    """ANIL, "almost no inner loop" (Raghu et al. 2020, arXiv 1909.09157): adapts the head alone.
+    """ANIL, "almost no inner loop" (Raghu et al. 2020, arXiv 1909.09157): adapts the head only.
 
         W_{k+1} = W_k - lr grad_W L_s(W_k f(x_s))        f the body, W the head, K times
 
     The meta-gradient of the mean over tasks of L_q(W_K f(x_q)) is exact: it reaches the head's
-    start through the inner steps, and the body through the queries and the support alike. All steps
+    initial parameters through the inner steps, and the body through queries and support. All steps
     of all tasks are one call of ``fastmeta.linear_head``; the body sees each example once.
 
-    The body's batch norms go by the batch of each task, as those of ``MAML`` do.
+    The body's batch norms use the statistics of each task's batch, as in ``MAML``.
 
     Args:
         body: any module of one input and one output, the features ``[B, D]``. It may be frozen
-            (``requires_grad=False``), or ``nn.Identity()`` where features are the inputs.
+            (``requires_grad=False``), or ``nn.Identity()`` if the inputs are features.
         head: ``nn.Linear(D, N)`` with or without a bias, its parameters trainable.
         lr: inner step size: a number, or a tensor or ``nn.Parameter`` ``[]``, or ``[K]``, one
             number a step.
@@ -61,10 +61,10 @@ class ANIL(CompilableLearner):
             ``F.binary_cross_entropy_with_logits``, or the module of one of these, all without
             options.
         first_order: leave the second derivatives out (FOMAML): the body then learns from the
-            queries alone. Step sizes still get a gradient, the support inputs none.
-        learn_lr: make ``lr`` a parameter, to be learned with the others.
-        weight_decay: adds that times the head's parameters to their inner gradients.
-        form: of the inner loop, ``"auto"``, ``"primal"`` or ``"dual"``, see
+            queries only. Step sizes still get a gradient, the support inputs none.
+        learn_lr: make ``lr`` a parameter that is learned with the others.
+        weight_decay: factor of the head's parameters that is added to their inner gradients.
+        form: form of the inner loop, ``"auto"``, ``"primal"`` or ``"dual"``, see
             ``fastmeta.linear_head``.
         task_chunk: tasks whose examples pass the body together, None for all; 1 runs them one by
             one, for bodies that vmap cannot take.
@@ -128,12 +128,12 @@ class ANIL(CompilableLearner):
 
     @property
     def body(self) -> nn.Module:
-        """The body; ``module`` is body and head, one behind the other."""
+        """The body; ``module`` is the body followed by the head."""
         return cast("nn.Module", self.module.body)
 
     @property
     def head(self) -> nn.Linear:
-        """The head, where every task starts."""
+        """The head, from which the inner loop of every task starts."""
         return cast("nn.Linear", self.module.head)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,13 +149,13 @@ class ANIL(CompilableLearner):
         Args:
             support_x: ``[T, S, ...]``.
             support_y: int64 labels ``[T, S]`` for the cross entropy; targets ``[T, S, N]`` of the
-                head's dtype for the squared error; 0 or 1 in ``[T, S, 1]``, of that dtype too, for
-                the binary cross entropy.
+                head's dtype for the squared error; 0 or 1 in ``[T, S, 1]``, of the head's dtype,
+                for the binary cross entropy.
             query_x, query_y: the same with Q examples.
 
         Returns:
-            ``loss``, an ordinary result of autograd, which can be differentiated any number of
-            times where the body can; and the detached outputs on the queries ``[T, Q, N]``.
+            ``loss`` and the detached outputs on the queries ``[T, Q, N]``. The loss has an ordinary
+            autograd graph, which can be differentiated as many times as the body can.
 
         Raises:
             TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
@@ -165,12 +165,13 @@ class ANIL(CompilableLearner):
         targets, query_targets = (
             self._targets(e.y_name, e.y) for e in (batch.support, batch.query)
         )
-        features, parts = self._support_features(support_x), (self.head.weight, self.head.bias)
-        head = checked_head(features, targets, *parts, self._inner_loss)
-        rates = step_sizes(self._step_sizes(self.steps), self.steps, features)
-        dual = uses_kernel_form(self.form, head, self.steps)
-        options = HeadOptions(self._inner_loss, self.weight_decay, self.first_order, dual)
-        return head_loss(head, rates, self._features(query_x), query_targets, options)
+        features = self._support_features(support_x)
+        weight, bias = self.head.weight, self.head.bias
+        head = checked_head(features, targets, weight, bias, self._inner_loss)
+        lr = step_sizes(self._step_sizes(self.steps), self.steps, features)
+        kernel_form = uses_kernel_form(self.form, head, self.steps)
+        options = HeadOptions(self._inner_loss, self.weight_decay, self.first_order, kernel_form)
+        return head_loss(head, lr, self._features(query_x), query_targets, options)
 
     def adapt_tasks(
         self, support_x: Tensor, support_y: Tensor, steps: int | None = None
@@ -179,8 +180,8 @@ class ANIL(CompilableLearner):
 
         Args:
             support_x, support_y: as for ``meta_loss``.
-            steps: inner steps; None for the learner's own. Where ``lr`` has a number a step, the
-                first ``steps`` of them are used, and there can be no more steps than numbers.
+            steps: inner steps; None for the learner's own. If ``lr`` has a number a step, the first
+                ``steps`` numbers are used, and more steps than numbers raise.
 
         Returns:
             ``AdaptedHeads``: call it on queries ``[T, Q, ...]``; its ``params`` are ``[T, P]``.
@@ -205,8 +206,8 @@ class ANIL(CompilableLearner):
             support_x, support_y, query_x, query_y: as for ``meta_loss``; they get no gradient.
 
         Returns:
-            ``grads`` are those of ``module``, body and head ``[P]``: of all trainable parameters,
-            zeros for those that the loss does not depend on.
+            ``grads`` ``[P]`` is the gradient to all trainable parameters of ``module``, body and
+            head. It is zero for parameters on which the loss does not depend.
 
         Raises:
             TypeError, ValueError: as for ``meta_loss``.
@@ -233,7 +234,7 @@ class ANIL(CompilableLearner):
         return MetaGradient(loss.detach(), outputs, flat, grads[-1] if learned else None, {})
 
     def explain(self) -> str:
-        """What computes, in a few sentences."""
+        """Describe how this learner computes, in a few sentences."""
         weight, chunk = self.head.weight, self.task_chunk
         backend = backend_of("linear_head", weight.device, weight.dtype)
         together = {None: "all tasks vmapped together", 1: "tasks one at a time, without vmap"}
@@ -269,7 +270,7 @@ class ANIL(CompilableLearner):
         )
 
     def _support_features(self, x: Tensor) -> Tensor:
-        # In first order nothing goes back to the features, and no graph of them is kept.
+        # To first order the support features get no gradient, so no graph of them is kept.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.first_order):
             return self._features(x)
 
@@ -281,11 +282,12 @@ class ANIL(CompilableLearner):
         """``[T, B, ...]`` -> ``[T, B, D]``, in the head's dtype whatever autocast made them."""
         call = TaskModule(self.body, self.norm_statistics)
         chunk = self.task_chunk
-        whole = chunk is None or chunk >= len(x)  # the gradient of a part is a copy
-        parts = [x] if whole else x.split(chunk)
+        # Not split if one chunk is all: the backward of a split copies the gradient.
+        runs_together = chunk is None or chunk >= len(x)
+        parts = [x] if runs_together else x.split(chunk)
         with call.conditions():
             outputs = [call.outputs({}, part) for part in parts]
-        features = outputs[0] if whole else torch.cat(outputs)
+        features = outputs[0] if runs_together else torch.cat(outputs)
         expected = (*x.shape[:2], self.head.in_features)
         if features.shape != expected:
             raise ValueError(
@@ -295,7 +297,7 @@ class ANIL(CompilableLearner):
         return features.to(self.head.weight.dtype)
 
     def _targets(self, name: str, y: Tensor) -> Tensor:
-        """Labels or targets, checked, as ``linear_head`` takes them."""
+        """Check labels or targets; returns them in the form of ``linear_head``."""
         weight, ways = self.head.weight, self.head.out_features
         if self._inner_loss == "cross_entropy":
             check_labels(name, y, y.shape[:2], weight.device)
@@ -332,13 +334,13 @@ class ANIL(CompilableLearner):
 
 @dataclass(frozen=True)
 class AdaptedHeads:
-    """A head adapted to T tasks, behind the body that they share.
+    """A head adapted to T tasks, after the body that the tasks share.
 
     Attributes:
         params: the head's parameters of every task ``[T, P]``, in the order of ``layout``;
-            differentiable, also in the body's.
-        layout: their names and shapes.
-        learner: the :class:`ANIL` whose body sees the queries.
+            differentiable, also in the body's parameters.
+        layout: names and shapes of the head's parameters.
+        learner: the :class:`ANIL` whose body computes the queries' features.
 
     Example:
         >>> import torch
@@ -358,8 +360,8 @@ class AdaptedHeads:
         """Outputs of each task's head on its queries, ``[T, Q, ...]`` -> ``[T, Q, N]``.
 
         Raises:
-            TypeError: ``query_x`` is no tensor.
-            ValueError: it has another number of tasks.
+            TypeError: ``query_x`` is not a tensor.
+            ValueError: ``query_x`` has another number of tasks.
         """
         check_queries(query_x, len(self))
         params = self.layout.views(self.params)
@@ -374,7 +376,7 @@ class AdaptedHeads:
 
 
 def _named(loss: Any, ways: int) -> str:
-    """What ``linear_head`` calls a loss."""
+    """The name that ``linear_head`` has for a loss."""
     if not callable(loss):
         raise TypeError(f"loss: expected a callable, got {type(loss).__name__}")
     name = _LOSSES.get(lower_loss(loss)[0])
@@ -384,11 +386,14 @@ def _named(loss: Any, ways: int) -> str:
             f"the module of one of these, without options, got {loss!r}"
         )
     if name == "logistic" and ways != 1:
-        raise ValueError(f"loss: binary cross entropy takes a head of one output, got {ways}")
+        raise ValueError(
+            f"loss: expected a head of one output for the binary cross entropy, got {ways}"
+        )
     return name
 
 
 def _layout(head: nn.Linear) -> ParameterLayout:
+    """The layout of the head's parameters, all of which must be trainable."""
     frozen = [name for name, p in head.named_parameters() if not p.requires_grad]
     if frozen:
         raise ValueError(f"head: expected trainable parameters to adapt, got frozen ones, {frozen}")

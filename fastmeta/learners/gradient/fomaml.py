@@ -13,14 +13,14 @@ from fastmeta.learners.gradient.maml import MAML
 
 
 class FOMAML(MAML):
-    """MAML whose meta-gradient leaves the second derivatives out (Finn et al. 2017, section 5.2).
+    """First-order MAML: no second derivatives in the meta-gradient (Finn et al. 2017, 5.2).
 
-    ``grad = mean over tasks of grad L_q(theta_K)``: the query's gradient at the adapted parameters
-    is taken for that at the initial ones, as if the inner steps had moved all of space alike.
+    ``grad = mean over tasks of grad L_q(theta_K)``: the gradient of the query loss at the adapted
+    parameters stands for the gradient at the initial ones, as if inner steps were translations.
 
     Args:
         model, lr, steps, loss: as for ``MAML``, with its defaults.
-        options: all other options of ``MAML`` but ``first_order``.
+        options: all other options of ``MAML`` except ``first_order``.
 
     Raises:
         TypeError, ValueError: as ``MAML``.
@@ -42,4 +42,4 @@ class FOMAML(MAML):
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         **options: Any,
     ) -> None:
-        super().__init__(model, lr, steps, True, loss, **options)
+        super().__init__(model, lr, steps, first_order=True, loss=loss, **options)

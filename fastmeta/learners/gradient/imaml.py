@@ -1,4 +1,4 @@
-"""iMAML: the meta-gradient at the solution of the inner problem, whatever led there."""
+"""iMAML: the implicit meta-gradient at the solution of the inner problem."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from fastmeta.rules import Proximal, Rule
 class IMAML(PrecomputedGradientLearner):
     """iMAML (Rajeswaran et al. 2019, arXiv 1909.04630): implicit gradients.
 
-    The inner loop goes towards ``theta* = argmin L_s(theta) + lambda / 2 |theta - theta_0|^2``.
-    With H the Hessian of L_s there, the meta-gradient is the mean over tasks of v, where
+    The inner loop approximates ``theta* = argmin L_s(theta) + lambda / 2 |theta - theta_0|^2``.
+    With H the Hessian of L_s at theta*, the meta-gradient is the mean over tasks of v, where
     ``(I + H / lambda) v = grad L_q(theta*)``, solved by conjugate gradients on Hessian-vector
     products. Memory does not grow with the inner steps.
 
@@ -31,12 +31,13 @@ class IMAML(PrecomputedGradientLearner):
         steps: inner steps; 16.
         loss: as for ``MAML``.
         regularization: the paper's lambda, above 0; 2.0 as in the paper for Omniglot.
-        cg_steps: products of a meta-gradient, at least 0; 5 as in the paper. 0 is first order.
-        cg_damping: delta >= 0, solves ``(I + delta I + H / lambda) v = grad L_q(theta*)``, which a
-            Hessian of negative curvature leaves solvable; 0. The authors' code has 1.0 and, beside
-            it, 10 added to lambda.
-        rule: what takes the inner steps with the gradient of the regularised loss; None: plain
-            descent.
+        cg_steps: Hessian-vector products a meta-gradient, at least 0; 5 as in the paper. 0 is first
+            order.
+        cg_damping: delta >= 0 in ``(I + delta I + H / lambda) v = grad L_q(theta*)``, which keeps
+            the system solvable under negative curvature; 0. The authors' code has 1.0 and also
+            adds 10 to lambda.
+        rule: the rule that takes the inner steps with the gradient of the regularised loss; None:
+            plain descent.
         options: the options ``task_chunk``, ``hvp_mode``, ``engine`` and ``norm_statistics`` of
             ``MAML``.
 

@@ -33,7 +33,7 @@ Learner = TypeVar("Learner", bound="MAML")
 
 ENGINES = ("auto", "program", "functional")
 
-# Attributes that the engine is built from.
+# Attributes from which the engine is built.
 _ENGINE_OPTIONS = frozenset(
     {
         "module",
@@ -57,51 +57,52 @@ class MAML(CompilableLearner):
     ``meta_loss`` and ``adapt_tasks`` take many tasks at once and never unroll a graph;
     ``clone`` and ``adapt`` are learn2learn's calls, one task at a time.
 
-    Batch norm uses batch statistics always, unless ``norm_statistics`` says otherwise, and its
-    running statistics are left alone; parameters with ``requires_grad=False`` are not adapted;
-    parameters that the loss does not depend on get zero gradients. Norms with a scale and a shift
-    for each inner step (MAML++) are ``fastmeta.models.PerStepBatchNorm2d``.
+    Batch norm uses batch statistics, unless ``norm_statistics="running"``, and never updates its
+    running statistics. Parameters with ``requires_grad=False`` are not adapted. Parameters on which
+    the loss does not depend get zero gradients. ``fastmeta.models.PerStepBatchNorm2d`` is a norm
+    with a scale and a shift for each inner step (MAML++).
 
     Args:
         model: any module of one input and one output tensor.
-        lr: inner step size: a number, a tensor, an ``nn.Parameter``, or a dict of one number for
-            each trainable parameter by name. Tensors: ``[]``, one number a parameter ``[L]`` (in
-            the order of ``named_parameters``), or one an element ``[P]`` (Meta-SGD, Li 2017); or
-            one such row a step, ``[K, 1]``, ``[K, L]`` (MAML++, Antoniou 2019) or ``[K, P]``.
+        lr: inner step size: a number, a tensor, an ``nn.Parameter``, or a dict from the name of
+            each trainable parameter to a number. A tensor is ``[]``, one number a parameter ``[L]``
+            (in the order of ``named_parameters``), or one an element ``[P]`` (Meta-SGD, Li 2017).
+            With one row a step it is ``[K, 1]``, ``[K, L]`` (MAML++, Antoniou 2019) or ``[K, P]``.
         steps: inner gradient steps K; 0 adapts nothing.
         first_order: leave the Hessian out (FOMAML). Step sizes still get a gradient, the support
             inputs none.
         loss: ``loss(outputs, targets)`` of one task -> scalar, the mean over its examples.
-        learn_lr: make ``lr`` a parameter, to be learned with the model's.
-        rule: what an inner step does with the gradient, one of ``fastmeta.rules``: momentum, Adam,
-            clipping, learned preconditioning, ...; None: plain descent. It is moved to the
-            parameters' device. Its learned hyperparameters are parameters of the learner. The
-            task program then runs one call a step instead of one for all.
+        learn_lr: make ``lr`` a parameter that is learned with the model's parameters.
+        rule: the inner update rule, one of ``fastmeta.rules``: momentum, Adam, clipping, learned
+            preconditioning, ...; None: plain descent. It is moved to the parameters' device. Its
+            learned hyperparameters are parameters of the learner. With a rule the task program
+            runs one call a step instead of one call for all steps.
         task_chunk: tasks that run together, None for all; bounds the memory. 1 runs them one by
             one, without vmap.
         hvp_mode: ``"reverse"``, ``"forward"`` or ``"finite_difference"``, see ``fastmeta.hvp``.
-        engine: ``"program"``, the compiled task program: a ValueError gives the reason where the
-            module, the loss, the dtype or the device cannot be lowered to it; ``"functional"``,
-            which takes any module; or ``"auto"``, the program where it can be.
-        memory: whether the task program keeps the activations of all K inner steps for the way
-            back, ``"keep"``, or makes them again, ``"recompute"``; ``"auto"`` keeps them where they
-            take at most twice the room of the K parameter vectors, or those of all tasks that are
-            computed at a time 512 MiB. The functional engine always makes them again.
-        norm_statistics: what batch and instance norms that track running statistics normalise by.
-            ``"batch"``: the batch at hand, in training and evaluation alike (Finn 2017).
-            ``"running"``: as in any module, in ``train()`` the batch at hand, in ``eval()`` their
-            ``running_mean`` and ``running_var``, which are constants of the gradients. The learner
-            never updates those two: calls of the module itself in ``train()`` do, as
+        engine: ``"program"`` is the compiled task program; it raises a ValueError with the reason
+            if the module, the loss, the dtype or the device does not lower to one.
+            ``"functional"`` takes any module. ``"auto"`` is the program if the module lowers to
+            one, else the functional engine.
+        memory: how the task program's backward gets the activations of the K inner steps:
+            ``"keep"`` keeps them, ``"recompute"`` computes them again. ``"auto"`` keeps them if
+            they take at most twice the memory of the K parameter vectors, or at most 512 MiB for
+            the tasks computed at a time. The functional engine always recomputes them.
+        norm_statistics: what batch and instance norms with running statistics normalise by.
+            ``"batch"``: the current batch, in training and in evaluation (Finn 2017).
+            ``"running"``: as in any module, the current batch in ``train()``, and ``running_mean``
+            and ``running_var`` in ``eval()``, which are constants of the gradients. The learner
+            never updates running statistics. Calls of the module itself in ``train()`` do, such as
             ``maml.module(x)`` under ``torch.no_grad()``. A ``clone`` is called as any module.
-        cuda_graph: whether ``meta_loss`` and ``meta_gradient`` replay the task program's kernels as
-            a CUDA graph. ``"auto"``: from the third call in a row on that differs from the last in
-            values alone, on a GPU, where the program has many launches (images, large layers);
-            what cannot be captured is launched, and ``explain()`` says why. True: from the first
-            call on; a ValueError or RuntimeError says why not, where it cannot. False: never. The
-            graphs of four kinds of calls are kept.
-        allow_unused: ``adapt`` only: leave parameters alone that the loss does not depend on, where
-            it would otherwise raise. None: as ``allow_nograd``.
-        allow_nograd: ``adapt`` only: leave frozen parameters alone, where it would otherwise raise.
+        cuda_graph: whether ``meta_loss`` and ``meta_gradient`` replay the task program's kernels
+            from a CUDA graph. ``"auto"``: on a GPU, from the third call in a row that differs from
+            the one before in values only, if the program has many launches (images, large layers).
+            Calls that cannot be captured are launched, and ``explain()`` gives the reason. True:
+            from the first call; raises ValueError or RuntimeError with the reason if that is
+            impossible. False: never. The graphs of four kinds of calls are kept.
+        allow_unused: ``adapt`` only: skip parameters on which the loss does not depend, instead of
+            raising. None: as ``allow_nograd``.
+        allow_nograd: ``adapt`` only: skip frozen parameters, instead of raising.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range, by name.
@@ -143,7 +144,8 @@ class MAML(CompilableLearner):
         check_choice("engine", engine, ENGINES)
         if cuda_graph is True and engine == "functional":
             raise ValueError(
-                "cuda_graph: True needs the task program, engine='functional' has none"
+                "cuda_graph: expected False or 'auto' with engine='functional', which has no task "
+                "program, got True"
             )
         self.module = model
         self.steps = steps
@@ -159,7 +161,7 @@ class MAML(CompilableLearner):
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
         self.rule = rule
         self._programs = ProgramCache()
-        options = self._build_engine().options  # checked there
+        options = self._build_engine().options  # raises if an option is out of range
         layout = ParameterLayout.of(model)
         if rule is not None:
             rule.to(layout.device)
@@ -187,15 +189,15 @@ class MAML(CompilableLearner):
             query_x, query_y: the same with Q examples.
             step_weights: K numbers w_1 .. w_K: the loss is ``sum_k w_k L_q(theta_k)`` over the
                 parameters theta_k after each inner step (the multi-step loss of MAML++, Antoniou
-                2019). A step of weight 0 takes no query pass, but for the outputs of the last.
-                None: the last step's loss alone.
+                2019). A step of weight 0 takes no query pass, except for the outputs of the last.
+                None: the last step's loss only.
 
         Returns:
-            ``loss``, whose ``backward()`` fills the ``.grad`` of the module's parameters, of a
-            learned ``lr``, of the rule's and of floating-point inputs that require it; and the
-            detached outputs on the queries after the last step ``[T, Q, N]``. The gradient is taken
-            during this call (unless gradients are disabled) and can be taken once: its own
-            derivative raises a RuntimeError.
+            ``loss`` and the detached outputs on the queries after the last step ``[T, Q, N]``.
+            ``loss.backward()`` fills the ``.grad`` of the module's parameters, of a learned ``lr``,
+            of the rule's hyperparameters and of floating-point inputs that require it. The gradient
+            is computed during this call, unless gradients are disabled. A second derivative raises
+            a RuntimeError.
 
         Raises:
             TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
@@ -211,8 +213,8 @@ class MAML(CompilableLearner):
         Args:
             support_x: ``[T, S, ...]``.
             support_y: ``[T, S]`` int64 labels, or floating-point targets ``[T, S, ...]``.
-            steps: inner steps; None for the learner's own. Where ``lr`` has a row a step, the first
-                ``steps`` of them are used, and there can be no more steps than rows.
+            steps: inner steps; None for the learner's own. If ``lr`` has a row a step, the first
+                ``steps`` rows are used, and more steps than rows raise.
 
         Returns:
             ``AdaptedTasks``: call it on queries ``[T, Q, ...]``; its ``params`` are ``[T, P]``.
@@ -235,8 +237,8 @@ class MAML(CompilableLearner):
     ) -> MetaGradient:
         """The meta-loss and its gradient as values: ``meta_loss`` and ``backward`` in one call.
 
-        Autograd takes no part, which for a small network takes longer than the arithmetic; the
-        gradients of inputs are left out.
+        This avoids autograd, whose overhead exceeds the arithmetic of a small network. Inputs get
+        no gradient.
 
         Args:
             support_x, support_y, query_x, query_y, step_weights: as for ``meta_loss``.
@@ -261,31 +263,32 @@ class MAML(CompilableLearner):
             loss, outputs, grads = replayed
             return MetaGradient(loss, outputs, grads, None, {})
         engine = self._engine
-        # With gradients enabled: else a row a step would no longer require one.
+        # With gradients enabled: the rows of a learned lr would otherwise lose their graph.
         with torch.enable_grad() if isinstance(self.lr, Tensor) else nullcontext():
             lr = self._step_size(self.steps)
         result = engine.meta_gradient(lr, batch, step_weights)
         self._programs.prepare(self)
         if result.lr_grad is None or lr is self.lr:
             return result
+        # From the rows that the engine took to the parameter lr, in its shape.
         rows, leaf = cast("tuple[Tensor, Tensor]", (lr, self.lr))
         return result._replace(lr_grad=torch.autograd.grad(rows, leaf, result.lr_grad)[0])
 
     def hvp(self, params: Tensor, batch: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
         """The Hessian of each task's loss times a vector (Pearlmutter 1994).
 
-        ``H v = d <grad L(params), v> / d params`` with the learner's loss, and in its ``hvp_mode``;
-        the Hessian is never formed.
+        ``H v = d <grad L(params), v> / d params`` with the learner's loss and ``hvp_mode``. The
+        Hessian is never formed.
 
         Args:
-            params: where the Hessian is taken, in the order of the module's trainable parameters:
-                ``[P]`` for all tasks, or ``[T, P]`` as in ``AdaptedTasks.params``.
+            params: parameters at which the Hessian is taken, in the order of the module's trainable
+                parameters: ``[P]`` for all tasks, or ``[T, P]`` as in ``AdaptedTasks.params``.
             batch: ``(x, y)`` with x ``[T, B, ...]`` and y ``[T, B]`` int64 labels or floating-point
                 targets ``[T, B, ...]``.
             vector: ``[P]`` for all tasks, or ``[T, P]``.
 
         Returns:
-            ``[T, P]``; differentiable as the result of ``fastmeta.hvp`` is.
+            ``[T, P]``, differentiable like the result of ``fastmeta.hvp``.
 
         Raises:
             TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
@@ -310,8 +313,8 @@ class MAML(CompilableLearner):
         """Which engine runs, and how, in a few sentences.
 
         Args:
-            support_x, support_y: a batch as for ``adapt_tasks``; without one the answer is for
-                inputs and targets that fit the module and the loss.
+            support_x, support_y: a batch as for ``adapt_tasks``; without one, any inputs and
+                targets that fit the module and the loss.
 
         Raises:
             TypeError, ValueError: naming the argument that does not fit.
@@ -326,10 +329,10 @@ class MAML(CompilableLearner):
         allow_unused: bool | None = None,
         allow_nograd: bool | None = None,
     ) -> Learner:
-        """A learner for one task, whose parameters are connected to this one's by autograd.
+        """A learner for one task, whose parameters autograd connects to this learner's.
 
-        Learn2learn's call. Options that are None are this learner's own. Step sizes are shared with
-        this learner; buffers are copied. A clone can be cloned again.
+        The same call as in learn2learn. Options that are None are this learner's own. Step sizes
+        are shared with this learner; buffers are copied. A clone can be cloned again.
 
         Example:
             >>> import torch
@@ -357,17 +360,17 @@ class MAML(CompilableLearner):
         allow_unused: bool | None = None,
         allow_nograd: bool | None = None,
     ) -> None:
-        """One gradient step of a clone on the loss of its task, ``p <- p - lr * grad``.
+        """Take one gradient step of a clone on the loss of its task, ``p <- p - lr * grad``.
 
-        Learn2learn's call. In second order the gradient keeps its graph, unrolled; in first order
-        it has none and the graph of ``loss`` is freed, while the new parameters stay connected to
-        the original ones through the identity.
+        The same call as in learn2learn. In second order the gradient keeps its graph, unrolled. In
+        first order it has no graph and the graph of ``loss`` is freed; the new parameters stay
+        connected to the original ones through the identity.
 
         Args:
             loss: scalar, computed with this learner.
             first_order: None for the learner's own.
-            allow_unused: leave parameters alone that ``loss`` does not depend on.
-            allow_nograd: leave parameters alone that do not require gradients.
+            allow_unused: skip parameters on which ``loss`` does not depend.
+            allow_nograd: skip parameters that do not require gradients.
 
         Raises:
             ValueError: frozen or unused parameters without the option that allows them; step sizes
@@ -375,15 +378,15 @@ class MAML(CompilableLearner):
         """
         if not (self.rule is None or self.rule.is_plain):
             raise ValueError(
-                f"rule: adapt takes plain steps, and this learner's rule is {self.rule.title}; "
-                "adapt_tasks takes its steps"
+                f"rule: expected plain descent for adapt, got {self.rule.title}; adapt_tasks takes "
+                "the rule's steps"
             )
         grads = task_gradients(
             self.module,
             loss,
-            _default(first_order, self.first_order),
-            _default(allow_unused, self.allow_unused),
-            _default(allow_nograd, self.allow_nograd),
+            first_order=_default(first_order, self.first_order),
+            allow_unused=_default(allow_unused, self.allow_unused),
+            allow_nograd=_default(allow_nograd, self.allow_nograd),
         )
         step_sizes = step_size_of_each_parameter(self.lr, ParameterLayout.of(self.module))
         descend(self.module, grads.items(), step_sizes)
@@ -391,11 +394,12 @@ class MAML(CompilableLearner):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in _ENGINE_OPTIONS:
-            self.__dict__["_built_engine"] = None  # built anew at the next use
+            # Through the dict: this method would be called again. The next use builds the engine.
+            self.__dict__["_built_engine"] = None
 
     @property
     def _engine(self) -> Engine:
-        """The engine of the options as they are set now."""
+        """The engine for the current options."""
         return self._built_engine or self._build_engine()
 
     def _build_engine(self) -> Engine:
@@ -423,7 +427,7 @@ class MAML(CompilableLearner):
         return self._built_engine
 
     def _step_size(self, steps: int) -> float | Tensor:
-        """``lr`` as the engines take it: one row a step becomes one matrix a step."""
+        """``lr`` in the form of the engines: one row a step becomes one matrix a step."""
         lr = self.lr
         if not is_per_step(lr):
             return lr
@@ -439,6 +443,7 @@ class MAML(CompilableLearner):
         if learn and not isinstance(lr, nn.Parameter):
             value = torch.as_tensor(lr, dtype=layout.dtype, device=layout.device)
             lr = nn.Parameter(value.detach().clone())
+        # A fixed tensor is a buffer, so that it follows .to() and is part of the state dict.
         if isinstance(lr, Tensor) and not isinstance(lr, nn.Parameter):
             self.register_buffer("lr", lr)
         else:

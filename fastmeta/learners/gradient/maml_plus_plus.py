@@ -1,4 +1,4 @@
-"""MAML++: what makes MAML train stably with several inner steps."""
+"""MAML++: MAML with the changes that make several inner steps train stably."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ class MAMLPlusPlus(MAML):
 
     - Learned step sizes of each layer and inner step (LSLR), ``lr [K, L]``:
       ``theta_{k+1} = theta_k - lr_k * grad L_s(theta_k)``.
-    - Multi-step loss, ``sum_k w_k L_q(theta_k)``, annealed to the last step's alone: with
+    - Multi-step loss, ``sum_k w_k L_q(theta_k)``, annealed to the last step's loss only: with
       ``t = min(1, iteration / multi_step_iterations)``, ``w_k = (1 - t) / K`` for k < K and
       ``w_K = (1 - t) / K + t``.
     - Derivative-order annealing: first order for the first ``first_order_iterations``.
-    - Batch norm with a scale and a shift of each step: the model's, see
+    - Batch norm with a scale and a shift for each step: part of the model, see
       ``fastmeta.models.with_per_step_norms``.
     - A cosine schedule of the outer step size: ``schedule``.
 
     ``iteration`` counts the meta-losses and meta-gradients in training mode with gradients enabled;
-    it is part of the state dict, so a training that is resumed goes on where it was.
+    it is part of the state dict, so a resumed training continues the annealing.
 
     Args:
         model: as for ``MAML``.
-        lr: what all step sizes start as.
-        steps: inner steps K, at least 1; 5 as in the paper. Adaptation takes at most as many.
+        lr: initial value of every step size.
+        steps: inner steps K, at least 1; 5 as in the paper. Adaptation takes at most K steps.
         loss: as for ``MAML``.
-        multi_step_iterations: until the last step's loss is alone; 0: from the start. 5,000 is 10
-            of the paper's epochs of 500.
-        first_order_iterations: of first order at the start; 0: none. 25,000 is 50 of the paper's
-            epochs.
-        options: all other options of ``MAML`` but ``learn_lr`` and ``first_order``.
+        multi_step_iterations: iterations with a multi-step loss; 0: none. 5,000 is 10 of the
+            paper's epochs of 500.
+        first_order_iterations: iterations of first order at the start; 0: none. 25,000 is 50 of
+            the paper's epochs.
+        options: all other options of ``MAML`` except ``learn_lr`` and ``first_order``.
 
     Attributes:
-        iteration: meta-losses behind the learner.
+        iteration: number of meta-losses so far.
 
     Raises:
         TypeError, ValueError: as ``MAML``; numbers of iterations or steps out of range.
@@ -91,7 +91,7 @@ class MAMLPlusPlus(MAML):
         self.iteration = 0
 
     def step_weights(self) -> list[float] | None:
-        """w_1 .. w_K of the query losses now; None: the last alone."""
+        """w_1 .. w_K of the query losses at this iteration; None: the last step's loss only."""
         if self.steps == 1 or self.iteration >= self.multi_step_iterations:
             return None
         t = self.iteration / self.multi_step_iterations
@@ -110,9 +110,8 @@ class MAMLPlusPlus(MAML):
     def meta_gradient(  # type: ignore[override]
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> MetaGradient:
-        """That loss with its gradient, as ``MAML.meta_gradient`` with ``step_weights()``."""
-        data = support_x, support_y, query_x, query_y
-        result = super().meta_gradient(*data, self.step_weights())
+        """The annealed loss and its gradient, as ``MAML.meta_gradient`` with its weights."""
+        result = super().meta_gradient(support_x, support_y, query_x, query_y, self.step_weights())
         self._count(True)
         return result
 
@@ -133,6 +132,7 @@ class MAMLPlusPlus(MAML):
     @property
     def _engine(self) -> Engine:
         first_order = self.iteration < self.first_order_iterations
+        # Only on a change: setting an engine option builds the engine anew.
         if first_order != self.first_order:
             self.first_order = first_order
         return super()._engine

@@ -14,16 +14,16 @@ from fastmeta.learners.gradient.maml import MAML
 
 
 class MetaCurvature(MAML):
-    """Meta-Curvature (Park & Oliva 2019, arXiv 1902.03356): MAML on gradients that are transformed.
+    """Meta-Curvature (Park & Oliva 2019, arXiv 1902.03356): MAML on transformed gradients.
 
     ``theta_{k+1} = theta_k - lr MC(grad L_s(theta_k))``, where MC multiplies the gradient of each
     parameter by learned matrices along its dimensions, ``M_o``, ``M_i`` and, of a convolution,
-    ``M_f`` (``fastmeta.rules.MetaCurvature``). They start as the identity, where this is MAML, and
+    ``M_f`` (``fastmeta.rules.MetaCurvature``). They start as the identity, which is MAML, and
     are learned together with theta.
 
     Args:
         model, lr, steps, loss: as for ``MAML``, with its defaults.
-        rule: what takes the step with the transformed gradient; None: plain descent.
+        rule: the rule that takes the step with the transformed gradient; None: plain descent.
         options: all other options of ``MAML``.
 
     Raises:
@@ -50,5 +50,5 @@ class MetaCurvature(MAML):
         rule: rules.Rule | None = None,
         **options: Any,
     ) -> None:
-        curved = rules.MetaCurvature(model, rule)
-        super().__init__(model, lr, steps, loss=loss, rule=curved, **options)
+        preconditioned = rules.MetaCurvature(model, rule)
+        super().__init__(model, lr, steps, loss=loss, rule=preconditioned, **options)

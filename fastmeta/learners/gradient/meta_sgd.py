@@ -1,4 +1,4 @@
-"""Meta-SGD: MAML with a learned step size of every parameter's every element."""
+"""Meta-SGD: MAML with a learned step size for every element of the parameters."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from fastmeta.learners.gradient.maml import MAML
 class MetaSGD(MAML):
     """Meta-SGD (Li et al. 2017, arXiv 1707.09835): direction and length of the steps are learned.
 
-    ``theta_{k+1} = theta_k - alpha * grad L_s(theta_k)`` with alpha ``[P]``, one number an element,
-    learned together with theta; it may become negative.
+    ``theta_{k+1} = theta_k - alpha * grad L_s(theta_k)`` with alpha ``[P]``, one step size an
+    element. It is learned together with theta and may become negative.
 
     Args:
         model: as for ``MAML``.
-        lr: what alpha starts as: a number, or a pair ``(low, high)`` to draw each element from
-            uniformly, by PyTorch's generator; the paper's is (0.005, 0.1).
+        lr: initial value of alpha: a number, or a pair ``(low, high)`` to draw each element
+            uniformly with PyTorch's generator; (0.005, 0.1) as in the paper.
         steps: inner steps; 1 as in the paper.
         loss: as for ``MAML``.
-        options: all other options of ``MAML`` but ``learn_lr``.
+        options: all other options of ``MAML`` except ``learn_lr``.
 
     Raises:
-        TypeError, ValueError: as ``MAML``; an ``lr`` that is no number and no pair of them in
-            order.
+        TypeError, ValueError: as ``MAML``; an ``lr`` that is neither a number nor an ordered pair
+            of numbers.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Reptile: towards the parameters that tasks are solved by."""
+"""Reptile: steps towards the adapted parameters of the tasks."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ class Reptile(PrecomputedGradientLearner):
     """Reptile (Nichol et al. 2018, arXiv 1803.02999): no derivative of the inner loop at all.
 
     ``grad = mean over tasks of (theta_0 - theta_K)``, so that gradient descent with step size
-    epsilon is ``theta <- theta + epsilon mean(theta_K - theta)``, the paper's batched version;
-    meta-batches of one task are its serial version. In training a task's examples are its support
-    and its queries together, of which each inner step sees ``inner_batch``, in an order that
-    PyTorch's generator draws anew for each meta-batch. Adaptation sees the whole support at every
-    step.
+    epsilon is ``theta <- theta + epsilon mean(theta_K - theta)``, the paper's batched version.
+    Meta-batches of one task are its serial version.
 
-    The loss and the outputs of ``meta_loss`` are those on the queries after the inner loop, which
-    has seen them: a sign of life, not of generalisation.
+    In training, a task's examples are its support and its queries together. Each inner step sees
+    ``inner_batch`` of them, in an order drawn by PyTorch's generator for each meta-batch.
+    Adaptation sees the complete support at every step.
+
+    ``meta_loss`` returns the loss and the outputs on the queries after the inner loop, which has
+    trained on them. Use the loss to see that training progresses, not to judge generalisation.
 
     Args:
         model: as for ``MAML``.
         lr: inner step size, 0.001 as in the paper.
-        steps: inner steps K, at least 1; 5 as in the paper. A single one makes this joint training.
+        steps: inner steps K, at least 1; 5 as in the paper. A single step is joint training.
         loss: as for ``MAML``.
         inner_batch: examples an inner step; None: all of them. 10 as in the paper for one shot.
-        rule: what takes the inner steps; None: ``PersistentAdam(model)``, Adam with beta1 = 0 that
-            goes on from meta-batch to meta-batch, as in the paper's own code.
+        rule: the rule that takes the inner steps; None: ``PersistentAdam(model)``, Adam with
+            beta1 = 0 whose state continues from meta-batch to meta-batch, as in the authors' code.
         options: the options ``task_chunk``, ``engine`` and ``norm_statistics`` of ``MAML``.
 
     Raises:
@@ -67,7 +68,8 @@ class Reptile(PrecomputedGradientLearner):
         if inner_batch is not None:
             check_integer("inner_batch", inner_batch, 1)
         rule = PersistentAdam(model) if rule is None else rule
-        super().__init__(model, lr, steps, True, loss, rule=rule, **options)
+        # The inner loop is never differentiated: first order keeps no tape.
+        super().__init__(model, lr, steps, first_order=True, loss=loss, rule=rule, **options)
         self.inner_batch = inner_batch
 
     def _gradient(self, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +84,7 @@ class Reptile(PrecomputedGradientLearner):
         return losses.mean(), outputs, (engine.parameters() - adapted).mean(0)
 
     def _draw_indices(self, examples: int) -> Tensor | None:
-        """The examples of each step: one shuffle of them all after another."""
+        """Indices ``[K, B]`` of each step's examples: consecutive parts of successive shuffles."""
         if self.inner_batch is None or self.inner_batch >= examples:
             return None
         needed = self.steps * self.inner_batch

@@ -1,4 +1,4 @@
-"""Prototypical networks: the nearest class mean in an embedding that is learned for it."""
+"""Prototypical networks: nearest-class-mean classification in a learned embedding."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from fastmeta.ops.prototypes import prototypes
 
 
 class ProtoNet(nn.Module):
-    """Prototypical network over whole batches of tasks (Snell, Swersky and Zemel, 2017).
+    """Prototypical network on batches of tasks (Snell, Swersky and Zemel, 2017).
 
-    A class is the mean of its support embeddings, and a query belongs to the nearest class:
-    ``logits = -scale * distance(encoder(query), prototypes)``. The images of all tasks pass through
-    the encoder in one call, so batch norm sees them together: batch statistics in ``train()``, the
-    running ones in ``eval()``, as in any module.
+    A class is represented by the mean of its support embeddings, its prototype. A query belongs to
+    the class with the nearest prototype:
+    ``logits = -scale * distance(encoder(query), prototypes)``. The examples of all tasks
+    pass through the encoder in one call, so batch norm sees them together: batch statistics in
+    ``train()``, running statistics in ``eval()``, as in any module.
 
     Args:
-        encoder: any module ``[B, ...] -> [B, ...]``; what it returns is flattened to ``[B, D]``.
+        encoder: any module ``[B, ...] -> [B, ...]``; its output is flattened to ``[B, D]``.
         metric: ``"sqeuclidean"``, ``"euclidean"``, ``"cosine"`` (1 - cos) or ``"dot"`` (-x.y).
         scale: finite factor of the distances in the logits, an inverse temperature.
 
@@ -49,12 +50,12 @@ class ProtoNet(nn.Module):
     def __init__(self, encoder: nn.Module, metric: str = "sqeuclidean", scale: float = 1.0) -> None:
         super().__init__()
         if not isinstance(encoder, nn.Module):
-            raise TypeError(f"encoder must be an nn.Module, got {type(encoder).__name__}")
+            raise TypeError(f"encoder: expected an nn.Module, got {type(encoder).__name__}")
         check_choice("metric", metric, METRICS)
         if not isinstance(scale, (int, float)) or isinstance(scale, bool):
-            raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+            raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
         if not abs(scale) < float("inf"):
-            raise ValueError(f"scale must be finite, got {scale}")
+            raise ValueError(f"scale: expected a finite number, got {scale}")
         self.encoder = encoder
         self.metric = metric
         self.scale = float(scale)
@@ -68,7 +69,7 @@ class ProtoNet(nn.Module):
         embedding = self.encoder(x)
         if not isinstance(embedding, Tensor) or embedding.shape[:1] != x.shape[:1]:
             got = getattr(embedding, "shape", None) or type(embedding).__name__
-            raise ValueError(f"encoder must return a tensor [{len(x)}, ...], got {got}")
+            raise ValueError(f"encoder: expected an output [{len(x)}, ...], got {got}")
         if torch.is_autocast_enabled(x.device.type):
             embedding = embedding.float()  # as autocast does for the losses of PyTorch
         return embedding.reshape(len(x), embedding.shape[1:].numel())
@@ -105,7 +106,7 @@ class ProtoNet(nn.Module):
         num_classes: int | None = None,
         return_logits: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """The mean query loss of a batch of tasks, and the query logits.
+        """The mean query loss of a batch of tasks, and the logits of the queries.
 
         ``loss = mean over tasks and queries of logsumexp(logits) - logits[y]`` (Snell et al. 2017,
         eq. 2), through the fused op: no Q x N matrix is kept for the backward pass.
@@ -113,15 +114,14 @@ class ProtoNet(nn.Module):
         Args:
             support_x: ``[T, S, ...]``.
             support_y: ``[T, S]``, int64, in ``[0, N)``.
-            query_x: ``[T, Q, ...]``, shaped like ``support_x`` behind the first two dimensions.
+            query_x: ``[T, Q, ...]``, shaped like ``support_x`` after the first two dimensions.
             query_y: ``[T, Q]``, int64, in ``[0, N)``.
-            num_classes: N; ``None`` reads it off the support labels (their maximum + 1), which on a
-                GPU waits for the device.
-            return_logits: ``False`` leaves the logits out (``None``) and saves their computation.
+            num_classes: N; ``None``: the largest support label + 1, whose reading waits for a GPU.
+            return_logits: ``False``: do not compute the logits, and return ``None`` for them.
 
         Returns:
             The scalar loss, differentiable in the encoder's parameters and in both inputs, and the
-            logits ``[T, Q, N]``, detached.
+            detached logits ``[T, Q, N]``.
 
         Raises:
             ValueError, TypeError: shapes, dtypes, devices or labels that do not fit together.
@@ -152,15 +152,16 @@ class ProtoNet(nn.Module):
         Args:
             support_x: ``[T, S, ...]``.
             support_y: ``[T, S]``, int64, in ``[0, N)``.
-            steps: every learner's ``adapt_tasks`` has it; a ProtoNet takes no steps, so ``None``.
-            num_classes: N; ``None`` reads it off the labels (their maximum + 1).
+            steps: ``None``: a ProtoNet takes no inner steps; the ``adapt_tasks`` of every learner
+                has this argument.
+            num_classes: N; ``None``: the largest label + 1.
 
         Returns:
             An :class:`AdaptedProtoNet`, differentiable in the encoder's parameters and the inputs.
 
         Raises:
-            ValueError, TypeError: shapes, dtypes, devices or labels that do not fit together, or
-                ``steps`` given.
+            ValueError, TypeError: shapes, dtypes, devices or labels that do not fit together; or
+                ``steps`` that is not ``None``.
 
         Example:
             >>> import torch
@@ -172,14 +173,14 @@ class ProtoNet(nn.Module):
             tensor([[0]])
         """
         if steps is not None:
-            raise ValueError(f"a ProtoNet takes no inner steps: steps must be None, got {steps!r}")
+            raise ValueError(f"steps: expected None, as a ProtoNet takes no steps, got {steps!r}")
         _check_examples("support", support_x, support_y)
         num_classes = _count_classes(support_y) if num_classes is None else num_classes
         centres = prototypes(self._embed_tasks(support_x), support_y, num_classes)
         return AdaptedProtoNet(centres, self)
 
     def explain(self) -> str:
-        """Say how this learner computes: the encoder call, and the backend of each op."""
+        """Describe how this learner computes: the encoder call, and the backend of each op."""
         weight = next(self.encoder.parameters(), torch.empty(0))
         used = ("prototypes", "prototype_loss", "pairwise_distance")
         backends = ", ".join(f"{op} {backend_of(op, weight.device, weight.dtype)}" for op in used)
@@ -202,7 +203,7 @@ class ProtoNet(nn.Module):
 
 @dataclass(frozen=True)
 class AdaptedProtoNet:
-    """What :meth:`ProtoNet.adapt_tasks` returns: one classifier a task.
+    """The result of :meth:`ProtoNet.adapt_tasks`: one classifier a task.
 
     Attributes:
         prototypes: ``[T, N, D]``, the class means.
@@ -217,29 +218,31 @@ class AdaptedProtoNet:
 
         Raises:
             TypeError: ``query_x`` is not a tensor.
-            ValueError: ``query_x`` has not one row of queries for each of the T tasks.
+            ValueError: ``query_x`` has another number of tasks.
         """
         if not isinstance(query_x, Tensor):
-            raise TypeError(f"query_x must be a tensor, got {type(query_x).__name__}")
+            raise TypeError(f"query_x: expected a tensor, got {type(query_x).__name__}")
         if query_x.ndim < 3 or len(query_x) != len(self.prototypes):
             shape = list(query_x.shape)
-            raise ValueError(f"query_x must be [{len(self.prototypes)}, Q, ...], got {shape}")
+            raise ValueError(
+                f"query_x: expected shape [{len(self.prototypes)}, Q, ...], got {shape}"
+            )
         return self.learner._logits(self.learner._embed_tasks(query_x), self.prototypes)
 
 
 def _check_examples(name: str, x: Tensor, y: Tensor) -> None:
     for argument, value in ((f"{name}_x", x), (f"{name}_y", y)):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
+            raise TypeError(f"{argument}: expected a tensor, got {type(value).__name__}")
     if x.ndim < 3:
-        raise ValueError(f"{name}_x must be [T, examples, ...], got {list(x.shape)}")
+        raise ValueError(f"{name}_x: expected shape [T, examples, ...], got {list(x.shape)}")
     if y.shape != x.shape[:2]:
         raise ValueError(
-            f"{name}_y must be {list(x.shape[:2])}, one label an example of {name}_x, "
+            f"{name}_y: expected shape {list(x.shape[:2])}, one label an example of {name}_x, "
             f"got {list(y.shape)}"
         )
     if y.dtype != torch.int64:
-        raise TypeError(f"{name}_y must be int64, got {y.dtype}")
+        raise TypeError(f"{name}_y: expected int64 labels, got {y.dtype}")
 
 
 def _check_alike(support_x: Tensor, query_x: Tensor) -> None:
@@ -247,15 +250,16 @@ def _check_alike(support_x: Tensor, query_x: Tensor) -> None:
     if (len(query_x), *query_x.shape[2:]) != expected:
         tail = ", ".join(str(size) for size in expected[1:])
         raise ValueError(
-            f"query_x must be [{expected[0]}, Q, {tail}] like support_x, got {list(query_x.shape)}"
+            f"query_x: expected shape [{expected[0]}, Q, {tail}] as of support_x, "
+            f"got {list(query_x.shape)}"
         )
     for attribute, error in (("dtype", TypeError), ("device", ValueError)):
-        want, got = getattr(support_x, attribute), getattr(query_x, attribute)
-        if want != got:
-            raise error(f"query_x must have support_x's {attribute} {want}, got {got}")
+        value, got = getattr(support_x, attribute), getattr(query_x, attribute)
+        if value != got:
+            raise error(f"query_x: expected support_x's {attribute} {value}, got {got}")
 
 
 def _count_classes(support_y: Tensor) -> int:
     if support_y.numel() == 0:
-        raise ValueError("num_classes must be given where support_y is empty")
+        raise ValueError("num_classes: expected a number, as support_y is empty, got None")
     return int(support_y.max()) + 1

@@ -213,7 +213,7 @@ def test_on_the_cpu_auto_does_nothing_and_true_raises(monkeypatch):
 def test_the_option_is_checked():
     with pytest.raises(ValueError, match="cuda_graph: expected 'auto', True or False, got 1"):
         learner(cuda_graph=1)
-    with pytest.raises(ValueError, match="cuda_graph: True needs the task program"):
+    with pytest.raises(ValueError, match="cuda_graph: expected False or 'auto' with"):
         learner(cuda_graph=True, engine="functional")
     with pytest.raises(ValueError, match="cuda_graph: expected"):
         program.ProgramOptions(cuda_graph="always")

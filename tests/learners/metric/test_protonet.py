@@ -179,10 +179,10 @@ def test_explain_names_the_metric_and_the_backends(encoder, device):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"encoder": F.relu}, TypeError, "encoder must be an nn.Module"),
+        ({"encoder": F.relu}, TypeError, "encoder: expected an nn.Module"),
         ({"metric": "manhattan"}, ValueError, "metric .*sqeuclidean.*'manhattan'"),
-        ({"scale": "big"}, TypeError, "scale must be a number, got str"),
-        ({"scale": float("nan")}, ValueError, "scale must be finite"),
+        ({"scale": "big"}, TypeError, "scale: expected a number, got str"),
+        ({"scale": float("nan")}, ValueError, "scale: expected a finite number"),
     ],
 )
 def test_bad_options(options, error, message):
@@ -193,16 +193,21 @@ def test_bad_options(options, error, message):
 @pytest.mark.parametrize(
     ("index", "change", "error", "message"),
     [
-        (0, lambda x: x.numpy(), TypeError, "support_x must be a tensor, got ndarray"),
-        (0, lambda x: x[0, :, 0], ValueError, r"support_x must be \[T, examples, ...\]"),
-        (1, lambda y: y[:, 1:], ValueError, r"support_y must be \[2, 6\].*got \[2, 5\]"),
-        (1, lambda y: y.float(), TypeError, "support_y must be int64, got torch.float32"),
+        (0, lambda x: x.numpy(), TypeError, "support_x: expected a tensor, got ndarray"),
+        (0, lambda x: x[0, :, 0], ValueError, r"support_x: expected shape \[T, examples, ...\]"),
+        (1, lambda y: y[:, 1:], ValueError, r"support_y: expected shape \[2, 6\].*got \[2, 5\]"),
+        (1, lambda y: y.float(), TypeError, "support_y: expected int64 labels, got torch.float32"),
         (1, lambda y: y - 1, ValueError, "label"),
-        (2, lambda x: x[:, :, 1:], ValueError, r"query_x must be \[2, Q, 6\].*\[2, 12, 5\]"),
-        (2, lambda x: x.float(), TypeError, "query_x must have support_x's dtype torch.float64"),
-        (2, lambda x: x.to("meta"), ValueError, "query_x must have support_x's device .* got meta"),
+        (
+            2,
+            lambda x: x[:, :, 1:],
+            ValueError,
+            r"query_x: .* \[2, Q, 6\].* got \[2, 12, 5\]",
+        ),
+        (2, lambda x: x.float(), TypeError, "query_x: expected support_x's dtype torch.float64"),
+        (2, lambda x: x.to("meta"), ValueError, "query_x: expected support_x's device .* got meta"),
         (3, lambda y: y.to("meta"), ValueError, "query_labels: expected device .*, got meta"),
-        (3, lambda y: y[:1], ValueError, r"query_y must be \[2, 12\].*got \[1, 12\]"),
+        (3, lambda y: y[:1], ValueError, r"query_y: expected shape \[2, 12\].*got \[1, 12\]"),
         (3, lambda y: y + 1, ValueError, "label"),
     ],
 )
@@ -214,12 +219,12 @@ def test_bad_episodes(encoder, episode, index, change, error, message):
 
 
 def test_steps_are_refused(encoder, episode):
-    with pytest.raises(ValueError, match="steps must be None, got 3"):
+    with pytest.raises(ValueError, match="steps: expected None, .* got 3"):
         fm.ProtoNet(encoder).adapt_tasks(*episode[:2], steps=3)
 
 
 def test_empty_support_needs_num_classes(encoder, episode):
-    with pytest.raises(ValueError, match="num_classes must be given"):
+    with pytest.raises(ValueError, match="num_classes: expected a number"):
         fm.ProtoNet(encoder).adapt_tasks(*(x[:, :0] for x in episode[:2]))
 
 
@@ -228,13 +233,13 @@ def test_an_encoder_must_return_one_row_an_example(episode):
         def forward(self, x: Tensor) -> Tensor:
             return x.mean(0)
 
-    with pytest.raises(ValueError, match=r"encoder must return a tensor \[36, ...\]"):
+    with pytest.raises(ValueError, match=r"encoder: expected an output \[36, ...\]"):
         fm.ProtoNet(Mean()).meta_loss(*episode)
 
 
 def test_adapted_queries_must_have_a_row_a_task(encoder, episode):
     adapted = fm.ProtoNet(encoder).adapt_tasks(*episode[:2])
-    with pytest.raises(ValueError, match=r"query_x must be \[2, Q, ...\], got \[1, 12, 6\]"):
+    with pytest.raises(ValueError, match=r"query_x: expected shape \[2, Q, ...\], got"):
         adapted(episode[2][:1])
-    with pytest.raises(TypeError, match="query_x must be a tensor, got list"):
+    with pytest.raises(TypeError, match="query_x: expected a tensor, got list"):
         adapted([1.0])
