@@ -140,9 +140,9 @@ class Call(NamedTuple):
             # The op takes the mean over its tasks, so a chunk counts by its share of all tasks.
             share = len(outputs) / self.tasks
             results.append((share * loss, outputs, *(share * grad for grad in grads)))
-        losses, outputs, *grads = zip(*results, strict=True)
-        joined = map(_joined, grads, (theta, lr, batch.support_x, batch.query_x))
-        return sum(losses), torch.cat(outputs), *joined
+        losses, chunk_outputs, *chunk_grads = zip(*results, strict=True)
+        joined = map(_joined, chunk_grads, (theta, lr, batch.support_x, batch.query_x))
+        return sum(losses), torch.cat(chunk_outputs), *joined
 
     def _meta_gradient_op(self, inputs: Tensors, requires: RequiredGrads) -> Sequence[Tensor]:
         """One call of the op; ``inputs``: theta, frozen, lr and the four tensors of a batch."""

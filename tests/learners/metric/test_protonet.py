@@ -180,7 +180,7 @@ def test_explain_names_the_metric_and_the_backends(encoder, device):
     ("options", "error", "message"),
     [
         ({"encoder": F.relu}, TypeError, "encoder: expected an nn.Module"),
-        ({"metric": "manhattan"}, ValueError, "metric .*sqeuclidean.*'manhattan'"),
+        ({"metric": "manhattan"}, ValueError, r"metric: .*sqeuclidean.*'manhattan'"),
         ({"scale": "big"}, TypeError, "scale: expected a number, got str"),
         ({"scale": float("nan")}, ValueError, "scale: expected a finite number"),
     ],
@@ -219,7 +219,7 @@ def test_bad_episodes(encoder, episode, index, change, error, message):
 
 
 def test_steps_are_refused(encoder, episode):
-    with pytest.raises(ValueError, match="steps: expected None, .* got 3"):
+    with pytest.raises(ValueError, match=r"steps: expected None, .* got 3"):
         fm.ProtoNet(encoder).adapt_tasks(*episode[:2], steps=3)
 
 
