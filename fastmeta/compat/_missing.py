@@ -1,4 +1,4 @@
-"""What a stand-in says of the names that it does not have."""
+"""Errors of a stand-in for names that it does not have."""
 
 from __future__ import annotations
 

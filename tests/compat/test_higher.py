@@ -207,7 +207,7 @@ def test_without_tracking_every_step_starts_from_leaves(device):
     loss.backward()
     assert all(p.grad is None for p in net.parameters())
     for read in (lambda: fnet.parameters(time=1), lambda: fnet.init_fast_params):
-        with pytest.raises(ValueError, match="track_higher_grads=False keeps the last alone"):
+        with pytest.raises(ValueError, match="track_higher_grads=False keeps only the last"):
             read()
 
 

@@ -85,7 +85,7 @@ class DifferentiableOptimizer:
     ) -> list[Tensor]:
         """One step on a loss: ``zero_grad``, ``backward`` and ``step`` of an ordinary optimizer.
 
-        Parameters that the loss does not depend on, frozen ones, and those of no parameter group
+        Parameters that the loss does not depend on, frozen ones, and ones in no parameter group
         stay as they are.
 
         Args:
@@ -296,7 +296,7 @@ def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Override) -
         override: settings as for ``innerloop_ctx``.
 
     Raises:
-        ValueError: a number of values that is neither one nor that of the parameter groups.
+        ValueError: neither one value nor one for each parameter group.
     """
     for name, values in override.items():
         if len(values) not in (1, len(opt.param_groups)):
@@ -312,7 +312,7 @@ def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Override) -
 def _differentiable(opt: torch.optim.Optimizer) -> type[DifferentiableOptimizer]:
     kind = type(opt)
     if any(group.get("decoupled_weight_decay") for group in opt.param_groups):
-        raise ValueError("opt: expected no decoupled_weight_decay, which is that of AdamW")
+        raise ValueError("opt: expected no decoupled_weight_decay, which is AdamW's")
     if kind not in _DIFFERENTIABLE:
         known = ", ".join(optimizer.__name__ for optimizer in _DIFFERENTIABLE)
         raise ValueError(f"opt: expected one of {known} of torch.optim, got {kind.__name__}")

@@ -15,9 +15,9 @@ Device = torch.device | str | None
 
 
 class Functional(nn.Module):
-    """What ``monkeypatch`` adds to the class of a network: parameters that change by steps.
+    """Mixin that ``monkeypatch`` adds to the class of a network: parameters that change by steps.
 
-    The network keeps the parameters of every step (the last alone without
+    The network keeps the parameters of every step (only the last without
     ``track_higher_grads``), and calls use the last ones.
     """
 
@@ -42,15 +42,18 @@ class Functional(nn.Module):
 
         Args:
             recurse: True; there are no parameters by submodule.
-            time: -1 and 0 alone without ``track_higher_grads``.
+            time: only -1 and 0 without ``track_higher_grads``.
 
         Raises:
             ValueError: steps that were not kept, or ``recurse=False``.
         """
         if not recurse:
-            raise ValueError("recurse: expected True, as parameters are those of the whole network")
+            raise ValueError("recurse: expected True, as parameters belong to the whole network")
         if time not in (None, 0, -1) and not self._tracked:
-            raise ValueError(f"time: got {time}, and track_higher_grads=False keeps the last alone")
+            raise ValueError(
+                "time: expected 0 or -1, as track_higher_grads=False keeps only the last step, "
+                f"got {time}"
+            )
         if time is not None and not -len(self._history) <= time < len(self._history):
             raise ValueError(f"time: expected at most {len(self._history) - 1} updates, got {time}")
         return iter(self._history[-1 if time is None else time])
@@ -69,10 +72,10 @@ class Functional(nn.Module):
         """The parameters before the first update.
 
         Raises:
-            ValueError: without ``track_higher_grads``, which keeps the last alone.
+            ValueError: without ``track_higher_grads``, which keeps only the last.
         """
         if not self._tracked:
-            raise ValueError("init_fast_params: track_higher_grads=False keeps the last alone")
+            raise ValueError("init_fast_params: track_higher_grads=False keeps only the last")
         return self._history[0]
 
     @property

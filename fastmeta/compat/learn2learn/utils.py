@@ -17,7 +17,7 @@ def clone_module(module: Module, memo: dict[Tensor, Tensor] | None = None) -> Mo
     a clone's batch norms update are the original's. (``fastmeta.MAML.clone`` copies them.)
 
     Args:
-        module: any module; it is not changed. What is no module comes back as it is.
+        module: any module; it is not changed. Anything else is returned unchanged.
         memo: clones of tensors by the original, kept from call to call for modules that share
             parameters with each other.
 
@@ -114,7 +114,7 @@ def clone_named_parameters(param_dict: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def accuracy(preds: Tensor, targets: Tensor) -> Tensor:
-    """The share of rows ``[B, N]`` whose largest score is that of the target ``[B]``."""
+    """The share of rows ``[B, N]`` whose largest score belongs to the target ``[B]``."""
     return (preds.argmax(dim=1) == targets).float().mean()
 
 

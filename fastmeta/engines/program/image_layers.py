@@ -130,7 +130,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Value:
     if running_mean is not None or running_var is not None or not training:
-        raise LoweringError("it has running statistics, and the program those of the batch alone")
+        raise LoweringError("it has running statistics, and the program takes only the batch's")
     x = _channelled(b, input)
     # Without positions, one example has a variance of zero; PyTorch raises then.
     if math.prod(x.shape[1:]) == 1:
@@ -266,7 +266,7 @@ def _average_pool(
     dims: int,
 ) -> Value:
     if divisor_override is not None:
-        raise LoweringError("it divides by another number than that of its elements")
+        raise LoweringError("it divides by another number than its elements'")
     return _pool(
         b,
         input,

@@ -1,4 +1,4 @@
-"""What learners have in common: they stand for the module that they wrap."""
+"""The base of learners: each stands for the module that it wraps."""
 
 from __future__ import annotations
 
