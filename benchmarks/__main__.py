@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: everything this folder measures on a CPU, one after the other.
+"""`python -m benchmarks`: the measurements of this folder on a CPU, one after the other.
 
     python -m benchmarks run [--workload NAME ...] [--peer NAME ...] [--rounds N]
                              [--device cpu|cuda] [--threads N] [--out DIR]
@@ -6,8 +6,8 @@
     python -m benchmarks regression --base REV [--only NAME ...] [--rounds N] [--seconds S]
                                     [--threads N] [--threshold R] [--out FILE]
 
-`run` measures fastmeta against its peers alone, `report` draws and prints what it left,
-`regression` says whether the working tree is slower than a revision.
+`run` measures fastmeta against its peers only, `report` draws and prints the results of a run,
+`regression` tells whether the working tree is slower than a revision.
 """
 
 import sys

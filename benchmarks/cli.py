@@ -20,7 +20,7 @@ ROUNDS = 15
 
 
 def _one_of(known: Iterable[str], what: str) -> Callable[[str], str]:
-    """An argparse type whose error lists what there is."""
+    """Make an argparse type whose error lists the known values."""
     known = tuple(known)
 
     def parse(value: str) -> str:
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def peers(options: argparse.Namespace) -> int:
-    """`run`. Exit code 1 if anything was measured wrong or could not be compared."""
+    """Run `run`: exit code 1 if a result was wrong or could not be compared."""
     names = options.workload or [name for name, w in WORKLOADS.items() if w.default]
     workloads = [WORKLOADS[name] for name in dict.fromkeys(names)]
     report = run(
@@ -77,15 +77,15 @@ def peers(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    found = results.load(options.device, options.out)
-    if found is None:
+    run = results.load(options.device, options.out)
+    if run is None:
         path = results.json_of(options.device, options.out)
         print(f"python -m benchmarks report: there is no {path}; `run` makes it", file=sys.stderr)
         return 1
-    for name, result in found["workloads"].items():
+    for name, result in run["workloads"].items():
         print(tables.of_workload(name, result), end="\n\n")
-    print(tables.of_facts(found))
-    for path in results.render(found, options.out):
+    print(tables.of_facts(run))
+    for path in results.render(run, options.out):
         print(path)
     if options.keep:
         results.keep(options.device, options.out)

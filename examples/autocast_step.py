@@ -35,15 +35,15 @@ def losses(learner: nn.Module, dtype: torch.dtype | None) -> list[float]:
     if dtype is not None:
         # Leave backend out for Inductor, which takes a C++ compiler and a while.
         step = torch.compile(step, fullgraph=True, backend="aot_eager")
-    found = []
+    values = []
     for i in range(STEPS):
         optimizer.zero_grad()
         loss = step(*EPISODES[i])
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        found.append(loss.item())
-    return found
+        values.append(loss.item())
+    return values
 
 
 GLYPHS = fm.data.Glyphs("test", examples=4)
@@ -56,12 +56,12 @@ LEARNERS = {
 for name, learner in LEARNERS.items():
     exact = losses(copy.deepcopy(learner), None)
     for dtype in [torch.bfloat16] + [torch.float16] * (DEVICE == "cuda"):
-        found = losses(copy.deepcopy(learner), dtype)
-        pairs = zip(found, exact, strict=True)
+        values = losses(copy.deepcopy(learner), dtype)
+        pairs = zip(values, exact, strict=True)
         error = max(abs(a - b) / abs(b) for a, b in pairs)
         kind = str(dtype).removeprefix("torch.")
         print(
-            f"{name} in {kind} on {DEVICE}: losses {', '.join(f'{x:.4f}' for x in found)}; "
+            f"{name} in {kind} on {DEVICE}: losses {', '.join(f'{x:.4f}' for x in values)}; "
             f"from float32 they differ by at most {error:.1%}"
         )
         if not 0 < error < BOUNDS[dtype]:

@@ -65,7 +65,7 @@ def compare(rank: int, expected: dict[str, Tensor]) -> None:
             largest = expected[name].abs().max().item()
             print(f"{name}: largest entry {largest:.3f}, differs by at most {difference:.1e}")
         if not difference < 1e-9:
-            raise SystemExit(f"{name}: the gradient of {PROCESSES} processes is another one")
+            raise SystemExit(f"{name}: the gradient of {PROCESSES} processes differs")
 
 
 def process(rank: int, store: str, expected: dict[str, Tensor]) -> None:

@@ -15,14 +15,14 @@ import fastmeta as fm
 import fastmeta.compat.higher as higher  # was: import higher
 
 
-def query_loss(net, inner_opt, task, rates, steps=3, track=True):
+def query_loss(net, inner_opt, task, step_sizes, steps=3, track=True):
     """The loss of one task's queries after inner steps on its support, and their accuracy."""
     x_spt, y_spt, x_qry, y_qry = task
     with higher.innerloop_ctx(
         net,
         inner_opt,
         copy_initial_weights=False,
-        override={"lr": rates},
+        override={"lr": step_sizes},
         track_higher_grads=track,
     ) as (fnet, diffopt):
         for _ in range(steps):
@@ -32,11 +32,11 @@ def query_loss(net, inner_opt, task, rates, steps=3, track=True):
     return F.cross_entropy(logits, y_qry), accuracy
 
 
-def accuracy_on(test, net, inner_opt, rates):
+def accuracy_on(test, net, inner_opt, step_sizes):
     tasks = list(zip(*test, strict=True))
-    return sum(query_loss(net, inner_opt, t, rates, track=False)[1].item() for t in tasks) / len(
-        tasks
-    )
+    return sum(
+        query_loss(net, inner_opt, t, step_sizes, track=False)[1].item() for t in tasks
+    ) / len(tasks)
 
 
 def main(iterations=60, tasks=8):
@@ -47,22 +47,22 @@ def main(iterations=60, tasks=8):
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 5))
     groups = [{"params": net[1].parameters()}, {"params": net[3].parameters()}]
     inner_opt = torch.optim.SGD(groups, lr=0.1)
-    rates = [torch.tensor(0.1, requires_grad=True) for _ in groups]
-    meta_opt = torch.optim.Adam([*net.parameters(), *rates], lr=2e-3)
+    step_sizes = [torch.tensor(0.1, requires_grad=True) for _ in groups]
+    meta_opt = torch.optim.Adam([*net.parameters(), *step_sizes], lr=2e-3)
 
-    before = accuracy_on(test, net, inner_opt, rates)
+    before = accuracy_on(test, net, inner_opt, step_sizes)
     for iteration in range(iterations):
         meta_opt.zero_grad()
         total = 0.0
         for task in zip(*train[iteration], strict=True):
-            loss, _ = query_loss(net, inner_opt, task, rates)
+            loss, _ = query_loss(net, inner_opt, task, step_sizes)
             (loss / tasks).backward()
             total += loss.item() / tasks
         meta_opt.step()
         if iteration % 20 == 0:
             print(f"iteration {iteration}: query loss {total:.3f}")
-    after = accuracy_on(test, net, inner_opt, rates)
-    learned = ", ".join(f"{rate.item():.3f}" for rate in rates)
+    after = accuracy_on(test, net, inner_opt, step_sizes)
+    learned = ", ".join(f"{step_size.item():.3f}" for step_size in step_sizes)
     print(f"accuracy on new characters: {before:.1%} before, {after:.1%} after meta-training")
     print(f"inner step sizes, 0.1 at first: {learned}")
     if not after > before + 0.05:

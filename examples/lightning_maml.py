@@ -61,13 +61,13 @@ def scores(module: MetaLearning, episodes: fm.data.Episodes, steps: int) -> tupl
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    found = []
+    results = []
     for fit in (False, True):
         if fit:
             trainer.fit(module, episodes)
         (score,) = trainer.validate(module, held_out, verbose=False)[0].values()
-        found.append(score)
-    return found[0], found[1]
+        results.append(score)
+    return results[0], results[1]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Compiles the CUDA sources with all warnings as errors, and fails where a kernel spills registers.
+"""Compile the CUDA sources with all warnings as errors; fail if a kernel spills registers.
 
     python -m tools.cuda_check [--arch sm_90 ...]
 
@@ -37,7 +37,7 @@ RULES = {
 
 
 class ToolkitMissing(RuntimeError):
-    """There is no nvcc; the message says where it was looked for."""
+    """Raised if there is no nvcc; the message lists the places that were searched."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Toolkit:
 
 @dataclass(frozen=True)
 class Usage:
-    """What ptxas says of one function; sizes in bytes.
+    """Resources of one function, as ptxas reports them; sizes in bytes.
 
-    `registers` and `shared` are None for a device function that was not inlined: they are its
-    callers', while its stack frame and spills are its own.
+    `registers` and `shared` are None for a device function that was not inlined: its callers have
+    them. Its stack frame and spills are its own.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Row:
 
 
 def find_toolkit() -> Toolkit:
-    """The toolkit in CUDA_HOME, else that of the nvcc on PATH, else the one in /usr/local/cuda."""
+    """Find the toolkit in CUDA_HOME, else by the nvcc on PATH, else in /usr/local/cuda."""
     home = os.environ.get("CUDA_HOME")
     folders = [f"{home}/bin"] if home else []
     folders += [os.environ.get("PATH", os.defpath), f"{DEFAULT_TOOLKIT}/bin"]
@@ -88,7 +88,7 @@ def find_toolkit() -> Toolkit:
 
 
 def real_toolkit(nvcc: str) -> Toolkit:
-    """Where nvcc itself stands, behind wrappers and links, so that another version is noticed."""
+    """The folder of nvcc itself, behind wrappers and links, so that another version is noticed."""
     command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
     plan = subprocess.run(command, capture_output=True, text=True).stderr
     here = re.search(r"^#\$ _HERE_=(.+)$", plan, re.MULTILINE)
@@ -138,7 +138,7 @@ def binding_edge(toolkit: Toolkit, sources: Path, source: Path) -> Edge:
 def compile_all(
     toolkit: Toolkit, sources: Path, archs: list[str], folder: Path, jobs: int | None
 ) -> tuple[list[Row], str]:
-    """Compiles what changed; returns the rows of the table and a line on what was done."""
+    """Compile the changed sources; returns the rows of the table and a line of summary."""
     start = time.monotonic()
     kernels = [(source, arch) for source in sorted(sources.rglob("*.cu")) for arch in archs]
     bindings = sorted(sources.rglob("*_cuda.cpp"))
@@ -173,7 +173,7 @@ PROPERTIES = re.compile(
 
 
 def parse_ptxas(report: str) -> list[Usage]:
-    """Usage of each function in what `ptxas -v` printed for one source and one architecture.
+    """Parse the report of `ptxas -v` on one source and one architecture: usage by function.
 
     Raises:
         ValueError: the report names no kernel, or one without its registers and spills.
@@ -206,7 +206,7 @@ def readable(name: str) -> str:
 
 
 def demangled(names: list[str]) -> list[str]:
-    """The names as c++filt writes them, or as they are where it is absent."""
+    """Demangle the names by c++filt; without it they are unchanged."""
     if not names or not shutil.which("c++filt"):
         return names
     text = "\n".join(names) + "\n"
@@ -215,7 +215,7 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def table(rows: list[Row]) -> str:
-    """One line a function, its architectures together; `-` where a number is its callers'."""
+    """One line a function with all architectures; `-` for a number that its callers have."""
     cells = [("arch", "registers", "shared", "stack", "spill stores", "loads", "source", "kernel")]
     named = zip(rows, demangled([row.usage.name for row in rows]), strict=True)
     for row, name in sorted(named, key=lambda pair: (pair[0].source, pair[1])):
@@ -236,7 +236,7 @@ def table(rows: list[Row]) -> str:
 
 
 def judge(rows: list[Row]) -> int:
-    """Prints the table; 1, after naming the rows, where any of them spills."""
+    """Print the table; returns 1, and names the rows, if any of them spills."""
     print(table(rows))
     spilling = [row for row in rows if row.usage.spill_stores or row.usage.spill_loads]
     if spilling:

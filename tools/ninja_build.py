@@ -1,4 +1,4 @@
-"""Runs compilers through ninja: only what changed, headers included, is compiled again."""
+"""Run compilers through ninja, which compiles only changed sources, headers included."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 class Edge:
     """A file to make by a rule: `output` is relative to the build folder, `inputs` are absolute.
 
-    The rule's command sees each variable as `$name`, its value as it stands: what a shell would
-    split or expand is quoted by the caller (`shlex.join`). `$in` and `$out` need no quoting.
+    The rule's command sees each variable as `$name`, with its value unchanged: the caller quotes
+    what a shell would split or expand (`shlex.join`). `$in` and `$out` need no quoting.
     """
 
     output: str
@@ -26,13 +26,13 @@ class Edge:
 
 
 class BuildError(RuntimeError):
-    """Something did not compile; the message is what the compiler said."""
+    """Raised if a source does not compile; the message is the compiler's output."""
 
 
 def run_ninja(
     folder: Path, rules: dict[str, str], edges: list[Edge], jobs: int | None = None
 ) -> str:
-    """Brings every edge's output up to date in `folder`; returns what ninja printed.
+    """Bring every edge's output up to date in `folder`; returns the output of ninja.
 
     Args:
         folder: where outputs, the manifest and ninja's own records stand; made if absent. Commands

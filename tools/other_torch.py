@@ -1,10 +1,10 @@
-"""Runs the tests against another torch than that of requirements-dev.txt.
+"""Run the tests against another torch than requirements-dev.txt pins.
 
     python -m tools.other_torch 2.15.0
 
-makes the source distribution, and of it a wheel in an environment that has that torch, both in
-build/torch-2.15.0, and runs the tests there away from the package's sources. What follows the
-version goes to pytest. Exit status: pytest's.
+builds the source distribution and, from it, a wheel in an environment with that torch, both in
+build/torch-2.15.0. The tests run there, away from the package's sources. Arguments after the
+version go to pytest. Exit status: pytest's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ("numpy", "setuptools>=70", "wheel", "ninja", "pybind11>=2.13")
-# They look at the sources of the package, and not at what is installed.
+# These tests read the sources of the package, not the installed one.
 OF_THE_SOURCES = (
     *("tests/packaging/test_packaging.py", "tests/packaging/test_wheel.py"),
     "tests/test_layering.py",
@@ -32,7 +32,7 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> None:
 
 
 def install(version: str, folder: Path) -> Path:
-    """The Python of an environment with that torch and the wheel of the source distribution."""
+    """Install that torch and the wheel; returns the Python of the environment."""
     env, dist = folder / "env", folder / "dist"
     if not (env / "bin" / "python").exists():
         venv.create(env, with_pip=True)
@@ -48,7 +48,7 @@ def install(version: str, folder: Path) -> Path:
 
 
 def copy_without_package(folder: Path) -> Path:
-    """Everything but fastmeta/, which Python would import before what is installed."""
+    """Copy everything except fastmeta/, which Python would import before the installed package."""
     tree = folder / "tree"
     shutil.rmtree(tree, ignore_errors=True)
     listed = subprocess.run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# Norm of the error over that of the result. A product in TF32 is near 3e-4.
+# Norm of the error over the norm of the result. A product in TF32 is near 3e-4.
 TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 1e-4,

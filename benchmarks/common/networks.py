@@ -1,4 +1,4 @@
-"""The networks of the workloads as sizes alone: parameters in order, operations layer by layer."""
+"""Sizes of the workloads' networks: parameters in order, operations layer by layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Parameter:
-    """Drawn uniformly from `centre` - `bound` to `centre` + `bound`."""
+    """A parameter drawn uniformly from `centre` - `bound` to `centre` + `bound`."""
 
     shape: tuple[int, ...]
     bound: float
@@ -23,7 +23,7 @@ class Parameter:
 
 
 def weight_and_bias(*shape: int) -> list[Parameter]:
-    """As PyTorch initialises them: uniform to 1 / sqrt(inputs of an output)."""
+    """Weight and bias as PyTorch initialises them: uniform up to 1 / sqrt(inputs of an output)."""
     bound = math.prod(shape[1:]) ** -0.5
     return [Parameter(shape, bound), Parameter(shape[:1], bound)]
 
@@ -85,14 +85,14 @@ class Conv4:
         return [(self.hidden if b else self.channels, self.image_size >> b) for b in range(4)]
 
     def parameters(self) -> list[Parameter]:
-        """Of each block convolution's and batch norm's weight and bias; then the linear layer's."""
+        """Weight and bias of each block's convolution and batch norm, then of the linear layer."""
         h = self.hidden
         norm = [Parameter((h,), 0.0, 1.0), Parameter((h,), 0.0)]
         blocks = [p for c, _ in self.blocks() for p in (*weight_and_bias(h, c, 3, 3), *norm)]
         return [*blocks, *weight_and_bias(self.ways, self.features)]
 
     def layer_flops(self) -> list[int]:
-        """Operations of each convolution's, and the linear layer's, forward pass on one example."""
+        """Operations of each convolution and of the linear layer, forward on one example."""
         convolutions = [2 * 9 * c * self.hidden * size**2 for c, size in self.blocks()]
         return [*convolutions, 2 * self.features * self.ways]
 
@@ -105,7 +105,7 @@ def parameter_count(network: Network) -> int:
 
 
 def draw_parameters(network: Network, generator: np.random.Generator) -> np.ndarray:
-    """All parameters in their order as one float32 vector [P]."""
+    """Draw all parameters in order as one float32 vector [P]."""
     pieces = [
         generator.uniform(p.centre - p.bound, p.centre + p.bound, p.size)
         for p in network.parameters()

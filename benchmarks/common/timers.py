@@ -34,7 +34,7 @@ class Spread:
 
 
 class Captured(Protocol):
-    """`calls` calls as one; `output` is that of the last."""
+    """Several calls captured as one; `output` is the output of the last."""
 
     output: Any
 
@@ -62,15 +62,15 @@ class _Repeated:
 
 
 class HostTimer:
-    """The clock of the CPU. It has no graphs: "captured" calls are simply made."""
+    """Timer by the CPU's clock. A CPU has no graphs: "captured" calls are made one by one."""
 
     device = torch.device("cpu")
     cache_bytes = 1 << 20
 
     def interleave(self, contenders: Mapping[str, Call], rounds: int, calls: int) -> Seconds:
         repeated = {name: _Repeated(call, calls) for name, call in contenders.items()}
-        whole = {name: (lambda call=call: call(0)) for name, call in repeated.items()}
-        taken = _timing.interleave(whole, rounds)
+        captured = {name: (lambda call=call: call(0)) for name, call in repeated.items()}
+        taken = _timing.interleave(captured, rounds)
         return {name: [s / calls for s in seconds] for name, seconds in taken.items()}
 
     def captured(self, call: Call, calls: int) -> Captured:
@@ -95,7 +95,7 @@ class _Graph:
 
 
 class CudaTimer:
-    """Events around the calls of a round; the host runs ahead, so it adds nothing where it can."""
+    """Timer by CUDA events around the calls of a round; the host's time is hidden behind them."""
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())

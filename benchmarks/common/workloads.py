@@ -3,8 +3,8 @@
 A new one is one line of `WORKLOADS`. Everything here is NumPy, so that a worker of any framework
 can read it.
 
-Operations. Counted is what the algorithm needs, the same for every contender whatever it really
-does: the products of linear and convolutional layers, a multiplication and an addition being two.
+Operations. The count is of the operations that the algorithm needs, the same for every contender:
+the products of linear and convolutional layers, a multiplication and an addition being two.
 With f the operations of one forward pass on the examples,
 
 - a gradient takes 3 f: outputs, gradient of the inputs, gradient of the weights;
@@ -12,13 +12,13 @@ With f the operations of one forward pass on the examples,
   three passes becomes a sum of two products; and 8 f from nothing: outputs and input gradients
   besides.
 
-Nobody wants a gradient to the input of the first layer, and it has no tangent: there these are
+The input of the first layer needs no gradient and has no tangent: for this layer the counts are
 2 f, 2 f and 3 f. A meta-step of T tasks and K inner steps on S examples, with Q queries, is
 
     T (K (gradient of S + product at hand of S) + gradient of Q)
 
-A head alone that is adapted under a body ("head") is one linear layer whose inputs get gradients:
-then a gradient on the queries takes 3 f, and a product 4 f, two for its part that goes to them.
+A head that is adapted on the features of a body ("head") is one linear layer whose inputs get
+gradients: then a gradient on the queries takes 3 f, and a product 4 f, two of them for the inputs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Workload:
     """`kind` "meta": theta [P] and tasks -> meta-loss [], its gradient [P].
 
     "hvp": theta and vector [T, P] and a batch of S examples a task -> products [T, P].
-    "head": as "meta" on features, with gradients to those of support and queries besides.
+    "head": as "meta" on features, with gradients also to the features of support and queries.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Workload:
 
     @property
     def flops(self) -> int:
-        """Operations of one meta-step, or of one Hessian-vector product of every task."""
+        """Count the operations of one meta-step, or of one Hessian-vector product of every task."""
         first, *others = self.network.layer_flops()
         rest = sum(others)
         gradient = 2 * first + 3 * rest
@@ -110,13 +110,13 @@ WORKLOADS = {workload.name: workload for workload in _ALL}
 
 
 def _sinusoids(tasks: int, counts: tuple[int, ...], generator: np.random.Generator) -> list:
-    """x and y = A sin(x - phi), [T, B, 1], for each count B: MAML's regression tasks."""
+    """Draw x and y = A sin(x - phi), [T, B, 1], for each count B: MAML's regression tasks."""
     amplitude, phase = (generator.uniform(low, high, (tasks, 1, 1)) for low, high in _SINE_RANGES)
-    found = []
+    arrays = []
     for count in counts:
         x = generator.uniform(-5, 5, (tasks, count, 1))
-        found += [x.astype(np.float32), (amplitude * np.sin(x - phase)).astype(np.float32)]
-    return found
+        arrays += [x.astype(np.float32), (amplitude * np.sin(x - phase)).astype(np.float32)]
+    return arrays
 
 
 _SINE_RANGES = ((0.1, 5.0), (0.0, np.pi))
@@ -125,17 +125,17 @@ _SINE_RANGES = ((0.1, 5.0), (0.0, np.pi))
 def _images(
     network: Network, tasks: int, counts: tuple[int, ...], generator: np.random.Generator
 ) -> list:
-    """Random images [T, B, ...] and labels [T, B], class by class, for each count B."""
-    found = []
+    """Draw random images [T, B, ...] and labels [T, B], class by class, for each count B."""
+    arrays = []
     for count in counts:
         labels = np.arange(count) * network.outputs // count
         x = generator.random((tasks, count, *network.input_shape), dtype=np.float32)
-        found += [x, np.tile(labels, (tasks, 1))]
-    return found
+        arrays += [x, np.tile(labels, (tasks, 1))]
+    return arrays
 
 
 def draw(workload: Workload, seed: int = 0) -> Arrays:
-    """The numbers of a workload, float32 and int64, the same for the same seed."""
+    """Draw the numbers of a workload, float32 and int64, the same for the same seed."""
     generator = np.random.default_rng(seed)
     tasks, network = workload.tasks, workload.network
     if workload.kind == "hvp":

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu.every_kernel [--profile]
 
-What compute-sanitizer watches. Inputs are copied from the host and the ops called directly, so that
-no kernel of PyTorch runs: whatever the sanitizers find is fastmeta's, and copying a result back
+compute-sanitizer watches this program. Inputs are copied from the host and the ops are called
+directly, so that no kernel of PyTorch runs: an error is then fastmeta's. Copying a result back
 makes initcheck look at every entry of it. `--profile` fails if a kernel of csrc/ was not launched.
 """
 
@@ -161,7 +161,7 @@ def results(op: str, arguments: tuple[Any, ...], device: str) -> list[torch.Tens
 
 
 def run(device: str, report: Callable[[str], None] = print) -> int:
-    """Calls every op; returns how many results differ from the CPU's."""
+    """Call every op; returns how many results differ from the CPU's."""
     wrong = count = 0
     for dtype, tolerance in TOLERANCE.items():
         for op, arguments in calls(dtype, device):
@@ -183,7 +183,7 @@ def kernels_of_sources() -> set[str]:
 
 
 def profiled(device: str) -> int:
-    """Runs under the profiler and compares the kernels that it saw with those of csrc/."""
+    """Run under the profiler and compare the kernels that it saw with the kernels of csrc/."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         wrong = run(device)

@@ -1,4 +1,4 @@
-"""What `make gpu` needs of a machine, and what it writes down about it."""
+"""Requirements of `make gpu` on a machine, and the machine's description in its report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cuda_tool(name: str) -> str | None:
 
 
 def unfit() -> str:
-    """Why this machine cannot run the kernels; empty if it can."""
+    """The reason why this machine cannot run the kernels; empty if it can."""
     try:
         import torch
     except ImportError:
@@ -80,7 +80,7 @@ def versions() -> dict[str, str | None]:
 
 
 def settings() -> dict[str, Any]:
-    """What decides about precision and speed besides the versions."""
+    """Settings besides versions that decide about precision and speed."""
     import torch
 
     return {
@@ -90,7 +90,7 @@ def settings() -> dict[str, Any]:
 
 
 def describe() -> dict[str, Any]:
-    """The GPU, date, commit, versions and settings, as the report begins."""
+    """Describe the GPU, date, commit, versions and settings, for the head of the report."""
     import torch
 
     gpu = torch.cuda.get_device_properties(0)

@@ -1,7 +1,7 @@
-"""What a measurement of `benchmarks.gpu.ops` consists of.
+"""Parts of a measurement of `benchmarks.gpu.ops`.
 
-A contender takes inputs and returns a tuple of tensors, which are compared with those of the plain
-PyTorch ops in float64 before anything is timed.
+A contender takes inputs and returns a tuple of tensors. Before anything is timed, they are compared
+with the results of the plain PyTorch ops in float64.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OURS = "fastmeta"
 
 @dataclass(frozen=True)
 class Sizes:
-    """T, Q, N, D and the like, how often all is repeated, and in which dtypes."""
+    """Sizes of the workloads (T, Q, N, D, ...), numbers of repetitions, and dtypes."""
 
     small: tuple[int, int, int] = (300, 60, 64)  # Q, N, D of proto_small
     small_tasks: tuple[int, ...] = (1, 32)
@@ -75,7 +75,7 @@ class Measure:
 
 
 def in_torch(contender: Contender) -> Contender:
-    """The same with fastmeta's plain-PyTorch backend."""
+    """Make the same contender with fastmeta's plain-PyTorch backend."""
 
     def run(*inputs: torch.Tensor) -> Inputs:
         with fm.use_backend("torch"):

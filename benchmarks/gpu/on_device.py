@@ -1,8 +1,8 @@
 """A pytest plugin that keeps the tests which need a CUDA device.
 
 These are the tests with a parameter "cuda" (the fixture `device` of tests/conftest.py gives it) or
-the name of a file that begins so, and those that are skipped with a reason that names a "CUDA
-device" where there is none.
+the name of a file that begins so, and tests that without a device are skipped for a reason that
+names a "CUDA device".
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The ops on a GPU: time against plain PyTorch, and against what the device can do at most.
+"""The ops on a GPU: time against plain PyTorch, and against the peak of the device.
 
     python -m benchmarks.gpu.ops [--json FILE] [--seconds 85]
 
@@ -9,10 +9,10 @@ in the cache. float32 is IEEE float32; tf32 is float32 whose convolutions may be
 
 - eager: calls one after the other from Python, with the check of the labels.
 - graph of n: n calls captured in one CUDA graph, and the time of one of them.
-- of copy: bytes that the op must move, per second, over those of a large device-to-device copy in
-  the same rounds.
-- of floor: operations that the op must do, per second, over those of a large matrix product in the
-  same precision.
+- of copy: bytes a second that the op must move, over the bytes a second of a large device-to-device
+  copy in the same rounds.
+- of floor: operations a second that the op must do, over the operations a second of a large matrix
+  product in the same precision.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def ceilings(timer: Timer, sizes: Sizes) -> dict[str, float]:
     """Bytes a second of a large copy, and operations a second of a large matrix product."""
     calls = {COPY: copy_call(timer, sizes.copy_bytes)}
     seconds = timer.interleave(calls, sizes.rounds, 4)[COPY]
-    found = {COPY: 2 * sizes.copy_bytes / statistics.median(seconds)}
+    ceilings = {COPY: 2 * sizes.copy_bytes / statistics.median(seconds)}
     for name, dtype, precision in (
         ("float32", torch.float32, "highest"),
         ("tf32", torch.float32, "high"),
@@ -85,13 +85,13 @@ def ceilings(timer: Timer, sizes: Sizes) -> dict[str, float]:
         with float32_products(precision):
             product = {name: lambda number, a=a, b=b: a @ b}
             seconds = timer.interleave(product, sizes.long_rounds, 2)[name]
-        found[name] = 2 * sizes.matrix**3 / statistics.median(seconds)
-    return found
+        ceilings[name] = 2 * sizes.matrix**3 / statistics.median(seconds)
+    return ceilings
 
 
-def worst(found: Sequence[float]) -> float:
+def worst(errors: Sequence[float]) -> float:
     """The largest error; NaN if any is."""
-    return math.nan if any(map(math.isnan, found)) else max(found)
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
 def errors(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
@@ -116,7 +116,7 @@ def rotating(contender: Contender, sets: list[Inputs]) -> Call:
 
 
 def drawn(measure: Measure, timer: Timer) -> list[Inputs]:
-    """So many inputs that together they are four times the cache, at most 8."""
+    """Draw inputs that together are four times the cache, at most 8 of them."""
     generator = torch.Generator(timer.device).manual_seed(0)
     first = measure.draw(generator)
     size = sum(x.numel() * x.element_size() for x in first)
@@ -130,7 +130,7 @@ def agreement(measure: Measure, inputs: Inputs, calls: dict[str, Contender]) -> 
 
 
 def rounding(measure: Measure, inputs: Inputs) -> float:
-    """How far its precision alone takes plain PyTorch; others may be four times as far."""
+    """The error of plain PyTorch by its precision only; others may have four times as much."""
     ours = measure.contenders[OURS]
     return errors(in_torch(ours)(*inputs), in_float64(ours, inputs))
 
@@ -175,21 +175,21 @@ def head(measure: Measure) -> Row:
 def measured(measure: Measure, timer: Timer, peaks: dict[str, float], sizes: Sizes) -> Row:
     """One row: errors, times, ratios, and how near they come to the ceilings."""
     row, sets = head(measure), drawn(measure, timer)
-    found = agreement(measure, measure.checked(sets[0]), dict(measure.contenders))
+    errors = agreement(measure, measure.checked(sets[0]), dict(measure.contenders))
     calls = prepared(measure, timer, sets)
     if measure.in_graph:
         replayed = replayed_errors(measure, calls, sets)
-        found = {name: worst([error, replayed[name]]) for name, error in found.items()}
+        errors = {name: worst([error, replayed[name]]) for name, error in errors.items()}
     allowed = max(measure.tolerance, 4 * rounding(measure, sets[0]) if measure.jumps else 0)
-    agree = {name for name, error in found.items() if error <= allowed}
-    row |= {"errors": found, "agree": sorted(agree), "calls": measure.calls}
+    agree = {name for name, error in errors.items() if error <= allowed}
+    row |= {"errors": errors, "agree": sorted(agree), "calls": measure.calls}
     if measure.memory:
         ours = measure.contenders[OURS]
         row["peak_bytes"] = peak(lambda: ours(*sets[0]), timer.device)
     seconds = timed(measure, timer, calls, sizes.copy_bytes)
     row["seconds"] = {name: Spread.of(taken).as_dict() for name, taken in seconds.items()}
     if OURS not in agree:
-        return row | {"error": f"the result is off by {found[OURS]:.1e}"}
+        return row | {"error": f"the result is off by {errors[OURS]:.1e}"}
     rivals = sorted(agree - {OURS})
     row["ratios"] = {name: ratio(seconds[name], seconds[OURS]) for name in rivals}
     if measure.moved:
@@ -201,7 +201,7 @@ def measured(measure: Measure, timer: Timer, peaks: dict[str, float], sizes: Siz
 
 
 def attempted(measure: Measure, timer: Timer, peaks: dict[str, float], sizes: Sizes) -> Row:
-    """A row, or what went wrong: one workload must not cost the others."""
+    """Measure a row, or record its error: one workload must not cost the others."""
     try:
         with convolutions(measure.tf32):
             return measured(measure, timer, peaks, sizes)
@@ -232,7 +232,7 @@ def line(row: Row) -> str:
 def run(
     timer: Timer, sizes: Sizes, seconds: float, keep: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Measures everything, handing all that is known to `keep` after every row."""
+    """Measure everything; passes all rows so far to `keep` after every row."""
     end = time.monotonic() + seconds
     with float32_products("highest"):
         peaks = ceilings(timer, sizes)

@@ -1,4 +1,4 @@
-"""What the output of a step says: counts of tests, errors of the sanitizers, measurements."""
+"""Outcomes read off the output of a step: counts of tests, sanitizer errors, measurements."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def of_tests(junit: Path) -> Callable[[int, str], Outcome]:
 
 def of_sanitizer(code: int, output: str) -> Outcome:
     """Errors counted by compute-sanitizer; it passes only if it ran to its summary."""
-    if found := UNSUPPORTED.search(output):
-        return Outcome("not available", {"reason": found.group()})
+    if match := UNSUPPORTED.search(output):
+        return Outcome("not available", {"reason": match.group()})
     counts = [int(m["errors"] or m["hazards"] or 0) for m in SUMMARIES.finditer(output)]
     if not counts:
         return Outcome("failed", {"exit_code": code, "reason": "it printed no summary"})

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu.ops` measures of task programs: meta-steps and Hessian-vector products."""
+"""Measures of task programs for `benchmarks.gpu.ops`: meta-steps, Hessian-vector products."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOSSES = {"mse": F.mse_loss, "cross_entropy": F.cross_entropy}
 
 
 def op(name: str, theta: Tensor) -> Callable[..., tuple[Tensor, ...]]:
-    """The op of the backend that is asked for."""
+    """The op of the requested backend."""
     return getattr(COMPILED if is_native(PROGRAM, theta) else reference, name)
 
 
@@ -71,7 +71,7 @@ def draw(workload: Workload) -> Callable[[torch.Generator], Inputs]:
 
 
 def programs(workloads: Sequence[Workload], rounds: int, calls: int) -> Iterator[Measure]:
-    """Each against the reference in plain PyTorch, and in a CUDA graph by itself."""
+    """Measures of each program against the reference in plain PyTorch, and in a CUDA graph."""
     for workload in workloads:
         ours = product if workload.kind == "hvp" else meta_step(workload.steps)
         what = "Hessian-vector product" if workload.kind == "hvp" else "meta-step"

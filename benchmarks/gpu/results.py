@@ -34,7 +34,7 @@ def _of_copy(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Shown:
-    """A line of the table: which row of the benchmarks, what of it, what it should be."""
+    """A line of the table: the row of the benchmarks, its figure, and the target."""
 
     label: str
     workload: str
@@ -45,11 +45,11 @@ class Shown:
     aim: str = ""
 
     def cell(self, report: Mapping[str, Any]) -> str:
-        """Empty where it was not measured, or the result was wrong."""
-        wanted = (self.workload, self.what, self.dtype, self.how)
+        """The cell of a row; empty if it was not measured, or its result was wrong."""
+        key = (self.workload, self.what, self.dtype, self.how)
         for row in report["steps"]["benchmarks"]["rows"]:
-            found = tuple(row[key] for key in ("workload", "what", "dtype", "how"))
-            if found == wanted and "ratios" in row:
+            row_key = tuple(row[name] for name in ("workload", "what", "dtype", "how"))
+            if row_key == key and "ratios" in row:
                 return self.value(row)
         return ""
 
@@ -129,8 +129,8 @@ def keep(out: Path, folder: Path = RESULTS) -> Path:
     """Copies the results in `out` to the folder of their GPU. Raises ValueError for half a run."""
     report = json.loads((out / "report.json").read_text())
     if not is_good(report):
-        found = ", ".join(f"{name} {step['status']}" for name, step in report["steps"].items())
-        raise ValueError(f"only a run in which nothing failed is kept, this one has: {found}")
+        got = ", ".join(f"{name} {step['status']}" for name, step in report["steps"].items())
+        raise ValueError(f"report: expected a run in which nothing failed, got {got}")
     target = folder / folder_name(report["gpu"])
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(out / "report.json", target / "report.json")

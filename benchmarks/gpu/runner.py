@@ -19,7 +19,7 @@ LEAST = 5.0  # seconds below which a step is not begun, unless its own share is 
 
 @dataclass(frozen=True)
 class Outcome:
-    """passed, failed, timed out, skipped, or not available, with what was found."""
+    """Status of a step (passed, failed, timed out, skipped, not available), with its findings."""
 
     status: str
     summary: Mapping[str, Any] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Step:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Atomically: whoever reads the file finds the old content or the new one."""
+    """Write JSON atomically: a reader sees the old content or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, path)
@@ -58,7 +58,7 @@ def _kill_group(process: subprocess.Popen) -> None:
 def run_command(
     command: Sequence[str], environment: Mapping[str, str], limit: float, log: TextIO
 ) -> tuple[int, str, bool]:
-    """Exit code, output, and whether it was stopped at `limit` seconds with all that it started."""
+    """Run a command; at `limit` seconds it is stopped with all processes that it started."""
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -102,7 +102,7 @@ def run_step(step: Step, limit: float, out: Path) -> Outcome:
 
 
 def seconds_for(steps: Sequence[Step], number: int, left: float) -> float:
-    """What a step may take: all that is left, less the shares of the steps after it."""
+    """Seconds that a step may take: all that is left, less the shares of the steps after it."""
     later = sum(step.share for step in steps[number + 1 :])
     return max(left - later, min(steps[number].share, left))
 
@@ -120,7 +120,7 @@ def _outcome_of(step: Step, seconds: float, failed: str, out: Path) -> Outcome:
 def run_steps(
     steps: Sequence[Step], out: Path, facts: Mapping[str, Any], budget: float
 ) -> dict[str, Any]:
-    """Runs all steps, and writes `out`/report.json after each of them. Returns the report."""
+    """Run all steps and write `out`/report.json after each; returns the report."""
     begun = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     for name in {step.output for step in steps}:

@@ -1,4 +1,4 @@
-"""The table of what `make gpu` does: build, tests, sanitizers, benchmarks."""
+"""The steps of `make gpu`: build, tests, sanitizers, benchmarks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def build(capability: str) -> Step:
             "FASTMETA_CUDA": "1",
             "TORCH_CUDA_ARCH_LIST": capability,
             "MAX_JOBS": str(os.cpu_count()),
-            # ninja lies beside the interpreter where both come from one environment.
+            # ninja lies beside the interpreter if both come from one environment.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         },
         needed=True,
@@ -33,7 +33,7 @@ def build(capability: str) -> Step:
 
 
 def tests(out: Path) -> Step:
-    """What tests/ has for a CUDA device; `on_device` selects it."""
+    """Run the tests that need a CUDA device; `on_device` selects them."""
     workers = min(WORKERS, os.cpu_count() or 1)
     parallel = ["-n", str(workers)] if has_module("xdist") else []
     return Step(
@@ -60,7 +60,7 @@ def kernels() -> Step:
 
 
 def sanitizer(tool: str) -> Step:
-    """One tool of compute-sanitizer over every kernel of ours."""
+    """Run one tool of compute-sanitizer over every kernel of fastmeta."""
     program = cuda_tool("compute-sanitizer")
     # Kernels that initcheck does not watch would leave memory that looks unwritten: it gets no
     # filter. PyTorch probes what a driver has; fastmeta checks each of its own launches.
@@ -77,7 +77,7 @@ def sanitizer(tool: str) -> Step:
         share=30,
         output="sanitizers.txt",
         read=outcomes.of_sanitizer,
-        # One allocation a tensor: with a cache, what lies behind a tensor is another one's.
+        # One allocation a tensor: with a cache, the memory after a tensor belongs to another one.
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         missing="" if program else "compute-sanitizer was not found",
     )

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu.ops` measures: for each op its inputs, its contenders and its cost."""
+"""Measures of `benchmarks.gpu.ops`: for each op its inputs, its contenders and its cost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def unit_rows(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> to
 
 
 def differentiated(value: Callable[..., torch.Tensor], *places: int) -> Contender:
-    """The value and its gradient to the inputs at `places`; of a tensor, for an upstream of 1."""
+    """Compute the value and its gradient to the inputs at `places`, for an upstream of ones."""
 
     def run(*inputs: torch.Tensor) -> Inputs:
         leaves = [x.detach().requires_grad_(i in places) for i, x in enumerate(inputs)]
@@ -32,7 +32,7 @@ def differentiated(value: Callable[..., torch.Tensor], *places: int) -> Contende
     return run
 
 
-def alone(value: Callable[..., torch.Tensor]) -> Contender:
+def as_tuple(value: Callable[..., torch.Tensor]) -> Contender:
     return lambda *inputs: (value(*inputs),)
 
 
@@ -66,7 +66,7 @@ def in_chunks(value: Callable[..., torch.Tensor], chunk: int) -> Callable[..., t
 def small_losses(sizes: Sizes) -> Iterator[Measure]:
     """proto_small one call after the other, one call a graph, and many calls a graph."""
     contenders = {
-        "forward": {OURS: alone(loss_of_each), "composition": alone(composed_of_each)},
+        "forward": {OURS: as_tuple(loss_of_each), "composition": as_tuple(composed_of_each)},
         "forward + backward": {
             OURS: differentiated(fm.prototype_loss, 0, 2),
             "composition": differentiated(composed, 0, 2),
@@ -75,7 +75,7 @@ def small_losses(sizes: Sizes) -> Iterator[Measure]:
     for t in sizes.small_tasks:
         for what, rivals in contenders.items():
             for calls, in_graph in ((sizes.graph, False), (1, True), (sizes.graph, True)):
-                # In a graph, against the usual composition alone.
+                # In a graph, against the usual composition only.
                 plain = {} if in_graph else {"torch backend": in_torch(rivals[OURS])}
                 yield Measure(
                     "prototype_loss",
@@ -99,14 +99,14 @@ def big_losses(sizes: Sizes) -> Iterator[Measure]:
         return query[:, : sizes.big_checked], labels[:, : sizes.big_checked], prototypes
 
     forward = {
-        OURS: alone(loss_of_each),
-        "composition": alone(in_chunks(composed_of_each, sizes.big_chunk)),
+        OURS: as_tuple(loss_of_each),
+        "composition": as_tuple(in_chunks(composed_of_each, sizes.big_chunk)),
     }
-    both = {OURS: differentiated(fm.prototype_loss, 0, 2)}
+    with_backward = {OURS: differentiated(fm.prototype_loss, 0, 2)}
     for what, contenders, dtype, products in (
         ("forward", forward, torch.float32, 1),
         ("forward", forward, torch.bfloat16, 1),
-        ("forward + backward", both, torch.float32, 3),
+        ("forward + backward", with_backward, torch.float32, 3),
     ):
         yield Measure(
             "prototype_loss",
@@ -162,7 +162,7 @@ def means(sizes: Sizes) -> Iterator[Measure]:
 
     forward = 4 * t * d * (s + n)
     for what, ours, moved in (
-        ("forward", alone(value), forward),
+        ("forward", as_tuple(value), forward),
         ("forward + backward", differentiated(value, 0), 2 * forward),
     ):
         contenders = {OURS: ours, "torch backend": in_torch(ours)}
@@ -181,7 +181,7 @@ def distances(sizes: Sizes) -> Iterator[Measure]:
         return tuple(unit_rows(generator, torch.float32, t, rows, d) for rows in (q, n))
 
     for what, ours, products in (
-        ("forward", alone(fm.pairwise_distance), 1),
+        ("forward", as_tuple(fm.pairwise_distance), 1),
         ("forward + backward", differentiated(fm.pairwise_distance, 0, 1), 3),
     ):
         contenders = {OURS: ours, "torch backend": in_torch(ours)}
@@ -209,7 +209,7 @@ def convolutions(sizes: Sizes) -> Iterator[Measure]:
         return fm.task_conv2d(x, weight, padding=1)
 
     for what, ours, products in (
-        ("forward", alone(value), 1),
+        ("forward", as_tuple(value), 1),
         ("forward + backward", differentiated(value, 0, 1), 3),
     ):
         contenders = {OURS: ours, "torch backend": in_torch(ours)}
@@ -274,7 +274,7 @@ def heads(sizes: Sizes) -> Iterator[Measure]:
 
 
 def all_measures(sizes: Sizes) -> Iterator[Measure]:
-    """The first rows of the table in the documents."""
+    """All measures, in the order of the documents' table."""
     yield from small_losses(sizes)
     yield from programs(sizes.programs, sizes.rounds, sizes.graph)
     yield from heads(sizes)

@@ -1,4 +1,4 @@
-"""Peak memory of the second-order meta-gradient against that of an unrolled graph.
+"""Peak memory of the second-order meta-gradient, against an unrolled graph.
 
     python -m benchmarks.memory.meta [--tasks 4] [--hidden 64]
 
@@ -12,8 +12,8 @@ Conv4 on 28x28 images, 5-way 1-shot with 75 queries, float32, K = 2 and K = 10. 
 
 On the CPU memory is counted, not sampled: the bytes of the tensors that operators allocate, and of
 those alive the peak (``tests.helpers.memory``); it agrees with torch's allocator to 0.1 %.
-It is the same every time, which the resident size of the process is not: that has in it what the
-allocator holds back and what earlier work left behind. On a GPU: the caching allocator's peak.
+The count is the same every time, unlike the resident size of the process, which includes memory
+that the allocator holds back and that earlier work left. On a GPU: the caching allocator's peak.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def omniglot_like(tasks: int, device: torch.device) -> Tasks:
 
 
 def ways(net: nn.Module, tasks: Tasks) -> dict[str, Callable[[int], None]]:
-    """Each way to fill the gradients of ``net`` by K inner steps, by name."""
+    """Ways to fill the gradients of ``net`` by K inner steps, by name."""
 
     def adjoint(task_chunk: int | None) -> Callable[[int], None]:
         def run(steps: int) -> None:
@@ -74,7 +74,7 @@ def ways(net: nn.Module, tasks: Tasks) -> dict[str, Callable[[int], None]]:
 
 
 def peak(run: Callable[[], None], device: torch.device) -> int:
-    """Most bytes that ``run`` holds at once besides what is there before it."""
+    """The peak of the bytes that ``run`` holds, besides the bytes alive before it."""
     if device.type != "cuda":
         return peak_bytes(run)
     gc.collect()

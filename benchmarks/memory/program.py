@@ -2,11 +2,10 @@
 
     python -m benchmarks.memory.program [--workload NAME ...]
 
-Counted is what torch's allocator hands out, in Python and within native ops alike, workspaces
-included: the most bytes alive at once besides what was there before, at K = 2 and at K = 10 inner
-steps. The adjoint takes O(T (K P + activations of one step)): from K to K' steps it may grow by
-T (K' - K) P numbers and no more; less where only the tasks in work at a time have a workspace. CPU
-only.
+The count is of bytes from torch's allocator, in Python and in native ops, workspaces included: the
+peak of the bytes alive, besides those alive before, at K = 2 and at K = 10 inner steps. The adjoint
+takes O(T (K P + activations of one step)): from K to K' steps it may grow by at most T (K' - K) P
+numbers, and by less if only tasks at work have a workspace. CPU only.
 """
 
 from __future__ import annotations
@@ -56,24 +55,24 @@ def _recorded(run: Callable[[], object]) -> list[Any]:
 
 def peaks(workload: Workload) -> dict[str, list[int]]:
     """Bytes of each way, at each number of steps."""
-    found: dict[str, list[int]] = {name: [] for name in WAYS}
+    peaks_of: dict[str, list[int]] = {name: [] for name in WAYS}
     for steps in STEPS:
         problem = Problem(replace(workload, steps=steps), draw(workload))
         for name, build in WAYS.items():
             step = build(problem)
             step.run()  # gradients that a first call creates are no workspace
-            found[name].append(allocated_peak(step.run))
-    return found
+            peaks_of[name].append(allocated_peak(step.run))
+    return peaks_of
 
 
-def report(workload: Workload, found: dict[str, list[int]]) -> str:
+def report(workload: Workload, peaks_of: dict[str, list[int]]) -> str:
     shown = replace(workload, steps=STEPS[1])
     lines = [f"{shown}, float32: peak memory, MB"]
     lines.append(f"{'':28}" + "".join(f"{f'K = {steps}':>10}" for steps in STEPS))
-    for name, sizes in found.items():
+    for name, sizes in peaks_of.items():
         lines.append(f"{name:28}" + "".join(f"{size / 1e6:10.2f}" for size in sizes))
-    few, many = found["fastmeta"]
-    unrolled = found["unrolled, torch.func"][1]
+    few, many = peaks_of["fastmeta"]
+    unrolled = peaks_of["unrolled, torch.func"][1]
     kept = 4 * workload.tasks * workload.parameters * (STEPS[1] - STEPS[0])
     lines.append(f"fastmeta / unrolled at K = {STEPS[1]}: {many / unrolled:.3f}")
     lines.append(

@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory.step omni_conv1 omni_conv5 mini_conv5
 
-Each runs alone in a process of the peers' environment. The peak is the kernel's count of resident
-pages (VmHWM), which is set back after the step was built; what the step needs the first time it
-runs is in it. Linux only.
+Each runs in its own process of the peers' environment. The peak is the kernel's count of resident
+pages (VmHWM), which is reset after the step is built; it includes the needs of the first run.
+Linux only.
 """
 
 from __future__ import annotations

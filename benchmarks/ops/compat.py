@@ -2,8 +2,8 @@
 
     .venv-bench/bin/python -m benchmarks.ops.compat [--rounds 15] [--threads 1]
 
-in the environment of `make bench-env`. Prints how many times a stand-in's time, and that of
-`meta_loss`, the library takes for the gradient of the mean loss of 20 tasks; all take turns.
+in the environment of `make bench-env`. Prints the library's time for the gradient of the mean loss
+of 20 tasks, as a multiple of the stand-in's time and of `meta_loss`'s time; all take turns.
 """
 
 from __future__ import annotations
@@ -81,27 +81,29 @@ def patched(setting: Setting, library, optimizer: torch.optim.Optimizer) -> Call
     return run
 
 
-def whole(setting: Setting, learner: nn.Module) -> Callable[[], None]:
+def all_tasks(setting: Setting, learner: nn.Module) -> Callable[[], None]:
     return lambda: learner.meta_loss(*setting.tasks)[0].backward()
 
 
 def contenders(setting: Setting) -> dict[str, Callable[[], None]]:
-    """By row of the table and column: "library", "stand-in" and, where there is one, "fast"."""
+    """Calls by row and column of the table: "library", "stand-in" and, if any, "fast"."""
     net, lr, K, loss = setting.net, setting.lr, setting.steps, setting.loss
     sgd, adam = torch.optim.SGD(net.parameters(), lr), torch.optim.Adam(net.parameters(), lr)
     return {
         "learn2learn, `MAML`/library": cloned(setting, maml.MAML(net, lr)),
         "learn2learn, `MAML`/stand-in": cloned(setting, stand_in.MAML(net, lr)),
-        "learn2learn, `MAML`/fast": whole(setting, fm.MAML(net, lr, K, loss=loss)),
+        "learn2learn, `MAML`/fast": all_tasks(setting, fm.MAML(net, lr, K, loss=loss)),
         "learn2learn, `MetaSGD`/library": cloned(setting, meta_sgd.MetaSGD(net, lr)),
         "learn2learn, `MetaSGD`/stand-in": cloned(setting, stand_in.MetaSGD(net, lr)),
-        "learn2learn, `MetaSGD`/fast": whole(setting, fm.MetaSGD(net, lr, steps=K, loss=loss)),
+        "learn2learn, `MetaSGD`/fast": all_tasks(setting, fm.MetaSGD(net, lr, steps=K, loss=loss)),
         "higher, SGD/library": patched(setting, higher, sgd),
         "higher, SGD/stand-in": patched(setting, higher_stand_in, sgd),
-        "higher, SGD/fast": whole(setting, fm.MAML(net, lr, K, loss=loss)),
+        "higher, SGD/fast": all_tasks(setting, fm.MAML(net, lr, K, loss=loss)),
         "higher, Adam/library": patched(setting, higher, adam),
         "higher, Adam/stand-in": patched(setting, higher_stand_in, adam),
-        "higher, Adam/fast": whole(setting, fm.MAML(net, lr, K, loss=loss, rule=fm.rules.Adam())),
+        "higher, Adam/fast": all_tasks(
+            setting, fm.MAML(net, lr, K, loss=loss, rule=fm.rules.Adam())
+        ),
     }
 
 

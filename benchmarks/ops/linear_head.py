@@ -47,11 +47,11 @@ def passes(support: int, features: int, steps: int) -> dict[str, Callable[[], ob
     x, labels, weight, bias = _inputs(support, features)
     upstream = torch.randn(TASKS, WAYS, features, generator=torch.Generator().manual_seed(1))
 
-    def both(form: str) -> object:
+    def forward_and_backward(form: str) -> object:
         adapted, _ = fm.linear_head(x, labels, weight, bias, lr=0.1, steps=steps, form=form)
         return torch.autograd.grad(adapted, (x, weight, bias), upstream)
 
-    return {form: lambda form=form: both(form) for form in FORMS}
+    return {form: lambda form=form: forward_and_backward(form) for form in FORMS}
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ def step(loss: Callable[..., torch.Tensor], data: Rows) -> tuple[torch.Tensor, .
 
 
 def peak_memory() -> int:
-    """Most bytes that this process ever had resident (Linux)."""
+    """The peak of this process's resident bytes (Linux)."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 

@@ -3,7 +3,7 @@
     python -m benchmarks.ops.routing [--rounds 5] [--threads 2]
 
 Second-order MAML, two tasks of 3 x 84 x 84 images, 5-way 1-shot with 5 queries, two inner steps.
-They take turns. Plain layers are those of `use_backend("torch")`. Freed memory is kept, as in
+They take turns. Plain layers run under `use_backend("torch")`. Freed memory is kept, as in
 `python -m fastmeta train`.
 """
 

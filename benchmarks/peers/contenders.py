@@ -1,4 +1,4 @@
-"""Who takes part: one table of names, labels, and what builds the step of each."""
+"""The contenders: a table of names, labels, and the function that builds each one's step."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ _HEAD = (
     _row("jax", "JAX jit(vmap(grad))", "head", "jax_steps:head"),
 )
 CONTENDERS = _META + _HVP + _HEAD
-# What results are compared with: the plainest way, in float64. Not torch.func's, whose vmap of
-# gradients that are differentiated again is wrong for convolutional networks in torch 2.13.
+# The reference of all results: a plain loop, in float64. Not torch.func, whose vmap of gradients
+# that are differentiated again is wrong for convolutional networks in torch 2.13.
 REFERENCES = {
     kind: replace(_row("reference", "float64", kind, build), dtype="float64")
     for kind, build in (
@@ -87,7 +87,7 @@ MATRIX = _row("matrix", "matrix product", "", "matrix:product")
 
 def contenders_for(kind: str, device: str, peers: list[str] | None = None) -> list[Contender]:
     """fastmeta and the peers of these names (None: all), on CUDA each also as a CUDA graph."""
-    found = []
+    contenders = []
     for contender in CONTENDERS:
         if contender.kind != kind or not (
             peers is None or contender.name == OURS or contender.name in peers
@@ -95,10 +95,10 @@ def contenders_for(kind: str, device: str, peers: list[str] | None = None) -> li
             continue
         if contender.only_on_cuda and device != "cuda":
             continue
-        found.append(contender)
+        contenders.append(contender)
         if device == "cuda" and "jax" not in contender.name and not contender.only_on_cuda:
-            found.append(in_graph(contender))
-    return found
+            contenders.append(in_graph(contender))
+    return contenders
 
 
 def in_graph(contender: Contender) -> Contender:

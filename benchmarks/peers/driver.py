@@ -2,10 +2,11 @@
 
 1. Each is prepared, and its result compared with a reference in float64; one that differs, cannot
    be built or is not installed is left out of the turns and says why.
-2. A turn is so many steps that it takes about `TURN` seconds. Rounds go A B C A B C; before each
+2. A turn is a number of steps that takes about `TURN` seconds. Rounds go A B C A B C; before each
    turn there is a pause, in which the threads of the one before fall asleep.
-3. The ratio of two is the median over rounds. A contender whose turns would take longer than
-   `LONGEST` in all stops after fewer rounds, and is compared with the same rounds of the others.
+3. The ratio of two contenders is the median over rounds. A contender whose turns would take longer
+   than `LONGEST` in all stops after fewer rounds, and is compared with the same rounds of the
+   others.
 """
 
 from __future__ import annotations
@@ -64,23 +65,23 @@ class Turns:
 
 
 def calls_per_turn(worker: Worker) -> tuple[int, float]:
-    """How many steps take about `TURN`, and the seconds of one."""
+    """The number of steps that take about `TURN`, and the seconds of one."""
     calls, taken = 1, worker.time(1)
     if taken > LONG:
         return calls, taken
-    # The best of several, lest one that was disturbed makes all turns too short.
+    # The best of several: one that was disturbed would make all turns too short.
     while (taken := min(worker.time(calls) for _ in range(TRIES))) < TURN / 4:
         calls *= 4
     seconds = taken / calls
     return max(1, round(TURN / seconds)), seconds
 
 
-def disagreement(found: Arrays, expected: Arrays) -> float:
+def disagreement(actual: Arrays, expected: Arrays) -> float:
     """The largest relative error among loss and gradient, or of the product; NaN if any is."""
-    if any(found[name].shape != value.shape for name, value in expected.items()):
+    if any(actual[name].shape != value.shape for name, value in expected.items()):
         return math.inf
     errors = [
-        relative_error(torch.from_numpy(found[name]), torch.from_numpy(value))
+        relative_error(torch.from_numpy(actual[name]), torch.from_numpy(value))
         for name, value in expected.items()
     ]
     return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
@@ -89,8 +90,8 @@ def disagreement(found: Arrays, expected: Arrays) -> float:
 def compared(contender: Contender, worker: Worker, expected: Arrays, rounding: float = 0.0) -> Row:
     """Prepares a contender and compares its result; status "agrees" or "differs".
 
-    `rounding` is how far single precision alone takes the plainest way: where a ReLU or a maximum
-    tips over, a gradient jumps. Others may be four times as far.
+    `rounding` is the error of the reference's own algorithm in single precision: a gradient jumps
+    where a ReLU or a maximum tips over. Other contenders may have four times this error.
     """
     row: Row = {"label": contender.label, "status": "agrees", **worker.prepare()}
     row["error"] = disagreement(worker.check(), expected)
@@ -110,7 +111,7 @@ class Race:
         self.taking: dict[str, Turns] = {}
 
     def enter(self, contender: Contender, stack: contextlib.ExitStack) -> Row:
-        """Its worker lives as long as `stack`, if it is to take turns."""
+        """Prepare a contender; if it takes turns, its worker lives as long as `stack`."""
         row: Row = {"label": contender.label}
         worker = stack.enter_context(contextlib.closing(self.start(contender)))
         try:
@@ -126,7 +127,7 @@ class Race:
         return row
 
     def run(self) -> None:
-        """A B C A B C; one that fails takes no more turns and keeps no times."""
+        """Run the turns A B C A B C; one that fails takes no more turns and has no times."""
         for number in range(self.rounds):
             for name, turns in list(self.taking.items()):
                 if number >= turns.rounds:
@@ -138,7 +139,7 @@ class Race:
                     del self.taking[name]
 
     def finish(self, flops: int) -> None:
-        """Puts times, ratios to fastmeta and operations per second into the rows."""
+        """Put times, ratios to fastmeta and operations per second into the rows."""
         for name, turns in self.taking.items():
             row = self.rows[name]
             spread = Spread.of(turns.seconds)
@@ -152,13 +153,13 @@ class Race:
 
 
 def ratio_of(turns: Turns, ours: Turns) -> float:
-    """Over the rounds that both took part in: the median of how much longer it takes than ours."""
+    """The median ratio of its time to fastmeta's, over the rounds in which both took part."""
     common = min(len(turns.seconds), len(ours.seconds))
     return ratio(turns.seconds[:common], ours.seconds[:common])
 
 
 def reference(workload: Workload, start: Start, dtype: str = "float64") -> Arrays:
-    """Raises `Unable` where there is nothing to compare with."""
+    """The reference's result; raises `Unable` if it cannot be computed."""
     contender = replace(REFERENCES[workload.kind], dtype=dtype)
     with contextlib.closing(start(contender)) as worker:
         worker.prepare()
@@ -172,18 +173,18 @@ def measure(
     rounds: int,
     say: Callable[[str], None] = print,
 ) -> Row:
-    """What a workload costs each contender, the machine's matrix peak among them."""
-    found: Row = {"what": str(workload), "kind": workload.kind, "flops": workload.flops}
+    """Measure a workload for each contender, among them the machine's matrix peak."""
+    row: Row = {"what": str(workload), "kind": workload.kind, "flops": workload.flops}
     try:
         expected = reference(workload, start)
         rounding = disagreement(reference(workload, start, "float32"), expected)
         race = Race(start, expected, rounds, rounding)
     except Unable as error:
-        return found | {"reason": f"no reference: {error}", "contenders": {}}
+        return row | {"reason": f"no reference: {error}", "contenders": {}}
     with contextlib.ExitStack() as stack:
         for contender in (MATRIX, *contenders):
             row = race.enter(contender, stack)
             say(f"  {contender.label}: {row.get('reason', 'ready')}")
         race.run()
     race.finish(workload.flops)
-    return found | {"rounding": rounding, "contenders": race.rows}
+    return row | {"rounding": rounding, "contenders": race.rows}

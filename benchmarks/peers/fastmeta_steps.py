@@ -40,7 +40,7 @@ def chosen(problem: Problem) -> Step:
 
 
 def replayed(problem: Problem) -> Step:
-    """The same from MAML's own CUDA graph: also with its label checks and copies."""
+    """The same from MAML's own CUDA graph, with its label checks and copies."""
     return _as_values(problem, cuda_graph=True)
 
 

@@ -1,4 +1,4 @@
-"""Puts learn2learn's MAML and MetaSGD classes, and nothing else of it, into this environment.
+"""Install learn2learn's MAML and MetaSGD classes, and nothing else of it, in this environment.
 
     python -m benchmarks.peers.fetch
 
@@ -27,7 +27,7 @@ NEEDED = (
 
 
 def download(folder: Path) -> Path:
-    """The source archive, from where pip gets its packages."""
+    """Download the source archive from pip's package index."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--no-build-isolation", "--no-binary", NAME, "--dest", str(folder)]
     subprocess.run([*command, f"{NAME}=={VERSION}"], check=True)
@@ -35,12 +35,12 @@ def download(folder: Path) -> Path:
 
 
 def unpack(archive: Path, target: Path) -> list[Path]:
-    """Writes the needed modules and the licence below `target`/learn2learn; returns their paths."""
+    """Write the needed modules and the licence below `target`/learn2learn; returns their paths."""
     top = PurePosixPath(f"{NAME}-{VERSION}")
-    wanted = {str(top / NAME / name): name for name in NEEDED} | {str(top / "LICENSE"): "LICENSE"}
+    targets = {str(top / NAME / name): name for name in NEEDED} | {str(top / "LICENSE"): "LICENSE"}
     written = []
     with tarfile.open(archive) as content:
-        for member, name in wanted.items():
+        for member, name in targets.items():
             path = target / NAME / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.extractfile(member).read())

@@ -1,7 +1,7 @@
 """ANIL's meta-step on features: a linear head adapted to each task, and gradients to all it sees.
 
-A result is the loss, the gradients of weight and bias, and those of the features of support and
-queries, [T, S, D] and [T, Q, D] or a list of a tensor a task.
+A result is the loss, and the gradients to weight, bias, and the features of support and queries,
+[T, S, D] and [T, Q, D] or a list of a tensor a task.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Result = tuple[Tensor, Sequence[Tensor], Features, Features]
 
 def _read(result: Result) -> Arrays:
     loss, gradients, *features = result
-    found = read_meta((loss, gradients))
+    result = read_meta((loss, gradients))
     for name, x in zip(("support", "query"), features, strict=True):
         rows = x if isinstance(x, Tensor) else torch.stack(list(x))
-        found[name] = rows.detach().double().cpu().numpy()
-    return found
+        result[name] = rows.detach().double().cpu().numpy()
+    return result
 
 
 def anil(problem: Problem) -> Step:
@@ -127,7 +127,7 @@ def _by_task(setting: TorchProblem, params: list[Tensor], task_loss: Any, **fact
 
 
 def by_task(problem: Problem) -> Step:
-    """torch.autograd alone: what the others are compared with."""
+    """torch.autograd only: the reference of the others."""
     setting = TorchProblem(problem)
     params = {n: p.requires_grad_() for n, p in setting.split(setting.theta).items()}
     return _by_task(setting, list(params.values()), by_task_loss(setting, params))

@@ -20,7 +20,7 @@ Params = list[Array]
 
 
 def _outputs(network: Network, params: Params, x: Array) -> Array:
-    """Of one task's examples [B, ...] -> [B, N]."""
+    """Outputs of one task's examples, [B, ...] -> [B, N]."""
     if isinstance(network, MLP):
         for weight, bias in zip(params[:-2:2], params[1:-2:2], strict=True):
             x = jax.nn.relu(x @ weight.T + bias)
@@ -70,7 +70,7 @@ def _split(problem: Problem, flat: np.ndarray) -> Params:
 def _step(
     problem: Problem, function: Any, inputs: tuple[Any, ...], read: Callable[[Any], Arrays]
 ) -> Step:
-    """Each call is waited for: a training step needs the one before it."""
+    """Make a step that waits for each call: a training step needs the one before it."""
     compiled = jax.jit(function)
     facts = {"jax": jax.__version__, "float32 products in JAX": "highest"}
     return Step(lambda: jax.block_until_ready(compiled(*inputs)), read, facts=facts)

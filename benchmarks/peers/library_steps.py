@@ -1,6 +1,6 @@
 """learn2learn, higher and TorchOpt, used as their own examples use them: task by task.
 
-Each task's loss is differentiated as soon as it is known, so that its graph can go.
+Each task's loss is differentiated as soon as it is computed, which frees its graph.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Prepared = tuple[TaskLoss, dict[str, str]]  # and the library's version
 
 
 def _learn2learn(setting: TorchProblem, net: nn.Module) -> Prepared:
-    """The MAML class of learn2learn; of the package only its module, see `fetch`."""
+    """Import the MAML class of learn2learn, of the package only its module, see `fetch`."""
     from learn2learn._version import __version__
     from learn2learn.algorithms.maml import MAML
 

@@ -15,7 +15,7 @@ TRIES = 3
 
 
 def product(problem: Problem) -> Step:
-    """The product of the size at which most operations a second are done."""
+    """The product of the size with most operations a second."""
     wait = torch.cuda.synchronize if problem.device == "cuda" else nothing
 
     def operands(size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -96,26 +96,26 @@ def _flat(tensors: Sequence[Tensor]) -> np.ndarray:
 
 
 def read_meta(result: tuple[Tensor, Sequence[Tensor]]) -> Arrays:
-    """Of the meta-loss and its gradients in the order of the parameters."""
+    """Read the meta-loss and its gradients in the order of the parameters."""
     loss, gradients = result
     return {"loss": _array(loss), "gradient": _flat(gradients)}
 
 
 def read_product(result: Sequence[Tensor]) -> Arrays:
-    """Of the product [T, *shape] of every parameter: it is laid out as [T, P]."""
+    """Read the products [T, *shape] of all parameters as one [T, P]."""
     rows = [_array(tensor.flatten(1)) for tensor in result]
     return {"product": np.concatenate(rows, 1)}
 
 
 def over_tasks(function: Callable[..., Any], tasks: int, in_dims: Any = 0) -> Callable[..., Any]:
-    """`function` of one task for all of them; one alone runs without vmap, which costs time."""
+    """Map a function over tasks; a single task runs without vmap, which costs time."""
     if tasks > 1:
         return vmap(function, in_dims=in_dims)
 
-    def alone(*inputs: Any) -> Any:
+    def single(*inputs: Any) -> Any:
         dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(inputs)
         pairs = zip(inputs, dims, strict=True)
         only = (x if dim is None else tree_map(lambda t: t[0], x) for x, dim in pairs)
         return tree_map(lambda t: t.unsqueeze(0), function(*only))
 
-    return alone
+    return single

@@ -26,7 +26,7 @@ def _colour(name: str) -> str:
 
 
 def _text(name: str, row: Mapping[str, Any]) -> str:
-    """The time, and how many times ours it is; or why there is none."""
+    """The time and its ratio to fastmeta's, or the reason why there is none."""
     if row["status"] != "measured":
         return row["status"]
     time = duration(row["seconds"]["median"])
@@ -34,7 +34,7 @@ def _text(name: str, row: Mapping[str, Any]) -> str:
 
 
 def _bars(axes: Any, rows: Rows) -> None:
-    """One bar a contender on a logarithmic axis of seconds, and a line where ours ends."""
+    """One bar a contender on a logarithmic axis of seconds, and a line at the end of fastmeta's."""
     times = {n: row["seconds"]["median"] for n, row in rows.items() if row["status"] == "measured"}
     low, high = min(times.values(), default=1.0), max(times.values(), default=1.0)
     left = low / max(1.5, (high / low) ** 0.12)  # the shortest bar is an eighth of the longest
@@ -81,7 +81,7 @@ def _panel(axes: Any, name: str, result: Mapping[str, Any]) -> None:
 
 
 def draw(report: Mapping[str, Any], path: Path, names: Collection[str] = ()) -> None:
-    """Writes a PNG atomically: a panel a workload, a bar a contender.
+    """Write a PNG atomically: a panel a workload, a bar a contender.
 
     Args:
         report: a run.

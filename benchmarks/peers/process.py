@@ -1,4 +1,4 @@
-"""The driver's end of a worker: starts it, asks it, and puts an end to it."""
+"""The driver's side of a worker process: start, commands and end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENVIRONMENT = ROOT / ".venv-bench" / "bin" / "python"
 
 
 class Unable(Exception):
-    """A contender cannot go on. `status` is "missing" or "failed"."""
+    """Raised if a contender cannot continue. `status` is "missing" or "failed"."""
 
     def __init__(self, status: str, reason: str) -> None:
         super().__init__(reason)
@@ -68,15 +68,15 @@ class Process:
         )
 
     def prepare(self) -> dict[str, Any]:
-        """Facts, and the operations of a step where the workload does not say."""
+        """Facts, and the operations of a step if the workload does not give them."""
         return self._ask(do="prepare")
 
     def check(self) -> Arrays:
         self._ask(do="check", to=str(self._result))
         with np.load(self._result) as arrays:
-            found = dict(arrays)
+            result = dict(arrays)
         self._result.unlink()
-        return found
+        return result
 
     def time(self, calls: int) -> float:
         return self._ask(do="time", calls=calls)["seconds"]
@@ -115,7 +115,7 @@ class Process:
 
 
 def _environment(device: str) -> Mapping[str, str]:
-    """JAX stays off a GPU that is not measured, and else takes no more of it than it needs."""
+    """Keep JAX off a GPU that is not measured, and from reserving all memory of one that is."""
     if device == "cpu":
         return {**os.environ, "JAX_PLATFORMS": "cpu"}
     return {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}

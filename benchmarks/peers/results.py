@@ -1,4 +1,4 @@
-"""A run on disk: JSON, picture and table in one folder, and what of it the documents show."""
+"""A run on disk: JSON, picture and table in one folder, and its excerpt in the documents."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def load(device: str, folder: Path) -> dict[str, Any] | None:
 
 
 def render(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draws the picture and writes the Markdown table beside the JSON. Returns their paths."""
+    """Draw the picture and write the Markdown table beside the JSON; returns their paths."""
     image = json_of(report["device"], folder).with_suffix(".png")
     table = image.with_suffix(".md")
     picture.draw(report, image)
@@ -69,21 +69,21 @@ def between(text: str, name: str) -> re.Match[str]:
         ValueError: the document has no such markers.
     """
     begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-    found = re.search(f"(?<={re.escape(begin)}).*?(?={re.escape(end)})", text, re.DOTALL)
-    if not found:
+    match = re.search(f"(?<={re.escape(begin)}).*?(?={re.escape(end)})", text, re.DOTALL)
+    if not match:
         raise ValueError(f"text: expected the markers of {name!r}, got none")
-    return found
+    return match
 
 
 def put(path: Path, name: str, content: str) -> None:
-    """Replaces the block of that name in a document."""
+    """Replace the block of that name in a document."""
     text = path.read_text()
     place = between(text, name)
     write_text(path, text[: place.start()] + content + text[place.end() :])
 
 
 def keep(name: str, folder: Path, kept: Path = KEPT, page: Path = PAGE) -> None:
-    """Copies JSON and picture of a run to the kept results, and its table to the page."""
+    """Copy JSON and picture of a run to the kept results, and its table to the page."""
     source = json_of(name, folder)
     for path in (source, source.with_suffix(".png")):
         shutil.copyfile(path, kept / path.name)

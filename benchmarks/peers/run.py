@@ -24,15 +24,15 @@ from benchmarks.peers.process import Process, python
 
 def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    found = cpuinfo.exists() and re.search(r"model name\s*: (.+)", cpuinfo.read_text())
-    return found[1] if found else platform.processor() or platform.machine()
+    match = cpuinfo.exists() and re.search(r"model name\s*: (.+)", cpuinfo.read_text())
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 def facts(device: str, threads: int) -> dict[str, str]:
     """Machine, date, commit and settings; the workers add versions and precision."""
     state = commit()
     changed = " with changes" if state["dirty"] else ""
-    found = {
+    machine = {
         "processor": processor(),
         "threads": str(threads),
         "device": device,
@@ -40,7 +40,7 @@ def facts(device: str, threads: int) -> dict[str, str]:
         "commit": f"{state['commit']}{changed}",
         "python of the workers": "the peers' environment" if _has_peers() else "this one",
     }
-    return found | {name: os.environ[name] for name in DECISIVE if name in os.environ}
+    return machine | {name: os.environ[name] for name in DECISIVE if name in os.environ}
 
 
 def _has_peers() -> bool:
@@ -48,15 +48,15 @@ def _has_peers() -> bool:
 
 
 def of_workers(result: Mapping[str, Any]) -> dict[str, str]:
-    """Versions and precision, but not what is said of one contender alone."""
+    """Versions and precision, without facts of one contender only."""
     rows = result["contenders"].values()
-    found = {k: v for row in rows for k, v in row.get("facts", {}).items()}
-    found.pop("engine", None)
-    return found
+    versions = {k: v for row in rows for k, v in row.get("facts", {}).items()}
+    versions.pop("engine", None)
+    return versions
 
 
 def starter(workload: Workload, folder: Path, device: str, threads: int) -> Start:
-    """Writes the workload's numbers once; every worker reads the same ones."""
+    """Write the workload's numbers once; every worker reads the same ones."""
     np.savez(folder / "data.npz", **draw(workload))
     return partial(_process, workload.name, folder, device, threads)
 
@@ -73,7 +73,7 @@ def run(
     threads: int,
     out: Path,
 ) -> dict[str, Any]:
-    """Measures the workloads and writes JSON, picture and table to `out`."""
+    """Measure the workloads and write JSON, picture and table to `out`."""
     report: dict[str, Any] = {
         "device": device,
         "rounds": rounds,

@@ -1,4 +1,4 @@
-"""What a contender makes of a workload: one step, ready to run and to read."""
+"""The interface of a contender: a workload becomes one step, ready to run and to read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.common.workloads import Arrays, Workload
 
 
 class Missing(Exception):
-    """What a contender needs is not on this machine; the message says what."""
+    """Raised if a requirement of a contender is missing on this machine; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Problem:
 
 
 def nothing() -> None:
-    """A CPU has done its work when a call returns."""
+    """Wait for nothing: a CPU has done its work when a call returns."""
 
 
 @dataclass(frozen=True)

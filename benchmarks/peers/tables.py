@@ -1,4 +1,4 @@
-"""A run as text for the terminal and as Markdown for the documents, from what its JSON holds."""
+"""A run's JSON as text for the terminal and as Markdown for the documents."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def share(row: Row) -> str:
 
 
 def measured(row: Row) -> Cells:
-    """The cells of one contender, but for its name."""
+    """The cells of one contender, without its name."""
     low, high = (duration(row["seconds"][k]) for k in ("first_quartile", "third_quartile"))
     relative = digits(row["ratio"]) if "ratio" in row else ""
     speed = f"{row['flops_per_second'] / 1e9:.3g}"
@@ -70,7 +70,7 @@ def of_facts(report: Report) -> str:
 
 
 def _labels(report: Report, kind: str) -> dict[str, str]:
-    """Of the contenders of workloads of that kind, by name."""
+    """Labels of the contenders of workloads of one kind, by name."""
     return {
         name: row["label"]
         for result in _results(report, kind).values()
@@ -80,12 +80,12 @@ def _labels(report: Report, kind: str) -> dict[str, str]:
 
 
 def _results(report: Report, kind: str) -> dict[str, Row]:
-    found = report["workloads"]
-    return {name: result for name, result in found.items() if result["kind"] == kind}
+    workloads = report["workloads"]
+    return {name: result for name, result in workloads.items() if result["kind"] == kind}
 
 
 def _cell(name: str, result: Row) -> str:
-    """The time, and how many times ours it is."""
+    """The time, and its ratio to fastmeta's."""
     row = result["contenders"].get(name)
     if row is None:
         return ""
@@ -114,12 +114,12 @@ def _of_kind(report: Report, kind: str) -> str:
 
 def _reasons(report: Report) -> str:
     """Why contenders are left out, each reason once."""
-    found: dict[str, list[str]] = {}
+    workloads_of: dict[str, list[str]] = {}
     for name, result in report["workloads"].items():
         for row in result["contenders"].values():
             if "reason" in row:
-                found.setdefault(f"{row['label']}: {row['reason']}", []).append(name)
-    return "\n".join(f"- {reason} ({', '.join(names)})" for reason, names in found.items())
+                workloads_of.setdefault(f"{row['label']}: {row['reason']}", []).append(name)
+    return "\n".join(f"- {reason} ({', '.join(names)})" for reason, names in workloads_of.items())
 
 
 def markdown(report: Report, picture: str) -> str:

@@ -1,4 +1,4 @@
-"""What PyTorch can do by itself: torch.func, torch.compile, the adjoint, products twice over."""
+"""Steps in plain PyTorch: torch.func, torch.compile, the adjoint, double-backward products."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def unrolled_loss(problem: TorchProblem) -> Any:
 
 
 def _unrolled(problem: TorchProblem) -> Meta:
-    """The unrolled loss, differentiated as it stands."""
+    """Differentiate the unrolled loss."""
     return grad_and_value(unrolled_loss(problem))
 
 
 def _adjoint(problem: TorchProblem) -> Meta:
-    """No graph over the steps: back by one Hessian-vector product a step, reverse over reverse."""
+    """The adjoint: one Hessian-vector product a step, reverse over reverse, no unrolled graph."""
     workload, tasks = problem.workload, problem.workload.tasks
 
     def gradient(shared: bool, params: Params, x: Tensor, y: Tensor) -> Params:
@@ -111,7 +111,7 @@ def adjoint_compiled(problem: Problem) -> Step:
 
 
 def by_task_loss(problem: TorchProblem, params: Params) -> Any:
-    """A task's loss after K steps from `params`, an unrolled graph without torch.func."""
+    """A task's loss after K steps from `params`, with an unrolled graph of torch.autograd."""
     workload = problem.workload
 
     def task_loss(sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def by_task_loss(problem: TorchProblem, params: Params) -> Any:
 
 
 def by_task(problem: Problem) -> Step:
-    """One graph a task: what the others are compared with."""
+    """One graph a task: the reference of the others."""
     setting = TorchProblem(problem)
     task_loss = by_task_loss(setting, setting.split(setting.theta.requires_grad_()))
     tasks = list(zip(*(setting.data[name] for name in TASKS), strict=True))

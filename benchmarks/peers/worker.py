@@ -2,8 +2,8 @@
 
     python -m benchmarks.peers.worker
 
-The first line says who it is; then "prepare", "check" and "time" are asked for. Between commands
-the process sleeps in a read. What a library prints goes to the standard error.
+The first line names the contender; then come the commands "prepare", "check" and "time". Between
+commands the process sleeps in a read. Output of libraries goes to the standard error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.peers.step import Missing, Problem, Step
 
 
 def use_threads(count: int) -> None:
-    """As many processors and threads for every framework; before any of them is imported."""
+    """Set the number of processors and threads of every framework, before any is imported."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -31,7 +31,7 @@ def use_threads(count: int) -> None:
 
 
 def timed(step: Step, calls: int) -> float:
-    """Seconds of that many steps. One before them wakes the threads, unless steps are long."""
+    """Seconds of a number of steps. One step before them wakes the threads, unless it is long."""
     if calls > 1:
         step.run()
     step.wait()
@@ -75,7 +75,7 @@ class Worker:
 
 
 def _attempt(call: Callable[..., dict[str, Any]], arguments: dict[str, Any]) -> dict[str, Any]:
-    """What the call returns, or what kept it from that: the driver puts it into the table."""
+    """Call the function; returns its result or its error, which the driver puts into the table."""
     try:
         return call(**arguments)
     except (Missing, ImportError) as error:

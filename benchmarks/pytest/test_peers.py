@@ -2,8 +2,8 @@
 
 pytest benchmarks --benchmark-enable -k "peers and sin1"
 
-What is not installed is skipped and says so. `python -m benchmarks run` finds it in the peers' own
-environment, gives each a process and lets them take turns; its ratios are the ones to quote.
+Contenders that are not installed are skipped with a reason. `python -m benchmarks run` runs them in
+the peers' own environment, each in a process, in turns; its ratios are the ones to quote.
 """
 
 from __future__ import annotations

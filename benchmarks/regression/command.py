@@ -97,7 +97,7 @@ def line_of(name: str, times: Times, ratio: Ratio) -> str:
 def compare(
     base: Revision, present: Revision, workloads: Iterable[str], rounds: int, seconds: float
 ) -> Report:
-    """Races both revisions on each workload and prints its line; one that fails is skipped."""
+    """Race both revisions on each workload and print its line; one that fails is skipped."""
     report = Report()
     print(HEADER)
     for name in workloads:
@@ -115,7 +115,7 @@ def compare(
 
 
 def verdict(report: Report, threshold: float) -> int:
-    """Prints which workloads are slower than the threshold allows; the exit code."""
+    """Print the workloads that are slower than the threshold; returns the exit code."""
     slower = slower_than(threshold, report.ratios)
     if slower:
         print(f"slower than {threshold:g} times the base: {', '.join(slower)}")

@@ -1,4 +1,4 @@
-"""The driver's end of a worker: starts it, asks it, and puts an end to it."""
+"""The driver's side of a worker process: start, commands and end."""
 
 from __future__ import annotations
 

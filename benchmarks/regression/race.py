@@ -1,4 +1,4 @@
-"""Two revisions take turns on one workload: A B, B A, A B, ..., each turn so many steps.
+"""Race of two revisions on one workload: turns A B, B A, A B, ..., of a fixed number of steps.
 
 Before each turn there is a pause, in which the threads of the turn before fall asleep.
 """
@@ -15,7 +15,7 @@ TRIES = 3  # timings that the number of steps in a turn is chosen by
 
 
 class Side(Protocol):
-    """One revision on its prepared workload; `time` gives the seconds of so many steps."""
+    """One revision on its prepared workload; `time` gives the seconds of a number of steps."""
 
     def time(self, calls: int) -> float: ...
 
@@ -29,7 +29,7 @@ class Times:
 
 
 def calls_per_turn(side: Side, seconds: float) -> int:
-    """Counts the steps that take about so many seconds; a longer step is a turn by itself."""
+    """Count the steps that fill a turn's seconds; a longer step is a turn by itself."""
     calls = 1
     # The best of several: one that was disturbed would make all turns too short.
     while (taken := min(side.time(calls) for _ in range(TRIES))) < seconds / 4:
@@ -44,7 +44,7 @@ def race(
     calls: int,
     pause: Callable[[float], object] = time.sleep,
 ) -> Times:
-    """Times both sides in turns. The order flips each round, so that neither is always second."""
+    """Time both sides in turns. The order flips each round, so that neither is always second."""
     times = Times()
     turns = [(base, times.base), (present, times.present)]
     for _ in range(rounds):

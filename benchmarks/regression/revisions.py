@@ -29,11 +29,11 @@ def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def commit_of(revision: str, root: Path) -> str:
     """The full name of the commit."""
     # Without the options' end a name that begins with "-" would be an option.
-    asked = ("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
-    found = _git(root, *asked)
-    if found.returncode:
+    arguments = ("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    result = _git(root, *arguments)
+    if result.returncode:
         raise Refused(f"base: expected a revision of the repository {root}, got {revision!r}")
-    return found.stdout.strip()
+    return result.stdout.strip()
 
 
 def checkout(commit: str, root: Path) -> Path:
@@ -49,7 +49,7 @@ def checkout(commit: str, root: Path) -> Path:
 
 
 def _check_clean(folder: Path, commit: str) -> None:
-    """Refuses sources that are not the commit's."""
+    """Raise unless the sources are the commit's."""
     head = _git(folder, "rev-parse", "HEAD").stdout.strip()
     if head != commit:
         raise Refused(f"base: expected commit {commit} in {folder}, got {head}; delete the folder")
@@ -67,11 +67,11 @@ def has_same_kernels(commit: str, root: Path) -> bool:
 
 
 def extension_of(folder: Path) -> Path:
-    found = sorted((folder / "fastmeta").glob("_C*.so"))
-    if len(found) != 1:
-        names = [path.name for path in found]
+    extensions = sorted((folder / "fastmeta").glob("_C*.so"))
+    if len(extensions) != 1:
+        names = [path.name for path in extensions]
         raise Refused(f"extension: expected one fastmeta/_C*.so in {folder}, got {names}")
-    return found[0]
+    return extensions[0]
 
 
 def check_compiler(environment: Mapping[str, str]) -> None:
@@ -82,7 +82,7 @@ def check_compiler(environment: Mapping[str, str]) -> None:
 
 
 def build(folder: Path) -> None:
-    """Compiles the extension in place by this interpreter; objects that are up to date stay."""
+    """Compile the extension in place by this interpreter; objects that are up to date stay."""
     # ninja comes from the interpreter's environment, so its folder leads PATH.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     environment = {**os.environ, "PATH": path}
@@ -99,7 +99,7 @@ def build(folder: Path) -> None:
 
 
 def prepare(revision: str, root: Path) -> Path:
-    """Compiles both revisions; the base lies in the folder returned."""
+    """Compile both revisions; returns the folder of the base."""
     commit = commit_of(revision, root)
     base = checkout(commit, root)
     print(f"compiles {root}", flush=True)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.regression.worker ROOT
 
-The first reply says what was imported; then "prepare" and "time" are asked for. The workloads are
-the working tree's, the package is the one under ROOT. What a library prints goes to the standard
-error.
+The first reply names the package that was imported; then come the commands "prepare" and "time".
+The workloads are the working tree's, the package is the one under ROOT. Output of libraries goes to
+the standard error.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ Step = Callable[[], object]
 
 
 def import_package(root: Path) -> dict[str, Any]:
-    """Imports fastmeta from the folder and refuses any other, or one without its kernels."""
+    """Import fastmeta from the folder; raises for any other one, or one without kernels."""
     sys.path.insert(0, str(root))
     import fastmeta as fm
 
-    found = Path(fm.__file__).resolve()
-    if not found.is_relative_to(root):
-        raise ImportError(f"fastmeta: expected the package under {root}, got {found}")
+    imported = Path(fm.__file__).resolve()
+    if not imported.is_relative_to(root):
+        raise ImportError(f"fastmeta: expected the package under {root}, got {imported}")
     info = fm.build_info()
     if not info["native"]:
         raise ImportError(f"fastmeta: expected compiled kernels in {root}, got {info['reason']}")
-    return {"package": str(found.parent), "torch": info["torch"], "isa": info["isa"]}
+    return {"package": str(imported.parent), "torch": info["torch"], "isa": info["isa"]}
 
 
 def seconds_of(step: Step, calls: int, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Times so many steps. One before them wakes the threads, unless a turn is one step."""
+    """Time a number of steps. One before them wakes the threads, unless a turn is one step."""
     if calls > 1:
         step()
     begun = clock()
@@ -51,7 +51,7 @@ class Worker:
         self.workloads = workloads
 
     def prepare(self, workload: str) -> dict[str, Any]:
-        """Builds the step and runs it twice, which fills the caches of its plans."""
+        """Build the step and run it twice, which fills the caches of its plans."""
         self.step = self.workloads[workload]()
         self.step()
         self.step()
@@ -62,7 +62,7 @@ class Worker:
 
 
 def attempt(call: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str, Any]:
-    """The reply, or the error that took its place: the driver reports it."""
+    """Run a command; returns its reply or its error, which the driver reports."""
     try:
         return call(**arguments)
     except Exception as error:

@@ -112,8 +112,15 @@ def meta_loss(
     nonzero = {k: weight for k, weight in enumerate(weights, 1) if weight}
     by_step = {options.steps: 0.0, **nonzero} if weights else {options.steps: 1.0}
     loop = InnerLoop(passes, options)
-    inputs = theta, step_sizes.values, *batch, *loop.rule_parameters.values()
-    return _MetaLoss.apply(loop, torch.is_grad_enabled(), by_step, *inputs)
+    return _MetaLoss.apply(
+        loop,
+        torch.is_grad_enabled(),
+        by_step,
+        theta,
+        step_sizes.values,
+        *batch,
+        *loop.rule_parameters.values(),
+    )
 
 
 def meta_gradient(
@@ -189,7 +196,7 @@ class _Adapt(torch.autograd.Function):
         # A backward runs outside the caller's autocast, but takes the passes again as they ran.
         with torch.no_grad(), ctx.autocast.restored():
             to_inputs = loop.adjoint(tape, {loop.options.steps: v}, sources, ctx.requires)
-        # What all tasks share, such as theta [P], gets the sum over the tasks.
+        # A tensor that all tasks share, such as theta [P], gets the sum over the tasks.
         shaped = [
             to_inputs[name].sum_to_size(tensor.shape)
             if name in ctx.requires & set(to_inputs)

@@ -69,7 +69,7 @@ class TaskBatch(NamedTuple):
         return Examples(self.query_x, self.query_y, "query")
 
     def detached(self) -> TaskBatch:
-        """The batch, detached. Entries that are no tensors stay: the engine's checks name them."""
+        """The batch, detached. Entries that are no tensors are kept: the checks raise for them."""
         return TaskBatch(*(t.detach() if isinstance(t, Tensor) else t for t in self))
 
 

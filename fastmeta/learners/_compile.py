@@ -66,7 +66,7 @@ def _traced(
         step_weights = torch.tensor(step_weights, dtype=torch.float64)
     # Views: torch.compile takes no tensor twice, and queries may be the support.
     data = [x.view_as(x) for x in (support_x, support_y, query_x, query_y)]
-    inputs = *_tensors(learner), *data
+    inputs = [*_tensors(learner), *data]
     requires = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
     autocast = autocast_dtype(inputs[0].device)
     learner._register()

@@ -1,4 +1,4 @@
-"""Comparisons of an op's value and gradients with a reference, and marks of its cases."""
+"""Assertions that compare an op's value and gradients with a reference, and marks of its cases."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) 
 def value_and_grads(
     case: Case, args: tuple, options: dict, rounded_to: torch.dtype = torch.float64
 ) -> tuple[torch.Tensor, ...]:
-    """The output and the gradients for an upstream that weighs every entry differently."""
+    """Return the output and the gradients for an upstream gradient with distinct entries."""
     function, inputs = as_function(case, args, options)
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     out = function(*leaves)

@@ -1,4 +1,4 @@
-"""The one table of op cases: tests and benchmarks run every op on what stands here.
+"""The table of op cases, on which tests and benchmarks run every op.
 
 A case builds the arguments of one public op for a dtype and device. Shapes are written T, Q, N, D
 (or T, S, N, D; T, P; T, B, C, O) and cross the blocks of the kernels: 4 to 6 rows and 16 to 64
@@ -126,7 +126,7 @@ def linear_case(name: str, t: int, b: int, i: int, o: int, bias: bool = True) ->
 
 
 def joined_head(x, targets, weight, bias, lr, **options: Any) -> torch.Tensor:
-    """`fm.linear_head` with all floats in order, its weight and bias as one tensor."""
+    """Call `fm.linear_head` with floats first, and weight and bias joined in one tensor."""
     weight, bias = fm.linear_head(x, targets, weight, bias, lr=lr, **options)
     return weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)
 
@@ -142,7 +142,7 @@ def head_case(
     lr: Callable = lambda make, t, k: make.randn(k),
     **options: Any,
 ) -> Case:
-    """Step sizes are small enough that no step amplifies rounding."""
+    """Make a linear-head case whose step sizes are too small to amplify rounding."""
 
     def build(make: Maker) -> Arguments:
         x = make.randn(t, s, d)
@@ -152,8 +152,8 @@ def head_case(
             else make.labels(2 if loss == "logistic" else n, t, s)
         )
         head = make.randn(t, n, d), make.randn(t, n) if bias else None
-        rates = 0.5 * d**-0.5 * abs(lr(make, t, k))
-        return (x, targets, *head, rates), {"steps": k, "loss": loss, **options}
+        step_sizes = 0.5 * d**-0.5 * abs(lr(make, t, k))
+        return (x, targets, *head, step_sizes), {"steps": k, "loss": loss, **options}
 
     more = "".join(f"-{name}={value}" for name, value in options.items())
     name = f"{loss}-{t}x{k}x{s}x{n}x{d}{'' if bias else '-no_bias'}{more}"
@@ -300,12 +300,12 @@ SMALL_CASES = [case for case in CASES if case.small]
 
 
 def differentiable(args: tuple) -> list[int]:
-    """Positions of the floating-point tensors among a case's arguments."""
+    """Return the positions of floating-point tensors among a case's arguments."""
     return [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()]
 
 
 def as_function(case: Case, args: tuple, options: dict[str, Any]) -> tuple[Callable, tuple]:
-    """The op as a function of its floating-point tensors alone, and these tensors."""
+    """Return the op as a function of its floating-point tensors only, and these tensors."""
     places = differentiable(args)
 
     def function(*inputs: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Options of ``fastmeta train``, and the configuration that each stands for."""
+"""Options of ``fastmeta train``, each with the configuration that it sets."""
 
 from __future__ import annotations
 

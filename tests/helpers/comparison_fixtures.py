@@ -1,4 +1,4 @@
-"""Fixtures of the tests that compare learners: a plugin of theirs."""
+"""Pytest plugin with the fixtures of tests that compare learners."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tests.helpers.runs import images
 
 @pytest.fixture
 def from_memory(monkeypatch):
-    """Data come from memory, whatever they are called."""
+    """Take data from memory, whatever data set is named."""
     for module in (sources, evaluation, comparing):
         monkeypatch.setattr(module, "from_spec", lambda *_: images())
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Pictures are empty files: drawing takes most of the time of so small a comparison."""
+    """Write empty files for pictures: drawing takes most of the time of a small comparison."""
     monkeypatch.setattr(training, "draw_curves", lambda path, *_: path.touch())
     monkeypatch.setattr(comparison, "draw_comparison", lambda path, *_: path.touch())
 
 
 @pytest.fixture
 def figures(monkeypatch, undrawn) -> list[Figure]:
-    """The pictures of comparisons, which are drawn after all, in order."""
+    """Draw pictures nevertheless, and list them in order."""
     monkeypatch.setattr(comparison, "draw_comparison", curves.draw_comparison)
     saved = []
     savefig = Figure.savefig
@@ -45,7 +45,7 @@ def figures(monkeypatch, undrawn) -> list[Figure]:
 
 @pytest.fixture
 def at_call(monkeypatch):
-    """Have something happen when the outer loss is asked for the nth time from now."""
+    """Run a function at the nth call of the outer loss from now."""
     meta_loss = MAML.meta_loss
 
     def arrange(number, happen):

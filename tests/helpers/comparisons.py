@@ -1,4 +1,4 @@
-"""Small comparisons of learners, and what two of them are compared by."""
+"""Small comparisons of learners, and the results by which two of them are compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = ["maml", "reptile", "fomaml"]
 
 
 class Killed(BaseException):
-    """What a process that is killed does not live to see."""
+    """Raised in place of a signal that kills the process."""
 
 
 def kill() -> None:
@@ -39,13 +39,13 @@ def learners(out: Path) -> dict[str, dict]:
 
 
 def timeless(out: Path) -> list[dict]:
-    """The learners' records without times and folders, and what their runs hold."""
-    found = []
+    """Return the learners' records without times and folders, and the contents of their runs."""
+    results = []
     for learner in record(out)["learners"]:
         folder = Path(learner["options"]["out"])
         state = load_checkpoint(folder / "checkpoint.pt")["learner"]
         learner["options"].pop("out"), learner.pop("command")
         learner.pop("seconds"), learner.pop("seconds_per_iteration")
         metrics = without_seconds(read_metrics(folder / "metrics.jsonl"))
-        found.append({"record": learner, "metrics": metrics, "state": repr(state)})
-    return found
+        results.append({"record": learner, "metrics": metrics, "state": repr(state)})
+    return results

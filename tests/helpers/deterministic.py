@@ -1,4 +1,4 @@
-"""Numbers without a random generator, the same in every version of PyTorch."""
+"""Deterministic numbers without a random generator, the same in every version of PyTorch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 def wave(*shape: int, start: float = 0.0) -> Tensor:
-    """Values in (-1, 1) of the default dtype."""
+    """Return values in (-1, 1) of the default dtype."""
     count = torch.Size(shape).numel()
     return torch.sin(torch.arange(count) * 0.7 + start).reshape(shape)
 
 
 def filled(module: nn.Module) -> nn.Module:
-    """The module with waves for parameters."""
+    """Fill the module's parameters with waves."""
     with torch.no_grad():
         for i, parameter in enumerate(module.parameters()):
             parameter.copy_(0.5 * wave(*parameter.shape, start=i))
@@ -21,5 +21,5 @@ def filled(module: nn.Module) -> nn.Module:
 
 
 def digest(*tensors: Tensor) -> list[float]:
-    """One number a tensor, to which every element counts."""
+    """Reduce each tensor to one number that depends on every element."""
     return [float((t.detach().flatten() * (wave(t.numel(), start=1) + 2)).sum()) for t in tensors]

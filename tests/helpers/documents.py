@@ -36,7 +36,7 @@ def blocks(text: str) -> Iterator[Block]:
 
 
 def excerpts(text: str) -> Iterator[tuple[Path, str]]:
-    """The file and the text of every excerpt; a line of three dots parts two of them."""
+    """Return file and text of every excerpt; a line of three dots separates two excerpts."""
     for block in blocks(text):
         if block.source:
             for piece in re.split(r"^ *(?:#|//)? ?\.\.\.\n", block.code, flags=re.MULTILINE):
@@ -44,26 +44,26 @@ def excerpts(text: str) -> Iterator[tuple[Path, str]]:
 
 
 def run_python(text: str, name: str) -> int:
-    """Runs the Python blocks in order, in one namespace. Returns how many there are."""
+    """Run the Python blocks in order, in one namespace; returns their number."""
     module = ModuleType(re.sub(r"\W", "_", name))  # torch.compile looks globals up in a module
-    found = [b.code for b in blocks(text) if b.language == "python" and b.source is None]
+    codes = [b.code for b in blocks(text) if b.language == "python" and b.source is None]
     sys.modules[module.__name__] = module
     try:
-        for number, code in enumerate(found, 1):
+        for number, code in enumerate(codes, 1):
             exec(compile(code, f"{name}, block {number}", "exec"), vars(module))
     finally:
         del sys.modules[module.__name__]
-    return len(found)
+    return len(codes)
 
 
 def commands(text: str) -> list[list[str]]:
-    """The arguments of every ``python -m fastmeta``."""
+    """Return the arguments of every ``python -m fastmeta``."""
     lines = re.findall(r"^\$? ?python -m fastmeta (.*)$", text.replace("\\\n", " "), re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
 
 def check_command(arguments: list[str]) -> None:
-    """Raises, or exits, unless the command line is valid, and the options of a training."""
+    """Raise, or exit, unless the command line and the options of a training are valid."""
     given = vars(cli.build_parser().parse_args(arguments))
     for name in ("command", "debug"):
         given.pop(name)

@@ -1,4 +1,4 @@
-"""Meta-gradients of the functional and the program engine, for the tests that compare them."""
+"""Meta-gradients of the functional and the program engine, for tests that compare them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXACT = 1e-10
 
 
 def step_sizes(module: nn.Module, *shape: int) -> Tensor:
-    """Step sizes between 0.02 and 0.1; of the shape [P] if none is given."""
+    """Draw step sizes between 0.02 and 0.1; of shape [P] by default."""
     generator = torch.Generator().manual_seed(3)
     shape = shape or (ParameterLayout.of(module).numel,)
     sizes = 0.02 + 0.08 * torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -35,7 +35,7 @@ def run(
     step_weights: Sequence[float] | Tensor | None = None,
     **options: object,
 ) -> MetaGradient:
-    """The engine's meta-gradient by ``meta_loss`` and ``backward``."""
+    """Compute the engine's meta-gradient by ``meta_loss`` and ``backward``."""
     module.zero_grad()
     lr = lr.detach().requires_grad_()
     support_x, query_x = (x.detach().requires_grad_() for x in (tasks.support_x, tasks.query_x))
@@ -56,9 +56,9 @@ def assert_equal(actual: MetaGradient, expected: MetaGradient, tolerance: float 
     flat = [torch.cat([g.flatten() for g in m.params.values()]) for m in (actual, expected)]
     assert relative_error(*flat) < tolerance
     for name in ("loss", "logits", "lr", "support_x", "query_x"):
-        got, wanted = getattr(actual, name), getattr(expected, name)
-        assert (got is None) == (wanted is None), name
-        assert wanted is None or relative_error(got, wanted) < tolerance, name
+        got, value = getattr(actual, name), getattr(expected, name)
+        assert (got is None) == (value is None), name
+        assert value is None or relative_error(got, value) < tolerance, name
 
 
 ERRORS = [
@@ -90,9 +90,9 @@ def auto_engine(net: nn.Module, loss, options: InnerLoopOptions | None = None) -
 
 
 def leaves(engine: FunctionalEngine, tasks: Tasks, lr) -> tuple[Tensor | float, list, list]:
-    """Tasks and step sizes that require gradients, and all that does."""
+    """Make tasks and step sizes that require gradients, and list all leaves that do."""
     data = [t.clone().requires_grad_() if i % 2 == 0 else t for i, t in enumerate(tasks)]
     lr = lr.clone().requires_grad_() if isinstance(lr, Tensor) else lr
-    wanted = [p for p in engine.module.parameters() if p.requires_grad]
-    wanted += [data[0], data[2], *([lr] if isinstance(lr, Tensor) else [])]
-    return lr, data, wanted
+    leaves = [p for p in engine.module.parameters() if p.requires_grad]
+    leaves += [data[0], data[2], *([lr] if isinstance(lr, Tensor) else [])]
+    return lr, data, leaves

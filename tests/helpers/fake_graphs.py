@@ -1,4 +1,4 @@
-"""Fakes of torch.cuda for fastmeta.core.cuda_graphs: the CPU as a device with CUDA graphs."""
+"""Fakes of torch.cuda: the CPU as a device with CUDA graphs, for fastmeta.core.cuda_graphs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastmeta.engines.program import explain
 
 
 class Stream:
-    """A stream by its number; what waits for what is written down."""
+    """A stream with a number; records which stream waits for which."""
 
     current: Stream
     waits: list[tuple]
@@ -45,7 +45,7 @@ class Event:
 
 
 class on:
-    """``torch.cuda.stream``."""
+    """Stand in for ``torch.cuda.stream``."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
@@ -58,7 +58,7 @@ class on:
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps every operation; as it would not run on a GPU, its results are spoiled."""
+    """Records every operation and spoils its results, since a capture runs nothing on a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Recorder(TorchDispatchMode):
 
 
 class Graph:
-    """Operations with the very tensors they had: a replay reads and writes the same memory."""
+    """Recorded operations with their tensors: a replay reads and writes the same memory."""
 
     made: list[Graph]
 
@@ -96,7 +96,7 @@ class Graph:
 
 
 class capture:
-    """``torch.cuda.graph``, which as the real one leaves its stream current when it fails."""
+    """Stand in for ``torch.cuda.graph``; a failing capture leaves its stream current too."""
 
     error: Exception | None = None
 
@@ -118,7 +118,7 @@ class capture:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The CPU as a device that has graphs."""
+    """Make the CPU a device with CUDA graphs."""
     Stream.current, Stream.waits, Graph.made, capture.error = Stream(number=0), [], [], None
     fakes = {"Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph": capture, "stream": on}
     for name, fake in fakes.items():

@@ -67,7 +67,7 @@ def include_graph(csrc: Path) -> Graph:
     """Includes between the files of a tree of C++, by their paths from its root."""
     paths = {_within(csrc, path): path for path in source_files(csrc)}
     return {
-        name: {found for found in _INCLUDE.findall(path.read_text()) if found in paths}
+        name: {header for header in _INCLUDE.findall(path.read_text()) if header in paths}
         for name, path in paths.items()
     }
 

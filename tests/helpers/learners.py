@@ -1,4 +1,4 @@
-"""Learners' meta-gradients on one small problem, with either engine."""
+"""Meta-gradients of learners on one small problem, with either engine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def problem(device) -> tuple[nn.Module, Tasks]:
 
 
 def gradient(learner: fm.MAML, tasks: Tasks) -> Tensor:
-    """The meta-gradient by ``backward``, which is that of ``meta_gradient``."""
+    """Compute the meta-gradient by ``backward``, and check it against ``meta_gradient``."""
     twin = copy.deepcopy(learner)  # one that has made as many meta-losses
     torch.manual_seed(0)
     value = twin.meta_gradient(*tasks)
@@ -44,8 +44,8 @@ def gradient(learner: fm.MAML, tasks: Tasks) -> Tensor:
     torch.manual_seed(0)
     loss, logits = learner.meta_loss(*tasks)
     loss.backward()
-    found = torch.cat([p.grad.flatten() for p in learner.module.parameters()])
-    assert relative_error(found, value.grads) < 1e-12
+    grads = torch.cat([p.grad.flatten() for p in learner.module.parameters()])
+    assert relative_error(grads, value.grads) < 1e-12
     assert relative_error(loss.detach(), value.loss) < 1e-12
     assert relative_error(logits, value.outputs) < 1e-12
-    return found
+    return grads

@@ -1,4 +1,4 @@
-"""Lowering of a module for the tests: its program's outputs, or the reason why it has none."""
+"""Lowering of a module for tests: the outputs of its program, or the reason why it has none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.programs import Raw, lowered
 
 
 def outputs_of(net: nn.Module, x: Tensor) -> Tensor:
-    """The interpreted program's outputs for a batch ``[B, ...]``, in the module's shape."""
+    """Interpret the program: outputs for a batch ``[B, ...]``, in the module's shape."""
     raw = Raw.of(net, F.mse_loss, tuple(x.shape[1:]))
     shape = lowered(net, F.mse_loss, tuple(x.shape[1:])).output_shape
     return reference.forward(*raw, x[None])[0].reshape(len(x), *shape)

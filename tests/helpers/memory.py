@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of every storage that operators allocate, and of those alive the peak.
+    """Counts the bytes of storages that operators allocate, and the peak of the bytes alive.
 
-    Deterministic, unlike the memory of the process; what a kernel allocates and frees within
-    itself is not seen. Storages that exist before are not counted.
+    Deterministic, unlike the memory of the process. Memory that a kernel allocates and frees itself
+    is not seen. Storages that exist before are not counted.
 
     Example:
         >>> with PeakBytes() as memory:
@@ -59,7 +59,7 @@ class PeakBytes(TorchDispatchMode):
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Most bytes alive at once of those that ``run`` allocates."""
+    """Return the peak of the bytes alive among those that ``run`` allocates."""
     gc.collect()
     with PeakBytes() as memory:
         run()

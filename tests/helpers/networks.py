@@ -82,7 +82,7 @@ class Tasks(NamedTuple):
 
 
 def build(name: str, device: str, seed: int = 0) -> nn.Module:
-    """A network by name, with the same weights on every device."""
+    """Build a network by name, with the same weights on every device."""
     torch.manual_seed(seed)
     return NETWORKS[name][0]().double().to(device)
 
@@ -90,7 +90,7 @@ def build(name: str, device: str, seed: int = 0) -> nn.Module:
 def classification(
     name: str, device: str, tasks: int = 3, support: int = 6, queries: int = 5
 ) -> Tasks:
-    """Random examples for a network by name, with labels of four classes."""
+    """Draw random examples for a network by name, with labels of four classes."""
     generator = torch.Generator().manual_seed(7)
     shape = NETWORKS[name][1]
 
@@ -103,7 +103,7 @@ def classification(
 
 
 def regression(device: str, tasks: int = 3, examples: int = 6) -> Tasks:
-    """Inputs and targets ``[T, S, 1]``."""
+    """Draw inputs and targets ``[T, S, 1]``."""
     generator = torch.Generator().manual_seed(8)
     shape = (tasks, examples, 1)
     tensors = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4))
@@ -116,7 +116,7 @@ def regressor(device: str) -> nn.Module:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected value."""
+    """Return the largest difference over the largest expected value."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     difference = (actual - expected).detach().abs().max()
     return float(difference / expected.detach().abs().max().clamp_min(1e-300))
@@ -142,7 +142,7 @@ class TwoHeads(nn.Module):
 
 
 class Shared(nn.Module):
-    """A submodule, a weight and a buffer that are each in two places."""
+    """A module with a submodule, a weight and a buffer that are each registered twice."""
 
     def __init__(self) -> None:
         super().__init__()

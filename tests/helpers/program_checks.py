@@ -1,4 +1,4 @@
-"""Checks of the compiled task programs against the reference."""
+"""Checks of compiled task programs against the reference."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def results(op: str, arguments: tuple, functions=COMPILED) -> tuple[Tensor, ...]
 
 
 def check(op: str, *args) -> None:
-    """The compiled op against the reference on the same numbers in float64."""
+    """Compare the compiled op with the reference on the same numbers in float64."""
 
     def exact(value):
         floating = isinstance(value, Tensor) and value.is_floating_point()
@@ -130,7 +130,7 @@ def check_random_tasks(
     supports: Sequence[int],
     queries: Sequence[int],
 ) -> None:
-    """Every op on random tasks of a network with a ``shape``, with random options."""
+    """Check every op on random tasks of a network, with random options."""
     loss = choices.choice(list(LOSSES))
     raw = Raw.of(net, LOSSES[loss], net.shape)
     tasks, steps = choices.choice(task_counts), choices.choice((1, 2, 3))
@@ -153,16 +153,16 @@ def check_random_tasks(
     vector = numbers(tasks, raw.theta.shape[-1])
     first_order, keep = choices.random() > 0.7, choices.random() > 0.5
     weights = [choices.choice((0.0, 0.5, -0.3)) for _ in range(choices.choice((0, steps)))]
-    wanted = [choices.random() > 0.3 for _ in range(3)]
+    requires = [choices.random() > 0.3 for _ in range(3)]
     arguments = {
         "forward": (support[0],),
         "gradient": (*support, True),
         "hvp": (*support, vector, True),
         "adapt": (lr, *support, steps),
-        "adapt_backward": (lr, *support, steps, vector, first_order, keep, *wanted[:2]),
+        "adapt_backward": (lr, *support, steps, vector, first_order, keep, *requires[:2]),
         "meta_gradient": (
             *(lr, *support, *query, weights, steps, first_order, keep, True),
-            *wanted,
+            *requires,
         ),
     }
     for op in NAMES:

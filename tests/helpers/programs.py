@@ -1,4 +1,4 @@
-"""Networks and losses that task programs have, for their tests; float64, tiny."""
+"""Networks and losses with task programs, for their tests; float64 and tiny."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Residual(nn.Module):
-    """x + f(x), and a value that is added to itself."""
+    """Residual network: x + f(x), and a value that is added to itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Residual(nn.Module):
 
 
 class Tied(nn.Module):
-    """One module called twice, and one weight in two layers."""
+    """Network with a module that is called twice and a weight in two layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Tied(nn.Module):
 
 
 class Unused(nn.Module):
-    """A trainable parameter that the outputs do not depend on."""
+    """Network with a trainable parameter on which the outputs do not depend."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def frozen_body() -> nn.Module:
 
 
 def along_the_last_dimension() -> nn.Module:
-    """Examples [2, 3]: layers on the last dimension, then all of it flattened."""
+    """Build layers on the last dimension of examples [2, 3], then flatten."""
     body = [nn.Linear(3, 4), nn.SiLU(), nn.LayerNorm((2, 4)), nn.Linear(4, 2)]
     return nn.Sequential(*body, nn.Flatten(), nn.Linear(4, 3))
 
@@ -123,7 +123,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 class ResidualImages(nn.Module):
-    """An input that is added to its convolution, in the layout of either, and a spatial mean."""
+    """Network that adds an input to its convolution, in both layouts, and a spatial mean."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class ResidualImages(nn.Module):
 
 
 class Heads(nn.Module):
-    """Images as rows of features, in memory as the module sees them, and back."""
+    """Network that views images as rows of features, channels first, and back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class Heads(nn.Module):
 
 
 class TiedImages(nn.Module):
-    """One convolution and one norm called twice, pooled twice."""
+    """Network with a convolution and a norm that are called twice, pooled twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class TiedImages(nn.Module):
 
 
 def frozen_images() -> nn.Module:
-    """Some layers, and of some the weight or the bias, are not adapted."""
+    """Build a network in which layers, weights and biases are frozen."""
     body = [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2)]
     net = nn.Sequential(*body, nn.Conv2d(3, 3, 2), nn.GroupNorm(1, 3), nn.Conv2d(3, 3, 1))
     for parameter in (*net[0].parameters(), net[1].weight, net[4].bias, net[5].bias):
@@ -173,7 +173,7 @@ def frozen_images() -> nn.Module:
 
 
 def convolution(*options: int, **more) -> Callable[[], nn.Module]:
-    """A convolution, tanh and a linear layer with three outputs."""
+    """Build a convolution, tanh and a linear layer with three outputs."""
 
     def make() -> nn.Module:
         return nn.Sequential(nn.Conv2d(*options, **more), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3))
@@ -182,7 +182,7 @@ def convolution(*options: int, **more) -> Callable[[], nn.Module]:
 
 
 def image_layer(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """A layer of images with four channels between a convolution and a linear layer."""
+    """Build a layer on images with four channels, between a convolution and a linear layer."""
 
     def network() -> nn.Module:
         body = [nn.Conv2d(2, 4, 3, padding=1), make(), nn.Tanh(), nn.Flatten()]
@@ -192,14 +192,14 @@ def image_layer(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 
 def sequences() -> nn.Module:
-    """All layers of sequences [C, L]."""
+    """Build a network of all layers on sequences [C, L]."""
     body = [nn.Conv1d(2, 3, 3, stride=2, padding=1), nn.BatchNorm1d(3), nn.ReLU(), nn.MaxPool1d(2)]
     more = [nn.Conv1d(3, 3, 2, dilation=2, groups=3), nn.AvgPool1d(2, 1), nn.AdaptiveAvgPool1d(1)]
     return nn.Sequential(*body, *more, nn.Flatten(), nn.Linear(3, 3))
 
 
 def with_running_statistics(net: nn.Module) -> nn.Module:
-    """The network, whose norms have tracked some and are in evaluation mode."""
+    """Build the network with tracked running statistics, and put it in evaluation mode."""
     generator = torch.Generator().manual_seed(4)
     for module in net.modules():
         if isinstance(getattr(module, "running_mean", None), Tensor):
@@ -210,7 +210,7 @@ def with_running_statistics(net: nn.Module) -> nn.Module:
 
 
 def running_statistics() -> nn.Module:
-    """Norms on running statistics, with all that is done in one pass with them, and one without."""
+    """Build norms on running statistics with the layers fused to them, and a norm without."""
     first = [nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)]
     tracked = nn.InstanceNorm2d(3, affine=True, track_running_stats=True)
     second = [nn.Conv2d(4, 3, 2), tracked, nn.ReLU(), nn.Flatten(), nn.Linear(6, 4)]
@@ -220,7 +220,7 @@ def running_statistics() -> nn.Module:
 
 
 def norms_of_each_step() -> nn.Module:
-    """Scales and shifts of each inner step, some frozen, and one norm in two places."""
+    """Build norms with parameters for each inner step, some frozen, one used twice."""
     first = [nn.Conv2d(1, 4, 3, padding=1), fm.models.PerStepBatchNorm2d(4, 2), nn.ReLU()]
     frozen, twice = fm.models.PerStepBatchNorm2d(3, 1), fm.models.PerStepBatchNorm1d(4, 3)
     frozen.weight.requires_grad_(False)
@@ -292,7 +292,7 @@ LOSSES = {**CLASS_LOSSES, **REGRESSION_LOSSES}
 
 
 def shape_of(name: str) -> tuple[int, ...]:
-    """Of an example."""
+    """Return the shape of an example."""
     return (NETWORKS | IMAGES)[name][1]
 
 
@@ -308,7 +308,7 @@ def build(name: str, device: str = "cpu", dtype: torch.dtype = torch.float64) ->
 
 
 def lowered(net: nn.Module, loss: Loss, shape: tuple[int, ...]) -> Program:
-    """The program; norms in evaluation mode go by their running statistics."""
+    """Lower a network; norms in evaluation mode use their running statistics."""
     program = Lowering(net, loss, "running").program(shape)
     assert isinstance(program, Program), program
     return program
@@ -323,7 +323,7 @@ def tasks_for(
     support: int = 4,
     queries: int = 3,
 ) -> Tasks:
-    """Random tasks of a network for a loss: labels of three classes, or targets in [0, 1]."""
+    """Draw random tasks of a network for a loss: labels of three classes, or targets in [0, 1]."""
     generator = torch.Generator().manual_seed(11)
 
     def examples(count: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Functions run on several processes at once, as ranks of one gloo group."""
+"""Run functions on several processes at once, as ranks of one gloo group."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _context.set_forkserver_preload(["tests.helpers.runs", "fastmeta.distributed"])
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What ``function(*arguments)`` returns on each rank, or the exception that it raises.
+    """Run ``function(*arguments)`` on every rank; returns the results, or raises the exception.
 
-    ``function`` is a module's own, and what it returns holds no tensors.
+    ``function`` is defined at the top level of a module, and its result holds no tensors.
     """
     with tempfile.TemporaryDirectory() as folder:
         ends, processes = [], []

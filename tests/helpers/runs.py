@@ -1,4 +1,4 @@
-"""Small training runs, and what two of them are compared by."""
+"""Small training runs, and the results by which two of them are compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TINY = {"hidden": 4, "iterations": 4, "queries": 3, "meta_batch": 2}
 
 
 def images(classes: int = 40, seed: int = 0) -> ClassImages:
-    """Classes that are easy to tell apart: a pattern each, and noise."""
+    """Make images of classes that are easy to tell apart: a pattern each, and noise."""
     generator = torch.Generator().manual_seed(seed)
     patterns = torch.rand(classes, 1, 1, 16, 16, generator=generator) > 0.5
     noise = torch.randint(120, (classes, 8, 1, 16, 16), generator=generator)
@@ -35,7 +35,7 @@ def maml(out: Path, **options: Any) -> TrainConfig:
 
 
 def relative(algorithm: str, out: Path, **options: Any) -> TrainConfig:
-    """Of a relative of MAML on images, with few steps."""
+    """Make the configuration of a relative of MAML on images, with few steps."""
     usual = {"steps": 2, "eval_steps": 2, **TINY}
     return TrainConfig(algorithm, "images", str(out), **{**usual, **options})
 

@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-calls, warn-return-any
-"""What a typed program gets from the public surface; `test_types.py` checks and runs it."""
+"""A typed program on the public interface; `test_types.py` type-checks and runs it."""
 
 from __future__ import annotations
 

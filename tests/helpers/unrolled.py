@@ -1,4 +1,4 @@
-"""The meta-gradient by unrolling: the ordinary way, and the oracle of the tests."""
+"""The meta-gradient by an unrolled graph: the reference of the tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Keeps torch from flash attention and cuDNN's recurrent layers: no second derivatives."""
+    """Disable flash attention and cuDNN's recurrent layers, which have no second derivative."""
     with sdpa_kernel(SDPBackend.MATH), cudnn.flags(enabled=False):
         yield
 
@@ -46,13 +46,13 @@ def meta_gradient(
     training: bool | None = True,
     at_step: Callable[[nn.Module, int], object] = lambda module, k: None,
 ) -> MetaGradient:
-    """A loop over tasks and steps with ``create_graph=True``, differentiated as one graph.
+    """Loop over tasks and steps with ``create_graph=True``, and differentiate the graph.
 
     ``lr`` is a scalar, one number a parameter ``[L]``, one an element ``[P]``, one a task and
     element ``[T, P]``, or such a matrix a step ``[K or 1, T or 1, P or L or 1]``. ``step_weights``
     weigh the query losses after each step. The module runs in training mode, so batch norm uses
-    batch statistics, or as ``training`` says; None: as it is. ``at_step(module, k)`` is called
-    before each pass at theta_k.
+    batch statistics; ``training`` sets another mode, and None keeps the module's. ``at_step(module,
+    k)`` is called before each pass at theta_k.
     """
     module = copy.deepcopy(module)
     if training is not None:
@@ -111,7 +111,7 @@ def _split(lr: Tensor, params: dict[str, Tensor], task: int, step: int) -> list[
 
 
 class _RowNorm(nn.Module):
-    """A batch norm with rows of weight and bias, by hand."""
+    """A batch norm with rows of weight and bias, written by hand."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -126,21 +126,21 @@ class _RowNorm(nn.Module):
 
 
 def with_rows_by_hand(net: nn.Sequential) -> nn.Sequential:
-    """A network whose norms of each step are replaced; it has the same parameters."""
+    """Replace the network's per-step norms by ``_RowNorm``; the parameters are the same."""
     kinds = fm.models.PerStepBatchNorm1d, fm.models.PerStepBatchNorm2d
     norms = {m: _RowNorm(m) for m in net if isinstance(m, kinds)}
     return nn.Sequential(*(norms.get(m, m) for m in net))
 
 
 def set_row(net: nn.Module, k: int) -> None:
-    """What ``at_step`` is for such a network."""
+    """Select the row of step k: ``at_step`` for such a network."""
     for module in net.modules():
         if isinstance(module, _RowNorm):
             module.row = k
 
 
 def vmapped_meta_loss(module: nn.Module, tasks: Tasks, loss: Loss, lr: float, steps: int) -> Tensor:
-    """All tasks at once, unrolled: the strongest ordinary baseline for memory and speed.
+    """Unroll all tasks at once under vmap: the strongest baseline for memory and speed.
 
     Each task draws random numbers of its own. The module must keep no running statistics.
     """

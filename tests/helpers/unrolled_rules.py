@@ -1,4 +1,4 @@
-"""Inner rules written out for one task, and the meta-gradient through them by unrolling."""
+"""Inner rules written out for one task, and their meta-gradient by an unrolled graph."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Update = Callable[[Tensor, Tensor, Tensor, dict, int], Tensor]
 
 @dataclass
 class Case:
-    """A rule of the library beside the same one by hand, and what both learn."""
+    """A rule of the library, the same rule written by hand, and their learned hyperparameters."""
 
     rule: fm.rules.Rule
     update: Update
@@ -115,7 +115,7 @@ def proximal() -> Case:
 
 
 def carried_adam(net: nn.Module) -> Case:
-    """In the middle of a training, and inside another rule with a state of its own."""
+    """Make persistent Adam in the middle of a training, inside another rule with a state."""
     carried, strength = fm.rules.PersistentAdam(net, 0.9, 1e-3), number(0.7)
     generator = torch.Generator().manual_seed(9)
     carried.second.copy_(0.01 * torch.rand(len(carried.second), generator=generator))
@@ -140,11 +140,11 @@ def meta_curvature(net: nn.Module) -> Case:
         changed = {}
         for (name, view), matrices in zip(layout.views(g).items(), rule.factors, strict=True):
             sizes = [len(m) for m in matrices]
-            whole = matrices[0]
+            product = matrices[0]
             for m in list(matrices)[1:]:
-                whole = torch.kron(whole, m)
-            assert whole.shape[0] == view.numel() and len(sizes) <= 3
-            changed[name] = (whole @ view.flatten()).view_as(view)
+                product = torch.kron(product, m)
+            assert product.shape[0] == view.numel() and len(sizes) <= 3
+            changed[name] = (product @ view.flatten()).view_as(view)
         return theta - lr * layout.flatten(changed)
 
     return Case(rule, update, dict(rule.named_parameters()))
@@ -174,7 +174,7 @@ def rule_gradient(
     first_order: bool = False,
     step_weights: Sequence[float] | None = None,
 ) -> RuleGradient:
-    """Tasks and steps in loops, with ``create_graph=True``, differentiated as one graph.
+    """Loop over tasks and steps with ``create_graph=True``, and differentiate the graph.
 
     ``lr`` broadcasts to ``[P]``, or to ``[K, P]`` if it has two dimensions.
     """

@@ -2,11 +2,11 @@
 
     import fastmeta.compat.higher as higher   # was: import higher
 
-innerloop_ctx    a functional copy of a network, and an optimizer that autograd follows
+innerloop_ctx    a functional copy of a network, and a differentiable optimizer
 monkeypatch, get_diff_optim    its two halves
 optim            DifferentiableSGD, DifferentiableAdam, DifferentiableRMSprop, learned settings
 
-What differs from higher 0.2.1 is listed in the documentation, "Port a script".
+The documentation lists the differences from higher 0.2.1, see "Port a script".
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def innerloop_ctx(
 
     Args:
         model: any module; it is not changed.
-        opt: an SGD, Adam or RMSprop of ``torch.optim`` over the model's parameters, or some of
-            them. Its settings and its state are where the inner loop starts.
-        device: where the copy and the optimizer's state go; None: where they are.
-        copy_initial_weights: start from copies that have no connection to the model's parameters.
-            MAML needs False: gradients then reach the model.
+        opt: an SGD, Adam or RMSprop of ``torch.optim`` over all or some of the model's parameters.
+            The inner loop starts from its settings and its state.
+        device: device of the copy and of the optimizer's state; None: unchanged.
+        copy_initial_weights: start from copies that are detached from the model's parameters. MAML
+            needs False: gradients then reach the model.
         override: settings of the optimizer by name, each a list of one value for all parameter
-            groups or of one a group. Tensors that require gradients get them.
+            groups or of one value a group. Tensors that require gradients get them.
         track_higher_grads: keep the graph of the inner loop. False for evaluation: every step
             starts from new leaves.
 

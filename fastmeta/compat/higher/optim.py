@@ -1,4 +1,4 @@
-"""Optimizers whose steps autograd follows, as in ``higher.optim``: SGD, Adam and RMSprop."""
+"""Differentiable optimizers, as in ``higher.optim``: SGD, Adam and RMSprop."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ State = dict[str, Any]
 
 
 class DifferentiableOptimizer:
-    """An optimizer of ``torch.optim`` that makes new parameters instead of writing into the old.
+    """An optimizer of ``torch.optim`` whose steps make new parameters, differentiably.
 
-    An optimizer of your own says in ``updated`` what becomes of one parameter.
+    A subclass implements ``updated``, the update of one parameter.
 
     Args:
-        other: where settings and state come from; it is not changed.
-        reference_params: the parameters of the network that ``other`` optimizes, all of them.
-        fmodel: the functional network whose parameters ``step`` updates; None: ``step`` is given
-            them.
+        other: the optimizer whose settings and state are copied; it is not changed.
+        reference_params: all parameters of the network that ``other`` optimizes.
+        fmodel: the functional network whose parameters ``step`` updates; None: ``step`` takes them
+            as an argument.
         device, override, track_higher_grads: as for ``innerloop_ctx``.
-        grad_callback: what ``step`` does with the gradients first, such as clipping: a function of
-            the list of them in the order of ``reference_params``, with None for frozen and unused
-            parameters, that returns such a list.
+        grad_callback: function that ``step`` first applies to the gradients, such as clipping. It
+            takes and returns a list in the order of ``reference_params``, with None for frozen and
+            unused parameters.
 
     Attributes:
         param_groups: the settings of each parameter group.
-        state: for each group a dict of each parameter's state.
+        state: for each group a dict with the state of each parameter.
 
     Raises:
-        ValueError: an override of an unknown name or length; a
-            parameter that is not among ``reference_params``.
+        ValueError: an override of an unknown name or length; a parameter that is not among
+            ``reference_params``.
     """
 
     def __init__(
@@ -83,19 +83,19 @@ class DifferentiableOptimizer:
         override: Override | None = None,
         grad_callback: GradCallback | None = None,
     ) -> list[Tensor]:
-        """One step on a loss: ``zero_grad``, ``backward`` and ``step`` of an ordinary optimizer.
+        """Take one step on a loss: ``zero_grad``, ``backward`` and ``step`` of other optimizers.
 
-        Parameters that the loss does not depend on, frozen ones, and ones in no parameter group
-        stay as they are.
+        Parameters on which the loss does not depend, frozen parameters, and parameters of no group
+        are unchanged.
 
         Args:
             loss: scalar, computed with the functional network.
             params: the parameters; None: the network's own.
-            override: as for ``innerloop_ctx``, for this step and those after it.
+            override: as for ``innerloop_ctx``, for this and all later steps.
             grad_callback: for this step, instead of the optimizer's own.
 
         Returns:
-            The new parameters, which the network has too.
+            The new parameters, which are also the network's.
 
         Raises:
             ValueError: no parameters, a loss that was computed without gradients, or another
@@ -127,12 +127,12 @@ class DifferentiableOptimizer:
         return new
 
     def updated(self, p: Tensor, grad: Tensor, group: Settings, state: State) -> Tensor:
-        """The new value of one parameter, by differentiable operations.
+        """Compute the new value of one parameter by differentiable operations.
 
         Args:
             p, grad: the parameter and its gradient.
             group: the settings of its group, some of which may be tensors.
-            state: what the parameter carries from step to step; to be written.
+            state: the parameter's state from step to step, to be updated.
         """
         raise NotImplementedError(f"{type(self).__name__} has no update")
 
@@ -144,15 +144,15 @@ class DifferentiableOptimizer:
                 "loss: expected one that was computed with gradients enabled from the functional "
                 "network's parameters, got a tensor that does not require grad"
             )
-        wanted = [p for p in params if p.requires_grad]
+        trainable = [p for p in params if p.requires_grad]
         track = self._track_higher_grads
-        found = iter(torch.autograd.grad(loss, wanted, create_graph=track, allow_unused=True))
-        grads: Gradients = [next(found) if p.requires_grad else None for p in params]
+        computed = iter(torch.autograd.grad(loss, trainable, create_graph=track, allow_unused=True))
+        grads: Gradients = [next(computed) if p.requires_grad else None for p in params]
         if callback is not None:
             grads = list(callback(grads))
         if len(grads) != len(params):
             raise ValueError(
-                f"grad_callback: expected {len(params)} gradients back, got {len(grads)}"
+                f"grad_callback: expected {len(params)} returned gradients, got {len(grads)}"
             )
         return grads
 
@@ -183,13 +183,13 @@ class DifferentiableSGD(DifferentiableOptimizer):
             velocity = fresh if before is None else momentum * before + fresh
             state["momentum_buffer"] = velocity
             grad = grad + momentum * velocity if group["nesterov"] else velocity
-        return _moved(p, group["lr"], grad)
+        return _descended(p, group["lr"], grad)
 
 
 class DifferentiableAdam(DifferentiableOptimizer):
     """``torch.optim.Adam``, with AMSGrad and weight decay.
 
-    The derivative of the square root of a second moment of zero is taken as zero, as in higher.
+    The square root has the derivative zero at a second moment of zero, as in higher.
     """
 
     def updated(self, p: Tensor, grad: Tensor, group: Settings, state: State) -> Tensor:
@@ -203,15 +203,15 @@ class DifferentiableAdam(DifferentiableOptimizer):
             before = state.get("max_exp_avg_sq")
             second = second if before is None else torch.maximum(before, second)
             state["max_exp_avg_sq"] = second
-        size = _root(second) + group["eps"]
+        scale = _root(second) + group["eps"]
         step_size = group["lr"] * (1 - beta2**k) ** 0.5 / (1 - beta1**k)
-        return _moved(p, step_size, first / size)
+        return _descended(p, step_size, first / scale)
 
 
 class DifferentiableRMSprop(DifferentiableOptimizer):
     """``torch.optim.RMSprop``, with momentum, centring and weight decay.
 
-    The derivative of a square root of zero is taken as zero.
+    The square root has the derivative zero at zero.
     """
 
     def updated(self, p: Tensor, grad: Tensor, group: Settings, state: State) -> Tensor:
@@ -227,7 +227,7 @@ class DifferentiableRMSprop(DifferentiableOptimizer):
         if not is_zero(group["momentum"]):
             direction = state.get("momentum_buffer", 0.0) * group["momentum"] + direction
             state["momentum_buffer"] = direction
-        return _moved(p, group["lr"], direction)
+        return _descended(p, group["lr"], direction)
 
 
 _DIFFERENTIABLE: dict[type[torch.optim.Optimizer], type[DifferentiableOptimizer]] = {
@@ -246,7 +246,7 @@ def get_diff_optim(
     track_higher_grads: bool = True,
     grad_callback: GradCallback | None = None,
 ) -> DifferentiableOptimizer:
-    """The differentiable optimizer that does what ``opt`` does.
+    """The differentiable counterpart of an optimizer.
 
     Args:
         opt: an SGD, Adam or RMSprop of ``torch.optim``.
@@ -256,18 +256,18 @@ def get_diff_optim(
     Raises:
         ValueError: another optimizer; and as ``DifferentiableOptimizer``.
     """
-    make = _differentiable(opt)
-    return make(opt, reference_params, fmodel, device, override, grad_callback, track_higher_grads)
+    kind = _differentiable(opt)
+    return kind(opt, reference_params, fmodel, device, override, grad_callback, track_higher_grads)
 
 
 def get_trainable_opt_params(
     opt: torch.optim.Optimizer, device: Device = None
 ) -> dict[str, list[Any]]:
-    """The optimizer's numbers as tensors to be learned: an ``override`` for ``innerloop_ctx``.
+    """The optimizer's numbers as learnable tensors: an ``override`` for ``innerloop_ctx``.
 
     Args:
-        opt: any optimizer; switches (bool) are left out.
-        device: where the tensors go.
+        opt: any optimizer; flags (bool) are left out.
+        device: device of the tensors.
 
     Example:
         >>> import torch
@@ -296,7 +296,7 @@ def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Override) -
         override: settings as for ``innerloop_ctx``.
 
     Raises:
-        ValueError: neither one value nor one for each parameter group.
+        ValueError: neither one value nor one value for each parameter group.
     """
     for name, values in override.items():
         if len(values) not in (1, len(opt.param_groups)):
@@ -312,7 +312,7 @@ def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Override) -
 def _differentiable(opt: torch.optim.Optimizer) -> type[DifferentiableOptimizer]:
     kind = type(opt)
     if any(group.get("decoupled_weight_decay") for group in opt.param_groups):
-        raise ValueError("opt: expected no decoupled_weight_decay, which is AdamW's")
+        raise ValueError("opt: expected no decoupled_weight_decay (AdamW), got True")
     if kind not in _DIFFERENTIABLE:
         known = ", ".join(optimizer.__name__ for optimizer in _DIFFERENTIABLE)
         raise ValueError(f"opt: expected one of {known} of torch.optim, got {kind.__name__}")
@@ -332,13 +332,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _moved(p: Tensor, lr: float | Tensor, direction: Tensor) -> Tensor:
+def _descended(p: Tensor, lr: float | Tensor, direction: Tensor) -> Tensor:
     if isinstance(lr, Tensor):
         return p - lr * direction
     return torch.add(p, direction, alpha=-lr)
 
 
 def _root(x: Tensor) -> Tensor:
-    """The square root, and zero with a derivative of zero where x is zero or rounded below it."""
-    none = x <= 0
-    return torch.where(none, 0.0, torch.where(none, 1.0, x).sqrt())
+    """The square root; zero with a derivative of zero if x is zero or rounded below zero."""
+    at_zero = x <= 0
+    # The inner where keeps the infinite derivative of sqrt(0) out of the graph.
+    return torch.where(at_zero, 0.0, torch.where(at_zero, 1.0, x).sqrt())

@@ -1,4 +1,4 @@
-"""A network whose parameters are tensors of a graph, step after step, as in ``higher.patch``."""
+"""Functional networks, whose parameters are tensors with a graph, as in ``higher.patch``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Device = torch.device | str | None
 class Functional(nn.Module):
     """Mixin that ``monkeypatch`` adds to the class of a network: parameters that change by steps.
 
-    The network keeps the parameters of every step (only the last without
-    ``track_higher_grads``), and calls use the last ones.
+    The network keeps the parameters of every step, or only of the last step without
+    ``track_higher_grads``. Calls use the last ones.
     """
 
     _history: list[list[Tensor]]
@@ -38,21 +38,20 @@ class Functional(nn.Module):
     def parameters(  # type: ignore[override]
         self, recurse: bool = True, time: int | None = None
     ) -> Iterator[Tensor]:
-        """The parameters after ``time`` updates, frozen ones among them; None: the last.
+        """The parameters after ``time`` updates, including frozen ones; None: the last.
 
         Args:
-            recurse: True; there are no parameters by submodule.
+            recurse: True; parameters by submodule are not supported.
             time: only -1 and 0 without ``track_higher_grads``.
 
         Raises:
             ValueError: steps that were not kept, or ``recurse=False``.
         """
         if not recurse:
-            raise ValueError("recurse: expected True, as parameters belong to the whole network")
+            raise ValueError("recurse: expected True, got False")
         if time not in (None, 0, -1) and not self._tracked:
             raise ValueError(
-                "time: expected 0 or -1, as track_higher_grads=False keeps only the last step, "
-                f"got {time}"
+                f"time: expected 0 or -1, as track_higher_grads=False keeps the last, got {time}"
             )
         if time is not None and not -len(self._history) <= time < len(self._history):
             raise ValueError(f"time: expected at most {len(self._history) - 1} updates, got {time}")
@@ -72,10 +71,13 @@ class Functional(nn.Module):
         """The parameters before the first update.
 
         Raises:
-            ValueError: without ``track_higher_grads``, which keeps only the last.
+            ValueError: without ``track_higher_grads`` only the last ones are kept.
         """
         if not self._tracked:
-            raise ValueError("init_fast_params: track_higher_grads=False keeps only the last")
+            raise ValueError(
+                "init_fast_params: expected all updates, got the last one: "
+                "track_higher_grads=False keeps the last"
+            )
         return self._history[0]
 
     @property
@@ -90,7 +92,7 @@ class Functional(nn.Module):
         self._tracked = value
 
     def update_params(self, params: Iterable[Tensor]) -> None:
-        """Make these the parameters, everywhere in the network.
+        """Replace the parameters everywhere in the network.
 
         Args:
             params: tensors in the order of ``parameters()``.
@@ -114,7 +116,7 @@ def monkeypatch(
     copy_initial_weights: bool = True,
     track_higher_grads: bool = True,
 ) -> Any:
-    """A copy of a network that is of its class and ``Functional``.
+    """A functional copy of a network: an instance of its class and of ``Functional``.
 
     Args:
         module: any module; it is not changed. Its buffers are copied.
@@ -131,16 +133,18 @@ def monkeypatch(
         tensor([[4.]])
     """
     if isinstance(module, Functional):
-        raise ValueError("module: expected one that is not functional already")
+        raise ValueError(
+            f"module: expected one that is not functional, got {type(module).__name__}"
+        )
 
     def parameter(p: Tensor) -> Tensor:
         copy = p.clone()
         if copy_initial_weights:
             copy = copy.detach().requires_grad_(p.requires_grad)
-        return _moved(copy, device)
+        return _to(copy, device)
 
     def buffer(b: Tensor) -> Tensor:
-        return _moved(b.detach().clone(), device)
+        return _to(b.detach().clone(), device)
 
     fmodule: Any = copy_module(module, parameter, buffer)
     fmodule.__class__ = _functional(type(fmodule))  # type: ignore[arg-type]
@@ -157,7 +161,7 @@ def monkeypatch(
     return fmodule
 
 
-def _moved(tensor: Tensor, device: Device) -> Tensor:
+def _to(tensor: Tensor, device: Device) -> Tensor:
     return tensor if device is None else tensor.to(device)
 
 

@@ -5,7 +5,7 @@
 algorithms  MAML, MetaSGD, maml_update, meta_sgd_update, BaseLearner
 utils       clone_module, update_module, detach_module, clone_parameters, accuracy
 
-What differs from learn2learn 0.2.0 is listed in the documentation, "Port a script".
+The documentation lists the differences from learn2learn 0.2.0, see "Port a script".
 """
 
 from fastmeta.compat._missing import missing

@@ -13,13 +13,13 @@ from fastmeta.learners.gradient._module_copy import Module, copy_module, replace
 def clone_module(module: Module, memo: dict[Tensor, Tensor] | None = None) -> Module:
     """A copy of a module whose parameters are clones, connected to the original by autograd.
 
-    As in learn2learn, buffers that require no gradient are not copied: the running statistics that
-    a clone's batch norms update are the original's. (``fastmeta.MAML.clone`` copies them.)
+    As in learn2learn, buffers that require no gradient are not copied: a clone's batch norms update
+    the original's running statistics. (``fastmeta.MAML.clone`` copies them.)
 
     Args:
-        module: any module; it is not changed. Anything else is returned unchanged.
-        memo: clones of tensors by the original, kept from call to call for modules that share
-            parameters with each other.
+        module: any module; it is not changed. Any other object is returned unchanged.
+        memo: clones of tensors by the original, to pass from call to call for modules that share
+            parameters.
 
     Returns:
         A module of the same type. Its parameters are tensors with a graph, not ``nn.Parameter``.
@@ -42,14 +42,14 @@ def update_module(
     updates: Sequence[Tensor | None] | None = None,
     memo: dict[Tensor, Tensor] | None = None,
 ) -> Module:
-    """Put ``p + update`` in the place of the module's parameters p, differentiably.
+    """Replace the module's parameters p by ``p + update``, differentiably.
 
     Args:
-        module: a clone; its own tables of parameters are changed, the tensors in them are not.
-        updates: one a parameter, in the order of ``module.parameters()``; None leaves it alone.
+        module: a clone; its parameters are replaced, the old tensors are not changed.
+        updates: one a parameter, in the order of ``module.parameters()``; None skips the parameter.
             Without this argument the ``.update`` attributes of parameters and buffers are taken,
             and set to None.
-        memo: new tensors by the old, kept from call to call for modules that share parameters.
+        memo: new tensors by the old, to pass from call to call for modules that share parameters.
 
     Returns:
         The module.
@@ -81,12 +81,11 @@ def update_module(
 
 
 def detach_module(module: Any, keep_requires_grad: bool = False) -> None:
-    """Cut a clone's parameters, and buffers with a graph, from the graph, in place.
+    """Detach a clone's parameters, and its buffers with a graph, in place.
 
     Args:
-        module: a clone; what is no module is left alone.
-        keep_requires_grad: parameters that required gradients do so again, as leaves; otherwise
-            none does.
+        module: a clone; any other object than a module is ignored.
+        keep_requires_grad: whether tensors that required gradients require them again, as leaves.
 
     Example:
         >>> import torch
@@ -114,7 +113,7 @@ def clone_named_parameters(param_dict: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def accuracy(preds: Tensor, targets: Tensor) -> Tensor:
-    """The share of rows ``[B, N]`` whose largest score belongs to the target ``[B]``."""
+    """The share of predictions ``[B, N]`` whose largest score is at the target ``[B]``."""
     return (preds.argmax(dim=1) == targets).float().mean()
 
 
@@ -125,7 +124,7 @@ def check_length(name: str, values: Sequence[Any], params: Sequence[Tensor]) -> 
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Everything that is registered as a parameter or a buffer, in every place where it is."""
+    """Yield every registered parameter and buffer, once for each place of registration."""
     for m in module.modules():
         for table in (m._parameters, m._buffers):
             yield from (tensor for tensor in table.values() if tensor is not None)

@@ -84,8 +84,9 @@ class ProgramCache:
 
     def lowering(self, source: LoweredSource) -> Lowering:
         """The lowering of a module and a loss: the cached one while it is valid."""
-        if self._lowering is None or not self._lowering.current(*source):
-            self._lowering = Lowering(*source)
+        module, loss, statistics = source
+        if self._lowering is None or not self._lowering.current(module, loss, statistics):
+            self._lowering = Lowering(module, loss, statistics)
             self._plans.clear()
             self.graphs.clear()  # they replay kernels with the old program and parameters
         return self._lowering

@@ -67,7 +67,7 @@ class CachedMetaGradient:
         state = self._held, self._theta, self._frozen, *batch
         if self._call.graphs is None:
             return self._step(*state)
-        # The graphs check the labels and copy the batch themselves; only validity is asked here.
+        # The graphs check the labels and copy the batch themselves; only validity is checked here.
         if not self._step.holds(*state):
             return None
         return self._call.loss_and_gradient(self._step_sizes, batch)[:3]

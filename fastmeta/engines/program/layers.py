@@ -167,7 +167,7 @@ def _reshape(b: Builder, input: Any, *shape: Any) -> Value:
     if (first is not BatchSize and first != -1) or not all(isinstance(n, int) for n in rest):
         raise LoweringError("its first dimension is not the examples of the batch")
     size = math.prod(x.shape)
-    # One -1 behind the batch size stands for what is left of the example.
+    # One -1 after the batch size is the size that completes the example.
     known = math.prod(n for n in rest if n != -1)
     if first is BatchSize and rest.count(-1) == 1 and known > 0 and size % known == 0:
         rest[rest.index(-1)] = size // known

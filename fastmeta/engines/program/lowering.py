@@ -1,7 +1,7 @@
 """Lowering of a module and its loss to the code of a task program, or the reason why not.
 
 A module is traced once (torch.fx). The trace becomes code once for each shape of an example. A
-module that the program would compute differently is refused.
+module that a program would not compute exactly has no program.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ _GLOBAL_HOOKS: tuple[dict[Any, Any], ...] = (
     every_module._global_backward_pre_hooks,
 )
 
-# Objects that are compared by identity: what is inside is code, or watched elsewhere.
+# Compared by identity: code has no state to compare, tensors and modules are compared elsewhere.
 _OPAQUE = (Tensor, nn.Module, type, FunctionType, ModuleType)
 
 _DEPTH = 4  # of nested containers and objects; below it identity counts

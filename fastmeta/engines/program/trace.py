@@ -1,4 +1,4 @@
-"""The calls of a module in order: a torch.fx trace, refused if it may not hold for all inputs."""
+"""The calls of a module: a torch.fx trace, with an error if it may depend on the inputs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Trace:
         return value
 
     def _traced(self, leaves: tuple[type[nn.Module], ...]) -> fx.Graph:
-        # A trace freezes random numbers and the branches taken on them, so drawing any is refused.
+        # A trace would freeze random numbers and the branches taken on them.
         generators = torch.get_rng_state(), random.getstate()
         try:
             graph = _Tracer(leaves).trace(_Root(self.module))
@@ -97,7 +97,7 @@ class Trace:
                 raise LoweringError(f"{path(name)} has hooks")
             if "forward" in m.__dict__ or m.__dict__.get("_compiled_call_impl") is not None:
                 raise LoweringError(f"{path(name)} is compiled, or its forward was replaced")
-            # Buffers of torch's own layers are known: their handlers read or refuse them.
+            # The handlers of torch's own layers read their buffers, or raise.
             if m._buffers and not is_torch_layer(m):
                 raise LoweringError(f"{path(name)} has buffers, which the program does not follow")
         for name, p in self.module.named_parameters():

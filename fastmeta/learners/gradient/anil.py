@@ -279,7 +279,7 @@ class ANIL(CompilableLearner):
 
     @exclude_from_compile
     def _features(self, x: Tensor) -> Tensor:
-        """``[T, B, ...]`` -> ``[T, B, D]``, in the head's dtype whatever autocast made them."""
+        """``[T, B, ...]`` -> ``[T, B, D]``, in the head's dtype, also under autocast."""
         call = TaskModule(self.body, self.norm_statistics)
         chunk = self.task_chunk
         # Not split if one chunk is all: the backward of a split copies the gradient.

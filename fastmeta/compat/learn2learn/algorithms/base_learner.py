@@ -1,4 +1,4 @@
-"""The base of learners: each stands for the module that it wraps."""
+"""Base of learn2learn's learners: a wrapper that acts as the module that it wraps."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import nn
 
 
 class BaseLearner(nn.Module):
-    """A wrapper that calls its module, and has the module's attributes where it has none itself.
+    """A wrapper that calls its module, and has the module's attributes besides its own.
 
     Args:
-        module: what is wrapped, as ``.module``.
+        module: the wrapped module, available as ``.module``.
     """
 
     module: Any

@@ -15,12 +15,12 @@ from fastmeta.learners.gradient._module_copy import Module
 def maml_update(
     model: Module, lr: float | Tensor, grads: Sequence[Tensor | None] | None = None
 ) -> Module:
-    """Put ``p - lr * grad`` in the place of the model's parameters p, differentiably.
+    """Replace the model's parameters p by ``p - lr * grad``, differentiably.
 
     Args:
-        model: a clone; its own tables of parameters are changed, the tensors in them are not.
+        model: a clone; its parameters are replaced, the old tensors are not changed.
         lr: a number, or a tensor that broadcasts to every parameter.
-        grads: one a parameter, in the order of ``model.parameters()``; None leaves it alone.
+        grads: one a parameter, in the order of ``model.parameters()``; None skips the parameter.
             Without this argument the ``.update`` attributes are added, as by ``update_module``.
 
     Returns:
@@ -54,12 +54,12 @@ class MAML(BaseLearner):
 
     Args:
         model: any module.
-        lr: inner step size: a number, or a tensor that broadcasts to every parameter; an
-            ``nn.Parameter`` is learned with the model's.
+        lr: inner step size: a number, or a tensor that broadcasts to every parameter. An
+            ``nn.Parameter`` is learned with the model.
         first_order: leave the Hessian out (FOMAML).
-        allow_unused: leave parameters alone that a loss does not depend on, where ``adapt`` would
-            otherwise raise. None: as ``allow_nograd``.
-        allow_nograd: leave frozen parameters alone, where ``adapt`` would otherwise raise.
+        allow_unused: ``adapt`` skips parameters on which the loss does not depend, instead of
+            raising. None: as ``allow_nograd``.
+        allow_nograd: ``adapt`` skips frozen parameters, instead of raising.
 
     Example:
         >>> import torch
@@ -96,7 +96,7 @@ class MAML(BaseLearner):
         allow_unused: bool | None = None,
         allow_nograd: bool | None = None,
     ) -> None:
-        """One gradient step of a clone on the loss of its task.
+        """Take one gradient step of a clone on the loss of its task.
 
         Args:
             loss: scalar, computed with this learner.
@@ -106,14 +106,14 @@ class MAML(BaseLearner):
             ValueError: frozen or unused parameters without the option that allows them; a loss
                 that was computed without gradients.
         """
-        slopes = task_gradients(
+        grads = task_gradients(
             self.module,
             loss,
             self.first_order if first_order is None else first_order,
             self.allow_unused if allow_unused is None else allow_unused,
             self.allow_nograd if allow_nograd is None else allow_nograd,
         )
-        descend(self.module, slopes.items(), [self.lr] * len(slopes))
+        descend(self.module, grads.items(), [self.lr] * len(grads))
 
     def clone(
         self,
@@ -121,7 +121,7 @@ class MAML(BaseLearner):
         allow_unused: bool | None = None,
         allow_nograd: bool | None = None,
     ) -> MAML:
-        """A learner for one task, whose parameters are connected to this one's by autograd.
+        """A learner for one task, whose parameters autograd connects to this learner's.
 
         Args:
             first_order, allow_unused, allow_nograd: None for this learner's own.

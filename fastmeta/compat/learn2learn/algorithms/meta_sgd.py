@@ -16,13 +16,13 @@ from fastmeta.learners.gradient._module_copy import Module
 def meta_sgd_update(
     model: Module, lrs: Sequence[Tensor], grads: Sequence[Tensor | None] | None = None
 ) -> Module:
-    """Put ``p - lr * grad`` in the place of the model's parameters p, differentiably.
+    """Replace the model's parameters p by ``p - lr * grad``, differentiably.
 
     Args:
-        model: a clone; its own tables of parameters are changed, the tensors in them are not.
+        model: a clone; its parameters are replaced, the old tensors are not changed.
         lrs: step sizes, one tensor a parameter in the order of ``model.parameters()``.
-        grads: the same of gradients, where None leaves a parameter alone; or None for those in
-            the ``.grad`` of the parameters.
+        grads: gradients, one a parameter; None in the list skips the parameter. Without this
+            argument: the ``.grad`` of the parameters.
 
     Returns:
         The model.
@@ -51,13 +51,13 @@ def meta_sgd_update(
 class MetaSGD(BaseLearner):
     """learn2learn's Meta-SGD (Li et al. 2017, arXiv 1707.09835): MAML with learned step sizes.
 
-    Every element of every parameter has a step size of its own, learned with the parameters.
+    Every element of every parameter has its own step size, learned with the parameters.
 
     Args:
         model: any module, all of whose parameters are adapted.
-        lr: what the step sizes start as.
+        lr: initial value of the step sizes.
         first_order: leave the Hessian out. Step sizes still get a gradient.
-        lrs: step sizes, one tensor a parameter, for those that ``lr`` would give.
+        lrs: step sizes, one tensor a parameter, instead of ``lr``.
 
     Attributes:
         lrs: the step sizes, an ``nn.ParameterList`` unless they were given.
@@ -92,12 +92,12 @@ class MetaSGD(BaseLearner):
         self.first_order = first_order
 
     def clone(self) -> MetaSGD:
-        """A learner for one task: parameters and step sizes are connected to this one's."""
+        """A learner for one task; autograd connects its parameters and step sizes to this one's."""
         lrs = clone_parameters(self.lrs)
         return MetaSGD(clone_module(self.module), first_order=self.first_order, lrs=lrs)
 
     def adapt(self, loss: Tensor, first_order: bool | None = None) -> None:
-        """One gradient step of a clone on the loss of its task, by the learned step sizes.
+        """Take one gradient step of a clone on the loss of its task, by the learned step sizes.
 
         Args:
             loss: scalar, computed with this learner.
@@ -107,5 +107,5 @@ class MetaSGD(BaseLearner):
             ValueError: frozen or unused parameters; a loss that was computed without gradients.
         """
         first_order = self.first_order if first_order is None else first_order
-        slopes = task_gradients(self.module, loss, first_order, None, None)
-        descend(self.module, slopes.items(), self.lrs)
+        grads = task_gradients(self.module, loss, first_order, allow_unused=None, allow_nograd=None)
+        descend(self.module, grads.items(), self.lrs)
