@@ -19,6 +19,7 @@ BUILD = ROOT / "build" / "cuda_emulation"
 
 RULES = {
     "compile": "g++ $flags -MD -MF $out.d -x c++ -c $in -o $out",
+    "precompile": "g++ $flags -MD -MF $out.d -x c++-header -c $in -o $out",
     "link": "g++ -shared -fsanitize=address,undefined -o $out $in $flags",
 }
 
@@ -31,6 +32,8 @@ EMULATED = [
     *(f"-isystem{path}" for path in (*include_paths(), pybind11.get_include())),
     f"-isystem{sysconfig.get_paths()['include']}",
 ]
+# Nothing of them is slow, and no line of theirs is reported.
+BINDING = [*EMULATED, "-O0", "-g0"]
 KERNEL = [
     *(*EMULATED, "-include", "cuda_runtime.h"),
     "-DFASTMETA_CHUNK=8192",  # so small that gradients are made in several
@@ -57,10 +60,12 @@ def sanitizer_libraries() -> list[str]:
     return found
 
 
-def objects(sources: list[Path], flags: list[str]) -> list[Edge]:
-    """An edge that compiles each source."""
+def objects(sources: list[Path], flags: list[str], after: tuple[str, ...] = ()) -> list[Edge]:
+    """An edge that compiles each source, once the files `after` are made."""
     return [
-        Edge(f"{source.parent.name}/{source.name}.o", "compile", (str(source),), _flags(flags))
+        Edge(
+            f"{source.parent.name}/{source.name}.o", "compile", (str(source),), _flags(flags), after
+        )
         for source in sources
     ]
 
@@ -83,7 +88,11 @@ def build(folder: Path = BUILD, csrc: Path = ROOT / "csrc") -> None:
     kernels = objects(sorted(csrc.glob("*/*.cu")), KERNEL)
     cpu = set(csrc.glob("*/*_cpu.cpp"))
     rest = sorted(path for path in csrc.glob("*/*.cpp") if path not in cpu)
-    bindings = objects([csrc / "library.cpp", *rest], EMULATED)
+    header = Edge(
+        "bindings.h.gch", "precompile", (str(HERE / "include/bindings.h"),), _flags(BINDING)
+    )
+    included = [f"-I{folder}", "-include", "bindings.h"]
+    bindings = objects([csrc / "library.cpp", *rest], [*included, *BINDING], after=(header.output,))
     own_kernels = objects(sorted(HERE.glob("*.cu")), KERNEL)
     emulator = library("libemulator.so", [edge.output for edge in runtime], [])
     libraries = {"_C.so": [*kernels, *bindings], "kernels.so": own_kernels}
@@ -95,4 +104,6 @@ def build(folder: Path = BUILD, csrc: Path = ROOT / "csrc") -> None:
         )
         for name, objects in libraries.items()
     ]
-    run_ninja(folder, RULES, [*runtime, *kernels, *bindings, *own_kernels, emulator, *links])
+    run_ninja(
+        folder, RULES, [header, *runtime, *kernels, *bindings, *own_kernels, emulator, *links]
+    )
