@@ -16,13 +16,15 @@ class Edge:
     """A file to make by a rule: `output` is relative to the build folder, `inputs` are absolute.
 
     The rule's command sees each variable as `$name`, with its value unchanged: the caller quotes
-    what a shell would split or expand (`shlex.join`). `$in` and `$out` need no quoting.
+    what a shell would split or expand (`shlex.join`). `$in` and `$out` need no quoting. The
+    outputs `after`, of other edges, are made first; the rule's own record says which ones count.
     """
 
     output: str
     rule: str
     inputs: tuple[str, ...]
     variables: dict[str, str] = field(default_factory=dict)
+    after: tuple[str, ...] = ()
 
 
 class BuildError(RuntimeError):
@@ -73,7 +75,8 @@ def manifest(rules: dict[str, str], edges: list[Edge]) -> str:
         lines += ["  depfile = $out.d", "  deps = gcc"]
     for edge in edges:
         inputs = " ".join(map(escape_path, edge.inputs))
-        lines.append(f"build {escape_path(edge.output)}: {edge.rule} {inputs}")
+        after = " ".join(["", "||", *map(escape_path, edge.after)] if edge.after else [])
+        lines.append(f"build {escape_path(edge.output)}: {edge.rule} {inputs}{after}")
         lines += [f"  {name} = {escape(value)}" for name, value in edge.variables.items()]
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,7 @@
 """Runs the CUDA kernels, launchers and bindings of csrc/ on a CPU, to test them without a GPU.
 
-    python -m tests.cuda_emulation            # all op cases in three thread orders
+    python -m tests.cuda_emulation            # each op case in one of three thread orders
+    python -m tests.cuda_emulation --full     # in all of them
 
 The sources are compiled by g++ as they stand. Headers under emulator/include/ stand in for CUDA's
 and say what the language means on a CPU: a fiber a thread (emulator.h), a runtime of two devices

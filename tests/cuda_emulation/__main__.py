@@ -1,7 +1,10 @@
 """Builds the emulator and runs the tests of the CUDA kernels in it.
 
-    python -m tests.cuda_emulation                                        # everything
+    python -m tests.cuda_emulation         # each test in one order of threads, and the mutants
+    python -m tests.cuda_emulation --full  # in all three orders: what a release must pass
     python -m tests.cuda_emulation --order shuffled tests/ops/test_every_op.py -k cosine
+
+The date of the commit and a test's name choose its order, so another day tries another one.
 
 Exit status: 0 all passed; 1 something failed; 3 this machine cannot build the emulator.
 """
@@ -10,14 +13,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from tests.cuda_emulation.build import ROOT, build, sanitizer_libraries
-from tests.cuda_emulation.emulator import ORDER, ORDERS
+from tests.cuda_emulation.build import BUILD, ROOT, build, sanitizer_libraries
+from tests.cuda_emulation.mutants import PREFIX
+from tests.cuda_emulation.records import read
+from tests.cuda_emulation.settings import MIXED, ORDERS, Settings
 from tools.ninja_build import BuildError
 
 CANNOT_RUN = 3
@@ -35,13 +42,28 @@ KERNEL_TESTS = [
 ]
 
 
+# In the natural order also what does not depend on the order. 2^31 elements take too long one by
+# one: test_runtime.py has its own way. Finite differences call the kernels of the other tests,
+# hundreds of times.
+TESTS = [*KERNEL_TESTS, "tests/ops/test_edges.py", f"{HERE}/test_emulator.py"]
+TESTS += ["-k", "not 2_to_the_31_e and not finite_differences"]
+TESTS_OF_ORDER = [
+    *KERNEL_TESTS,
+    "-k",
+    "float64_reference or boundaries or large_tiles or runtime or task_program"
+    " or task_conv or task_batch_norm or grid_steps",
+]
+PLANTED_BUG = "test_a_planted_bug_is_found|test_undefined_behaviour_stops"
+RECORDS = BUILD / "records"
+
+
 @dataclass(frozen=True)
 class Run:
-    """A pytest process in which blocks and threads run in one order."""
+    """A pytest process that emulates."""
 
     name: str
-    order: str
-    arguments: list[str]
+    settings: Settings
+    arguments: list[str] = field(default_factory=lambda: TESTS)
 
     def command(self) -> list[str]:
         plugin = ["-p", "tests.cuda_emulation.plugin"]
@@ -50,59 +72,84 @@ class Run:
     def environment(self) -> dict[str, str]:
         return {
             **os.environ,
-            ORDER: self.order,
+            **self.settings.environment(),
             "LD_PRELOAD": ":".join(sanitizer_libraries()),
             "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
             "OMP_NUM_THREADS": "1",
         }
 
-
-# Every op case in three orders; in the natural one also what does not depend on the order.
-# 2^31 elements take too long one by one: test_runtime.py has its own way. Finite differences call
-# the kernels of the other tests, hundreds of times.
-RUNS = [
-    Run("mutants", "natural", [f"{HERE}/test_mutants.py"]),
-    Run(
-        "natural",
-        "natural",
-        [
-            *KERNEL_TESTS,
-            "tests/ops/test_edges.py",
-            f"{HERE}/test_emulator.py",
-            "-k",
-            "not 2_to_the_31_e and not finite_differences",
-        ],
-    ),
-    *(
-        Run(
-            order,
-            order,
-            [
-                *KERNEL_TESTS,
-                "-k",
-                "float64_reference or boundaries or large_tiles or runtime or task_program"
-                " or task_conv or task_batch_norm or grid_steps",
-            ],
+    def finish(self) -> int:
+        """Its exit status; prints how it went."""
+        start = time.monotonic()
+        process = subprocess.run(
+            self.command(),
+            env=self.environment(),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-        for order in ("reversed", "shuffled")
-    ),
-]
+        code = process.returncode
+        print(process.stdout if code else process.stdout.splitlines()[-1])
+        verdict = f"failed with status {code}" if code else "passed"
+        print(f"{self.name}: {verdict} in {time.monotonic() - start:.0f} s", flush=True)
+        return code
 
 
-def finish(run: Run) -> int:
-    start = time.monotonic()
-    process = subprocess.run(
-        run.command(),
-        env=run.environment(),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+def date_of_commit() -> str:
+    """Empty outside of a repository."""
+    command = ["git", "log", "-1", "--format=%cs"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def shares(name: str, arguments: list[str], settings: Settings) -> list[Run]:
+    """A run for each processor."""
+    count = os.cpu_count() or 1
+    return [
+        Run(
+            f"{name} {i + 1} of {count}",
+            replace(settings, shard=i, shards=count, name=f"{name}-{i}.json"),
+            arguments,
+        )
+        for i in range(count)
+    ]
+
+
+def runs_of_tests(full: bool) -> list[Run]:
+    settings = Settings(records=str(RECORDS))
+    if not full:
+        mixed = replace(settings, order=MIXED, date=date_of_commit())
+        return shares(f"tests of {mixed.date}", TESTS, mixed)
+    return [
+        run
+        for order in ORDERS
+        for run in shares(
+            f"{order} order",
+            TESTS if order == "natural" else TESTS_OF_ORDER,
+            replace(settings, order=order),
+        )
+    ]
+
+
+def passed(pattern: str) -> str:
+    """How many passed of the tests on record whose names the pattern finds."""
+    found = [record.passed for record in read(RECORDS) if re.search(pattern, record.test)]
+    return f"{sum(found)} of {len(found)}"
+
+
+def run_all(full: bool) -> int:
+    """Runs the tests, then the mutants on those that can see them; prints what was caught."""
+    shutil.rmtree(RECORDS, ignore_errors=True)
+    mutants = shares("mutants", TESTS, Settings(records=str(RECORDS), mutants=True))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        worst = max(pool.map(Run.finish, runs_of_tests(full)))
+        worst = max(worst, *pool.map(Run.finish, mutants))
+    mutants_caught, bugs_found = passed(re.escape(PREFIX)), passed(PLANTED_BUG)
+    print(
+        f"{'full' if full else 'daily'} run: {mutants_caught} mutants caught, "
+        f"{bugs_found} planted bugs found"
     )
-    verdict = "passed" if process.returncode == 0 else f"failed with status {process.returncode}"
-    print(process.stdout if process.returncode else process.stdout.splitlines()[-1])
-    print(f"{run.name}: {verdict} in {time.monotonic() - start:.0f} s", flush=True)
-    return process.returncode
+    return 1 if worst else 0
 
 
 def main() -> int:
@@ -111,19 +158,21 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--full", action="store_true", help="every test in all three orders")
     parser.add_argument("--order", choices=ORDERS, default="natural", help="of one run by itself")
     options, arguments = parser.parse_known_args()
     try:
         sanitizer_libraries()
+        start = time.monotonic()
         build()
+        print(f"built in {time.monotonic() - start:.0f} s", flush=True)
     except RuntimeError as error:
         print(f"fastmeta: the CUDA kernels were not emulated: {error}", file=sys.stderr)
         return 1 if isinstance(error, BuildError) else CANNOT_RUN
     if arguments:
-        run = Run("tests", options.order, arguments)
+        run = Run("tests", Settings(order=options.order), arguments)
         return subprocess.run(run.command(), env=run.environment(), cwd=ROOT).returncode
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return max(pool.map(finish, RUNS)) and 1
+    return run_all(options.full)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ BUILD = ROOT / "build" / "cuda_emulation"
 
 RULES = {
     "compile": "g++ $flags -MD -MF $out.d -x c++ -c $in -o $out",
+    "precompile": "g++ $flags -MD -MF $out.d -x c++-header -c $in -o $out",
     "link": "g++ -shared -fsanitize=address,undefined -o $out $in $flags",
 }
 
@@ -32,6 +33,8 @@ EMULATED = [
     *(f"-isystem{path}" for path in (*include_paths(), pybind11.get_include())),
     f"-isystem{sysconfig.get_paths()['include']}",
 ]
+# Nothing of them is slow, and no line of theirs is reported.
+BINDING = [*EMULATED, "-O0", "-g0"]
 KERNEL = [
     *(*EMULATED, "-include", "cuda_runtime.h"),
     "-DFASTMETA_CHUNK=8192",  # so small that gradients are made in several
@@ -58,10 +61,15 @@ def sanitizer_libraries() -> list[str]:
     return found
 
 
-def objects(sources: list[Path], root: Path, flags: list[str]) -> list[Edge]:
-    """An edge that compiles each source; the object's path is the source's below `root`."""
+def objects(
+    sources: list[Path], root: Path, flags: list[str], after: tuple[str, ...] = ()
+) -> list[Edge]:
+    """An edge that compiles each source, once the files `after` are made.
+
+    The object's path is the source's below `root`.
+    """
     return [
-        Edge(f"{source.relative_to(root)}.o", "compile", (str(source),), _flags(flags))
+        Edge(f"{source.relative_to(root)}.o", "compile", (str(source),), _flags(flags), after)
         for source in sources
     ]
 
@@ -87,7 +95,12 @@ def build(folder: Path = BUILD, csrc: Path = ROOT / "csrc") -> None:
     """
     runtime = objects(sorted(EMULATOR.glob("*.cpp")), HERE, RUNTIME)
     kernels = objects(sorted(csrc.rglob("*.cu")), csrc, KERNEL)
-    bindings = objects(sorted(p for p in csrc.rglob("*.cpp") if not is_cpu(p)), csrc, EMULATED)
+    header = Edge(
+        "bindings.h.gch", "precompile", (str(EMULATOR / "include/bindings.h"),), _flags(BINDING)
+    )
+    included = [f"-I{folder}", "-include", "bindings.h"]
+    sources = sorted(path for path in csrc.rglob("*.cpp") if not is_cpu(path))
+    bindings = objects(sources, csrc, [*included, *BINDING], after=(header.output,))
     own_kernels = objects(sorted(EMULATOR.glob("*.cu")), HERE, KERNEL)
     emulator = library("libemulator.so", [edge.output for edge in runtime], [])
     libraries = {"_C.so": [*kernels, *bindings], "kernels.so": own_kernels}
@@ -99,4 +112,6 @@ def build(folder: Path = BUILD, csrc: Path = ROOT / "csrc") -> None:
         )
         for name, objects in libraries.items()
     ]
-    run_ninja(folder, RULES, [*runtime, *kernels, *bindings, *own_kernels, emulator, *links])
+    run_ninja(
+        folder, RULES, [header, *runtime, *kernels, *bindings, *own_kernels, emulator, *links]
+    )

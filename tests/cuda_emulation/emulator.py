@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 from tests.cuda_emulation.build import BUILD
+from tests.cuda_emulation.settings import ORDERS
 
 SLOT = 64 * 1024  # alignment of a __shared__ array, as in shared_memory.h
-ORDERS = ("natural", "reversed", "shuffled")
-
-# Environment of a process that emulates.
-ORDER = "FASTMETA_EMULATOR_ORDER"
-MUTANT = "FASTMETA_EMULATOR_MUTANT"  # a library that is loaded before the ops, to replace kernels
+ORDER_OF = pytest.StashKey[str]()  # the order of threads of a test, where it is given
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,8 @@ def runtime() -> ctypes.CDLL:
     library = ctypes.CDLL(str(BUILD / "libemulator.so"), mode=ctypes.RTLD_GLOBAL)
     library.emulator_report.restype = ctypes.c_char_p
     library.emulator_launch_count.restype = ctypes.c_int64
+    library.emulator_take_barriers.restype = ctypes.c_char_p
+    library.emulator_remove_barrier.argtypes = [ctypes.c_char_p, ctypes.c_uint]
     library.emulator_run_only.argtypes = [ctypes.c_int64, ctypes.c_int64]
     library.emulator_set_order.argtypes = [ctypes.c_int, ctypes.c_uint64]
     sizes = [ctypes.c_size_t] * 3
@@ -46,6 +47,7 @@ def runtime() -> ctypes.CDLL:
     return library
 
 
+@cache
 def load_kernels(path: Path) -> ctypes.CDLL:
     """Loads a library of kernels and tells the emulator of its __shared__ arrays."""
     runtime()
@@ -81,6 +83,11 @@ def report() -> str:
     return runtime().emulator_report().decode()
 
 
+def barriers_since_last_call() -> list[str]:
+    """The barriers that threads came to, as "file:line"."""
+    return runtime().emulator_take_barriers().decode().split()
+
+
 @contextmanager
 def launches() -> Iterator[list[Launch]]:
     """A list of the kernels that the `with` block starts, filled at its end."""
@@ -97,7 +104,7 @@ def launches() -> Iterator[list[Launch]]:
 
 
 @contextmanager
-def _during(name: str, values: tuple[int, ...], usual: tuple[int, ...]) -> Iterator[None]:
+def _during(name: str, values: tuple, usual: tuple) -> Iterator[None]:
     setting = getattr(runtime(), name)
     setting(*values)
     try:
@@ -109,6 +116,11 @@ def _during(name: str, values: tuple[int, ...], usual: tuple[int, ...]) -> Itera
 def only_blocks(first: int, count: int) -> AbstractContextManager[None]:
     """Of every launch, `count` blocks run from `first` on; from the end where that is negative."""
     return _during("emulator_run_only", (first, count), (0, 2**62))
+
+
+def without_barrier(file: str, line: int) -> AbstractContextManager[None]:
+    """Threads pass the barrier there as if the source had none."""
+    return _during("emulator_remove_barrier", (file.encode(), line), (b"", 0))
 
 
 def failing_launch(after: int) -> AbstractContextManager[None]:

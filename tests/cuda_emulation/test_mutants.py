@@ -1,51 +1,65 @@
-"""No barrier of the kernels can go without being missed."""
+"""Barriers are found in the sources, left out, and missed; a mutant that nothing catches fails."""
 
 from __future__ import annotations
 
-import os
+import ctypes
+import json
 import re
-import subprocess
-import sys
+from dataclasses import asdict
 
 import pytest
 
-from tests.cuda_emulation.emulator import MUTANT
-from tests.cuda_emulation.mutants import CSRC, Mutant, all_mutants
+from tests.cuda_emulation import emulator
+from tests.cuda_emulation.build import BUILD
+from tests.cuda_emulation.mutants import MISSED, Hunter, all_mutants
+from tests.cuda_emulation.records import Record, read
+from tests.cuda_emulation.settings import MIXED, ORDERS, Settings
 
-# Every barrier matters in one of these: the one before the first tile where rows have no features,
-# so no tile; those around differences where products lose digits; those of small tiles where rows
-# are longer than a tile is deep.
-TESTS = [
-    "tests/ops/test_every_op.py",
-    "tests/ops/test_large_tiles.py",
-    "tests/cuda_emulation/test_runtime.py",
-]
-PROGRAM_TESTS = [
-    "tests/cuda_emulation/test_task_program.py",
-    "tests/cuda_emulation/test_task_program_images.py",
-]
-PROGRAM_ROOMS = ("execution", "convolution", "task_program")
-SELECTED = (
-    "(float64_reference and torch.float32) or keep_their_digits or small_tiles_walk "
-    "or no_launch_has_no_blocks or every_barrier"
-)
-# The emulator watches shared memory. What goes wrong in global memory shows in the values.
-MISSED = re.compile(r"with no barrier between|which no thread has written|assert \S+ <= \(")
+LAUNCH_FAILURE = 719
 
 
 def test_there_are_barriers_to_remove():
     assert len(all_mutants()) >= 8
 
 
-@pytest.mark.parametrize("mutant", all_mutants(), ids=str)
-def test_a_missing_barrier_is_found(mutant: Mutant):
-    mutant.build()
-    environment = {**os.environ, MUTANT: str(mutant.library)}
-    environment["LD_PRELOAD"] += f":{mutant.library}"
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "tests.cuda_emulation.plugin"]
-    room = mutant.source.relative_to(CSRC).parts[0]
-    tests = PROGRAM_TESTS if room in PROGRAM_ROOMS else TESTS
-    command += [*tests, "-k", SELECTED]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 1, process.stdout + process.stderr
-    assert MISSED.search(process.stdout), process.stdout
+def run(name: str) -> int:
+    """The error of a launch of a kernel that has no bug."""
+    kernels = emulator.load_kernels(BUILD / "kernels.so")
+    numbers = (ctypes.c_float * 128)()
+    out = (ctypes.c_float * 128)()
+    return kernels.run_kernel(name.encode(), ctypes.c_bool(False), numbers, out)
+
+
+@pytest.mark.parametrize("kernel", ["barrier_removed", "warp_barrier_removed"])
+def test_a_barrier_is_left_out_only_for_a_while(kernel):
+    emulator.barriers_since_last_call()
+    assert run(kernel) == 0
+    places = emulator.barriers_since_last_call()
+    assert len(places) == 2 and emulator.barriers_since_last_call() == []
+    file, line = places[1].rsplit(":", 1)
+    with emulator.without_barrier(file, int(line)):
+        assert run(kernel) == LAUNCH_FAILURE
+        assert MISSED.search(emulator.report())
+    assert run(kernel) == 0
+
+
+def test_a_mutant_that_no_test_catches_fails(tmp_path):
+    mutant = all_mutants()[0]
+    test = Record("test", True, 0.1, "natural", [f"{mutant.source}:{mutant.line}"])
+    (tmp_path / "tests.json").write_text(json.dumps([asdict(test)]))
+    hunter = Hunter([mutant], tmp_path)
+    assert hunter.report(mutant, {}).failed
+    assert re.search("of the 0 tests", hunter.report(mutant, {}).longrepr)
+
+
+def test_records_come_fastest_first(tmp_path):
+    slow, fast = (Record(name, True, s, "natural", []) for name, s in (("a", 2.0), ("b", 1.0)))
+    for name, record in (("1", slow), ("2", fast)):
+        (tmp_path / f"{name}.json").write_text(json.dumps([asdict(record)]))
+    assert read(tmp_path) == [fast, slow]
+
+
+def test_the_date_chooses_among_all_orders_of_a_test():
+    days = [Settings(order=MIXED, date=f"2030-01-{day:02}") for day in range(1, 32)]
+    assert {day.order_of("test") for day in days} == set(ORDERS)
+    assert Settings(order="reversed").order_of("test") == "reversed"

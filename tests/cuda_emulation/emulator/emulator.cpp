@@ -8,12 +8,14 @@
 #include <limits>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
 #include "source_line.h"
 
 extern "C" void* __asan_region_is_poisoned(void* address, size_t bytes);
+extern "C" void __asan_get_shadow_mapping(size_t* scale, size_t* offset);
 
 namespace emulator {
 
@@ -32,6 +34,21 @@ struct Thread {
   bool vote = false;
 };
 
+// A place in the sources, by the address of its file's name.
+struct Place {
+  const char* file = nullptr;
+  unsigned line = 0;
+  bool operator==(const Place&) const = default;
+};
+
+// The barriers that kernels came to, and the one that is left out. The sources have tens of them.
+struct Barriers {
+  std::vector<Place> reached;
+  std::string removed_file;
+  unsigned removed_line = 0;  // 0: none is left out
+  Place last;                 // most threads come to where the one before them did
+};
+
 // The settings of a launch, its running block, and the report.
 struct Machine {
   Order order = Order::kNatural;
@@ -44,7 +61,9 @@ struct Machine {
   int running = -1;  // thread, or -1: the scheduler, or the host
   int votes = 0;
   Lanes offered[kMaxThreads / kWarp], released[kMaxThreads / kWarp];
+  std::vector<int> turns;  // in which order the threads are resumed
   SharedMemory shared;
+  Barriers barriers;
   std::string report;
 } machine;
 
@@ -60,10 +79,24 @@ std::string doing(const Thread& thread) {
          number(thread.where.line());
 }
 
+bool is_same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
 bool is_together(const Thread& a, const Thread& b) {
-  return a.state == b.state && a.mask == b.mask && std::strcmp(a.operation, b.operation) == 0 &&
-         a.where.line() == b.where.line() &&
-         std::strcmp(a.where.file_name(), b.where.file_name()) == 0;
+  return a.state == b.state && a.mask == b.mask && a.where.line() == b.where.line() &&
+         is_same(a.operation, b.operation) && is_same(a.where.file_name(), b.where.file_name());
+}
+
+void record(const Place& place) {
+  auto& barriers = machine.barriers;
+  if (place == barriers.last) return;
+  barriers.last = place;
+  auto& reached = barriers.reached;
+  if (std::find(reached.begin(), reached.end(), place) == reached.end()) reached.push_back(place);
+}
+
+bool is_removed(const Where& where) {
+  const auto& barriers = machine.barriers;
+  return where.line() == barriers.removed_line && where.file_name() == barriers.removed_file;
 }
 
 void suspend(State state) {
@@ -93,10 +126,10 @@ void arrange(Items begin, Items end) {
 }
 
 void resume_ready_threads() {
-  std::vector<int> turns(machine.size);
-  std::iota(turns.begin(), turns.end(), 0);
-  arrange(turns.begin(), turns.end());
-  for (const int i : turns) {
+  machine.turns.resize(machine.size);
+  std::iota(machine.turns.begin(), machine.turns.end(), 0);
+  arrange(machine.turns.begin(), machine.turns.end());
+  for (const int i : machine.turns) {
     if (machine.threads[i].state != State::kReady) continue;
     machine.running = i;
     thread_index.x = static_cast<unsigned>(i);
@@ -140,7 +173,7 @@ bool release_lanes(int waiting) {
     std::memcpy(machine.released[warp].value[lane], machine.offered[warp].value[lane],
                 Lanes::kMaxBytes);
   }
-  if (std::strcmp(thread.operation, kSyncWarp) == 0) {
+  if (is_same(thread.operation, kSyncWarp)) {
     machine.shared.synchronize_warp(warp, thread.mask);
   }
   return true;
@@ -191,6 +224,28 @@ void run_block() {
   }
 }
 
+#if defined(__x86_64__)
+// AddressSanitizer keeps a byte of shadow for every eight of memory: 0 where all of them belong to an
+// allocation. Lower addresses may have none, since the shadow itself is there.
+bool is_clear(uintptr_t address) {
+  constexpr uintptr_t kFirst = uintptr_t{1} << 45, kEnd = uintptr_t{1} << 47;
+  static const auto [scale, offset] = [] {
+    std::pair<size_t, size_t> mapping;
+    __asan_get_shadow_mapping(&mapping.first, &mapping.second);
+    return mapping;
+  }();
+  return address >= kFirst && address < kEnd &&
+         *reinterpret_cast<const char*>((address >> scale) + offset) == 0;
+}
+#else
+bool is_clear(uintptr_t) { return false; }
+#endif
+
+bool is_allocated(uintptr_t first, size_t bytes) {
+  if (bytes <= 8 && is_clear(first) && is_clear(first + bytes - 1)) return true;
+  return __asan_region_is_poisoned(reinterpret_cast<void*>(first), bytes) == nullptr;
+}
+
 std::vector<int64_t> chosen_blocks(int64_t blocks) {
   const int64_t start =
       machine.first_block < 0 ? blocks + machine.first_block : machine.first_block;
@@ -220,6 +275,8 @@ std::string run(int64_t blocks, int threads, size_t shared_bytes,
 }
 
 int count_at_barrier(bool vote, Where where) {
+  record({where.file_name(), where.line()});
+  if (is_removed(where)) return 0;
   machine.threads[machine.running].vote = vote;
   wait(State::kAtBarrier, "__syncthreads", 0, where);
   return machine.votes;
@@ -228,6 +285,10 @@ int count_at_barrier(bool vote, Where where) {
 const Lanes& exchange(const char* operation, unsigned mask, const void* value, size_t bytes,
                       Where where) {
   const int warp = machine.running / kWarp;
+  if (bytes == 0) {  // __syncwarp
+    record({where.file_name(), where.line()});
+    if (is_removed(where)) return machine.released[warp];
+  }
   if ((mask >> lane() & 1) == 0) {
     fail(std::string("calls ") + operation + " with a mask that does not name its own lane");
   }
@@ -252,25 +313,36 @@ void fail(const std::string& what) {
 
 void check_access(const void* address, size_t bytes, Access kind, const void* code) {
   const auto first = reinterpret_cast<uintptr_t>(address);
-  std::string wrong;
   if (machine.running >= 0) {
     if (machine.threads[machine.running].fiber.owns(first)) return;
     if (auto* array = machine.shared.find(first)) {
-      wrong = machine.shared.access(*array, machine.running, first, bytes, kind);
-      if (wrong.empty()) return;
+      if (machine.shared.access(*array, machine.running, first, bytes, kind)) return;
+      fail(machine.shared.error() + "\n" + source_line(code));
     }
   }
-  if (wrong.empty()) {
-    if (__asan_region_is_poisoned(const_cast<void*>(address), bytes) == nullptr) return;
-    wrong = std::string(kind == Access::kRead ? "reads " : "writes ") + number(bytes) +
-            " bytes of global memory that belong to no allocation";
-  }
-  fail(wrong + "\n" + source_line(code));
+  if (is_allocated(first, bytes)) return;
+  fail(std::string(kind == Access::kRead ? "reads " : "writes ") + number(bytes) +
+       " bytes of global memory that belong to no allocation\n" + source_line(code));
 }
 
 void set_order(Order order, uint64_t seed) {
   machine.order = order;
   machine.random.seed(seed);
+}
+
+void remove_barrier(const std::string& file, unsigned line) {
+  machine.barriers.removed_file = file;
+  machine.barriers.removed_line = line;
+}
+
+std::string take_barriers() {
+  std::string text;
+  for (const auto& [file, line] : machine.barriers.reached) {
+    text += std::string(file) + ":" + number(line) + "\n";
+  }
+  machine.barriers.reached.clear();
+  machine.barriers.last = {};
+  return text;
 }
 
 void run_only(int64_t first, int64_t count) {

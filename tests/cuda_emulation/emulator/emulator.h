@@ -59,4 +59,10 @@ void set_order(Order order, uint64_t seed);
 void run_only(int64_t first, int64_t count);
 SharedMemory& shared_memory();
 
+// Lets threads pass the barrier of `line`, in a file by the name that it was compiled by, as if the
+// source had none there; 0: no barrier is removed.
+void remove_barrier(const std::string& file, unsigned line);
+// The barriers that threads came to since the last call, removed or not: "file:line", one a line.
+std::string take_barriers();
+
 }  // namespace emulator

@@ -28,7 +28,9 @@ class Fiber {
 
  private:
   static constexpr size_t kStackBytes = 128 * 1024;
+  static constexpr size_t kShift = 9 * 64, kMaxShift = 32 * 1024;
   std::unique_ptr<char[]> stack_;
+  size_t top_;  // where it begins, downwards
 #if defined(__x86_64__)
   void* inside_ = nullptr;  // stack pointers of the side that does not run
   void* outside_ = nullptr;

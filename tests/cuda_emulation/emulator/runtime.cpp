@@ -135,6 +135,16 @@ void emulator_set_order(int order, uint64_t seed) {
   emulator::set_order(static_cast<emulator::Order>(order), seed);
 }
 
+void emulator_remove_barrier(const char* file, unsigned line) {
+  emulator::remove_barrier(file, line);
+}
+
+const char* emulator_take_barriers() {
+  static std::string text;
+  text = emulator::take_barriers();
+  return text.c_str();
+}
+
 void emulator_run_only(int64_t first, int64_t count) { emulator::run_only(first, count); }
 
 // An array at `offset` in the library of a dlopen() handle, whose memory ends at offset `end`.

@@ -38,6 +38,7 @@ SharedMemory::SharedMemory() {
 
 void SharedMemory::add_static(uintptr_t address, size_t bytes, uintptr_t end, const char* name) {
   const size_t slot = std::min(kSlot, end - address);
+  last_ = nullptr;
   statics_.push_back({address, bytes, slot, name, std::vector<ByteLog>(bytes)});
   std::sort(statics_.begin(), statics_.end(),
             [](const auto& a, const auto& b) { return a.address < b.address; });
@@ -51,18 +52,23 @@ void SharedMemory::begin_block(size_t dynamic_bytes) {
   }
   dynamic_.bytes = dynamic_bytes;
   std::memset(dynamic(), kPoison, dynamic_bytes);
-  for (const auto& array : statics_) {
+  for (auto& array : statics_) {
+    if (array.is_clean) continue;
     std::memset(reinterpret_cast<void*>(array.address), kPoison, array.bytes);
+    array.is_clean = true;
   }
 }
 
 SharedArray* SharedMemory::find(uintptr_t address) {
   if (address - (dynamic_.address - kSlot) < kArena) return &dynamic_;
+  if (last_ != nullptr && address - last_->address < last_->slot) return last_;
   if (statics_.empty() || address < statics_.front().address) return nullptr;
   const auto is_before = [](uintptr_t a, const auto& array) { return a < array.address; };
   const auto next = std::upper_bound(statics_.begin(), statics_.end(), address, is_before);
   auto& array = *std::prev(next);
-  return address - array.address < array.slot ? &array : nullptr;
+  if (address - array.address >= array.slot) return nullptr;
+  last_ = &array;
+  return last_;
 }
 
 bool SharedMemory::is_ordered(int thread, uint32_t time, int other) const {
@@ -108,25 +114,28 @@ void SharedMemory::record(ByteLog& log, int thread, Access kind) {
   }
 }
 
-std::string SharedMemory::access(SharedArray& array, int thread, uintptr_t address, size_t bytes,
-                                 Access kind) {
+bool SharedMemory::access(SharedArray& array, int thread, uintptr_t address, size_t bytes,
+                          Access kind) {
   const size_t offset = address - array.address;
+  const auto refuse = [&](const std::string& why) {
+    error_ = described(array, address, bytes, kind) + ", " + why;
+    return false;
+  };
   if (offset >= array.bytes || bytes > array.bytes - offset) {
-    return described(array, address, bytes, kind) + ", which is out of bounds";
+    return refuse("which is out of bounds");
   }
+  array.is_clean = false;
   for (size_t i = offset; i < offset + bytes; ++i) {
     auto& log = array.log[i];
     if (log.block != block_) log = {.block = block_};
-    if (kind != Access::kWrite && log.writer < 0) {
-      return described(array, address, bytes, kind) + ", which no thread has written";
-    }
-    const auto other = race(log, thread, kind);
-    if (!other.empty()) {
-      return described(array, address, bytes, kind) + ", " + other + " with no barrier between";
+    if (kind != Access::kWrite && log.writer < 0) return refuse("which no thread has written");
+    if (!is_alone(log, thread, kind)) {
+      const auto other = race(log, thread, kind);
+      if (!other.empty()) return refuse(other + " with no barrier between");
     }
     record(log, thread, kind);
   }
-  return "";
+  return true;
 }
 
 }  // namespace emulator

@@ -47,6 +47,7 @@ struct SharedArray {
   size_t slot;  // up to the next one, or to where other memory begins
   std::string name;
   std::vector<ByteLog> log;
+  bool is_clean = false;  // full of poison: no thread accessed it since it was filled
 };
 
 class SharedMemory {
@@ -64,8 +65,9 @@ class SharedMemory {
   void* dynamic() const { return reinterpret_cast<void*>(dynamic_.address); }
   // The array in whose slot an address lies, or null.
   SharedArray* find(uintptr_t address);
-  // Logs an access to `array`. What is wrong with it; empty if nothing is.
-  std::string access(SharedArray& array, int thread, uintptr_t address, size_t bytes, Access kind);
+  // Logs an access to `array`. Whether it is allowed; if not, error() says why.
+  bool access(SharedArray& array, int thread, uintptr_t address, size_t bytes, Access kind);
+  const std::string& error() const { return error_; }
 
   static constexpr size_t kSlot = 64 * 1024;
   static constexpr size_t kMaxDynamic = 227 * 1024;
@@ -73,6 +75,12 @@ class SharedMemory {
  private:
   static constexpr size_t kArena = 6 * kSlot;  // a slot before and a slot behind the dynamic memory
 
+  // Whether no other thread has accessed the byte, to write it or for this write, since the barrier.
+  bool is_alone(const ByteLog& log, int thread, Access kind) const {
+    if (log.write_interval == interval_ && log.writer != thread) return false;
+    return kind == Access::kRead || log.read_interval != interval_ ||
+           (log.reading_warp == thread / kWarp && log.reading_lanes == 1U << thread % kWarp);
+  }
   // Which access of another thread this one is not ordered with; empty if there is none.
   std::string race(const ByteLog& log, int thread, Access kind) const;
   void record(ByteLog& log, int thread, Access kind);
@@ -81,7 +89,9 @@ class SharedMemory {
   SharedArray dynamic_;
   std::vector<SharedArray> statics_;  // by address
   WarpClock clocks_[kMaxThreads / kWarp];
+  SharedArray* last_ = nullptr;  // that find() found
   uint32_t block_ = 0, interval_ = 1;
+  std::string error_;
 };
 
 }  // namespace emulator

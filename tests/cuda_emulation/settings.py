@@ -1,0 +1,48 @@
+"""How a process emulates: its environment says so, since the process is pytest's."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from dataclasses import asdict, dataclass
+
+VARIABLE = "FASTMETA_EMULATOR"
+ORDERS = ("natural", "reversed", "shuffled")
+MIXED = "mixed"  # each test in one of the orders
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a pytest process runs of the tests that it collects, and how.
+
+    Attributes:
+        order: in which threads run, of ORDERS, or MIXED.
+        date: of the commit. Together with a test's name it chooses the order where they are mixed.
+        shard: this process takes each `shards`-th test, from this one on.
+        shards: how many processes share the tests.
+        records: the folder of what tests came to which barriers; empty: nothing is recorded.
+        name: of the file there that this process writes.
+        mutants: whether mutants are run on the tests that are recorded, instead of the tests.
+    """
+
+    order: str = "natural"
+    date: str = ""
+    shard: int = 0
+    shards: int = 1
+    records: str = ""
+    name: str = ""
+    mutants: bool = False
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        return cls(**json.loads(os.environ.get(VARIABLE, "{}")))
+
+    def environment(self) -> dict[str, str]:
+        return {VARIABLE: json.dumps(asdict(self))}
+
+    def order_of(self, test: str) -> str:
+        """The order of threads of a test."""
+        if self.order != MIXED:
+            return self.order
+        return ORDERS[zlib.crc32(f"{self.date} {test}".encode()) % len(ORDERS)]
