@@ -7,8 +7,9 @@ namespace fastmeta {
 namespace {
 
 // distance[t, q, n] = finish(sum_d Term(x[t, q, d], y[t, n, d])); [T, Q, D], [T, N, D] -> [T, Q,
-// N]. A block owns a tile of Q x N (tile.cuh), acc_t sums in registers, rows normalised on the way
-// into shared memory for cosine.
+// N].
+// A block owns a tile of Q x N (tile.cuh); acc_t sums in registers. For cosine rows are normalised
+// on the way into shared memory.
 template <typename scalar_t, typename Term, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     distance_kernel(Metric metric, Rows<scalar_t> x, Rows<scalar_t> y, scalar_t* distance) {
@@ -39,6 +40,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     weights_kernel(Metric metric, Rows<scalar_t> x, Rows<scalar_t> y, const scalar_t* upstream,
                    acc_t<scalar_t>* weights) {
   const auto tile = tile_position<Tile>(blockIdx.x, x.count, y.count);
+  // The other metrics' weights do not depend on the distance.
   acc_t<scalar_t> distances[Tile::kM][Tile::kN] = {};
   if (metric == Metric::kEuclidean) {
     tile_distances<DifferenceTerm>(Tile{}, metric, x.task(tile.task), tile.row, y.task(tile.task),
@@ -93,7 +95,7 @@ cudaError_t write_weights(const PairwiseOperands& operands, const Chunk& chunk,
   });
 }
 
-// The operands with the tiles that their distances are made in.
+// Chooses the tiles in which the operands' distances are made.
 PairwiseOperands tiled(PairwiseOperands operands) {
   const auto& shape = operands.shape;
   operands.large_tiles =
