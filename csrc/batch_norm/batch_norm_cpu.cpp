@@ -154,6 +154,7 @@ struct OnCpu {
 
   template <typename value_t, typename Pass>
   static void run_as(const BatchNormShape& shape, double eps, const Pass& pass) {
+    // Small channels: several make a thread's work.
     const int64_t grain = std::max<int64_t>(1, kGrain / shape.count());
     at::parallel_for(0, shape.all_channels(), grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

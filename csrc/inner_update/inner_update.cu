@@ -131,6 +131,7 @@ __global__ void __launch_bounds__(kThreads)
   acc_t<scalar_t> total = 0;
 #pragma unroll
   for (int j = 0; j < n; ++j) total += sum[j];
+  // One partial sum a block: a second launch adds them up, in order and without atomics.
   total = block_sum<kThreads>(total);
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
@@ -151,6 +152,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t p = blockIdx.x % columns * kThreads + threadIdx.x;
   if (p >= s.parameters) return;
   const int64_t first = slice * tasks_per_slice;
+  // The last slice may have fewer tasks.
   const int64_t end = first + tasks_per_slice < s.tasks ? first + tasks_per_slice : s.tasks;
   Pack<acc_t<scalar_t>, n> sum{};
 #pragma unroll 4
@@ -190,6 +192,7 @@ __global__ void __launch_bounds__(kThreads)
 InnerUpdateShape joined(const InnerUpdateShape& s) {
   const bool rows = s.params_stride == s.parameters && s.grads_stride == s.parameters;
   const bool lr = s.lr_task_stride == (s.lr_parameter_stride == 0 ? 0 : s.parameters);
+  // A single row needs no stride.
   if (s.tasks != 1 && !(rows && lr)) return s;
   const int64_t all = s.tasks * s.parameters;
   return {1, all, all, all, 0, s.lr_parameter_stride};
@@ -197,7 +200,9 @@ InnerUpdateShape joined(const InnerUpdateShape& s) {
 
 // Tasks that one thread of backward_columns_kernel walks.
 int64_t tasks_per_slice(const InnerUpdateShape& s) {
+  // Each task has step sizes of its own: nothing is summed over tasks.
   if (s.lr_task_stride != 0) return 1;
+  // Few parameters: splits the tasks, so that threads fill the device.
   const int64_t slices = std::clamp<int64_t>(kWantedThreads / s.parameters, 1, s.tasks);
   return ceil_div(s.tasks, slices);
 }
@@ -209,6 +214,7 @@ bool needs_column_sums(const InnerUpdateShape& s) {
 template <typename scalar_t>
 bool has_wide_arrays(const InnerUpdateShape& s, const scalar_t* params, const scalar_t* grads,
                      const acc_t<scalar_t>* lr, const scalar_t* out) {
+  // A shared step size is read as a number, so it needs no alignment.
   const int64_t lr_row = s.lr_parameter_stride == 0 ? 0 : s.parameters;
   return has_wide_rows(params, s.parameters, s.params_stride) &&
          has_wide_rows(grads, s.parameters, s.grads_stride) &&
@@ -287,6 +293,7 @@ int64_t inner_update_backward_workspace(Dtype dtype, const InnerUpdateShape& sha
     using value_t = acc_t<typename decltype(type)::type>;
     Workspace space(nullptr);
     if (s.lr_parameter_stride == 0) {
+      // For the narrowest packs, which need the most blocks: alignment is known only at the launch.
       space.take<value_t>(Stretch<1>::blocks(s));
     } else if (needs_column_sums(s)) {
       space.take<value_t>(ceil_div(s.tasks, tasks_per_slice(s)) * s.parameters);

@@ -135,6 +135,7 @@ void update_backward_cpu(const scalar_t* grad_out, const scalar_t* grads, const 
   const int64_t rows = shape.lr_task_stride != 0 ? shape.tasks : 1;
   // Double: a sum over all parameters has many terms.
   std::vector<double> partial(shape.lr_parameter_stride == 0 ? rows * columns : 0);
+  // A column is the work of all tasks.
   const int64_t grain = std::max<int64_t>(1, kGrain / (kBlock * shape.tasks));
   at::parallel_for(0, columns, grain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {

@@ -124,6 +124,7 @@ class HeadOutputs {
 template <typename scalar_t>
 HeadGradients<scalar_t> head_gradients_of(const HeadGradientTensors& to, int64_t t) {
   const auto part = [t](const at::Tensor& x) -> scalar_t* {
+    // An absent gradient has no elements.
     if (x.numel() == 0) return nullptr;
     return x.mutable_data_ptr<scalar_t>() + t * (x.numel() / x.size(0));
   };

@@ -175,6 +175,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   }
   // Without a workspace the sum is the gradient itself.
   const bool finished = side.sums == nullptr;
+  // A chunk's rows lie densely in the workspace; the gradient's tasks are all rows apart.
   const int64_t first_row = finished ? task * side.own.task_stride : position.task * own_rows.count;
 #pragma unroll
   for (int i = 0; i < kM; ++i) {

@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
                        distances);
   const int rows = at_most(Tile::kRows, x.count - tile.row);
   const int columns = at_most(Tile::kColumns, y.count - tile.column);
+  // 64 bits once for the tile; offsets within it are small.
   distance += (tile.task * x.count + tile.row) * y.count + tile.column;
 #pragma unroll
   for (int i = 0; i < Tile::kM; ++i) {
@@ -137,6 +138,7 @@ int launch_pairwise_distance_backward(PairwiseOperands operands, const void* gra
                                      static_cast<cudaStream_t>(stream));
     });
   };
+  // Behind the norms, which the gradient's tiles read as well.
   void* rest = space.take<char>(pairwise_gradient_workspace(operands));
   return launch_pairwise_gradient(operands, weigh, grad_x, grad_y, rest, stream);
 }

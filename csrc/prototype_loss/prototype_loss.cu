@@ -168,6 +168,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     (queries.loss + first_query)[thread] =
         std::log(softmax.sum) + (softmax.largest - label_logits[thread]);
     if (queries.softmax != nullptr) (queries.softmax + first_query)[thread] = softmax;
+    // For write_weights() below.
     softmaxes[0][thread] = softmax;
   }
   // Only a small tile can have all prototypes, see fits_one_tile().

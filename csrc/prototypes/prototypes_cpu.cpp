@@ -30,6 +30,7 @@ std::vector<int64_t> counts_of(const int64_t* labels, const PrototypesShape& sha
 template <typename Body>
 void for_each_slice(const int64_t* labels, const PrototypesShape& shape, const Body& body) {
   const int64_t slices = (shape.features + kSlice - 1) / kSlice;
+  // Additions of a slice, which decide how many repay a thread.
   const int64_t work = std::max<int64_t>(1, shape.support * std::min(kSlice, shape.features));
   const int64_t grain = std::max<int64_t>(1, kGrain / work);
   at::parallel_for(0, shape.tasks * slices, grain, [&](int64_t begin, int64_t end) {

@@ -72,7 +72,8 @@ inline ConvShape checked_conv_shape(at::IntArrayRef size, at::IntArrayRef weight
   const int64_t reach_h = dilation[0] * (weight[2] - 1), reach_w = dilation[1] * (weight[3] - 1);
   TORCH_CHECK(shape.weight_size() > 0 && shape.in_positions() > 0 && weight[2] > 0 &&
                   size[1] + 2 * padding[0] > reach_h && size[2] + 2 * padding[1] > reach_w,
-              "image: expected it neither empty nor smaller than the kernel ", weight, ", got ", size);
+              "image: expected it neither empty nor smaller than the kernel ", weight, ", got ",
+              size);
   return shape;
 }
 

@@ -94,6 +94,7 @@ class RegisterGemm {
         for (int j = 0; j < vectors; ++j) of_b[j] = Vec::loadu(right + j * kWidth);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; ++i) {
+          // One element of A, in all lanes, serves all vectors of the row of B.
           const Vec of_a(left[i * row]);
 #pragma GCC unroll 8
           for (int j = 0; j < vectors; ++j) sum[i][j] = at::vec::fmadd(of_a, of_b[j], sum[i][j]);

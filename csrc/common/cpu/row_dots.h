@@ -81,6 +81,7 @@ class RowDots {
       for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
         for (int q = 0; q < columns; ++q) {
+          // Lanes add up only once, at the end.
           c[(i + r) * c_stride + j + q] =
               at::vec::vec_reduce_all<value_t>([](Vec x, Vec y) { return x + y; }, sum[r][q]);
         }

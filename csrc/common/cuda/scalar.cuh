@@ -61,6 +61,7 @@ auto with_dtype(Dtype dtype, const Body& body) {
     case Dtype::kFloat:
       break;
   }
+  // Behind the switch, so that every path returns.
   return body(ScalarType<float>{});
 }
 

@@ -200,6 +200,7 @@ template <typename value_t, typename Body>
 bool with_block_run(const OpArguments& args, void* workspace, const Body& body) {
   static_assert(sizeof(BlockArguments<value_t, kShortList>) <= 4096 &&
                 sizeof(BlockArguments<value_t, kLongList>) <= 32764);
+  // The short list first: fewer bytes of arguments go with each launch.
   BlockRun<value_t, kShortList> short_run(args, workspace);
   if (short_run.fits()) {
     body(short_run);
