@@ -1,4 +1,4 @@
-// Every op of fastmeta on one page: the schemas.
+// Schemas of every op of fastmeta, on one page.
 // T tasks, S support examples, Q queries, N ways, D features, P parameters; formulas in
 // <op>/<op>.h.
 #include <torch/library.h>
@@ -20,22 +20,22 @@ TORCH_LIBRARY(fastmeta, m) {
       "pairwise_distance_backward(Tensor grad_distance, Tensor x, Tensor y, str metric)"
       " -> (Tensor grad_x, Tensor grad_y)");
 
-  // query [T, Q, D], labels [T, Q], prototypes [T, N, D] -> loss of each query [T, Q],
-  // in float32 for bfloat16 and float16
+  // query [T, Q, D], labels [T, Q], prototypes [T, N, D] -> loss of each query [T, Q], in float32
+  // for bfloat16 and float16
   m.def(
       "prototype_loss(Tensor query, Tensor labels, Tensor prototypes, str metric, float scale)"
       " -> Tensor");
-  // the same loss, and the gradient of sum(weight * loss) in the same pass; weight [T, Q],
-  // of the loss's dtype
+  // prototype_loss, and the gradient of sum(weight * loss) in the same pass; weight [T, Q], of the
+  // loss's dtype
   m.def(
       "prototype_loss_backward(Tensor weight, Tensor query, Tensor labels, Tensor prototypes,"
       " str metric, float scale) -> (Tensor loss, Tensor grad_query, Tensor grad_prototypes)");
 
-  // x [T, S, D], targets [T, S] int64 labels, or [T, S, N]; weight [T, N, D], bias [T, N];
-  // lr [T, K], float32 for bfloat16 and float16 -> the head after K steps of gradient descent, and
-  // what its backward pass keeps, see linear_head/linear_head.h. What there is not has a last
-  // dimension of 0: the bias, its gradient, that of labels, and that of x to first order or where
-  // it is not asked for.
+  // x [T, S, D], targets [T, S] int64 labels, or [T, S, N]; weight [T, N, D], bias [T, N]; lr [T,
+  // K], float32 for bfloat16 and float16 -> the head after K steps of gradient descent, and what
+  // its backward pass reads, see linear_head/linear_head.h. An absent output is an empty tensor
+  // (last dimension 0). Absent are: bias and its gradient without a bias; the gradient of labels;
+  // the gradient of x in first order, or if it is not requested.
   m.def(
       "linear_head(Tensor x, Tensor targets, Tensor weight, Tensor? bias, Tensor lr, str loss,"
       " float weight_decay, bool dual)"
@@ -47,9 +47,9 @@ TORCH_LIBRARY(fastmeta, m) {
       " -> (Tensor grad_x, Tensor grad_targets, Tensor grad_weight, Tensor grad_bias,"
       " Tensor grad_lr)");
 
-  // The head of linear_head, its mean loss on queries [T, Q, D] and their targets, the outputs there,
-  // and all gradients of the mean over tasks of that loss; CPU alone. Without input_grad x and query
-  // get none.
+  // The head of linear_head, its mean loss on queries [T, Q, D] and their targets, the outputs
+  // there, and all gradients of the mean of this loss over tasks; CPU only. Without input_grad x
+  // and query get no gradient.
   m.def(
       "linear_head_loss(Tensor x, Tensor targets, Tensor weight, Tensor? bias, Tensor lr,"
       " Tensor query, Tensor query_targets, str loss, float weight_decay, bool dual,"
@@ -57,13 +57,13 @@ TORCH_LIBRARY(fastmeta, m) {
       " -> (Tensor loss, Tensor outputs, Tensor grad_x, Tensor grad_targets, Tensor grad_weight,"
       " Tensor grad_bias, Tensor grad_lr, Tensor grad_query, Tensor grad_query_targets)");
 
-  // a [T, M, K] or transposed, b [T, K, N] or transposed, not both -> [T, M, N]; CPU alone
+  // a [T, M, K] or transposed, b [T, K, N] or transposed, not both -> [T, M, N]; CPU only
   m.def("task_product(Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> Tensor");
 
-  // The three maps of convolution, see execution/conv_shape.h: x [T, B, C, H, W],
-  // weight [T, O, C / groups, kh, kw], bias [T, O] -> [T, B, O, H', W']; the gradient of that to x,
-  // of height and width `size`, and to the weight. Images come out channels-last in memory if they
-  // came in so, which takes no copies, else contiguous.
+  // The three maps of convolution, see execution/conv_shape.h: x [T, B, C, H, W], weight [T, O, C /
+  // groups, kh, kw], bias [T, O] -> [T, B, O, H', W']; its gradients with respect to x, of height
+  // and width `size`, and to the weight. Images are returned channels-last in memory if they came
+  // in so, which takes no copies, else contiguous.
   m.def(
       "task_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding,"
       " int[2] dilation, int groups) -> Tensor");
@@ -74,8 +74,8 @@ TORCH_LIBRARY(fastmeta, m) {
       "task_conv2d_weight(Tensor grad, Tensor x, int[2] kernel, int[2] stride, int[2] padding,"
       " int[2] dilation, int groups) -> Tensor");
 
-  // x [T, B, C, P], weight, bias [T, C] -> y; and, see batch_norm/batch_norm.h, the gradient of that
-  // and the gradient of the gradient
+  // x [T, B, C, P], weight, bias [T, C] -> y; its gradient, and the gradient of the gradient, see
+  // batch_norm/batch_norm.h
   m.def("task_batch_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
   m.def(
       "task_batch_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps)"
@@ -87,18 +87,19 @@ TORCH_LIBRARY(fastmeta, m) {
 
   // A network and its loss as a list of instructions: code, see task_program/program/program.h.
   // theta [P] or [T, P]; frozen [F]; lr [K or 1, T or 1, P or 1]; x [T, B, ...]; y [T, B] int64
-  // labels, or [T, B, ...]; n elements in an example's output. A gradient has the shape of what it
-  // is of, and is empty where it is not asked for.
+  // labels, or [T, B, ...]; n elements in an example's output. A gradient has the shape of its
+  // input, and is empty if not requested.
   // -> outputs [T, B, n]
   m.def("task_program_forward(Tensor code, Tensor theta, Tensor frozen, Tensor x) -> Tensor");
   // -> loss [T], outputs [T, B, n], grad_theta [T, P], grad_x
   m.def(
       "task_program_gradient(Tensor code, Tensor theta, Tensor frozen, Tensor x, Tensor y,"
       " bool input_grad) -> (Tensor loss, Tensor outputs, Tensor grad_theta, Tensor grad_x)");
-  // ValueError for a label that the ops refuse, nothing for targets of another loss. The ops do it
-  // themselves, but not while they are captured in a CUDA graph, so not where one is replayed.
+  // Raises ValueError for a label that the ops refuse; ignores targets of another loss. The ops
+  // check labels themselves, but cannot while a CUDA graph is captured: whoever replays a graph
+  // calls this.
   m.def("task_program_check_labels(Tensor code, Tensor support_y, Tensor query_y) -> ()");
-  // vector [T, P] -> H vector [T, P], and the derivative of <gradient, vector> to x
+  // vector [T, P] -> H vector [T, P], and the derivative of <gradient, vector> with respect to x
   m.def(
       "task_program_hvp(Tensor code, Tensor theta, Tensor frozen, Tensor x, Tensor y,"
       " Tensor vector, bool input_grad) -> (Tensor product, Tensor grad_x)");
@@ -111,21 +112,22 @@ TORCH_LIBRARY(fastmeta, m) {
       "task_program_adapt_backward(Tensor code, Tensor theta, Tensor frozen, Tensor lr, Tensor x,"
       " Tensor y, int steps, Tensor grad_out, bool first_order, bool keep, bool lr_grad,"
       " bool input_grad) -> (Tensor grad_theta, Tensor grad_lr, Tensor grad_x)");
-  // -> the mean over tasks of the query loss after the steps (each step's times its weight, where
-  // there are weights), outputs [T, Q, n] after the last, and gradients of that mean
+  // -> the mean over tasks of the query loss after the steps (with weights, the weighted sum over
+  // all steps), outputs [T, Q, n] after the last, and gradients of this mean
   m.def(
       "task_program_meta_gradient(Tensor code, Tensor theta, Tensor frozen, Tensor lr,"
       " Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, float[] step_weights,"
       " int steps, bool first_order, bool keep, bool gradient, bool lr_grad, bool support_grad,"
       " bool query_grad) -> (Tensor loss, Tensor outputs, Tensor grad_theta, Tensor grad_lr,"
       " Tensor grad_support_x, Tensor grad_query_x)");
-  // the same from a module's own parameters, for autograd: once differentiable in parameters, lr,
-  // support_x and query_x
+  // task_program_meta_gradient on a module's own parameters, for autograd: once differentiable in
+  // parameters, lr, support_x and query_x
   m.def(
       "task_program_meta_loss(Tensor code, Tensor[] parameters, Tensor frozen, Tensor lr,"
       " Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, float[] step_weights,"
       " int steps, bool first_order, bool keep) -> (Tensor loss, Tensor outputs)");
-  // the same with its gradients to the parameters [P] and to lr, without autograd
+  // task_program_meta_loss with its gradients with respect to the parameters [P] and to lr, without
+  // autograd
   m.def(
       "task_program_loss_and_gradient(Tensor code, Tensor[] parameters, Tensor frozen, Tensor lr,"
       " Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, float[] step_weights,"

@@ -1,4 +1,4 @@
-// The C++ functions of fastmeta.h: each calls the op of its name through PyTorch's dispatcher.
+// C++ functions of fastmeta.h: each calls the op of its name through PyTorch's dispatcher.
 #include "api/fastmeta.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -23,7 +23,7 @@ struct Name {
   char value[size];
 };
 
-// As a kernel takes it: tensors by reference, all else by value.
+// Parameter type of a kernel: tensors by reference, all else by value.
 template <typename T>
 constexpr bool is_tensor = std::is_same_v<T, Tensor> || std::is_same_v<T, std::optional<Tensor>>;
 template <typename T>

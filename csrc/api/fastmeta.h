@@ -77,16 +77,16 @@ struct HeadOptions {
 };
 
 struct HeadGradientOptions {
-  bool first_order = false;  // leave second derivatives out: x, targets get no gradient
-  bool input_grad = true;    // of x, and of the queries
+  bool first_order = false;  // skip second derivatives: x, targets get no gradient
+  bool input_grad = true;    // compute the gradients of x and of the queries
 };
 
-// A linear head after K steps of gradient descent on its task's examples. What there is not (the
-// bias) has a last dimension of 0.
+// A linear head after K steps of gradient descent on its task's examples. An absent bias is an
+// empty tensor (last dimension 0).
 struct AdaptedHead {
   at::Tensor weight;                 // [T, N, D]
   at::Tensor bias;                   // [T, N]
-  at::Tensor predictions, products;  // what linear_head_backward needs
+  at::Tensor predictions, products;  // linear_head_backward reads them
 };
 
 //   x [T, S, D]; targets [T, S] int64 labels, or for "mse" [T, S, N]; weight [T, N, D], bias [T, N]
@@ -96,7 +96,8 @@ FASTMETA_API AdaptedHead linear_head(const at::Tensor& x, const at::Tensor& targ
                                      const std::optional<at::Tensor>& bias, const at::Tensor& lr,
                                      const HeadOptions& options = {});
 
-// Gradients of the shapes of what they are of; what there is not has a last dimension of 0.
+// Gradients, each of the shape of its input. An absent gradient is an empty tensor (last dimension
+// 0).
 struct HeadDerivatives {
   at::Tensor x, targets, weight, bias, lr;
 };
@@ -110,14 +111,14 @@ FASTMETA_API HeadDerivatives linear_head_backward(
 
 struct HeadMetaLoss {
   at::Tensor loss;       // [T], each task's mean over its queries
-  at::Tensor outputs;    // of the adapted head at the queries [T, Q, N]
-  HeadDerivatives grad;  // of the mean of `loss` over tasks
+  at::Tensor outputs;    // adapted head's outputs at the queries [T, Q, N]
+  HeadDerivatives grad;  // gradients of the mean of `loss` over tasks
   at::Tensor grad_query, grad_query_targets;
 };
 
-// Adapts the head, takes its mean loss on queries, and all gradients of that: the whole meta-step of
-// ANIL in one call; on a CPU alone.
-//   query [T, Q, D], query_targets [T, Q] or [T, Q, N]
+// Adapts the head, takes its mean loss on queries, and all gradients of this loss: the whole
+// meta-step of ANIL in one call. CPU only.
+// query [T, Q, D], query_targets [T, Q] or [T, Q, N]
 FASTMETA_API HeadMetaLoss linear_head_loss(const at::Tensor& x, const at::Tensor& targets,
                                            const at::Tensor& weight,
                                            const std::optional<at::Tensor>& bias,

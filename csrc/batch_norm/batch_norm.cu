@@ -9,9 +9,10 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
-// The numbers of a channel of a task: a block owns them, a thread every 256th. See batch_norm.h.
-// Sums go over a thread's numbers, then the lanes of a warp, then the warps, in value_t; the numbers
-// are read again for each pass, from the L2 cache, where a channel's few hundred KiB are.
+// Numbers of one channel of one task, see batch_norm.h. A block owns the channel, a thread every
+// 256th number.
+// Sums run over a thread's numbers, then the lanes of a warp, then the warps, in value_t. Each pass
+// reads the numbers again: a channel's few hundred KiB stay in the L2 cache.
 template <typename value_t>
 class BlockChannel {
  public:
@@ -33,6 +34,7 @@ class BlockChannel {
   __device__ void each(const F& f) const {
     for (Place at = first_; at.image < shape_.images;) {
       f(begin_ + at.image * shape_.image_stride() + at.position);
+      // Carries by hand: no division in the loop.
       at.image += step_.image;
       at.position += step_.position;
       if (at.position >= shape_.positions) {
@@ -42,13 +44,13 @@ class BlockChannel {
     }
   }
 
-  // means[k] = mean of what add(place, sums) adds to sums[k]; every thread gets them.
+  // Computes means[k], the mean of what add(place, sums) adds to sums[k]. Every thread gets them.
   template <int kCount, typename Add>
   __device__ void means(value_t (&means)[kCount], const Add& add) const {
     __shared__ value_t parts[kCount][kWarps];
     value_t sums[kCount] = {};
     each([&](int64_t place) { add(place, sums); });
-    __syncthreads();  // the means before were read
+    __syncthreads();  // other warps may still read the last means
     for (int k = 0; k < kCount; ++k) {
       const value_t sum = warp_sum(sums[k]);
       if (threadIdx.x % kWarp == 0) parts[k][threadIdx.x / kWarp] = sum;
@@ -79,8 +81,8 @@ class BlockChannel {
   const BatchNormShape& shape_;
   int64_t begin_;
   Place first_,
-      step_;       // of a thread; a division in the loop is a call that spills
-  value_t share_;  // of a number in a mean
+      step_;       // a thread's step; a division in the loop is a call that spills
+  value_t share_;  // weight of one number in a mean
   const value_t* x_;
   Normaliser<value_t> xh_;
 };

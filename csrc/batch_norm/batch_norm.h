@@ -1,21 +1,21 @@
 // Batch norm of each task's images by the statistics of the batch at hand, its gradient, and the
-// gradient of that. Of one channel of one task, with means over its n = B P numbers:
+// gradient of the gradient. For one channel of one task, with means over its n = B P numbers:
 //
-//   mean = mean(x),  rstd = 1 / sqrt(mean((x - mean)^2) + eps),  xh = (x - mean) rstd
-//   y    = weight xh + bias
+// mean = mean(x),  rstd = 1 / sqrt(mean((x - mean)^2) + eps),  xh = (x - mean) rstd
+// y    = weight xh + bias
 //
-//   for g, which belongs to y:
-//     grad_x      = weight rstd (g - mean(g) - xh mean(g xh))
-//     grad_weight = sum(g xh),  grad_bias = sum(g)
+// for g, the upstream gradient of y:
+// grad_x      = weight rstd (g - mean(g) - xh mean(g xh))
+// grad_weight = sum(g xh),  grad_bias = sum(g)
 //
-//   for v, w, b, which belong to grad_x, grad_weight, grad_bias:
-//     grad_g      = weight rstd (v - mean(v) - xh mean(v xh)) + w xh + b
-//     grad_weight = rstd sum(v (g - mean(g) - xh mean(g xh)))
-//     grad_x      = rstd (u - mean(u) - xh mean(u xh)) - xh weight rstd grad_weight / n,
-//                   where u = w g - weight rstd (v mean(g xh) + g mean(v xh))
+// for v, w, b, the upstream gradients of grad_x, grad_weight, grad_bias:
+// grad_g      = weight rstd (v - mean(v) - xh mean(v xh)) + w xh + b
+// grad_weight = rstd sum(v (g - mean(g) - xh mean(g xh)))
+// grad_x      = rstd (u - mean(u) - xh mean(u xh)) - xh weight rstd grad_weight / n,
+//               where u = w g - weight rstd (v mean(g xh) + g mean(v xh))
 //
-// x, y, g, v [T, B, C, P], P positions; weight, bias, w, b [T, C]; all contiguous. Nothing is kept of
-// a pass but its inputs: a channel is read again from the cache, where its statistics come from.
+// x, y, g, v [T, B, C, P], P positions; weight, bias, w, b [T, C]; all contiguous. No pass stores
+// anything for the next one: each reads a channel again, from the cache, to get its statistics.
 #pragma once
 
 #include <cmath>
@@ -31,14 +31,15 @@ struct BatchNormShape {
 
   int64_t all_channels() const { return tasks * channels; }
   FASTMETA_HOST_DEVICE int64_t count() const { return images * positions; }
-  // Where the channel, of all tasks' channels, has its first number, and those of its next image.
+  // Offset of the channel's first number, counting channels over all tasks; next() is the step to
+  // its next image.
   FASTMETA_HOST_DEVICE int64_t begin(int64_t channel) const {
     return (channel / channels * images * channels + channel % channels) * positions;
   }
   FASTMETA_HOST_DEVICE int64_t image_stride() const { return channels * positions; }
 };
 
-// The arrays that a pass takes and makes.
+// Arrays that a pass reads and writes.
 struct BatchNormForward {
   const void *x, *weight, *bias;
   void* y;
@@ -52,7 +53,7 @@ struct BatchNormSecond {
   void *grad_g, *grad_x, *grad_weight;
 };
 
-// A channel's xh. `many_t` is one number, or as many as a vector has.
+// xh of a channel. `many_t` is one number, or as many as a vector has.
 template <typename number_t>
 struct Normaliser {
   number_t mean, rstd;
@@ -77,11 +78,11 @@ struct Centred {
   }
 };
 
-// The gradient of the gradient, from the means over the channel of v, g, v xh, g xh and v g.
+// Gradient of the gradient, from the channel's means of v, g, v xh, g xh and v g.
 template <typename number_t>
 struct SecondGradient {
   Centred<number_t> of_v;
-  number_t w, b;            // what comes in
+  number_t w, b;            // upstream of grad_weight, grad_bias
   number_t from_v, from_g;  // u = from_v v + from_g g
   number_t mean_u, rstd, along, grad_weight;
 
@@ -108,7 +109,7 @@ struct SecondGradient {
   }
 };
 
-// CUDA launchers: device pointers, result a cudaError_t. Of float and double.
+// CUDA launchers for float and double: device pointers, result a cudaError_t.
 int launch_batch_norm(Dtype dtype, const BatchNormShape& shape, double eps,
                       const BatchNormForward& pass, void* stream);
 int launch_batch_norm(Dtype dtype, const BatchNormShape& shape, double eps,

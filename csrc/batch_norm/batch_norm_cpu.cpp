@@ -1,5 +1,5 @@
-// CPU implementation of batch norm: a thread takes channels, each of which stays in its cache from
-// pass to pass.
+// CPU implementation of batch norm. A thread takes channels; each stays in its cache from pass to
+// pass.
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/vec.h>
 
@@ -12,7 +12,7 @@
 namespace fastmeta {
 namespace {
 
-// The numbers of one channel of one task, in vectors: runs of P, the last vector of a run in part.
+// Numbers of one channel of one task, in vectors: runs of P, the last vector of a run in part.
 template <typename value_t>
 class Channel {
  public:
@@ -25,7 +25,7 @@ class Channel {
   const Normaliser<double>& xh() const { return xh_; }
   Vec xh(int64_t place, int count) const { return xh_(Vec::loadu(x_ + place, count)); }
 
-  // Calls f(place, count) for each vector: where its numbers are, and how many they are.
+  // Calls f(place, count) for each vector: the offset of its numbers, and their count.
   template <typename F>
   void each(const F& f) const {
     for (int64_t image = 0; image < shape_.images; ++image) {
@@ -36,10 +36,11 @@ class Channel {
     }
   }
 
-  // means[k] = mean of what terms(place, count)[k] is for each number. Of many numbers a vector's
-  // lanes have few each, and the rest is summed in double.
+  // Computes means[k], the mean over numbers of terms(place, count)[k]. A vector's lanes each sum
+  // few of many numbers; the lanes are summed in double.
   template <size_t kCount, typename Terms>
   void means(double (&means)[kCount], const Terms& terms) const {
+    // Short float sums lose few digits; double takes over every 128 vectors.
     constexpr int kMostInLane = 128;
     std::array<Vec, kCount> lanes;
     lanes.fill(Vec(0));
@@ -58,6 +59,7 @@ class Channel {
       const auto numbers = terms(place, count);
       for (size_t k = 0; k < kCount; ++k) {
         lanes[k] =
+            // The lanes past a run's end have garbage.
             lanes[k] + (count == Vec::size() ? numbers[k] : Vec::set(Vec(0), numbers[k], count));
       }
       if (++in_lane == kMostInLane) add_up();
@@ -152,6 +154,7 @@ struct OnCpu {
 
   template <typename value_t, typename Pass>
   static void run_as(const BatchNormShape& shape, double eps, const Pass& pass) {
+    // Small channels: several make a thread's work.
     const int64_t grain = std::max<int64_t>(1, kGrain / shape.count());
     at::parallel_for(0, shape.all_channels(), grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

@@ -1,6 +1,6 @@
-// The ops of batch norm: tensors to one of the three passes, and the pass to what runs it:
+// Ops of batch norm: tensors to one of the three passes, and the pass to its device:
 //
-//   Device::run(dtype, shape, eps, pass, like)   does it on the device of the tensor `like`, whose
+//   Device::run(dtype, shape, eps, pass, like)   runs it on the device of the tensor `like`, whose
 //                                                channels have numbers
 #pragma once
 
@@ -81,7 +81,7 @@ struct BatchNormOps {
   }
 
  private:
-  // Of channels without numbers.
+  // Zeros, the result for channels without numbers.
   static Tensor zeros_as(const Tensor& rows) { return at::zeros(rows.sizes(), rows.options()); }
   static const void* data(const Tensor& x) { return x.const_data_ptr(); }
 
@@ -89,7 +89,7 @@ struct BatchNormOps {
     check_dims(x, 4, "x");
     const auto dtype = dtype_of(x);
     TORCH_CHECK_TYPE(dtype == Dtype::kFloat || dtype == Dtype::kDouble,
-                     "x must be float32 or float64, got ", x.scalar_type());
+                     "x: expected float32 or float64, got ", x.scalar_type());
     return {x.size(0), x.size(1), x.size(2), x.size(3)};
   }
   static void check_images(const Tensor& images, const Tensor& x, const char* name) {

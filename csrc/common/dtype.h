@@ -1,4 +1,4 @@
-// The element types of the CUDA kernels, for launchers that know no torch.
+// Element types of the CUDA kernels, for launchers that know no torch.
 #pragma once
 
 namespace fastmeta {

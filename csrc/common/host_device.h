@@ -1,4 +1,4 @@
-// Marks what a CPU and a CUDA kernel share.
+// Marks functions that a CPU and a CUDA kernel share.
 #pragma once
 
 #ifdef __CUDACC__
@@ -7,8 +7,8 @@
 #define FASTMETA_HOST_DEVICE
 #endif
 
-// For a function of a constant argument: g++ keeps out of line what is long before the constant is
-// put in.
+// Forces inlining of a function of a constant argument: g++ keeps a function out of line if it is
+// long before the constant is put in.
 #ifdef __CUDACC__
 #define FASTMETA_ALWAYS_INLINE
 #else

@@ -1,4 +1,4 @@
-// Labels of CPU tensors: the range check that every op with labels shares.
+// Range check of labels in CPU tensors, shared by every op with labels.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,14 +1,14 @@
-// Convolution of images with weights, for each task its own. z, x and w are tied by one trilinear
-// form, the sum over examples b, positions p of z, taps t, channels c and outputs o of
+// Convolution of images with weights, for each task its own. One trilinear form ties z, x and w:
+// the sum over examples b, positions p of z, taps t, channels c and outputs o of
 //
 //   z[b, p, o] x[b, at(p, t), c] w[o, c, t]      at(p, t) = p stride - padding + t dilation
 //
-// where at(p, t) lies within the image. Its derivatives to one of the three are the three maps: the
-// outputs z from x and w, the gradient of the inputs from z's and w, that of the weights from z's and
-// x. Each is linear in both, and their derivatives are again of the three.
+// where at(p, t) lies within the image. Its derivatives are the three maps: the outputs z from x
+// and w, the gradient of the inputs from dz and w, the gradient of the weights from dz and x. Each
+// is linear in both arguments, and its derivatives are again among the three.
 //
 // Images are channels-last, [B, H, W, C] and [B, H', W', O]; weights [O, C / groups, kh, kw] as in
-// PyTorch; groups are 1, or C (depthwise): then output o reads channel o / (O / C).
+// PyTorch. groups are 1, or C (depthwise): then output o reads channel o / (O / C).
 #pragma once
 
 #include <cstdint>
@@ -32,8 +32,11 @@ struct ConvShape {
   FASTMETA_HOST_DEVICE int64_t in_positions() const { return height * width; }
   FASTMETA_HOST_DEVICE int64_t out_positions() const { return out_height() * out_width(); }
   FASTMETA_HOST_DEVICE bool is_depthwise() const { return groups > 1; }
-  // So few multiplications for an output that it is made again sooner than read from memory.
-  FASTMETA_HOST_DEVICE bool is_thin() const { return !is_depthwise() && channels * taps() <= 32; }
+  // Whether an output takes so few multiplications that computing it again beats reading it from
+  // memory.
+  FASTMETA_HOST_DEVICE bool is_recompute_cheap() const {
+    return !is_depthwise() && channels * taps() <= 32;
+  }
   FASTMETA_HOST_DEVICE int64_t weight_size() const {
     return outputs * (channels / groups) * taps();
   }

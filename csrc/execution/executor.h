@@ -1,35 +1,37 @@
-// What runs the passes of the layers: an executor. The layers are written once, over this concept:
+// Executor: the concept that runs the passes of the layers, which are written once over it:
 //
-//   storage_t                 what arrays hold: a number, or the numbers of several tasks
-//   map(n, f)                 f(cell) for each element of an array; a cell may be several elements
-//   rows(n, f)                f(team, row) for each row; a team's members share the row's elements
-//   reduce(n, f, target)      target[0] += sum over elements of f(cell)
-//   product(p, finish)        a sum of matrix products; then finish(cell) for each element of C
+//   storage_t                 element of arrays: a number, or the numbers of several tasks
+//   map(n, f)                 f(accumulator) for each element of an array; it may span several
+//   rows(n, f)                f(group, row) for each row; a group's threads share the row's elements
+//   reduce(n, f, target)      target[0] += sum over elements of f(accumulator)
+//   product(p, finish)        a sum of matrix products; then finish(accumulator) for each element
+//                             of C
 //
-// and, but for executors of networks so small that they have no images (kHasImages is false),
+// and, except in executors of networks so small that they have no images (kHasImages is false),
 //
-//   convolution(c, finish)    a sum of convolutions, or of their gradients; then finish(cell)
-//   table(images, f)          f(cell) for each element of images; a cell lies within one position
+//   convolution(c, finish)    a sum of convolutions, or of their gradients; then
+//                             finish(accumulator)
+//   table(images, f)          f(accumulator) for each element of images, within one position
 //   column_sums(images, whole_batch, f, target)
-//                             sums over positions of the two numbers of f(cell), for each channel:
-//                             target[image or 0, 0 or 1, channel]
+//                             sums over positions of the two numbers of f(accumulator), for each
+//                             channel: target[image or 0, 0 or 1, channel]
 //   column_moments(images, whole_batch, x, target)
-//                             of x, its mean over positions and the sum of the squares of its
-//                             distances from it: target[image or 0, 0 or 1, channel]
+//                             mean of x over positions, and the sum of the squares of its
+//                             distances from the mean: target[image or 0, 0 or 1, channel]
 //
-// and, where kHasThinBlocks, thin_block(net, convolution, norm) for those that are is_fused: an object
-// with the four passes of both, whose convolution has no memory for its outputs.
+// and, if kHasFusedBands, fused_band(net, convolution, norm) for instructions that are is_fused: an
+// object with the four passes of both, whose convolution stores no outputs.
 //
-// Each returns, or on a device is ordered, after the one before it. An executor is a CPU thread
-// that takes a task, or as many tasks as a vector has lanes; for a GPU the host, which launches a
-// kernel for all tasks, or writes down the steps that a block is to take with each.
+// Each method returns, or on a device is ordered, after the one before it. An executor is a CPU
+// thread with one task, or with as many tasks as a vector has lanes. For a GPU it is the host,
+// which launches a kernel for all tasks, or records the steps that a block takes with each task.
 //
-// A cell has load(array, offset = 0), store(array, value, offset = 0) of its own elements, and
-// load_one(array, i) of the same element for all. A cell of images has image, h and w of its
-// position, and load(array, begin), store(array, begin, value) of its channels in the position whose
-// channels begin at `begin`. What column_sums and column_moments make of an image lies 4 x channels
-// numbers behind that of the one before; of the whole batch there is one. A team has lane, size,
-// sum(x), larger(x), and load(array, i), store(array, i, value).
+// An accumulator reads and writes its own elements: load(array, offset = 0) and store(array, value,
+// offset = 0); load_one(array, i) reads the same element in all of them. An accumulator of images
+// has image, h and w of its position; load(array, begin) and store(array, begin, value) access its
+// channels in the position whose channels begin at `begin`. Results of column_sums and
+// column_moments are 4 x channels numbers apart from image to image; the whole batch has one. A
+// thread group has lane, size, sum(x), larger(x), and load(array, i), store(array, i, value).
 #pragma once
 
 #include <cstdint>
@@ -57,23 +59,22 @@ enum class Form {
   kTN,  // A [k, m], B [k, n]
 };
 
-// What becomes of a sum: it takes the place of what is there, is added to it, or, where there is a
-// step size, step_size[0] times the sum is subtracted from it.
+// How a sum is written: replace, add, or subtract step_size[0] times it.
 template <typename storage_t>
-struct Accumulation {
+struct StoreMode {
   bool adds = false;
   Array<storage_t> step_size = {};
 
-  FASTMETA_HOST_DEVICE Accumulation or_adds(bool also) const { return {adds || also, step_size}; }
+  FASTMETA_HOST_DEVICE StoreMode or_adds(bool also) const { return {adds || also, step_size}; }
 };
 
-// C [m, n] (+)= bias [n] + the sum over pairs of op(A) op(B). No bias where there is a step size.
+// A product: C [m, n] (+)= bias [n] + the sum over pairs of op(A) op(B). No bias with a step size.
 template <typename storage_t>
 struct Product {
   Form form;
   int64_t m, n, k;
   Array<storage_t> c;
-  Accumulation<storage_t> into = {};
+  StoreMode<storage_t> into = {};
   Array<storage_t> bias = {};
   int pairs = 0;
   Array<storage_t> a[2] = {}, b[2] = {};
@@ -95,8 +96,8 @@ struct Images {
   }
 };
 
-// C (+)= bias [O] + the sum over pairs of a map of convolutions, of `examples` images. A pair is
-// (x, w), (dz, w) or (dz, x); C is z, dx or dw. Of z also column_moments() over the batch, where
+// C (+)= bias [O] + the sum over pairs of one of the three maps, of `examples` images. A pair is
+// (x, w), (dz, w) or (dz, x); C is z, dx or dw. For z also column_moments() over the batch, if
 // wanted.
 template <typename storage_t>
 struct Convolution {
@@ -104,7 +105,7 @@ struct Convolution {
   MapTo to;
   int64_t examples;
   Array<storage_t> c;
-  Accumulation<storage_t> into = {};
+  StoreMode<storage_t> into = {};
   Array<storage_t> bias = {}, moments = {};
   int pairs = 0;
   Array<storage_t> a[2] = {}, b[2] = {};
@@ -131,7 +132,7 @@ struct Convolution {
   }
 };
 
-// What column_sums() sums.
+// Term of column_sums().
 template <typename number_t>
 struct Two {
   number_t first, second;
@@ -142,11 +143,11 @@ struct Two {
 };
 
 struct NoFinish {
-  template <typename Cell>
-  FASTMETA_HOST_DEVICE void operator()(const Cell&) const {}
+  template <typename Accumulator>
+  FASTMETA_HOST_DEVICE void operator()(const Accumulator&) const {}
 };
 
-// Nothing is done with the gradient of a parameter.
+// Update that leaves the gradient of a parameter unused.
 struct NoUpdate {
   FASTMETA_HOST_DEVICE NoFinish from(int64_t) const { return {}; }
 };

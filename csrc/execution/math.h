@@ -1,4 +1,4 @@
-// The functions that layers need of a number: of float and double here, of vectors in cpu/math.h.
+// Functions of a number that layers need: of float and double here, of vectors in cpu/math.h.
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,7 @@ struct Math {
   FASTMETA_HOST_DEVICE static number_t abs(number_t x) { return std::abs(x); }
   FASTMETA_HOST_DEVICE static number_t larger(number_t a, number_t b) { return a < b ? b : a; }
 
-  // a < b ? x : y
+  // Selects: a < b ? x : y
   FASTMETA_HOST_DEVICE static number_t if_less(number_t a, number_t b, number_t x, number_t y) {
     return a < b ? x : y;
   }

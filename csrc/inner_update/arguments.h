@@ -15,7 +15,7 @@ inline InnerUpdateShape checked_inner_update_shape(const at::Tensor& params,
   const int64_t tasks = params.size(0), parameters = params.size(1);
   TORCH_CHECK(lr.dim() == 2 && (lr.size(0) == 1 || lr.size(0) == tasks) &&
                   (lr.size(1) == 1 || lr.size(1) == parameters),
-              "lr must have shape [1 or T, 1 or P], got ", lr.sizes());
+              "lr: expected shape [1 or T, 1 or P], got ", lr.sizes());
   check_wide(lr, params, "lr");
   return {tasks,
           parameters,

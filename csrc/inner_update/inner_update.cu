@@ -12,15 +12,13 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kSumThreads = 1024;
-constexpr int64_t kWantedThreads = 1 << 18;  // what fills a large GPU
+constexpr int64_t kWantedThreads = 1 << 18;  // enough to fill a large GPU
 
-// The kernels see rows as packs of n values, so the lengths and strides of their shape count packs.
+// Views rows as packs of n values: the shape's lengths and strides count packs.
 template <typename scalar_t, int n>
 InnerUpdateShape in_packs(const InnerUpdateShape& s) {
-  return {s.tasks,
-          s.parameters / n,
-          s.params_stride / n,
-          s.grads_stride / n,
+  return {s.tasks, s.parameters / n, s.params_stride / n, s.grads_stride / n,
+          // One step size a task is not packed: its stride stays in numbers.
           s.lr_parameter_stride == 0 ? s.lr_task_stride : s.lr_task_stride / n,
           s.lr_parameter_stride};
 }
@@ -33,7 +31,7 @@ __device__ Pack<value_t, n> filled(value_t value) {
   return pack;
 }
 
-// The step sizes of pack p of task t.
+// Step sizes of pack p of task t.
 template <int n, typename value_t>
 __device__ Pack<value_t, n> step_sizes(const value_t* lr, const InnerUpdateShape& s, int64_t t,
                                        int64_t p) {
@@ -44,6 +42,7 @@ __device__ Pack<value_t, n> step_sizes(const value_t* lr, const InnerUpdateShape
 // A block's stretch of one row: kPacks packs a thread, neighbours in neighbouring threads.
 template <int n>
 struct Stretch {
+  // Narrow packs need more loads under way to hide the memory's latency.
   static constexpr int kPacks = n == 1 ? 8 : 4;
   static constexpr int64_t kSize = int64_t(kThreads) * kPacks;
 
@@ -94,7 +93,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// -lr grad_out in place of grad_out, and sum -= grads grad_out, for one pack.
+// Replaces grad_out by -lr grad_out and does sum -= grads grad_out, for one pack.
 template <typename value_t, int n>
 __device__ void backward_pack(Pack<value_t, n>& upstream, const Pack<value_t, n>& grad,
                               const Pack<value_t, n>& step, Pack<value_t, n>& sum) {
@@ -105,8 +104,9 @@ __device__ void backward_pack(Pack<value_t, n>& upstream, const Pack<value_t, n>
   }
 }
 
-// Parameters share a step size: grad_grads = -lr grad_out, and partial[block] = the sum of
-// -grads grad_out over the block's stretch of a row. Thread, then warp, then block sum, in acc_t.
+// grad_grads = -lr grad_out, and partial[block] = the sum of -grads grad_out over the block's
+// stretch of a row, for parameters that share a step size. A thread sums, then a warp, then the
+// block, in acc_t.
 template <typename scalar_t, int n>
 __global__ void __launch_bounds__(kThreads)
     backward_rows_kernel(InnerUpdateShape s, const Pack<scalar_t, n>* __restrict__ grad_out,
@@ -131,13 +131,14 @@ __global__ void __launch_bounds__(kThreads)
   acc_t<scalar_t> total = 0;
 #pragma unroll
   for (int j = 0; j < n; ++j) total += sum[j];
+  // One partial sum a block: a second launch adds them up, in order and without atomics.
   total = block_sum<kThreads>(total);
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
-// Parameters have step sizes of their own: grad_grads = -lr grad_out, and sums[slice, p] = the sum
-// of -grads grad_out over a slice of tasks. A thread owns a pack of columns of one slice and walks
-// its tasks in order: no sum crosses threads. With one task a slice, sums is grad_lr [T, P] itself.
+// grad_grads = -lr grad_out, and sums[slice, p] = the sum of -grads grad_out over a slice of tasks,
+// for step sizes per parameter. A thread owns a pack of columns of one slice and walks its tasks in
+// order: no sum crosses threads. With one task a slice, sums is grad_lr [T, P] itself.
 template <typename scalar_t, int n>
 __global__ void __launch_bounds__(kThreads)
     backward_columns_kernel(InnerUpdateShape s, int64_t tasks_per_slice,
@@ -151,6 +152,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t p = blockIdx.x % columns * kThreads + threadIdx.x;
   if (p >= s.parameters) return;
   const int64_t first = slice * tasks_per_slice;
+  // The last slice may have fewer tasks.
   const int64_t end = first + tasks_per_slice < s.tasks ? first + tasks_per_slice : s.tasks;
   Pack<acc_t<scalar_t>, n> sum{};
 #pragma unroll 4
@@ -163,7 +165,7 @@ __global__ void __launch_bounds__(kThreads)
   sums[slice * s.parameters + p] = sum;
 }
 
-// sums[r] = sum of row r of partial [R, C], a block a row; in double, like the CPU.
+// sums[r] = sum of row r of partial [R, C]. A block owns a row; sums in double, like the CPU.
 template <typename value_t>
 __global__ void __launch_bounds__(kSumThreads)
     sum_rows_kernel(const value_t* partial, int64_t columns, value_t* sums) {
@@ -174,7 +176,7 @@ __global__ void __launch_bounds__(kSumThreads)
   if (threadIdx.x == 0) sums[blockIdx.x] = static_cast<value_t>(sum);
 }
 
-// sums[c] = sum of column c of partial [R, C], a thread a column, rows in order.
+// sums[c] = sum of column c of partial [R, C]. A thread owns a column and walks the rows in order.
 template <typename value_t>
 __global__ void __launch_bounds__(kThreads)
     sum_columns_kernel(const value_t* partial, int64_t rows, int64_t columns, value_t* sums) {
@@ -186,10 +188,11 @@ __global__ void __launch_bounds__(kThreads)
   sums[c] = sum;
 }
 
-// Rows that lie one behind the other, and whose step sizes do so too, are one long row.
+// Joins rows into one long row if they, and their step sizes, are contiguous.
 InnerUpdateShape joined(const InnerUpdateShape& s) {
   const bool rows = s.params_stride == s.parameters && s.grads_stride == s.parameters;
   const bool lr = s.lr_task_stride == (s.lr_parameter_stride == 0 ? 0 : s.parameters);
+  // A single row needs no stride.
   if (s.tasks != 1 && !(rows && lr)) return s;
   const int64_t all = s.tasks * s.parameters;
   return {1, all, all, all, 0, s.lr_parameter_stride};
@@ -197,7 +200,9 @@ InnerUpdateShape joined(const InnerUpdateShape& s) {
 
 // Tasks that one thread of backward_columns_kernel walks.
 int64_t tasks_per_slice(const InnerUpdateShape& s) {
+  // Each task has step sizes of its own: nothing is summed over tasks.
   if (s.lr_task_stride != 0) return 1;
+  // Few parameters: splits the tasks, so that threads fill the device.
   const int64_t slices = std::clamp<int64_t>(kWantedThreads / s.parameters, 1, s.tasks);
   return ceil_div(s.tasks, slices);
 }
@@ -209,6 +214,7 @@ bool needs_column_sums(const InnerUpdateShape& s) {
 template <typename scalar_t>
 bool has_wide_arrays(const InnerUpdateShape& s, const scalar_t* params, const scalar_t* grads,
                      const acc_t<scalar_t>* lr, const scalar_t* out) {
+  // A shared step size is read as a number, so it needs no alignment.
   const int64_t lr_row = s.lr_parameter_stride == 0 ? 0 : s.parameters;
   return has_wide_rows(params, s.parameters, s.params_stride) &&
          has_wide_rows(grads, s.parameters, s.grads_stride) &&
@@ -287,6 +293,7 @@ int64_t inner_update_backward_workspace(Dtype dtype, const InnerUpdateShape& sha
     using value_t = acc_t<typename decltype(type)::type>;
     Workspace space(nullptr);
     if (s.lr_parameter_stride == 0) {
+      // For the narrowest packs, which need the most blocks: alignment is known only at the launch.
       space.take<value_t>(Stretch<1>::blocks(s));
     } else if (needs_column_sums(s)) {
       space.take<value_t>(ceil_div(s.tasks, tasks_per_slice(s)) * s.parameters);

@@ -1,4 +1,5 @@
-// CPU kernels of inner_update: memory bound, so one pass over blocks that stay in the L1 cache.
+// CPU kernels of inner_update. They are memory bound: one pass over blocks that stay in the L1
+// cache.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -37,7 +38,7 @@ void for_each_block(const InnerUpdateShape& shape, const Body& body) {
   });
 }
 
-// A vector of step sizes: one number repeated (stride 0), or consecutive ones.
+// Loads a vector of step sizes: one number repeated (stride 0), or consecutive ones.
 template <typename value_t>
 struct StepSize {
   const value_t* lr;
@@ -64,6 +65,7 @@ void update_cpu(const scalar_t* params, const scalar_t* grads, const acc_t<scala
     const auto* p = widen(params + t * shape.params_stride + first, param_block.data(), count);
     const auto* g = widen(grads + t * shape.grads_stride + first, grad_block.data(), count);
     const auto lr_block = step_size(lr, shape, t, first);
+    // Half types are updated in the widened copy, then narrowed.
     auto* o = widened_target(target, param_block.data());
     for (int64_t i = 0; i < count; i += Vec::size()) {
       const int64_t n = std::min<int64_t>(Vec::size(), count - i);
@@ -93,8 +95,8 @@ value_t sum(const value_t* x, int64_t n) {
   return at::vec::reduce_all<value_t>([](Vec a, Vec b) { return a + b; }, x, n);
 }
 
-// Owner of a block of parameters: walks all tasks, so that a sum over tasks has a fixed order.
-// `partial` gets one number a (task, block) where parameters share a step size; else grad_lr is
+// Sums over tasks for a block of parameters: one owner walks all tasks, so that the order is fixed.
+// Parameters that share a step size give one number a (task, block) to `partial`; else grad_lr is
 // written here.
 template <typename scalar_t>
 void backward_column(const scalar_t* grad_out, const scalar_t* grads, const acc_t<scalar_t>* lr,
@@ -112,6 +114,7 @@ void backward_column(const scalar_t* grad_out, const scalar_t* grads, const acc_
         widen(grads + t * shape.grads_stride + first, grad_block.data(), count),
         step_size(lr, shape, t, first), wide, products.data(), count);
     if constexpr (is_reduced<scalar_t>) narrow(wide, target, count);
+    // A sum ends with its task if tasks have step sizes of their own, else with the last task.
     const bool row_ends_here = shape.lr_task_stride != 0 || t + 1 == shape.tasks;
     if (!row_ends_here) continue;
     if (shape.lr_parameter_stride == 0) {
@@ -130,7 +133,9 @@ void update_backward_cpu(const scalar_t* grad_out, const scalar_t* grads, const 
                          const InnerUpdateShape& shape) {
   const int64_t columns = blocks_of(shape.parameters);
   const int64_t rows = shape.lr_task_stride != 0 ? shape.tasks : 1;
+  // Double: a sum over all parameters has many terms.
   std::vector<double> partial(shape.lr_parameter_stride == 0 ? rows * columns : 0);
+  // A column is the work of all tasks.
   const int64_t grain = std::max<int64_t>(1, kGrain / (kBlock * shape.tasks));
   at::parallel_for(0, columns, grain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {

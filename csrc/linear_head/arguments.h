@@ -1,4 +1,4 @@
-// Argument checks of linear_head on every device, but for the range of labels.
+// Argument checks of linear_head on every device, except the range of labels.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -16,11 +16,12 @@ namespace fastmeta {
 inline HeadLoss checked_head_loss(std::string_view loss) {
   if (loss == "cross_entropy") return HeadLoss::kCrossEntropy;
   if (loss == "mse") return HeadLoss::kMse;
-  TORCH_CHECK_VALUE(loss == "logistic", "loss must be cross_entropy, mse or logistic, got ", loss);
+  TORCH_CHECK_VALUE(loss == "logistic", "loss: expected cross_entropy, mse or logistic, got ",
+                    loss);
   return HeadLoss::kLogistic;
 }
 
-// Labels [T, S] of cross entropy and logistic loss lie below this.
+// Upper bound of labels [T, S] of cross entropy and logistic loss.
 inline int64_t label_classes(HeadLoss loss, const LinearHeadShape& shape) {
   return loss == HeadLoss::kLogistic ? 2 : shape.ways;
 }
@@ -47,15 +48,15 @@ inline LinearHeadShape checked_head_shape(const at::Tensor& x, const at::Tensor&
     check_shape(targets, {s.tasks, s.support}, "targets");
   }
   check_wide(lr, x, "lr");
-  TORCH_CHECK(lr.size(0) == s.tasks, "lr must have ", s.tasks, " tasks, got ", lr.size(0));
-  TORCH_CHECK(s.support > 0 && s.ways > 0, "x and weight must have examples and ways, got shapes ",
+  TORCH_CHECK(lr.size(0) == s.tasks, "lr: expected ", s.tasks, " tasks, got ", lr.size(0));
+  TORCH_CHECK(s.support > 0 && s.ways > 0, "x and weight: expected examples and ways, got shapes ",
               x.sizes(), " and ", weight.sizes());
   TORCH_CHECK(loss != HeadLoss::kLogistic || s.ways == 1,
-              "weight must have one way for the logistic loss, got ", s.ways);
+              "weight: expected one way for the logistic loss, got ", s.ways);
   return s;
 }
 
-// What the forward pass keeps for the backward pass.
+// Shape of the predictions that the forward pass keeps for the backward pass.
 inline std::vector<int64_t> predictions_shape(const LinearHeadShape& s) {
   return {s.tasks, s.steps, s.ways, s.support};
 }
@@ -83,7 +84,7 @@ inline void check_head_upstream(const at::Tensor& grad_weight, const at::Tensor&
 
 using HeadGradientTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Of x, targets, weight, bias and lr; empty where there is none.
+// Gradients of x, targets, weight, bias and lr; an absent one is empty.
 inline HeadGradientTensors empty_head_gradients(const at::Tensor& x, const LinearHeadShape& s,
                                                 const LinearHeadOptions& options, bool has_x) {
   const auto of_x = x.options();

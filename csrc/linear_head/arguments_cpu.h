@@ -1,4 +1,4 @@
-// The arguments of linear_head's CPU kernels: checked tensors, and each task's part of them.
+// Arguments of linear_head's CPU kernels: checked tensors, and each task's part of them.
 #pragma once
 
 #include <optional>
@@ -10,7 +10,7 @@
 
 namespace fastmeta {
 
-// An array of each task as acc_t: in place where it has that type.
+// An array of each task as acc_t: in place if it has this type.
 template <typename scalar_t>
 class WideArray {
  public:
@@ -68,6 +68,7 @@ struct HeadArguments {
     const auto& s = shape;
     const bool has_labels = options.loss != HeadLoss::kMse;
     return {x.const_data_ptr<scalar_t>() + t * s.support * s.features,
+            // Tasks may share one start by stride 0.
             weight.const_data_ptr<scalar_t>() + t * weight.stride(0),
             options.has_bias ? bias.const_data_ptr<scalar_t>() + t * s.ways : nullptr,
             has_labels ? nullptr : targets.const_data_ptr<scalar_t>() + t * s.support * s.ways,
@@ -94,7 +95,7 @@ inline HeadArguments checked_head(const at::Tensor& x, const at::Tensor& targets
   return a;
 }
 
-// The gradients of a task where they are written to, and what is on the way there.
+// Gradients of a task where they are written to, and the buffers they pass through.
 template <typename scalar_t>
 class HeadOutputs {
  public:
@@ -119,10 +120,11 @@ class HeadOutputs {
   WideArray<scalar_t> x_, weight_, bias_, targets_;
 };
 
-// A task's part of the tensors of gradients, but for that of lr; null where there is none.
+// A task's part of the gradient tensors, except the gradient of lr; null if absent.
 template <typename scalar_t>
 HeadGradients<scalar_t> head_gradients_of(const HeadGradientTensors& to, int64_t t) {
   const auto part = [t](const at::Tensor& x) -> scalar_t* {
+    // An absent gradient has no elements.
     if (x.numel() == 0) return nullptr;
     return x.mutable_data_ptr<scalar_t>() + t * (x.numel() / x.size(0));
   };

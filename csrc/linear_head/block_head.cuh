@@ -1,5 +1,5 @@
-// What the kernels of linear_head.cu are made of: the operands of a task, the arrays of its block, and
-// the products and losses of the recursion in linear_head.h.
+// Parts of the kernels of linear_head.cu: the operands of a task, the arrays of its block, and the
+// products and losses of the recursion in linear_head.h.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,7 @@ namespace fastmeta::block_head {
 
 inline constexpr int kRows = 8;  // of a tile of coefficients by features
 
-// One task, names as in linear_head.h.
+// Operands of one task, names as in linear_head.h.
 template <typename scalar_t>
 struct Task {
   using value_t = acc_t<scalar_t>;
@@ -30,11 +30,12 @@ struct Task {
   __device__ int64_t head() const { return s.ways * s.features; }
   __device__ value_t decay(int64_t k) const { return 1 - lr[k] * weight_decay; }
   __device__ value_t* path(int64_t k) const { return products + (k - 1) * head(); }
-  // y[n, i], NaN for a label out of range.
+  // Target y[n, i]; NaN for a label out of range.
   __device__ value_t wanted(int64_t n, int64_t i) const {
     if (o.loss == HeadLoss::kMse) return widen(targets[i * s.ways + n]);
     const int64_t label = labels[i];
     const int64_t classes = o.loss == HeadLoss::kLogistic ? 2 : s.ways;
+    // A kernel cannot raise: NaN spreads to the whole head of the task, where it is seen.
     if (label < 0 || label >= classes) return std::numeric_limits<value_t>::quiet_NaN();
     return o.loss == HeadLoss::kLogistic ? value_t(label) : value_t(label == n ? 1 : 0);
   }
@@ -61,7 +62,7 @@ struct Tasks {
   }
 };
 
-// The arrays of a block, in shared memory, or where they do not fit in global memory.
+// Arrays of a block, in shared memory, or in global memory if they do not fit.
 template <typename value_t>
 struct Scratch {
   int64_t size = 0;
@@ -78,7 +79,7 @@ __device__ Scratch<value_t> scratch_of_block(value_t* global, int64_t size) {
   return {0, global == nullptr ? dynamic_shared<value_t>() : global + blockIdx.x * size};
 }
 
-// Calls body(i) for every i below count: a thread owns some.
+// Calls body(i) for every i below count; each thread owns some.
 template <typename Body>
 __device__ void for_each(int64_t count, const Body& body) {
   for (int64_t i = threadIdx.x; i < count; i += kHeadThreads) body(i);
@@ -91,7 +92,7 @@ __device__ value_t row_sum(const value_t* row, int64_t count) {
   return sum;
 }
 
-// (X head' + bias)' [N, S], for heads of any kind; bias may be null.
+// Computes (X head' + bias)' [N, S], for heads of any type; bias may be null.
 template <typename scalar_t>
 __device__ void outputs_of(const Task<scalar_t>& task, const scalar_t* weight, const scalar_t* bias,
                            acc_t<scalar_t>* out) {
@@ -101,8 +102,8 @@ __device__ void outputs_of(const Task<scalar_t>& task, const scalar_t* weight, c
   });
 }
 
-// out = share base + ((X X' + 1) c)' [N, S], c [N, S]; where no thread still reads out. In the dual
-// gram is X X' + 1, in the primal path is c X.
+// Computes out = share base + ((X X' + 1) c)' [N, S], c [N, S]; no thread may still read out. In
+// the dual gram is X X' + 1, in the primal path is c X.
 template <typename scalar_t>
 __device__ void set_product(const Task<scalar_t>& task, acc_t<scalar_t> share,
                             const acc_t<scalar_t>* base, const acc_t<scalar_t>* c,
@@ -122,12 +123,13 @@ __device__ void set_product(const Task<scalar_t>& task, acc_t<scalar_t> share,
   }
   block_row_dots(s.ways, s.support, s.features, path, task.x, [&](int64_t n, int64_t i, auto z) {
     const int64_t at = n * s.support + i;
+    // The 1 in X X' + 1, which the path c X lacks.
     const auto of_bias = task.o.has_bias ? row_sum(c + n * s.support, s.support) : 0;
     out[at] = share * base[at] + z + of_bias;
   });
 }
 
-// out [N, D] = share base + factor c X, c [N, S]; base may be null.
+// Computes out [N, D] = share base + factor c X, c [N, S]; base may be null.
 template <typename scalar_t, typename base_t, typename out_t>
 __device__ void combine_examples(const Task<scalar_t>& task, acc_t<scalar_t> share,
                                  const base_t* base, acc_t<scalar_t> factor,
@@ -146,13 +148,15 @@ __device__ void combine_examples(const Task<scalar_t>& task, acc_t<scalar_t> sha
   });
 }
 
-// For the owner of example i: predictions in place of outputs z [N, S].
+// Replaces outputs z [N, S] by predictions; for the owner of example i.
 template <typename scalar_t>
 __device__ void predict(const Task<scalar_t>& task, acc_t<scalar_t>* z, int64_t i) {
   using value_t = acc_t<scalar_t>;
   const int64_t step = task.s.support;
+  // The logistic loss has one output, row 0.
   if (task.o.loss == HeadLoss::kLogistic) z[i] = 1 / (1 + std::exp(-z[i]));
   if (task.o.loss != HeadLoss::kCrossEntropy) return;
+  // Subtracting the largest logit keeps exp from overflowing.
   value_t largest = z[i], sum = 0;
   for (int64_t n = 1; n < task.s.ways; ++n) {
     largest = largest < z[n * step + i] ? z[n * step + i] : largest;
@@ -164,12 +168,13 @@ __device__ void predict(const Task<scalar_t>& task, acc_t<scalar_t>* z, int64_t 
   for (int64_t n = 0; n < task.s.ways; ++n) z[n * step + i] /= sum;
 }
 
-// For the owner of example i: out = J v, of predictions p.
+// Computes out = J v from predictions p; for the owner of example i.
 template <typename scalar_t>
 __device__ void curve(const Task<scalar_t>& task, const acc_t<scalar_t>* p, acc_t<scalar_t> scale,
                       const acc_t<scalar_t>* v, acc_t<scalar_t>* out, int64_t i) {
   using value_t = acc_t<scalar_t>;
   const int64_t step = task.s.support;
+  // The softmax' derivative: J v = p (v - p.v).
   value_t mean = 0;
   for (int64_t n = 0; task.o.loss == HeadLoss::kCrossEntropy && n < task.s.ways; ++n) {
     mean += p[n * step + i] * v[n * step + i];

@@ -13,8 +13,8 @@ namespace fastmeta {
 inline constexpr int kHeadThreads = 512;
 inline constexpr int kHeadWarps = kHeadThreads / kWarp;
 
-// store(i, j, <a_i, b_j>) for rows a [m, depth] and b [n, depth]. A warp owns a tile of 4 x 4 of
-// them, its lanes the depth: loads are coalesced, and each is used four times.
+// Calls store(i, j, <a_i, b_j>) for rows a [m, depth] and b [n, depth]. A warp owns a tile of 4 x 4
+// products, its lanes the depth: loads are coalesced, and each is used four times.
 template <typename a_t, typename b_t, typename Store>
 __device__ void block_row_dots(int64_t m, int64_t n, int64_t depth, const a_t* a, const b_t* b,
                                const Store& store) {
@@ -48,7 +48,7 @@ __device__ void block_row_dots(int64_t m, int64_t n, int64_t depth, const a_t* a
   }
 }
 
-// Rows of coefficients by rows of features, for the rows of a tile and one feature:
+// Multiplies rows of coefficients by rows of features, for the rows of a tile and one feature:
 // sum[i] += sum_j a[j * a_stride + i * a_step] b[j, d].
 template <int rows, typename value_t, typename b_t>
 __device__ void add_column(value_t (&sum)[rows], int64_t count, int64_t depth, const value_t* a,
@@ -72,7 +72,7 @@ __device__ void for_each_column(int64_t m, int64_t depth, const Body& body) {
   }
 }
 
-// For a whole warp: <a, b>, in every lane.
+// Computes <a, b> in every lane, by a whole warp.
 template <typename a_t, typename b_t>
 __device__ acc_t<a_t> warp_dot(int64_t count, const a_t* a, const b_t* b) {
   acc_t<a_t> sum = 0;

@@ -1,4 +1,4 @@
-// The passes of linear_head over one task on a CPU; names as in linear_head.h. Arrays [N, S] lie in
+// Passes of linear_head over one task on a CPU; names as in linear_head.h. Arrays [N, S] lie in
 // rows of whole vectors with zeros behind the S examples: the softmax then needs no sum over lanes.
 #pragma once
 
@@ -17,10 +17,10 @@ namespace fastmeta {
 template <typename value_t>
 struct HeadTask {
   const value_t *x, *weight, *bias, *lr, *targets;  // bias null without one
-  const int64_t* labels;                            // null where there are targets, and vice versa
+  const int64_t* labels;  // null with targets, and targets null with labels
 };
 
-// Kept from the forward to the backward pass.
+// Arrays kept from the forward to the backward pass.
 template <typename value_t>
 struct HeadKept {
   value_t *predictions, *products;
@@ -28,7 +28,7 @@ struct HeadKept {
 
 template <typename value_t>
 struct HeadGradients {
-  value_t *x, *weight, *bias, *lr, *targets;  // null where there is none
+  value_t *x, *weight, *bias, *lr, *targets;  // null if absent
 };
 
 template <typename value_t>
@@ -72,7 +72,7 @@ class CpuHead {
     finish(task, kept, weight, bias);
   }
 
-  // upstream of the weight [N, D] and the bias [N] after all steps.
+  // Backward pass; upstream of the weight [N, D] and the bias [N] after all steps.
   void backward(const HeadTask<value_t>& task, const HeadKept<value_t>& kept,
                 const value_t* upstream_weight, const value_t* upstream_bias, bool first_order,
                 const HeadGradients<value_t>& grad) {
@@ -132,7 +132,7 @@ class CpuHead {
     }
   }
 
-  // The mean loss of the task's head on its examples, and `scale_by` times its gradients.
+  // Computes the mean loss of the task's head on its examples, and `scale_by` times its gradients.
   value_t loss(const HeadTask<value_t>& task, value_t scale_by, value_t* outputs,
                const HeadGradients<value_t>& grad) {
     set_wanted(task);
@@ -173,7 +173,7 @@ class CpuHead {
 
   value_t decay(value_t lr) const { return 1 - lr * value_t(o_.weight_decay); }
   value_t* coefficients(int64_t k) { return coefficients_.data() + k * lanes_; }
-  // P_k, which the primal keeps for k = 1 .. K.
+  // Address of P_k, which the primal keeps for k = 1 .. K.
   value_t* path(const HeadKept<value_t>& kept, int64_t k) const {
     return kept.products + (k - 1) * head_;
   }
@@ -195,7 +195,7 @@ class CpuHead {
     copy_lanes(kept.predictions + k * s_.ways * s_.support, s_.support, out, width_);
   }
 
-  // wanted_: y [N, S], one column a task example.
+  // Fills wanted_: y [N, S], one column a task example.
   void set_wanted(const HeadTask<value_t>& task) {
     if (task.labels == nullptr) {
       for (int64_t i = 0; i < s_.support * s_.ways; ++i) {
@@ -209,14 +209,14 @@ class CpuHead {
       wanted_[row * width_ + i] = o_.loss == HeadLoss::kLogistic ? value_t(task.labels[i]) : 1;
     }
   }
-  // [N, S] -> [S, N].
+  // Transposes [N, S] to [S, N].
   void write_examples(const value_t* lanes, value_t* out) const {
     for (int64_t i = 0; i < s_.support * s_.ways; ++i) {
       out[i] = lanes[i % s_.ways * width_ + i / s_.ways];
     }
   }
 
-  // (X weight' + bias)', of a head that may have no bias.
+  // Computes (X weight' + bias)' of a head that may have no bias.
   void outputs_of(const value_t* x, const value_t* weight, const value_t* bias,
                   value_t* out) const {
     row_dots(s_.ways, s_.support, s_.features, weight, x, out, width_);
@@ -226,11 +226,11 @@ class CpuHead {
     at::vec::map<value_t>([value](Vec a) { return a + Vec(value); }, out + n * width_,
                           out + n * width_, s_.support);
   }
-  // out [N, D] (+)= lanes X.
+  // Computes out [N, D] (+)= lanes X.
   void times_examples(const value_t* lanes, const value_t* x, value_t* out, bool adds) const {
     multiply<value_t>(s_.ways, s_.features, s_.support, {lanes, width_}, x, out, adds);
   }
-  // out [S, D] (+)= lanes' b, for lanes [rows, S] and b [rows, D].
+  // Computes out [S, D] (+)= lanes' b, for lanes [rows, S] and b [rows, D].
   void examples_times(const value_t* lanes, int64_t rows, const value_t* b, value_t* out,
                       bool adds) const {
     multiply<value_t>(s_.support, s_.features, rows, {lanes, width_, true}, b, out, adds);
@@ -241,7 +241,7 @@ class CpuHead {
     for (int64_t i = 0; o_.has_bias && i < s_.support; ++i) add_to_row(1, i, gram_.data());
     copy_lanes(gram_.data(), width_, products, s_.support, s_.support);
   }
-  // out += (X X' + 1) c, as lanes; path is c' X in the primal.
+  // Computes out += (X X' + 1) c, as lanes; path is c' X in the primal.
   void add_product(const value_t* x, const value_t* c, const value_t* path, value_t* out) {
     if (o_.dual) {
       multiply<value_t>(s_.ways, width_, s_.support, {c, width_}, gram_.data(), out, true);
@@ -252,7 +252,7 @@ class CpuHead {
     for (int64_t n = 0; o_.has_bias && n < s_.ways; ++n) add_to_row(row_sum(c, n), n, out);
   }
 
-  // G_k, C_{k+1} and c_{k+1} from the predictions of step k.
+  // Computes G_k, C_{k+1} and c_{k+1} from the predictions of step k.
   void step(const value_t* lr, int64_t k, const value_t* predictions) {
     value_t *g = residuals_.data() + k * lanes_, *next = coefficients(k + 1);
     loss_.residual(predictions, wanted_.data(), factor_.data(), g);
@@ -267,13 +267,13 @@ class CpuHead {
       step(lr, k, outputs_.data());
     }
   }
-  // P_{k+1} = (1 - lr w) P_k - lr G_k' X.
+  // Computes P_{k+1} = (1 - lr w) P_k - lr G_k' X.
   void extend_path(const HeadTask<value_t>& task, const HeadKept<value_t>& kept, int64_t k) {
     scale(-task.lr[k], residuals_.data() + k * lanes_, product_.data(), lanes_);
     if (k > 0) scale(decay(task.lr[k]), path(kept, k), path(kept, k + 1), head_);
     times_examples(product_.data(), task.x, path(kept, k + 1), k > 0);
   }
-  // The head after all steps.
+  // Computes the head after all steps.
   void finish(const HeadTask<value_t>& task, const HeadKept<value_t>& kept, value_t* weight,
               value_t* bias) {
     const value_t share = shares_[s_.steps], *c = coefficients(s_.steps);
@@ -287,7 +287,8 @@ class CpuHead {
       bias[n] = share * task.bias[n] + row_sum(c, n);
     }
   }
-  // out += sum_k (Y_k C_k' + C_k Y_k') X over rows of adjoints Y and coefficients from step 1 on.
+  // Computes out += sum_k (Y_k C_k' + C_k Y_k') X over rows of adjoints Y and coefficients from
+  // step 1 on.
   void add_pairs(const value_t* adjoints, int64_t rows, const value_t* x, value_t* out) {
     Buffer<value_t> half(s_.support * width_), pairs(s_.support * width_);
     multiply<value_t>(s_.support, width_, rows, {adjoints, width_, true}, coefficients(1),

@@ -1,5 +1,5 @@
-// CPU implementation of linear_head_loss: a thread a task, which takes the inner steps, the loss on the
-// queries and all gradients while the task's examples are in its cache.
+// CPU implementation of linear_head_loss. A thread owns a task: it takes the inner steps, the loss
+// on the queries and all gradients while the task's examples are in its cache.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -15,7 +15,7 @@
 namespace fastmeta {
 namespace {
 
-// What a thread needs for the tasks that it takes one by one.
+// Workspace of a thread, for the tasks that it takes one by one.
 template <typename scalar_t>
 class LossWorker {
   using value_t = acc_t<scalar_t>;
@@ -34,7 +34,7 @@ class LossWorker {
         queries_(outer.shape),
         outputs_(outer.shape.support * s_.ways) {}
 
-  // The gradients are those of `scale` times the loss.
+  // Computes the gradients of `scale` times the loss.
   value_t run(const HeadSource<scalar_t>& support, const HeadSource<scalar_t>& query, value_t scale,
               bool first_order, scalar_t* outputs, const HeadGradients<value_t>& grad,
               const HeadGradients<value_t>& of_query) {
@@ -72,7 +72,7 @@ Tensors linear_head_loss_cpu(const at::Tensor& x, const at::Tensor& targets,
                              const at::Tensor& query_targets, std::string_view loss,
                              double weight_decay, bool dual, bool first_order, bool input_grad) {
   const auto inner = checked_head(x, targets, weight, bias, lr, loss, weight_decay, dual);
-  // The queries' head is that of the support with other values, and takes no step.
+  // The queries' head is the support's with other values, and takes no step.
   const auto outer = checked_head(query, query_targets, weight, bias, lr.slice(1, 0, 0), loss, 0,
                                   false, "query_targets");
   const auto& s = inner.shape;

@@ -8,9 +8,9 @@ namespace {
 
 using namespace block_head;
 
-// A head after K steps. A block owns a task: a warp a tile of dot products, a thread an example of
-// the softmax or features of the head. Sums in acc_t; C, Z and the Gram matrix lie in shared memory,
-// predictions and products go to memory for the backward pass.
+// Head after K steps. A block owns a task: a warp a tile of dot products, a thread an example of
+// the softmax or features of the head. Sums in acc_t; C, Z and the Gram matrix lie in shared
+// memory, predictions and products go to global memory for the backward pass.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kHeadThreads)
     head_kernel(Tasks<scalar_t> tasks, scalar_t* weights, scalar_t* biases,
@@ -20,9 +20,12 @@ __global__ void __launch_bounds__(kHeadThreads)
   const auto& s = task.s;
   auto scratch = scratch_of_block(global_scratch, forward_scratch<value_t>(s, task.o.dual));
   value_t *start = scratch.take(task.lanes()), *z = scratch.take(task.lanes());
+  // The Gram matrix comes last: its size depends on the form, and take(0) only asks for its
+  // address.
   value_t *c = scratch.take(task.lanes()), *gram = scratch.take(0);
   outputs_of(task, task.weight, task.bias, start);
   if (task.o.dual) {
+    // The bias is one more feature, always 1, of every example.
     const value_t one = task.o.has_bias ? 1 : 0;
     block_row_dots(s.support, s.support, s.features, task.x, task.x,
                    [&](int64_t i, int64_t j, value_t product) {
@@ -37,9 +40,11 @@ __global__ void __launch_bounds__(kHeadThreads)
     if (k == 0) {
       for_each(task.lanes(), [&](int64_t i) { z[i] = start[i]; });
     } else {
+      // For k = 0 the coefficients are 0 and the primal has no path yet.
       set_product(task, share, start, c, gram, task.path(k), z);
     }
     __syncthreads();
+    // A thread owns an example from here to the coefficients: the softmax needs no barrier.
     value_t* predictions = task.predictions + k * task.lanes();
     for_each(s.support, [&](int64_t i) {
       predict(task, z, i);
@@ -52,6 +57,7 @@ __global__ void __launch_bounds__(kHeadThreads)
     });
     if (!task.o.dual) {
       __syncthreads();
+      // P_0 = 0 is not stored.
       const value_t* before = k == 0 ? nullptr : task.path(k);
       combine_examples(task, task.decay(k), before, -task.lr[k], z, task.path(k + 1));
     }
@@ -65,7 +71,7 @@ __global__ void __launch_bounds__(kHeadThreads)
   });
 }
 
-// Upstream and gradients of all tasks; null where there is none.
+// Upstream and gradients of all tasks; null if absent.
 template <typename scalar_t>
 struct Backward {
   using value_t = acc_t<scalar_t>;
@@ -76,20 +82,21 @@ struct Backward {
   value_t *paths, *global_scratch;  // Q_k [T, K, N, D] of the primal
 };
 
-// Of C_0 .. C_K, G_k, Y_k, c_0 .. c_K; R, its next, Y, Z_0; X X' + 1 and the pairs.
+// Sizes: of C_0 .. C_K, G_k, Y_k, c_0 .. c_K; R, its next, Y, Z_0; X X' + 1 and the pairs.
 template <typename value_t>
 FASTMETA_HOST_DEVICE int64_t backward_scratch(const LinearHeadShape& s, bool dual) {
   return (3 * s.steps + 5) * s.ways * s.support + s.steps + 1 +
          (dual ? 2 * s.support * s.support : 0);
 }
 
-// grad_x [S, D] = Y W + C_K V + the pairs, see linear_head.h.
+// Computes grad_x [S, D] = Y W + C_K V + the pairs, see linear_head.h.
 template <typename scalar_t>
 __device__ void write_grad_x(const Task<scalar_t>& task, const acc_t<scalar_t>* sum,
                              const acc_t<scalar_t>* coefficients, const acc_t<scalar_t>* adjoints,
                              const acc_t<scalar_t>* pairs, const acc_t<scalar_t>* paths,
                              const scalar_t* upstream, scalar_t* out) {
   const auto& s = task.s;
+  // Steps 1 .. K - 1 as one sum: step 0 has C_0 = 0 and contributes no pair.
   const int64_t later = (s.steps - 1) * s.ways, lanes = task.lanes();
   const auto* last = coefficients + s.steps * lanes;
   for_each_column<kRows>(s.support, s.features, [&](int64_t row, int live, int64_t d) {
@@ -111,8 +118,8 @@ __device__ void write_grad_x(const Task<scalar_t>& task, const acc_t<scalar_t>* 
   });
 }
 
-// The adjoint of head_kernel, of at least one step, with the same owners. The first warp has the scalars: the gradients of
-// step sizes, and the adjoint e of the share of the start.
+// Adjoint of head_kernel, of at least one step, with the same owners. The first warp owns the
+// scalars: the gradients of step sizes, and the adjoint e of the share of the start.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kHeadThreads)
     head_backward_kernel(Tasks<scalar_t> tasks, Backward<scalar_t> b) {
@@ -141,6 +148,7 @@ __global__ void __launch_bounds__(kHeadThreads)
   outputs_of(task, upstream, upstream_bias, adjoint);
   if (decays) outputs_of(task, task.weight, task.bias, start);
   if (threadIdx.x == 0) {
+    // One thread: a chain of `steps` products is too short to share.
     shares[0] = 1;
     for (int k = 0; k < steps; ++k) shares[k + 1] = task.decay(k) * shares[k];
   }
@@ -148,6 +156,7 @@ __global__ void __launch_bounds__(kHeadThreads)
     for (int n = 0; n < ways; ++n) {
       const int at = n * support + i;
       const value_t wanted = task.wanted(n, i);
+      // Recomputes C_k and G_k from the kept predictions: cheaper than keeping them too.
       sum[at] = coefficients[at] = 0;
       for (int k = 0; k < steps; ++k) {
         const value_t g = task.factor * (task.predictions[k * lanes + at] - wanted);
@@ -157,6 +166,7 @@ __global__ void __launch_bounds__(kHeadThreads)
       }
     }
   });
+  // Without weight decay the share stays 1, and its adjoint is not needed.
   value_t start_adjoint = 0;
   if (is_first_warp && decays) {
     start_adjoint = warp_dot(task.head(), upstream, task.weight);
@@ -168,6 +178,7 @@ __global__ void __launch_bounds__(kHeadThreads)
     const value_t *c = coefficients + k * lanes, *g = residuals + k * lanes;
     value_t* y = adjoints + k * lanes;
     if (is_first_warp) {
+      // The other warps go straight to their examples: these sums are off their path.
       value_t of_lr = -warp_dot(lanes, adjoint, g);
       if (decays) {
         of_lr -= task.weight_decay * (warp_dot(lanes, adjoint, c) + shares[k] * start_adjoint);
@@ -186,19 +197,23 @@ __global__ void __launch_bounds__(kHeadThreads)
       }
     });
     __syncthreads();
+    // Y_k of all examples is complete only behind the barrier.
     if (is_first_warp && decays) start_adjoint += warp_dot(lanes, y, start);
+    // Nothing reads the adjoint of C_0 = 0.
     if (k == 0) break;
     if (b.first_order) {
       for_each(lanes, [&](int i) { next[i] = task.decay(k) * adjoint[i]; });
     } else {
       value_t* path = paths == nullptr ? nullptr : paths + k * task.head();
       if (!task.o.dual) {
+        // Q_k = Y_k' X is kept: the gradient of x reads it too.
         combine_examples(task, value_t(0), static_cast<const value_t*>(nullptr), value_t(1), y,
                          path);
         __syncthreads();
       }
       set_product(task, task.decay(k), adjoint, y, gram, path, next);
     }
+    // The product reads all of R while it writes the next, so there are two.
     value_t* swapped = adjoint;
     adjoint = next;
     next = swapped;
@@ -220,6 +235,7 @@ __global__ void __launch_bounds__(kHeadThreads)
   for_each(pairs == nullptr ? 0 : support * support, [&](int at) {
     const int i = at / support, j = at % support;
     value_t pair = 0;
+    // Rows from step 1 on, as C_0 = 0.
     for (int r = ways; r < steps * ways; ++r) {
       const value_t *y = adjoints + r * support, *c = coefficients + r * support;
       pair += y[i] * c[j] + c[i] * y[j];
@@ -249,13 +265,14 @@ Tasks<scalar_t> tasks_of(const LinearHeadOperands& o) {
   return {first, o.weight_stride};
 }
 
-// Where a block's arrays go: shared bytes, or a part of the workspace for each task.
+// Chooses the memory of a block's arrays: shared bytes, or a part of the workspace for each task.
 template <typename value_t>
 struct Place {
   size_t shared_bytes;
   value_t* global;
 
   Place(int64_t size, int64_t tasks, Workspace& space) {
+    // The same arrays in global memory are slower but correct for any size.
     const bool fits = size * sizeof(value_t) <= static_cast<size_t>(largest_shared_memory());
     shared_bytes = fits ? size * sizeof(value_t) : 0;
     global = fits ? nullptr : space.take<value_t>(size * tasks);

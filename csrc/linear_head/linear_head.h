@@ -54,13 +54,14 @@ struct LinearHeadOptions {
   bool has_bias;
 };
 
-// f in G = f (p - y): the loss is a mean over examples, of squares over all their outputs.
+// Factor f in G = f (p - y): the loss is a mean over examples, of squares over all their outputs.
 inline double residual_factor(HeadLoss loss, const LinearHeadShape& shape) {
   const auto examples = static_cast<double>(shape.support);
   return loss == HeadLoss::kMse ? 2 / (examples * static_cast<double>(shape.ways)) : 1 / examples;
 }
 
-// CUDA: device pointers, each task's part contiguous, those of the weight weight_stride apart.
+// Device pointers of the CUDA kernels, each task's part contiguous; weights of tasks are
+// weight_stride apart.
 struct LinearHeadOperands {
   Dtype dtype;
   LinearHeadShape shape;
@@ -78,11 +79,12 @@ struct LinearHeadUpstream {
 };
 
 struct LinearHeadGradients {
-  void *x, *weight, *bias, *lr, *targets;  // null where there is none
+  void *x, *weight, *bias, *lr, *targets;  // null if absent
 };
 
-// Launchers: at least one task, workspace of the bytes that the function before asks for, result a
-// cudaError_t. A label out of range makes the whole head of its task NaN, and its gradients.
+// Launchers, for at least one task; workspace of as many bytes as the function before returns,
+// result a cudaError_t. A label out of range makes its task's whole head NaN, and the gradients
+// too.
 int64_t linear_head_workspace(const LinearHeadOperands& operands);
 int launch_linear_head(const LinearHeadOperands& operands, void* weight, void* bias,
                        void* workspace, void* stream);

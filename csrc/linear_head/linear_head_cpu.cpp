@@ -18,6 +18,7 @@ template <typename value_t>
 HeadKept<value_t> kept_of(const HeadArguments& a, const at::Tensor& predictions,
                           const at::Tensor& products, int64_t t) {
   const auto part = [t](const at::Tensor& x) {
+    // HeadKept is written forward and read backward: one type serves both.
     return const_cast<value_t*>(x.const_data_ptr<value_t>()) +
            (x.numel() == 0 ? 0 : t * (x.numel() / x.size(0)));
   };
@@ -42,6 +43,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_head_cpu(
       using value_t = acc_t<scalar_t>;
       CpuHead<value_t> head(s, a.options);
       HeadInputs<scalar_t> inputs(s);
+      // Once a thread, for all of its tasks.
       WideArray<scalar_t> new_weight(s.ways * s.features), new_bias(s.ways);
       for (int64_t t = begin; t < end; ++t) {
         scalar_t* w = weights + t * s.ways * s.features;
@@ -68,6 +70,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_he
   check_head_kept(predictions, products, x, s, dual);
   const auto upstream_weight = grad_weight.contiguous(), upstream_bias = grad_bias.contiguous();
   const auto kept_predictions = predictions.contiguous(), kept_products = products.contiguous();
+  // To first order nothing reaches x, see linear_head.h.
   const bool has_x = input_grad && !first_order;
   auto out = empty_head_gradients(x, s, a.options, has_x);
   const auto& grad_lr = std::get<4>(out);

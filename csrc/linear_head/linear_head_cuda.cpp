@@ -25,8 +25,8 @@ Arguments prepared(const LinearHeadShape& shape, HeadLoss loss, const at::Tensor
                    const std::optional<at::Tensor>& bias, const at::Tensor& lr, double weight_decay,
                    bool dual) {
   const auto count_in_int = [](const char* what, int64_t size) {
-    TORCH_CHECK(size <= std::numeric_limits<int>::max(), what, " must be below 2^31 on CUDA, got ",
-                size);
+    TORCH_CHECK(size <= std::numeric_limits<int>::max(), what,
+                ": expected below 2^31 on CUDA, got ", size);
   };
   count_in_int("steps x ways x examples", (shape.steps + 1) * shape.ways * shape.support);
   count_in_int("examples x examples", shape.support * shape.support);
@@ -85,7 +85,7 @@ HeadGradientTensors linear_head_backward_cuda(
     std::string_view loss, double weight_decay, bool dual, bool first_order, bool input_grad) {
   const HeadLoss kind = checked_head_loss(loss);
   const auto s = checked_head_shape(x, targets, weight, bias, lr, kind);
-  TORCH_CHECK(s.steps > 0, "lr must have at least one step");
+  TORCH_CHECK(s.steps > 0, "lr: expected at least one step, got 0");
   check_head_upstream(grad_weight, grad_bias, x, s, bias.has_value());
   check_head_kept(predictions, products, x, s, dual);
   const c10::cuda::CUDAGuard guard(x.device());

@@ -1,4 +1,4 @@
-// What linear_head needs of a loss, on lanes of examples: arrays [N, width], width whole vectors.
+// Losses of linear_head, on lanes of examples: arrays [N, width], width whole vectors.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -18,7 +18,7 @@ class HeadLossLanes {
   HeadLossLanes(HeadLoss loss, int64_t ways, int64_t width)
       : loss_(loss), ways_(ways), width_(width) {}
 
-  // Predictions p in place of the outputs z.
+  // Replaces the outputs z by predictions p.
   void predict(value_t* z) const {
     if (loss_ == HeadLoss::kMse) return;
     for (int64_t i = 0; i < width_; i += Vec::size()) {
@@ -26,8 +26,8 @@ class HeadLossLanes {
     }
   }
 
-  // The mean loss of outputs z: the sum over examples of factors f [width] times each one's loss,
-  // of which that of squares is half of f.
+  // Computes the mean loss of outputs z: the sum over examples of factors f [width] times each
+  // one's loss. The loss of squares takes half of f.
   value_t value(const value_t* z, const value_t* wanted, const value_t* factor) const {
     Vec sum(value_t(0));
     for (int64_t i = 0; i < width_; i += Vec::size()) {
@@ -39,7 +39,7 @@ class HeadLossLanes {
     return at::vec::vec_reduce_all<value_t>([](Vec x, Vec y) { return x + y; }, sum);
   }
 
-  // f (p - y), factors f [width].
+  // Computes f (p - y), factors f [width].
   void residual(const value_t* p, const value_t* wanted, const value_t* factor,
                 value_t* out) const {
     for (int64_t n = 0; n < ways_; ++n) {
@@ -51,7 +51,7 @@ class HeadLossLanes {
     }
   }
 
-  // J v, J the derivative of the residual to the outputs.
+  // Computes J v, J the derivative of the residual with respect to the outputs.
   void curvature(const value_t* p, const value_t* v, const value_t* factor, value_t* out) const {
     for (int64_t i = 0; i < width_; i += Vec::size()) {
       const Vec f = Vec::loadu(factor + i);
@@ -81,13 +81,13 @@ class HeadLossLanes {
     }
     return sum * Vec(value_t(0.5));
   }
-  // log(1 + exp z) - y z.
+  // Computes log(1 + exp z) - y z.
   Vec softplus(const value_t* z, const value_t* wanted) const {
     const Vec output = Vec::loadu(z), zero(value_t(0));
     const Vec tail = output.abs().neg().exp().log1p();
     return at::vec::maximum(output, zero) + tail - Vec::loadu(wanted) * output;
   }
-  // log(sum of exp z) - z of the label.
+  // Computes log(sum of exp z) - z of the label.
   Vec log_loss(const value_t* z, const value_t* wanted) const {
     const Vec largest = max(z);
     Vec sum(value_t(0)), at_label(value_t(0));

@@ -11,7 +11,7 @@ namespace fastmeta {
 inline Metric checked_metric(std::string_view name) {
   const auto metric = metric_named(name);
   TORCH_CHECK_VALUE(metric.has_value(),
-                    "metric must be sqeuclidean, euclidean, cosine or dot, got ", name);
+                    "metric: expected sqeuclidean, euclidean, cosine or dot, got ", name);
   return *metric;
 }
 
@@ -20,8 +20,8 @@ inline PairwiseShape checked_pairwise_shape(const at::Tensor& x, const at::Tenso
   check_dims(y, 3, "y");
   check_same(x, y, "x and y");
   TORCH_CHECK(x.size(0) == y.size(0) && x.size(2) == y.size(2),
-              "x [T, Q, D] and y [T, N, D] must agree in T and D, got ", x.sizes(), " and ",
-              y.sizes());
+              "x and y: expected [T, Q, D] and [T, N, D] with the same T and D, got ", x.sizes(),
+              " and ", y.sizes());
   return {x.size(0), x.size(1), y.size(1), x.size(2)};
 }
 

@@ -12,15 +12,16 @@
 namespace fastmeta {
 namespace {
 
-constexpr int kRowThreads = 256;  // of kernels in which a warp owns a row
+constexpr int kRowThreads = 256;  // for kernels in which a warp owns a row
 constexpr int kRowsPerBlock = kRowThreads / kWarp;
 
-// kM x kN neighbouring sums a lane, kWarpRows x kWarpColumns warps of 4 x 8 lanes.
+// Sizes of a tile: kM x kN neighbouring sums a lane, kWarpRows x kWarpColumns warps of 4 x 8 lanes.
 template <int kM_, int kN_, int kWarpRows, int kWarpColumns, int kDepthAccesses>
 struct GradientTile {
   static constexpr int kM = kM_, kN = kN_, kLaneRows = 4, kLaneColumns = 8;
   static constexpr int kRows = kLaneRows * kM * kWarpRows;
   static constexpr int kColumns = kLaneColumns * kN * kWarpColumns;
+  // A pad of kM keeps packs aligned and spreads columns of W over banks.
   static constexpr int kWeightStride = kRows + kM;
   static_assert(kWeightStride % kM == 0 && kColumns % kN == 0);  // for reads of whole packs
   static constexpr int kThreads = kWarp * kWarpRows * kWarpColumns;
@@ -32,7 +33,7 @@ struct GradientTile {
   static constexpr int kSharedBytes =
       kDepth<value_t> * (kWeightStride + kColumns) * sizeof(value_t);
 
-  // The tile's row and column of this lane's first sum.
+  // Tile row and column of this lane's first sum.
   static __device__ int row() {
     const int warp = threadIdx.x / kWarp / kWarpColumns, lane = threadIdx.x % kWarp;
     return (warp * kLaneRows + lane / kLaneColumns) * kM;
@@ -46,14 +47,14 @@ struct GradientTile {
 using LargeGradientTile = GradientTile<4, 4, 4, 2, 8>;   // 64 x 64
 using SmallGradientTile = GradientTile<4, 2, 1, 4, 16>;  // 16 x 64
 
-// The gradient of one operand: its own rows, the other's rows to sum over, and how W of a task is
-// read for them. The sums are made in `splits` parts.
+// Gradient of one operand: its own rows, the other's rows to sum over, and the layout of a task's W
+// for them. The sums are made in `splits` parts.
 template <typename scalar_t>
 struct Side {
   Rows<scalar_t> own, other;
   int64_t weight_own_stride, weight_other_stride;
   int64_t splits;
-  bool accumulate;        // onto what an earlier chunk left
+  bool accumulate;        // onto the sums of an earlier chunk
   acc_t<scalar_t>* sums;  // [splits, tasks, own.count, features] for finish_kernel, or null:
   scalar_t* grad;         // straight to the gradient, rows as far apart as own's
 };
@@ -72,6 +73,7 @@ __device__ void stage_weights_in_steps(const value_t* weights, int64_t own_strid
   for (int r = 0; r < Tile::kRows; r += kRowStep) {
 #pragma unroll
     for (int k = 0; k < kDepth; k += kDepthStep) {
+      // Zero weights past the ends add nothing, so the sum needs no bounds.
       const bool inside = first_row + r < rows && first_depth + k < depth;
       tile[(first_depth + k) * Tile::kWeightStride + first_row + r] =
           inside ? weights[r * own_stride + k * other_stride] : value_t(0);
@@ -79,7 +81,7 @@ __device__ void stage_weights_in_steps(const value_t* weights, int64_t own_strid
   }
 }
 
-// The same for either side. Neighbouring lanes read neighbouring numbers where own rows are, else 8
+// Copies W for either side. Neighbouring lanes read neighbouring numbers if own rows are, else 8
 // neighbours in each of 4 rows; both ways they write to 32 banks.
 template <typename Tile, typename value_t>
 __device__ void stage_weights(const value_t* weights, int64_t own_stride, int64_t other_stride,
@@ -118,11 +120,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   value_t* weight_tile = dynamic_shared<value_t>();
   value_t* other_tile = weight_tile + kDepth * kStride;
 
+  // Both sides share a launch: neither may have enough tiles to fill the device.
   const bool is_x = blockIdx.x < x_tiles;
   const Side<scalar_t> side = is_x ? x : y;
   const int64_t features = side.own.features;
   const auto position =
       tile_position<Tile>(is_x ? blockIdx.x : blockIdx.x - x_tiles, side.own.count, features);
+  // Splits count as further tasks.
   const int64_t task = position.task % tasks, split = position.task / tasks;
   const auto own_rows = side.own.task(task), other_rows = side.other.task(task);
   weights += task * x.own.count * y.own.count;
@@ -131,6 +135,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     return row + i < own_rows.count && column + j < features;
   };
 
+  // Own values stay in registers: the difference is formed before the product, which keeps its
+  // digits.
   value_t own[kM][kN] = {}, sums[kM][kN] = {};
   if constexpr (kDifference) {
 #pragma unroll
@@ -160,13 +166,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       for (int i = 0; i < kM; ++i) {
 #pragma unroll
         for (int j = 0; j < kN; ++j) {
+          // The order of k is fixed, so the bits are too.
           sums[i][j] += weight[i] * (kDifference ? other[j] - own[i][j] : other[j]);
         }
       }
     }
     __syncthreads();
   }
+  // Without a workspace the sum is the gradient itself.
   const bool finished = side.sums == nullptr;
+  // A chunk's rows lie densely in the workspace; the gradient's tasks are all rows apart.
   const int64_t first_row = finished ? task * side.own.task_stride : position.task * own_rows.count;
 #pragma unroll
   for (int i = 0; i < kM; ++i) {
@@ -209,6 +218,7 @@ __global__ void __launch_bounds__(kRowThreads)
     return widen(own.data[r * features + d]) * own.inverse_norm(r);
   };
   value_t along = 0;
+  // A clamped norm is constant: its row has no component to project out.
   if (is_cosine && own.inverse_norm(r) < value_t(1 / kCosineEps)) {
     for (int64_t d = lane; d < features; d += kWarp) along += normalized(d) * sum(d);
     along = warp_sum(along);
@@ -221,7 +231,7 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-// How much of the work is done at a time.
+// Plan: how much of the work is done at a time.
 struct Plan {
   int64_t tasks, rows;  // of a chunk
   int64_t splits;       // parts of the sums over rows of x, where y has too few tiles
@@ -231,9 +241,10 @@ Plan plan_of(const PairwiseShape& shape) {
   constexpr int64_t kChunk = FASTMETA_CHUNK, kSplitRows = 512;
   using Tile = LargeGradientTile;
   const int64_t row = std::max({shape.classes, shape.features, int64_t(1)});
-  // Whole rows of tiles: a tile decides for all its distances how they are summed.
+  // A chunk has whole rows of tiles: a tile decides for all its distances how they are summed.
   const int64_t rows_of_tiles = std::max<int64_t>(kChunk / row / LargeTile::kRows, 1);
   Plan plan{1, std::min(shape.queries, rows_of_tiles * LargeTile::kRows), 1};
+  // A chunk has several tasks only if it has all their rows.
   if (plan.rows == shape.queries) {
     plan.tasks = std::clamp<int64_t>(kChunk / (row * shape.queries), 1, shape.tasks);
   }
@@ -243,7 +254,7 @@ Plan plan_of(const PairwiseShape& shape) {
   return plan;
 }
 
-// The gradient of both operands, chunk after chunk. Sums that are finished as they are go straight
+// Computes the gradient of both operands, chunk after chunk. Sums that need no finish go straight
 // to the gradients; others (cosine, split ones, half's over several chunks) to the workspace.
 template <typename scalar_t>
 class PairwiseGradient {
@@ -264,6 +275,7 @@ class PairwiseGradient {
     if (is_cosine_) {
       x_sums_ = space_.take<value_t>(plan_.tasks * plan_.rows * shape_.features);
     }
+    // Half types cannot accumulate over chunks in the gradient itself without rounding each time.
     if (is_cosine_ || plan_.splits > 1 || (is_reduced && has_chunks_of_rows)) {
       y_sums_ = space_.take<value_t>(plan_.splits * plan_.tasks * shape_.classes * shape_.features);
     }
@@ -310,6 +322,7 @@ class PairwiseGradient {
     if (error != cudaSuccess) return error;
     const bool is_last = chunk.first_row + chunk.rows == shape_.queries;
     const int64_t x_rows = x_sums_ == nullptr ? 0 : chunk.tasks * chunk.rows;
+    // Sums of y run over all rows of x: they are complete with the last chunk.
     const int64_t y_rows = y_sums_ == nullptr || !is_last ? 0 : chunk.tasks * shape_.classes;
     return launch(finish_kernel<scalar_t>, ceil_div(x_rows + y_rows, kRowsPerBlock), kRowThreads, 0,
                   stream, is_cosine_, x, y, x_rows, y_rows);
@@ -329,6 +342,7 @@ class PairwiseGradient {
         count_tiles<LargeGradientTile>(tasks, x.own.count, shape_.features) +
         count_tiles<LargeGradientTile>(tasks * plan_.splits, y.own.count, shape_.features);
     return with_term(operands_.metric, [&](auto term) {
+      // A large tile of double does not fit into the registers.
       if constexpr (!std::is_same_v<scalar_t, double>) {
         if (large_tiles >= multiprocessors()) return with(term, LargeGradientTile{});
       }

@@ -1,4 +1,4 @@
-// Gradient of anything that is a function of pairwise distances on a GPU: the weighted sums of
+// Gradient, on a GPU, of any function of pairwise distances: the weighted sums of
 // pairwise_distance.h over W, of which a chunk of bounded size exists at a time (gradient.cu).
 #pragma once
 
@@ -8,10 +8,11 @@
 
 namespace fastmeta {
 
-// Enqueues what fills W of a chunk, [tasks, rows, classes] in the accumulation type, at `weights`.
+// Enqueues kernels that fill W of a chunk, [tasks, rows, classes] in the accumulation type, at
+// `weights`.
 using Weigh = std::function<int(const Chunk& chunk, void* weights)>;
 
-// Wants at least one task and row of x. Results are cudaError_t.
+// Launchers for at least one task and row of x. Results are cudaError_t.
 int64_t pairwise_gradient_workspace(const PairwiseOperands& operands);  // bytes
 int launch_pairwise_gradient(const PairwiseOperands& operands, const Weigh& weigh, void* grad_x,
                              void* grad_y, void* workspace, void* stream);

@@ -1,9 +1,9 @@
-// Gradient of anything that is a function of pairwise distances: the weighted sums of
-// pairwise_distance.h, as matrix products over blocks of W, which never exists as a whole.
+// Gradient of any function of pairwise distances: the weighted sums of pairwise_distance.h, as
+// matrix products over blocks of W, which never exists as a whole.
 //
 // Blocks of kRows rows of x are taken a few at a time, at least one a thread. First each thread
-// fills its own blocks of W and finishes grad_x for them; then each adds all of these blocks to its
-// own columns of grad_y. Every sum has one owner and one order, whatever the number of threads.
+// fills its own blocks of W and finishes grad_x for them. Then each adds all of these blocks to its
+// own columns of grad_y. Every sum has one owner and one order, for any number of threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -32,7 +32,7 @@ value_t dot_product(const value_t* x, const value_t* y, int64_t n) {
                                            [](Vec a, Vec b) { return a + b; }, x, y, n);
 }
 
-// Turns sum_j W_ij y_j into the gradient of row `a`: see the formulas in pairwise_distance.h.
+// Turns sum_j W_ij y_j into the gradient of row `a`; formulas in pairwise_distance.h.
 template <typename value_t>
 void finish_gradient_row(Metric metric, value_t* grad, const value_t* a, value_t weight_sum,
                          value_t inverse_norm, int64_t features) {
@@ -68,8 +68,8 @@ class PairwiseGradient {
         grad_yt_(shape.features * shape.classes),
         column_sums_(shape.classes) {}
 
-  // weigh(first, rows, x, weights) fills rows [first, first + rows) of W, `shape.classes` wide,
-  // given these rows of x, prepared for distance_rows.
+  // Runs one task. weigh(first, rows, x, weights) fills rows [first, first + rows) of W,
+  // `shape.classes` wide, given these rows of x, prepared for distance_rows.
   template <typename Weigh>
   void run(const scalar_t* x, const scalar_t* y, const Weigh& weigh, scalar_t* grad_x,
            scalar_t* grad_y) {
@@ -101,13 +101,14 @@ class PairwiseGradient {
     });
   }
 
-  // Entry d of prepared row j of y: columns in panels, so that products read consecutive memory.
+  // Address of entry d of prepared row j of y. Columns are in panels, so that products read
+  // consecutive memory.
   value_t* y_panel(int64_t d, int64_t j) {
     return &y_[d / kPanel * kPanel * shape_.classes + j * kPanel];
   }
 
-  // Rows as the weighted sums want them: normalised for cosine, as they are for dot, and moved to
-  // the mean of y for differences, whose sums would otherwise lose digits to a common offset.
+  // Prepares rows for the weighted sums: normalised for cosine, unchanged for dot. For differences
+  // they are moved to the mean of y, as the sums would otherwise lose digits to a common offset.
   void prepare_y(const scalar_t* y) {
     find_center(y);
     for_each_block(shape_.classes, kPanel, [&](int64_t begin, int64_t count) {
@@ -138,7 +139,7 @@ class PairwiseGradient {
     });
   }
 
-  // out = rows - center (rows themselves where products are summed); out may be rows.
+  // Computes out = rows - center (rows themselves if products are summed); out may be rows.
   void subtract_center(const value_t* rows, int64_t count, value_t* out) const {
     if (!is_difference(metric_)) {
       if (rows != out) std::copy_n(rows, count * shape_.features, out);
@@ -173,7 +174,7 @@ class PairwiseGradient {
     if constexpr (is_reduced<scalar_t>) narrow(grad, grad_x + row * features, rows * features);
   }
 
-  // grad [rows, features] = weights [rows, classes] y.
+  // Computes grad [rows, features] = weights [rows, classes] y.
   void multiply_by_y(const value_t* weights, int64_t rows, value_t* grad) {
     for (int64_t j = 0; j < shape_.classes; j += kDepth) {
       for (int64_t d = 0; d < shape_.features; d += kPanel) {
@@ -184,7 +185,7 @@ class PairwiseGradient {
     }
   }
 
-  // grad_y' [features, columns] += x' weights, over the blocks of rows at hand.
+  // Computes grad_y' [features, columns] += x' weights, over the blocks of rows at hand.
   void columns_of_y(int64_t rows, int64_t first, int64_t columns) {
     for (int64_t d = 0; d < shape_.features; d += kPanel) {
       for (int64_t begin = 0; begin < rows; begin += kRows) {

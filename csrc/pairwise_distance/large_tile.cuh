@@ -1,9 +1,9 @@
-// The tile of pairwise sums for large arrays: the scheme of a matrix product.
+// Tile of pairwise sums for large arrays: the scheme of a matrix product.
 //
-// Squared differences cost two instructions a product when they are summed as they are. Here the
-// tile makes |x - c|^2 + |y - c|^2 - 2 (x - c).(y - c), one instruction a product, with c near the
-// rows of y, so that a common offset costs no digits. Where rows are so near each other that more
-// than two bits are lost all the same, the distance is summed again from their differences.
+// Squared differences cost two instructions a product if summed directly. Here the tile computes |x
+// - c|^2 + |y - c|^2 - 2 (x - c).(y - c), one instruction a product, with c near the rows of y, so
+// that a common offset costs no digits. If rows are so near each other that more than two bits are
+// lost all the same, their distance is summed again from differences.
 //
 // Slices of kDepth features pass through two halves of shared memory, feature by feature: while one
 // is summed, the next is under way. Lanes that share rows, or columns, differ in one of the lowest
@@ -29,7 +29,7 @@ struct LargeTile {
   static constexpr int kSlice = kDepth * (kRows + kColumns) + kDepth / kAccess * 16;
   static constexpr int kSharedBytes = (2 * kSlice + kRows + kColumns) * sizeof(float);
 
-  // The row in the tile of this lane's distances [i][..], and the column of its distances [..][j].
+  // Row in the tile of this lane's distances [i][..], and column of its distances [..][j].
   static __device__ int row(int i) {
     const int warp = threadIdx.x / kWarp / kWarpColumns, lane = threadIdx.x % kWarp;
     return warp * 32 + (lane / 16 * 2 + lane % 2) * kM + i;
@@ -41,17 +41,18 @@ struct LargeTile {
   static __device__ int lane_column() { return threadIdx.x / kLaneColumnStep % kLaneColumns; }
   static __device__ bool is_first_lane_of_row() { return lane_column() == 0; }
 
-  // Where feature k is in a slice: first its rows of x, then those of y. Every access of features is
-  // 16 numbers further on, so that a warp that writes 16 rows of 2 accesses meets 32 banks.
+  // Offset of feature k in a slice: first its rows of x, then its rows of y. Every access of
+  // features is 16 numbers further on, so that a warp that writes 16 rows of 2 accesses meets 32
+  // banks.
   static __device__ int feature(int k) { return k * (kRows + kColumns) + k / kAccess * 16; }
 
-  // Where column c is among the rows of y: neighbouring lanes own neighbouring columns, for the sake
-  // of arrays of distances, but each reads the 4 columns of an access together.
+  // Place of column c among the rows of y: neighbouring lanes own neighbouring columns, for the
+  // sake of arrays of distances, but each reads the 4 columns of an access together.
   static __device__ int place(int c) { return c / 32 * 32 + c % 8 * 4 + c / 8 % 4; }
 };
 
-// Whether `tiles` large tiles are enough for all multiprocessors, and small ones too small. Never for
-// double, whose large tile would not fit into the registers.
+// Whether `tiles` large tiles are enough for all multiprocessors, and small ones too small. Always
+// false for double, whose large tile would not fit into the registers.
 inline bool uses_large_tiles(const PairwiseOperands& operands, int64_t tiles) {
   return operands.dtype != Dtype::kDouble && operands.shape.classes > SmallTile::kColumns &&
          tiles >= multiprocessors();
@@ -77,7 +78,7 @@ class SliceRows {
   static_assert(kTileRows % kStep == 0);
 
  public:
-  // `place`: of row first() among the operand's rows in a slice.
+  // Constructor; `place`: place of row first() among the operand's rows in a slice.
   __device__ SliceRows(const Rows<scalar_t>& rows, int64_t first_row, int place)
       : place_(place), wide_(rows.wide) {
 #pragma unroll
@@ -91,7 +92,7 @@ class SliceRows {
   static __device__ int first() { return threadIdx.x / kLanes; }
   static __device__ int first_feature() { return threadIdx.x % kLanes * n; }
 
-  // Starts the loads of the next slice, of which `features` are there; zero past them.
+  // Starts the loads of the next slice, which has `features` features; zero past them.
   __device__ void fetch(int features) {
     const int left = features - first_feature();
 #pragma unroll
@@ -114,12 +115,12 @@ class SliceRows {
     for (int i = 0; i < kCount; ++i) source_[i] += LargeTile::kDepth;
   }
 
-  // Writes what was fetched, normalised for cosine, to a slice that begins with this operand.
+  // Writes the fetched numbers, normalised for cosine, to a slice that begins with this operand.
   __device__ void store(float* slice) const {
     store_each([&](int i, int k) { return widen(raw_[i][k]) * scale_[i]; }, slice);
   }
 
-  // Writes what was fetched, less the center.
+  // Writes the fetched numbers minus the center.
   __device__ void store_less(const Pack<float, n>& center, float* slice) const {
     store_each([&](int i, int k) { return widen(raw_[i][k]) - center[k]; }, slice);
   }
@@ -142,7 +143,7 @@ class SliceRows {
   Pack<scalar_t, n> raw_[kCount];
 };
 
-// The slices of a tile, one after the other.
+// Slices of a tile, one after the other.
 template <typename scalar_t>
 class Slices {
   using XRows = SliceRows<LargeTile::kRows, scalar_t>;
@@ -169,7 +170,7 @@ class Slices {
     y_.store(slice + LargeTile::kRows);
   }
 
-  // Less the center, given at the slice's first feature.
+  // Subtracts the center, given at the slice's first feature.
   __device__ void store_less(const float* center, float* slice) const {
     const auto own = *as_packs<LargeTile::kAccess>(center + XRows::first_feature());
     x_.store_less(own, slice);
@@ -215,7 +216,7 @@ __device__ inline void clear(float (&sums)[LargeTile::kM][LargeTile::kN]) {
   }
 }
 
-// sums[i][j] = product of rows row(i) and column(j), normalised or less the center.
+// Computes sums[i][j] = product of rows row(i) and column(j), normalised or minus the center.
 template <bool is_centered, typename scalar_t>
 __device__ void sum_products(const Rows<scalar_t>& x, int64_t first_row, const Rows<scalar_t>& y,
                              int64_t first_column, float (&sums)[LargeTile::kM][LargeTile::kN]) {
@@ -245,7 +246,7 @@ __device__ void sum_products(const Rows<scalar_t>& x, int64_t first_row, const R
   __syncthreads();
 }
 
-// The same of squared differences, one slice after the other: seldom needed.
+// Computes sums of squared differences, one slice after the other: seldom needed.
 template <typename scalar_t>
 __device__ void sum_differences(const Rows<scalar_t>& x, int64_t first_row, const Rows<scalar_t>& y,
                                 int64_t first_column, float (&sums)[LargeTile::kM][LargeTile::kN]) {
@@ -261,7 +262,7 @@ __device__ void sum_differences(const Rows<scalar_t>& x, int64_t first_row, cons
   }
 }
 
-// Sum of squared differences of two rows, by a warp; every lane gets it.
+// Sums squared differences of two rows, by a warp; every lane gets the sum.
 template <typename scalar_t>
 __device__ float squared_difference(const scalar_t* x, const scalar_t* y, int64_t features) {
   float sum = 0;
@@ -272,8 +273,8 @@ __device__ float squared_difference(const scalar_t* x, const scalar_t* y, int64_
   return warp_sum(sum);
 }
 
-// Replaces the flagged sums by ones of squared differences; sum [i][j] is entry e = i kN + j, bit
-// e % 32 of flags[e / 32]. For a whole warp, which makes one sum after the other.
+// Replaces the flagged sums by sums of squared differences; sum [i][j] is entry e = i kN + j, bit e
+// % 32 of flags[e / 32]. A whole warp makes one sum after the other.
 template <typename scalar_t>
 __device__ void sum_again(const Rows<scalar_t>& x, int64_t first_row, const Rows<scalar_t>& y,
                           int64_t first_column, const unsigned (&flags)[2],
@@ -305,8 +306,8 @@ __device__ void sum_again(const Rows<scalar_t>& x, int64_t first_row, const Rows
   }
 }
 
-// The squared norms of a tile's rows and then columns. Past the ends a number that is no reason to
-// sum anything again.
+// Squared norms of a tile's rows and then columns. Past the ends stands a number that causes no sum
+// to be made again.
 template <typename scalar_t>
 __device__ void stage_norms(const Rows<scalar_t>& x, int64_t first_row, const Rows<scalar_t>& y,
                             int64_t first_column, float* norms) {
@@ -342,8 +343,8 @@ __device__ inline void expand(const float* norms, float (&sums)[LargeTile::kM][L
   }
 }
 
-// Squared distances: from products, and from differences where products do not do. Where those are
-// many, the whole tile is summed again.
+// Computes squared distances: from products, and from differences if products lose digits. If those
+// are many, the whole tile is summed again.
 template <typename scalar_t>
 __device__ void squared_distances(const Rows<scalar_t>& x, int64_t first_row,
                                   const Rows<scalar_t>& y, int64_t first_column,

@@ -1,4 +1,4 @@
-// What the CUDA ops that compare rows of x with rows of y do to their operands alike.
+// Preparation of operands, shared by the CUDA ops that compare rows of x with rows of y.
 #pragma once
 
 #include "common/ceil_div.h"
@@ -13,17 +13,19 @@ struct Chunk {
 
 inline Chunk whole(const PairwiseShape& shape) { return {0, shape.tasks, 0, shape.queries}; }
 
-// From the center of a task to that of the next: features and zeros up to whole slices of a tile,
-// one slice at least.
+// Distance between the centers of two tasks: features and zeros up to whole slices of a tile, one
+// slice at least.
 FASTMETA_HOST_DEVICE constexpr int64_t center_stride(int64_t features) {
   constexpr int64_t kPadded = 16;
   return (features / kPadded + 1) * kPadded;
 }
 
-// Enqueues what tiles need to know of the rows beforehand, and points operands there. A cudaError_t.
-//   cosine                          norms[r] = 1 / max(|row r|, eps)
-//   differences, in large tiles     centers[t] near the rows of y[t], norms[r] = |row r - center|^2
-// The T Q rows of x and then the T N of y, in the accumulation type. Others need nothing.
+// Enqueues the kernels that prepare rows for tiles, and points operands at their results. Returns a
+// cudaError_t.
+// cosine                          norms[r] = 1 / max(|row r|, eps)
+// differences, in large tiles     centers[t] near the rows of y[t], norms[r] = |row r - center|^2
+// The T Q rows of x and then the T N of y, in the accumulation type. Other metrics and tiles need
+// none.
 int64_t row_norms_bytes(const PairwiseOperands& operands);
 int launch_row_norms(PairwiseOperands& operands, void* workspace, void* stream);
 

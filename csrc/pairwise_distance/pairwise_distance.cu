@@ -7,8 +7,9 @@ namespace fastmeta {
 namespace {
 
 // distance[t, q, n] = finish(sum_d Term(x[t, q, d], y[t, n, d])); [T, Q, D], [T, N, D] -> [T, Q,
-// N]. A block owns a tile of Q x N (tile.cuh), acc_t sums in registers, rows normalised on the way
-// into shared memory for cosine.
+// N].
+// A block owns a tile of Q x N (tile.cuh); acc_t sums in registers. For cosine rows are normalised
+// on the way into shared memory.
 template <typename scalar_t, typename Term, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     distance_kernel(Metric metric, Rows<scalar_t> x, Rows<scalar_t> y, scalar_t* distance) {
@@ -18,6 +19,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
                        distances);
   const int rows = at_most(Tile::kRows, x.count - tile.row);
   const int columns = at_most(Tile::kColumns, y.count - tile.column);
+  // 64 bits once for the tile; offsets within it are small.
   distance += (tile.task * x.count + tile.row) * y.count + tile.column;
 #pragma unroll
   for (int i = 0; i < Tile::kM; ++i) {
@@ -39,6 +41,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     weights_kernel(Metric metric, Rows<scalar_t> x, Rows<scalar_t> y, const scalar_t* upstream,
                    acc_t<scalar_t>* weights) {
   const auto tile = tile_position<Tile>(blockIdx.x, x.count, y.count);
+  // The other metrics' weights do not depend on the distance.
   acc_t<scalar_t> distances[Tile::kM][Tile::kN] = {};
   if (metric == Metric::kEuclidean) {
     tile_distances<DifferenceTerm>(Tile{}, metric, x.task(tile.task), tile.row, y.task(tile.task),
@@ -93,7 +96,7 @@ cudaError_t write_weights(const PairwiseOperands& operands, const Chunk& chunk,
   });
 }
 
-// The operands with the tiles that their distances are made in.
+// Chooses the tiles in which the operands' distances are made.
 PairwiseOperands tiled(PairwiseOperands operands) {
   const auto& shape = operands.shape;
   operands.large_tiles =
@@ -135,6 +138,7 @@ int launch_pairwise_distance_backward(PairwiseOperands operands, const void* gra
                                      static_cast<cudaStream_t>(stream));
     });
   };
+  // Behind the norms, which the gradient's tiles read as well.
   void* rest = space.take<char>(pairwise_gradient_workspace(operands));
   return launch_pairwise_gradient(operands, weigh, grad_x, grad_y, rest, stream);
 }

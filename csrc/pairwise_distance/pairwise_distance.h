@@ -3,9 +3,9 @@
 //   sqeuclidean   sum_d (x_d - y_d)^2           euclidean   its square root
 //   cosine        1 - x.y / (max(|x|, eps) max(|y|, eps))      dot   -x.y
 //
-// x [T, Q, D], y [T, N, D] -> [T, Q, N], all contiguous. Squared differences are summed as they
-// are: |x|^2 + |y|^2 - 2 x.y would lose every digit of a distance that is small beside the norms.
-// Large arrays on a GPU take that form only where it keeps the digits (large_tile.cuh).
+// x [T, Q, D], y [T, N, D] -> [T, Q, N], all contiguous. Squared differences are summed directly:
+// |x|^2 + |y|^2 - 2 x.y would lose every digit of a distance that is small beside the norms. Large
+// arrays on a GPU take this form only if it keeps the digits (large_tile.cuh).
 //
 // Gradient, for upstream g [Q, N], as weighted sums with W [Q, N] (one matrix product each):
 //   sqeuclidean W = -2 g, euclidean W = -g / distance (0 at distance 0):
@@ -13,7 +13,7 @@
 //   dot, cosine (on normalised rows) W = -g:
 //       grad_x_i = sum_j W_ij y_j                 grad_y_j = sum_i W_ij x_i
 //   cosine, back through a = x / max(|x|, eps):   grad_x = (grad_a - a (a.grad_a)) / |x|,
-//                                                 grad_a / eps where |x| <= eps
+//       grad_a / eps where |x| <= eps
 #pragma once
 
 #include <cmath>
@@ -65,7 +65,7 @@ FASTMETA_HOST_DEVICE constexpr bool is_difference(Metric metric) {
   return metric == Metric::kSqeuclidean || metric == Metric::kEuclidean;
 }
 
-// One feature's share of a distance, for a number or a vector of them.
+// Share of one feature in a distance, for a number or a vector of them.
 struct DifferenceTerm {
   template <typename value_t>
   FASTMETA_HOST_DEVICE static value_t add(value_t sum, value_t x, value_t y) {
@@ -81,7 +81,7 @@ struct ProductTerm {
   }
 };
 
-// The distance, from the sum over features of DifferenceTerm or ProductTerm.
+// Distance from the sum over features of DifferenceTerm or ProductTerm.
 template <typename value_t>
 FASTMETA_HOST_DEVICE inline value_t finish(Metric metric, value_t sum) {
   using std::sqrt;
@@ -98,7 +98,7 @@ FASTMETA_HOST_DEVICE inline value_t finish(Metric metric, value_t sum) {
   return sum;
 }
 
-// W of the gradient formulas: upstream times the slope of the distance in its inner sum.
+// W of the gradient formulas: upstream times the derivative of the distance in its inner sum.
 template <typename value_t>
 FASTMETA_HOST_DEVICE inline value_t gradient_weight(Metric metric, value_t upstream,
                                                     value_t distance) {
@@ -114,8 +114,8 @@ FASTMETA_HOST_DEVICE inline value_t gradient_weight(Metric metric, value_t upstr
   return upstream;
 }
 
-// CUDA launchers: device pointers, workspace of the bytes that the function before asks for, result
-// a cudaError_t. The backward wants at least one distance and one feature.
+// CUDA launchers: device pointers, workspace of as many bytes as the function before returns,
+// result a cudaError_t. The backward needs at least one distance and one feature.
 struct PairwiseOperands {
   Dtype dtype;
   Metric metric;

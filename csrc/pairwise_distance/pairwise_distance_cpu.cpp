@@ -47,11 +47,12 @@ auto weights_of(Metric metric, const scalar_t* upstream, const Panels<acc_t<scal
   return [=, &y](int64_t first, int64_t rows, const value_t* x, value_t* weights) {
     const int64_t classes = y.rows();
     Buffer<value_t> wide(classes);
+    // The other metrics' weights do not depend on the distance.
     if (metric == Metric::kEuclidean) distance_rows(metric, x, rows, y, weights, classes);
     with_metric(metric, [&](auto constant) {
       for (int64_t r = 0; r < rows; ++r) {
         const value_t* g = widen(upstream + (first + r) * classes, wide.data(), classes);
-        value_t* row = weights + r * classes;  // distances in where the metric needs them
+        value_t* row = weights + r * classes;  // holds distances first if the metric needs them
         for (int64_t j = 0; j < classes; ++j) row[j] = gradient_weight(constant(), g[j], row[j]);
       }
     });
@@ -106,6 +107,7 @@ std::tuple<at::Tensor, at::Tensor> pairwise_distance_backward_cpu(const at::Tens
           for (int64_t t = begin; t < end; ++t) {
             const int64_t x_row = t * shape.queries * shape.features;
             const int64_t y_row = t * shape.classes * shape.features;
+            // Only weights_of() of this metric reads the panels.
             if (metric == Metric::kEuclidean) panels.pack(metric, y_data + y_row);
             const auto* upstream = grad_data + t * shape.queries * shape.classes;
             gradient.run(x_data + x_row, y_data + y_row, weights_of(metric, upstream, panels),

@@ -16,12 +16,13 @@ constexpr int kWarps = kThreads / kWarp;
 template <typename value_t>
 __device__ bool is_finite(value_t x) {
   constexpr value_t kLargest = std::numeric_limits<value_t>::max();
+  // False for NaN too.
   return x >= -kLargest && x <= kLargest;
 }
 
-// centers[t, d] = mean over some rows n of y[t, n, d], evenly spread; y [T, N, D]. What is not
-// finite counts as 0: it may spoil its own row's distances, not all. A block owns 32 features of a
-// task, a warp every 8th row. A sample is near enough: any center gives the same distances.
+// centers[t, d] = mean over some rows n of y[t, n, d], evenly spread; y [T, N, D]. A number that is
+// not finite counts as 0: it may spoil its own row's distances, not all. A block owns 32 features
+// of a task, a warp every 8th row. A sample is near enough: any center gives the same distances.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads)
     centers_kernel(const scalar_t* y, int64_t classes, int64_t features, acc_t<scalar_t>* centers) {
@@ -35,18 +36,21 @@ __global__ void __launch_bounds__(kThreads)
   value_t sum = 0;
   if (d < features) {
     for (int64_t s = warp; s < sample; s += kWarps) {
+      // Rows spread evenly: classes may be sorted.
       const auto value = widen(y[(task * classes + s * classes / sample) * features + d]);
+      // Divides first, so that a sum of large numbers does not overflow.
       if (is_finite(value)) sum += value / sample;
     }
   }
   sums[warp][lane] = sum;
   __syncthreads();
+  // Writes the zeros up to center_stride() too.
   if (warp != 0 || d >= stride) return;
   for (int w = 1; w < kWarps; ++w) sum += sums[w][lane];
   centers[task * stride + d] = sum;
 }
 
-// A row, the center of its task or null, and |row - center|^2. A warp owns a row, in acc_t.
+// A row, the center of its task or null, and |row - center|^2. A warp owns a row; sums in acc_t.
 template <typename scalar_t>
 __device__ acc_t<scalar_t> squared_norm(const scalar_t* row, const acc_t<scalar_t>* center,
                                         int64_t features) {
@@ -59,7 +63,8 @@ __device__ acc_t<scalar_t> squared_norm(const scalar_t* row, const acc_t<scalar_
 }
 
 // norms of operands.h: the inverse norms of rows, or with centers the squared norms of differences
-// from them; the rows of x [T, Q, D] and then those of y [T, N, D]. A warp owns a row, in acc_t.
+// from them; the rows of x [T, Q, D] and then the rows of y [T, N, D]. A warp owns a row; sums in
+// acc_t.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads)
     norms_kernel(PairwiseShape shape, const scalar_t* x, const scalar_t* y,

@@ -1,5 +1,5 @@
-// A block's tile of pairwise sums over features, in registers; the CUDA twin of tile_cpu.h. Here the
-// tile for small arrays; large_tile.cuh has the one for large arrays.
+// A block's tile of pairwise sums over features, in registers; the CUDA twin of tile_cpu.h. This is
+// the tile for small arrays; large_tile.cuh has the one for large arrays.
 //
 // The rows of x and y that a tile needs pass through shared memory, kDepth features at a time,
 // row-major, a 16-byte access apart from the next multiple of 128 bytes: so the 8 rows that a
@@ -40,7 +40,7 @@ struct Rows {
     return rows;
   }
 
-  // An access of row r from feature d on; zero past the ends.
+  // Loads an access of row r from feature d on; zero past the ends.
   template <bool is_wide>
   __device__ Pack<scalar_t, kAccess<scalar_t>> load(int64_t r, int64_t d) const {
     constexpr int n = kAccess<scalar_t>;
@@ -153,7 +153,7 @@ struct SmallTile {
   template <typename value_t>
   static constexpr int kDepth = kDepthAccesses * kAccess<value_t>;
 
-  // The row in the tile of this lane's distances [i][..], and the column of its distances [..][j].
+  // Row in the tile of this lane's distances [i][..], and column of its distances [..][j].
   static __device__ int row(int i) {
     const int warp = threadIdx.x / kWarp / kWarpColumns, lane = threadIdx.x % kWarp;
     return warp * kLaneRows * kM + lane / kLaneColumns + kLaneRows * i;
@@ -185,7 +185,7 @@ __device__ inline int at_most(int limit, int64_t x) {
   return x < limit ? static_cast<int>(x) : limit;
 }
 
-// Tile number `tile` of such an array, counted along rows of tiles.
+// Finds tile number `tile` of such an array, counted along rows of tiles.
 template <typename Tile>
 __device__ TilePosition tile_position(int64_t tile, int64_t rows, int64_t columns) {
   const int64_t across = tiles_across<Tile>(columns), down = ceil_div(rows, Tile::kRows);
@@ -208,7 +208,7 @@ __device__ void finish_all(value_t (&sums)[m][n]) {
   }
 }
 
-// finish() of all sums, with one branch on the metric for all of them.
+// Calls finish() on all sums, with one branch on the metric for all of them.
 template <typename Term, typename value_t, int m, int n>
 __device__ void finish_tile(Metric metric, value_t (&sums)[m][n]) {
   if constexpr (std::is_same_v<Term, DifferenceTerm>) {
@@ -218,8 +218,8 @@ __device__ void finish_tile(Metric metric, value_t (&sums)[m][n]) {
   }
 }
 
-// distances[i][j] = distance of rows row(i) and column(j) of the tile at (first_row, first_column).
-// For the whole block; uses its dynamic shared memory, free again on return.
+// Computes distances[i][j] = distance of rows row(i) and column(j) of the tile at (first_row,
+// first_column). Called by the whole block; uses its dynamic shared memory, free again on return.
 template <typename Term, typename scalar_t>
 __device__ void tile_distances(SmallTile, Metric metric, const Rows<scalar_t>& x, int64_t first_row,
                                const Rows<scalar_t>& y, int64_t first_column,

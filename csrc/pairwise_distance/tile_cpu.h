@@ -36,6 +36,7 @@ acc_t<scalar_t> prepare_row(Metric metric, const scalar_t* row, acc_t<scalar_t>*
   using Vec = at::vec::Vectorized<value_t>;
   const value_t* wide = widen(row, out, features);
   if (metric != Metric::kCosine) {
+    // widen() wrote to `out` only for half types.
     if (wide != out) std::copy_n(wide, features, out);
     return 1;
   }
@@ -46,8 +47,8 @@ acc_t<scalar_t> prepare_row(Metric metric, const scalar_t* row, acc_t<scalar_t>*
   return inverse;
 }
 
-// prepare_row for consecutive rows: their own memory where nothing has to change, else `scratch`.
-// For cosine, `inverse_norms` gets what prepare_row returns, unless it is null.
+// Calls prepare_row on consecutive rows. Returns the rows' own memory if nothing has to change,
+// else `scratch`. For cosine, `inverse_norms` gets the results of prepare_row, unless it is null.
 template <typename scalar_t>
 const acc_t<scalar_t>* prepare_rows(Metric metric, const scalar_t* x, int64_t rows,
                                     int64_t features, acc_t<scalar_t>* scratch,
@@ -91,6 +92,7 @@ class Panels {
     for (int64_t j = 0; j < valid; ++j) {
       prepare_row(metric, y + (p * kPanel + j) * features_, rows + j * features_, features_);
     }
+    // The last panel's missing rows: computed, but not stored.
     std::fill(rows + valid * features_, rows + kPanel * features_, value_t(0));
     transpose(kPanel, features_, rows, features_, data_.data() + p * features_ * kPanel, kPanel);
   }
@@ -99,7 +101,7 @@ class Panels {
   Buffer<value_t> data_;
 };
 
-// kRows rows of x, `features` apart, against one panel: the sums of Functor over the features.
+// Sums of Functor over the features, for kRows rows of x, `features` apart, against one panel.
 template <typename Functor, int64_t kRows, typename value_t>
 void tile_sums(const value_t* x, const value_t* panel, int64_t features, value_t* sums) {
   using Vec = at::vec::Vectorized<value_t>;
@@ -116,6 +118,7 @@ void tile_sums(const value_t* x, const value_t* panel, int64_t features, value_t
     for (int64_t v = 0; v < kVectors; ++v) y[v] = Vec::loadu(panel + d * kPanel + v * Vec::size());
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; ++r) {
+      // One load of x serves kVectors vectors of y.
       const Vec broadcast(x[r * features + d]);
 #pragma GCC unroll 8
       for (int64_t v = 0; v < kVectors; ++v) sum[r][v] = Functor::add(sum[r][v], broadcast, y[v]);
@@ -128,20 +131,22 @@ void tile_sums(const value_t* x, const value_t* panel, int64_t features, value_t
   }
 }
 
-// tile_sums for a row count known at run time, 1 <= rows <= Tile::kRows.
+// Calls tile_sums for a row count known at run time, 1 <= rows <= Tile::kRows.
 template <typename Functor, typename value_t, int64_t... kRow>
 void tile_sums(int64_t rows, const value_t* x, const value_t* panel, int64_t features,
                value_t* sums, std::integer_sequence<int64_t, kRow...>) {
   ((rows == kRow + 1 ? tile_sums<Functor, kRow + 1>(x, panel, features, sums) : void()), ...);
 }
 
-// x: `rows` prepared rows, contiguous. out: `rows` rows of distances to all of y, `stride` apart.
+// Distances of x, `rows` prepared rows, contiguous, to all of y. out: rows of distances `stride`
+// apart.
 template <typename value_t>
 void distance_rows(Metric metric, const value_t* x, int64_t rows, const Panels<value_t>& y,
                    value_t* out, int64_t stride) {
   using Rows = std::make_integer_sequence<int64_t, Tile<value_t>::kRows>;
   constexpr int64_t kRows = Tile<value_t>::kRows, kPanel = Tile<value_t>::kPanel;
   std::array<value_t, kRows * kPanel> sums;
+  // Panels outside, rows inside: a panel stays in the cache for all rows.
   for (int64_t p = 0; p < y.count(); ++p) {
     const int64_t columns = std::min(kPanel, y.rows() - p * kPanel);
     for (int64_t i = 0; i < rows; i += kRows) {

@@ -1,4 +1,4 @@
-// Argument checks of prototype_loss on every device, but for the range of labels.
+// Argument checks of prototype_loss on every device, except the range of labels.
 #pragma once
 
 #include "common/check.h"

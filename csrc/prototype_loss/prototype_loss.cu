@@ -10,13 +10,13 @@
 namespace fastmeta {
 namespace {
 
-// A softmax over some logits: sum of exp(logit - largest).
+// Softmax over some logits: sum of exp(logit - largest).
 template <typename value_t>
 struct Softmax {
   value_t largest, sum;
 };
 
-// Over no logits. A finite start keeps logits of -inf from making a NaN.
+// Softmax over no logits. A finite start keeps logits of -inf from making a NaN.
 template <typename value_t>
 __device__ Softmax<value_t> empty_softmax() {
   return {std::numeric_limits<value_t>::lowest(), 0};
@@ -43,7 +43,8 @@ __device__ Softmax<value_t> merged(const Softmax<value_t>& a, const Softmax<valu
   return {largest, a.sum * std::exp(a.largest - largest) + b.sum * std::exp(b.largest - largest)};
 }
 
-// Of every `lanes` lanes that are `step` apart the first gets the softmax over the logits of all.
+// Merges softmaxes: of every `lanes` lanes that are `step` apart the first gets the softmax over
+// the logits of all.
 template <int lanes, int step, typename value_t>
 __device__ Softmax<value_t> merged_over_lanes(Softmax<value_t> softmax) {
 #pragma unroll
@@ -55,24 +56,24 @@ __device__ Softmax<value_t> merged_over_lanes(Softmax<value_t> softmax) {
   return softmax;
 }
 
-// What belongs to the queries of a chunk, from its first on; tasks as far apart as rows of queries.
+// Arrays of the queries of a chunk, from its first query on; tasks as far apart as rows of queries.
 template <typename scalar_t>
 struct Queries {
   Metric metric;
   acc_t<scalar_t> scale;
   const int64_t* labels;
-  const acc_t<scalar_t>* weight;  // with weights only
+  const acc_t<scalar_t>* weight;  // only with weights
   acc_t<scalar_t>* weights;       // W [tasks, rows, N] of the chunk, or null
   acc_t<scalar_t>* loss;
   Softmax<acc_t<scalar_t>>* softmax;  // or null
 };
 
-// index, or -1 outside of 0 <= index < size.
+// Converts index to int, or to -1 outside of 0 <= index < size.
 __device__ int index_in(int size, int64_t index) {
   return index >= 0 && index < size ? static_cast<int>(index) : -1;
 }
 
-// Writes the tile of W at `tile` from its distances; softmax_of(i) is that of row(i).
+// Writes the tile of W at `tile` from its distances; softmax_of(i) is the softmax of row(i).
 template <typename Tile, typename scalar_t, typename SoftmaxOf>
 __device__ void write_weights(const Queries<scalar_t>& queries, const Rows<scalar_t>& query,
                               int64_t classes, const TilePosition& tile,
@@ -84,9 +85,11 @@ __device__ void write_weights(const Queries<scalar_t>& queries, const Rows<scala
     const int64_t row = tile.row + Tile::row(i);
     if (row >= query.count) continue;
     const int64_t q = tile.task * query.task_stride + row;
+    // Relative to this tile: -1 if the label's prototype lies in another tile.
     const int label = index_in(columns, queries.labels[q] - tile.column);
     const auto weight = queries.weight[q];
     const Softmax<acc_t<scalar_t>> softmax = softmax_of(i);
+    // One division a row instead of one a class.
     const auto inverse_sum = 1 / softmax.sum;
     acc_t<scalar_t>* target =
         queries.weights + (tile.task * query.count + row) * classes + tile.column;
@@ -103,11 +106,11 @@ __device__ void write_weights(const Queries<scalar_t>& queries, const Rows<scala
 }
 
 // loss[q] = log(sum) + largest - logit[label], softmax over logits -scale d(query[q], prototypes).
-// query [T, Q, D], prototypes [T, N, D], loss [T, Q]. A block owns a tile's rows of queries, walks
-// the tiles of prototypes and merges the softmax of each into a running one of a row and a column of
-// warps, in shared memory: the [Q, N] distances exist a tile at a time.
-// Where one tile holds all prototypes, the distances are still there when the softmax is known, and
-// W is written in the same launch: small episodes are bound by launches.
+// query [T, Q, D], prototypes [T, N, D], loss [T, Q].
+// A block owns a tile's rows of queries and walks the tiles of prototypes. It merges the softmax of
+// each tile into a running one of each row and column of warps, in shared memory: the [Q, N]
+// distances exist a tile at a time. If one tile has all prototypes, W is written in the same
+// launch: small episodes are bound by launches.
 template <typename scalar_t, typename Term, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     loss_kernel(Rows<scalar_t> query, Rows<scalar_t> prototypes, Queries<scalar_t> queries) {
@@ -121,6 +124,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const int64_t first_query = tile.task * query.task_stride + tile.row;
   const bool owns_query = thread < Tile::kRows && tile.row + thread < query.count;
   if (thread < Tile::kRows) {
+    // Rows past the end get label 0, so that no read below is out of range; nothing of them is
+    // stored.
     labels[thread] = owns_query ? (queries.labels + first_query)[thread] : 0;
     label_logits[thread] = 0;
     for (int w = 0; w < Tile::kWarpColumns; ++w) softmaxes[w][thread] = empty_softmax<value_t>();
@@ -139,13 +144,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #pragma unroll
       for (int j = 0; j < Tile::kN; ++j) {
         const int column = Tile::column(j);
+        // Columns past the end have probability 0.
         logits[j] = column < columns ? -queries.scale * distances[i][j]
                                      : -std::numeric_limits<value_t>::infinity();
+        // At most one lane owns the label's column, so there is no race.
         if (column == label) label_logits[row] = logits[j];
       }
       const auto softmax =
           merged_over_lanes<Tile::kLaneColumns, Tile::kLaneColumnStep>(softmax_of(logits));
       auto& running = softmaxes[Tile::warp_column()][row];
+      // Each warp column has a running softmax of its own: no atomics, a fixed order.
       if (Tile::is_first_lane_of_row()) running = merged(running, softmax);
     }
   }
@@ -155,12 +163,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #pragma unroll
     for (int w = 1; w < Tile::kWarpColumns; ++w) softmax = merged(softmax, softmaxes[w][thread]);
     const bool is_valid = labels[thread] >= 0 && labels[thread] < classes;
+    // A kernel cannot raise: an invalid label shows as NaN in the loss and the gradient.
     if (!is_valid) softmax.sum = std::numeric_limits<value_t>::quiet_NaN();
     (queries.loss + first_query)[thread] =
         std::log(softmax.sum) + (softmax.largest - label_logits[thread]);
     if (queries.softmax != nullptr) (queries.softmax + first_query)[thread] = softmax;
+    // For write_weights() below.
     softmaxes[0][thread] = softmax;
   }
+  // Only a small tile can have all prototypes, see fits_one_tile().
   if constexpr (std::is_same_v<Tile, SmallTile>) {
     if (queries.weights == nullptr) return;
     __syncthreads();
@@ -169,8 +180,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   }
 }
 
-// W of a chunk of queries, from their softmax: a block owns a tile of Q x N and forms its distances
-// again, with the bits that they had in loss_kernel.
+// W of a chunk of queries, from their softmax. A block owns a tile of Q x N and forms its distances
+// again, bit for bit as loss_kernel did.
 template <typename scalar_t, typename Term, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     weights_kernel(Rows<scalar_t> query, Rows<scalar_t> prototypes, Queries<scalar_t> queries) {
@@ -185,7 +196,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
 bool fits_one_tile(const PairwiseShape& shape) { return shape.classes <= SmallTile::kColumns; }
 
-// Starts the kernels above on chunks of queries.
+// Launches the kernels above on chunks of queries.
 template <typename scalar_t>
 class PrototypeLoss {
   using value_t = acc_t<scalar_t>;
@@ -199,7 +210,8 @@ class PrototypeLoss {
         softmax_(static_cast<Softmax<value_t>*>(softmax)),
         stream_(static_cast<cudaStream_t>(stream)) {}
 
-  // `weights`: where W of the chunk goes, if one tile holds all prototypes; else null.
+  // Computes the loss; `weights`: destination of W of the chunk if one tile has all prototypes,
+  // else null.
   cudaError_t write_loss(const Chunk& chunk, void* weights) const {
     return run(chunk, weights, 1, [](auto term, auto tile) {
       return loss_kernel<scalar_t, decltype(term), decltype(tile)>;
@@ -213,7 +225,7 @@ class PrototypeLoss {
   }
 
  private:
-  // kernel_of(term, tile) on a block for every tile of [tasks, rows, columns].
+  // Launches kernel_of(term, tile) on a block for every tile of [tasks, rows, columns].
   template <typename KernelOf>
   cudaError_t run(const Chunk& chunk, void* weights, int64_t columns,
                   const KernelOf& kernel_of) const {
@@ -251,7 +263,7 @@ class PrototypeLoss {
 // Parts of the backward's workspace.
 struct BackwardSpace {
   void* row_norms;
-  void* softmax = nullptr;  // of each query, where W is not written along with the loss
+  void* softmax = nullptr;  // of each query, if W is not written along with the loss
   void* gradient;
   int64_t bytes;
 
@@ -270,8 +282,8 @@ struct BackwardSpace {
   }
 };
 
-// The operands with the tiles that their distances are made in: the same ones in both kernels, or W
-// would not get the bits of the distances in the loss.
+// Chooses the tiles of the distances: the same ones in both kernels, or W would not get the bits of
+// the distances in the loss.
 PairwiseOperands tiled(PairwiseOperands operands) {
   const auto& shape = operands.shape;
   operands.large_tiles =
@@ -314,6 +326,7 @@ int launch_prototype_loss_backward(LossOperands operands, const void* weight, vo
     const auto weigh = [&](const Chunk& chunk, void* weights) -> int {
       return one_launch ? op.write_loss(chunk, weights) : op.write_weights(chunk, weights);
     };
+    // With one launch `weigh` writes the loss along with W.
     const int error = one_launch ? cudaSuccess : op.write_loss(whole(pairwise.shape), nullptr);
     if (error != cudaSuccess) return error;
     return launch_pairwise_gradient(pairwise, weigh, grad_query, grad_prototypes, space.gradient,

@@ -23,10 +23,9 @@ FASTMETA_HOST_DEVICE inline value_t distance_upstream(value_t scale, value_t wei
   return -scale * weight * (probability - value_t(is_label ? 1 : 0));
 }
 
-// CUDA launchers: device pointers, at least one query, workspace of the bytes that the function
-// before asks for, result a cudaError_t. W exists a chunk of bounded size at a time. A label
-// outside 0 <= label < N makes the loss of its query NaN, and so every gradient that the query is
-// part of.
+// CUDA launchers: device pointers, at least one query, workspace of as many bytes as the function
+// before returns, result a cudaError_t. W exists a chunk of bounded size at a time. A label outside
+// 0 <= label < N makes the loss of its query NaN, and so every gradient that depends on the query.
 struct LossOperands {
   PairwiseOperands pairwise;  // x: query, y: prototypes
   const int64_t* labels;

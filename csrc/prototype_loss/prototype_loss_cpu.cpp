@@ -1,5 +1,4 @@
-// CPU implementation of prototype_loss: threads own blocks of queries, or tasks where there are
-// many.
+// CPU implementation of prototype_loss: threads own blocks of queries, or tasks if there are many.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -29,7 +28,7 @@ struct Softmax {
   value_t loss, largest, sum;  // sum of exp(-scale d - largest)
 };
 
-// One row of softmax(-scale distances): `exponentials` gets exp(-scale d - largest).
+// Computes one row of softmax(-scale distances): `exponentials` gets exp(-scale d - largest).
 template <typename value_t>
 Softmax<value_t> softmax_row(const value_t* distances, value_t* exponentials, int64_t classes,
                              int64_t label, value_t scale) {
@@ -37,6 +36,7 @@ Softmax<value_t> softmax_row(const value_t* distances, value_t* exponentials, in
   const value_t largest = at::vec::map_reduce_all<value_t>(
       [scale](Vec d) { return Vec(-scale) * d; },
       [](Vec a, Vec b) { return at::vec::maximum(a, b); }, distances, classes);
+  // Read before the loop: exponentials may overwrite distances.
   const value_t logit = -scale * distances[label];
   Vec sums(value_t(0));
   for (int64_t n = 0; n < classes; n += Vec::size()) {
@@ -66,6 +66,7 @@ void loss_task(const Task<scalar_t>& task, const Panels<acc_t<scalar_t>>& protot
   const auto& shape = task.shape;
   const int64_t blocks = (shape.queries + kRowBlock - 1) / kRowBlock;
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    // Per thread: the flag is a register of the core.
     const FlushDenormals flush;
     Buffer<value_t> rows(kRowBlock * shape.features), distances(kRowBlock * shape.classes);
     for (int64_t b = begin; b < end; ++b) {
@@ -76,6 +77,7 @@ void loss_task(const Task<scalar_t>& task, const Panels<acc_t<scalar_t>>& protot
       for (int64_t r = 0; r < count; ++r) {
         value_t* row = &distances[r * shape.classes];
         loss[first + r] =
+            // In place: the loss needs no exponentials.
             softmax_row(row, row, shape.classes, task.labels[first + r], task.scale).loss;
       }
     }
@@ -104,6 +106,7 @@ auto weights_of(const Task<scalar_t>& task, const Panels<acc_t<scalar_t>>& proto
               const value_t upstream = distance_upstream(task.scale, w, probability, is_label);
               return gradient_weight(metric(), upstream, row[n]);
             };
+            // Before the loop, which overwrites the distance at the label.
             const value_t at_label = weight_of(label, true);
             for (int64_t n = 0; n < classes; ++n) row[n] = weight_of(n, false);
             row[label] = at_label;

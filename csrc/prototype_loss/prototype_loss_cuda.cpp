@@ -19,7 +19,7 @@ struct Arguments {
   LossOperands operands;                 // pointers into them
 };
 
-// On the current device; raises ValueError for a label out of range.
+// Prepares arguments on the current device; raises ValueError for a label out of range.
 Arguments prepared(const PairwiseShape& shape, const at::Tensor& query, const at::Tensor& labels,
                    const at::Tensor& prototypes, std::string_view metric, double scale) {
   Arguments a{query.contiguous(), labels.contiguous(), prototypes.contiguous(), {}};

@@ -11,7 +11,7 @@ inline PrototypesShape checked_prototypes_shape(const at::Tensor& x, const at::T
   check_dims(x, 3, "x");
   check_labels(labels, x, "labels");
   check_shape(labels, x.sizes().slice(0, 2), "labels");
-  TORCH_CHECK(num_classes >= 0, "num_classes must be at least 0, got ", num_classes);
+  TORCH_CHECK(num_classes >= 0, "num_classes: expected at least 0, got ", num_classes);
   return {x.size(0), x.size(1), num_classes, x.size(2)};
 }
 
@@ -20,7 +20,7 @@ inline PrototypesShape checked_prototypes_backward_shape(const at::Tensor& grad_
   check_dims(grad_prototypes, 3, "grad_prototypes");
   check_labels(labels, grad_prototypes, "labels");
   check_dims(labels, 2, "labels");
-  TORCH_CHECK(labels.size(0) == grad_prototypes.size(0), "labels must have ",
+  TORCH_CHECK(labels.size(0) == grad_prototypes.size(0), "labels: expected ",
               grad_prototypes.size(0), " tasks, got ", labels.size(0));
   return {grad_prototypes.size(0), labels.size(1), grad_prototypes.size(1),
           grad_prototypes.size(2)};

@@ -12,7 +12,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 
-// What a warp owns: one class of one task, and a pack of features a lane. The kernels see rows as
+// A warp's share: one class of one task, and a pack of features a lane. The kernels see rows as
 // packs, so the features of their shape count packs.
 struct Owner {
   int64_t task, member, feature;
@@ -29,7 +29,7 @@ struct Owner {
   }
 };
 
-// For a whole warp: calls body(s) for the examples s of a class, in order; returns their number.
+// Calls body(s) for the examples s of a class, in order, by a whole warp; returns their number.
 // Examples without a valid label form the class number `classes`.
 template <typename Body>
 __device__ int64_t for_each_example(const int64_t* labels, const PrototypesShape& shape,
@@ -42,6 +42,7 @@ __device__ int64_t for_each_example(const int64_t* labels, const PrototypesShape
     const bool is_member = s < shape.support && (valid ? label : shape.classes) == member;
     unsigned members = __ballot_sync(kAllLanes, is_member);
     count += __popc(members);
+    // Walks the set bits from the lowest on: examples in order.
     for (; members != 0; members &= members - 1) body(first + __ffs(members) - 1);
   }
   return count;
@@ -69,6 +70,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t count = for_each_example(labels + first, shape, owner.member, add);
   if (!has_features) return;
 #pragma unroll
+  // A class without examples keeps its sum 0.
   for (int i = 0; i < width; ++i) mean[i] /= static_cast<acc_t<scalar_t>>(count > 0 ? count : 1);
   const int64_t row = owner.task * shape.classes + owner.member;
   prototypes[row * shape.features + owner.feature] = narrow<scalar_t>(mean);
@@ -84,6 +86,7 @@ __global__ void __launch_bounds__(kThreads)
   if (owner.task >= shape.tasks) return;
   const bool has_features = owner.feature < shape.features;
   const int64_t first = owner.task * shape.support;
+  // The count must be known before the first store, so the labels are read twice.
   const int64_t count = for_each_example(labels + first, shape, owner.member, [](int64_t) {});
   Pack<acc_t<scalar_t>, width> share{};
   if (has_features && owner.member < shape.classes && count > 0) {

@@ -1,6 +1,6 @@
 // Class means of every task's support embeddings, and the transpose of that linear map.
 //
-//   prototypes[t, n]  = mean of x[t, s] over the s with labels[t, s] == n, zero where there is none
+//   prototypes[t, n]  = mean of x[t, s] over the s with labels[t, s] == n, zero without any
 //   grad_x[t, s]      = grad_prototypes[t, labels[t, s]] / count[t, labels[t, s]]
 //
 // x [T, S, D], labels [T, S], prototypes [T, N, D], all contiguous. Both maps are linear and each

@@ -30,11 +30,13 @@ std::vector<int64_t> counts_of(const int64_t* labels, const PrototypesShape& sha
 template <typename Body>
 void for_each_slice(const int64_t* labels, const PrototypesShape& shape, const Body& body) {
   const int64_t slices = (shape.features + kSlice - 1) / kSlice;
+  // Additions of a slice, which decide how many repay a thread.
   const int64_t work = std::max<int64_t>(1, shape.support * std::min(kSlice, shape.features));
   const int64_t grain = std::max<int64_t>(1, kGrain / work);
   at::parallel_for(0, shape.tasks * slices, grain, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> counts;
     for (int64_t i = begin; i < end; ++i) {
+      // Counts labels once a task, not once a slice.
       if (i == begin || i % slices == 0) {
         counts = counts_of(labels + i / slices * shape.support, shape);
       }
@@ -62,6 +64,7 @@ void prototypes_kernel(const scalar_t* x, const int64_t* labels, scalar_t* out,
                        const PrototypesShape& shape) {
   using value_t = acc_t<scalar_t>;
   for_each_slice(labels, shape, [&](int64_t t, const auto& counts, int64_t first, int64_t n) {
+    // A slice of all classes' sums, small enough for the cache.
     std::vector<value_t> sums(shape.classes * n, 0);
     Slice<value_t> row;
     for (int64_t s = 0; s < shape.support; ++s) {
@@ -69,6 +72,7 @@ void prototypes_kernel(const scalar_t* x, const int64_t* labels, scalar_t* out,
       add(widen(source, row.data(), n), &sums[labels[t * shape.support + s] * n], n);
     }
     for (int64_t c = 0; c < shape.classes; ++c) {
+      // A class without examples keeps its sum 0.
       divide(&sums[c * n], row.data(), n, std::max<int64_t>(1, counts[c]));
       narrow(row.data(), out + (t * shape.classes + c) * shape.features + first, n);
     }

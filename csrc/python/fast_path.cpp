@@ -1,6 +1,5 @@
-// The meta-gradient of a call that came before, on other values: checks that nothing else has
-// changed and runs the op. In C++, because for a small network the checks in Python take half as
-// long as the work.
+// Meta-gradient of a repeated call on other values: checks that nothing else has changed and runs
+// the op. In C++, because for a small network the checks in Python take half as long as the work.
 #include "python/fast_path.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -25,7 +24,7 @@ namespace {
 namespace py = pybind11;
 using at::Tensor;
 
-// What a plain dense tensor was like, but for its values.
+// Properties of a plain dense tensor, except its values.
 class Kind {
  public:
   explicit Kind(const Tensor& x)
@@ -57,7 +56,7 @@ std::vector<Kind> kinds(const std::vector<Tensor>& tensors) {
   return {tensors.begin(), tensors.end()};
 }
 
-// Whether a dictionary has the very objects it had: (dictionary, its keys, its values).
+// Whether a dictionary still has the same objects: (dictionary, its keys, its values).
 bool is_unchanged(const py::tuple& table) {
   PyObject* dict = PyTuple_GET_ITEM(table.ptr(), 0);
   PyObject* keys = PyTuple_GET_ITEM(table.ptr(), 1);
@@ -71,7 +70,7 @@ bool is_unchanged(const py::tuple& table) {
   return true;
 }
 
-// No transform, mode or trace is to see the op, and none is to change what it computes.
+// Whether no transform, mode or trace would see the op, and none would change its result.
 bool is_plain_eager(at::DeviceType device) {
   const auto extra = c10::impl::tls_local_dispatch_key_set().included_ - c10::default_included_set;
   return extra.empty() && !at::impl::torch_function_mode_enabled() &&
@@ -79,7 +78,7 @@ bool is_plain_eager(at::DeviceType device) {
 }
 
 bool torch_backend_is_asked_for() {
-  const char* backend = std::getenv("FASTMETA_BACKEND");  // where os.environ writes
+  const char* backend = std::getenv("FASTMETA_BACKEND");  // os.environ writes here
   return backend != nullptr && *backend != 0 && std::string_view(backend) != "native";
 }
 
@@ -102,7 +101,7 @@ class CachedStep {
         first_order_(first_order),
         keep_(keep) {}
 
-  // Whether nothing but values has changed.
+  // Whether only values have changed.
   bool holds(const py::tuple& tables, const py::tuple& parameters, const py::tuple& frozen,
              const Data& data) const {
     if (!is_plain_eager(lr_.device().type()) || torch_backend_is_asked_for() || !fits(data) ||
@@ -146,7 +145,7 @@ class CachedStep {
     return out;
   }
 
-  // (loss, outputs, gradient [P])
+  // Returns (loss, outputs, gradient [P]).
   py::tuple run(const std::vector<Tensor>& parameters, const std::vector<Tensor>& frozen,
                 const Data& data) const {
     const std::array<Tensor, 4> inputs{THPVariable_Unpack(data[0]), THPVariable_Unpack(data[1]),
@@ -165,7 +164,7 @@ class CachedStep {
     return py::make_tuple(std::move(loss), std::move(outputs), std::move(grads));
   }
 
-  // The module's shape for outputs [T, Q, n].
+  // The module's shape of outputs [T, Q, n].
   std::vector<int64_t> shape_of(const Tensor& outputs) const {
     std::vector<int64_t> shape{outputs.size(0), outputs.size(1)};
     shape.insert(shape.end(), output_shape_.begin(), output_shape_.end());

@@ -1,4 +1,4 @@
-// The Python module: it loads the ops into torch.ops.fastmeta, and says how they were built.
+// Python module: loads the ops into torch.ops.fastmeta, and tells how they were built.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
@@ -6,7 +6,7 @@
 
 namespace {
 
-// fastmeta/core/backend.py looks for this text in the file before it loads it.
+// Marker text: fastmeta/core/backend.py looks for it in the file before loading it.
 [[gnu::used]] constexpr char kCompiledWith[] = "fastmeta compiled with torch " TORCH_VERSION;
 
 pybind11::dict build_info() {

@@ -6,11 +6,11 @@
 
 namespace fastmeta {
 
-// Bytes that launch_task_conv() needs on the current device.
+// Bytes of workspace of launch_task_conv() on the current device.
 int64_t task_conv_workspace(Dtype dtype);
 
-// Of arrays of `dtype` in device memory; tf32: whether operands that are float may be rounded to 10
-// bits of mantissa. The result is a cudaError_t.
+// Launches a convolution of arrays of `dtype` in device memory. tf32: whether float operands may be
+// rounded to 10 bits of mantissa. Returns a cudaError_t.
 int launch_task_conv(Dtype dtype, const Convolution<void>& c, int64_t tasks, bool tf32,
                      void* workspace, void* stream);
 

@@ -1,10 +1,10 @@
-// CPU implementation of convolution: a thread a task, or all threads on one where tasks are few.
+// CPU implementation of convolution: a thread a task, or all threads on one task if tasks are few.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
-#include "common/cpu/kept_memory.h"
 #include "common/cpu/parallel.h"
+#include "common/cpu/thread_local_workspace.h"
 #include "common/cpu/widen.h"
 #include "convolution/cpu/convolution.h"
 #include "task_conv2d/task_conv2d_ops.h"
@@ -17,7 +17,7 @@ scalar_t* at_task(const TaskArray& array, int64_t task) {
   return static_cast<scalar_t*>(array.data) + task * array.stride;
 }
 
-// The arrays of one task, in the type that is computed in.
+// Arrays of one task, in the accumulation type.
 template <typename value_t>
 struct OneTask {
   value_t *outputs, *inputs, *weights, *bias;
@@ -52,7 +52,7 @@ void convert(const from_t* source, to_t* target, int64_t count) {
   });
 }
 
-// One task's arrays in float32 for half types, as copies; others are computed where they are.
+// Arrays of one task: half types as copies in float32, others in place.
 template <typename scalar_t>
 class WideTask {
  public:
@@ -72,6 +72,7 @@ class WideTask {
   OneTask<value_t> widened(const OneTask<scalar_t>& task, value_t* scratch) const {
     if constexpr (is_reduced<scalar_t>) {
       value_t *x = scratch + outputs_, *w = x + inputs_, *bias = w + weights_;
+      // The map's own result is not read, so it is not converted.
       if (to_ != MapTo::kOutput) convert(task.outputs, scratch, outputs_);
       if (to_ != MapTo::kInput) convert(task.inputs, x, inputs_);
       if (to_ != MapTo::kWeight) convert(task.weights, w, weights_);
@@ -99,13 +100,14 @@ template <typename scalar_t>
 void run_as(const TaskConvCall& call) {
   using value_t = acc_t<scalar_t>;
   const int64_t threads = at::get_num_threads();
+  // As for_each_task_range() decides: with fewer tasks than threads it calls once, for all.
   const bool shares_threads = call.tasks < threads;
   const WideTask<scalar_t> copies(call);
   for_each_task_range(call.tasks, [&](int64_t begin, int64_t end) {
     const CpuConvolution<value_t> convolution(call.shape, call.examples, shares_threads);
     const int64_t elements = convolution.scratch(call.shape) * (shares_threads ? threads : 1);
-    const auto memory =
-        kept_memory((copies.scratch() + elements) * static_cast<int64_t>(sizeof(value_t)));
+    const auto memory = thread_local_workspace((copies.scratch() + elements) *
+                                               static_cast<int64_t>(sizeof(value_t)));
     auto* scratch = static_cast<value_t*>(memory.mutable_data_ptr());
     for (int64_t t = begin; t < end; ++t) {
       const auto task = one_task<scalar_t>(call, t);
@@ -116,7 +118,7 @@ void run_as(const TaskConvCall& call) {
   });
 }
 
-// Each image's matrix [rows, columns] as its transpose, in blocks that fit the registers.
+// Transposes each image's matrix [rows, columns], in blocks that fit the registers.
 void transpose_images(const at::Tensor& from, int64_t rows, int64_t columns, at::Tensor& to) {
   const auto transpose_as = [&]<typename scalar_t>(scalar_t* target) {
     const auto* source = from.const_data_ptr<scalar_t>();
@@ -134,6 +136,7 @@ struct OnCpu {
   static void check_size(const ConvShape&) {}  // it counts in 64 bits
 
   static at::Tensor channels_last(const at::Tensor& x) {
+    // Images that are channels-last already need no copy.
     if (!x.is_contiguous() || x.numel() == 0) return fastmeta::channels_last(x);
     auto turned = at::empty({x.size(0), x.size(1), x.size(3), x.size(4), x.size(2)}, x.options());
     transpose_images(x, x.size(2), x.size(3) * x.size(4), turned);

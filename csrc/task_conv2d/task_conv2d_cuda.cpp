@@ -1,5 +1,5 @@
-// CUDA implementation of convolution: calls to the launcher. float32 is TF32 where PyTorch's setting
-// for convolutions, torch.backends.cudnn.allow_tf32, allows it.
+// CUDA implementation of convolution: calls to the launcher. float32 becomes TF32 if PyTorch's
+// setting for convolutions, torch.backends.cudnn.allow_tf32, allows it.
 #include <ATen/Context.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>

@@ -1,8 +1,8 @@
-// The ops of convolution: tensors to a call of one of the three maps, and the call to what runs it:
+// Ops of convolution: tensors to a call of one of the three maps, and the call to its device:
 //
 //   Device::channels_last(x)  its images [T, B, C, H, W] as [T, B, H, W, C]
-//   Device::channels_first(x) the way back, to contiguous images
-//   Device::run(call, like)   does the call on the device of the tensor `like`; each size is at least 1
+//   Device::channels_first(x) the inverse, to contiguous images
+//   Device::run(call, like)   runs the call on the device of the tensor `like`; each size is at least 1
 //   Device::check_size(shape) raises for a convolution whose sizes its kernels cannot count
 #pragma once
 
@@ -19,7 +19,7 @@
 
 namespace fastmeta {
 
-// One of the three arrays, a task's `stride` elements behind that of the task before; 0 is shared.
+// One of the three arrays; tasks are `stride` elements apart, 0 if they share it.
 struct TaskArray {
   void* data = nullptr;
   int64_t stride = 0;
@@ -34,7 +34,7 @@ struct TaskConvCall {
   TaskArray bias;                      // [O], or none
 };
 
-// A tensor whose tasks are contiguous each; so tasks may share one by stride 0.
+// Makes each task contiguous; tasks may share one part by stride 0.
 inline at::Tensor contiguous_tasks(const at::Tensor& x) {
   return x.size(0) > 0 && x.select(0, 0).is_contiguous() ? x : x.contiguous();
 }
@@ -43,12 +43,12 @@ inline TaskArray task_array(const at::Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), x.size(0) > 0 ? x.stride(0) : 0};
 }
 
-// [T, B, C, H, W] <-> [T, B, H, W, C]
+// Permutes [T, B, C, H, W] <-> [T, B, H, W, C].
 inline at::Tensor channels_last(const at::Tensor& x) {
   return contiguous_tasks(x.permute({0, 1, 3, 4, 2}));
 }
 
-// Whether images [T, B, C, H, W] are channels-last in memory, as what comes of them then is too.
+// Whether images [T, B, C, H, W] are channels-last in memory; the results then are too.
 inline bool is_channels_last(const at::Tensor& x) {
   return !x.is_contiguous() && x.size(2) > 1 && x.stride(2) == 1 && x.stride(4) == x.size(2);
 }
@@ -58,13 +58,13 @@ inline ConvShape checked_conv_shape(at::IntArrayRef size, at::IntArrayRef weight
                                     at::IntArrayRef dilation, int64_t groups) {
   for (int i = 0; i < 2; ++i) {
     TORCH_CHECK(stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1,
-                "stride and dilation must be at least 1 and padding at least 0, got ", stride, ", ",
+                "stride, dilation and padding: expected at least 1, 1 and 0, got ", stride, ", ",
                 dilation, " and ", padding);
   }
   TORCH_CHECK(groups == 1 || (groups == size[0] && weight[0] % groups == 0),
-              "groups must be 1, or the channels and divide the outputs, got ", groups, " for ",
-              size[0], " channels and ", weight[0], " outputs");
-  TORCH_CHECK(weight[1] * groups == size[0], "weight must have ", size[0] / groups,
+              "groups: expected 1, or the channels and a divisor of the outputs, got ", groups,
+              " for ", size[0], " channels and ", weight[0], " outputs");
+  TORCH_CHECK(weight[1] * groups == size[0], "weight: expected ", size[0] / groups,
               " channels, got ", weight[1]);
   const ConvShape shape{size[0],     weight[0],   size[1],   size[2],    weight[2],
                         weight[3],   stride[0],   stride[1], padding[0], padding[1],
@@ -72,7 +72,8 @@ inline ConvShape checked_conv_shape(at::IntArrayRef size, at::IntArrayRef weight
   const int64_t reach_h = dilation[0] * (weight[2] - 1), reach_w = dilation[1] * (weight[3] - 1);
   TORCH_CHECK(shape.weight_size() > 0 && shape.in_positions() > 0 && weight[2] > 0 &&
                   size[1] + 2 * padding[0] > reach_h && size[2] + 2 * padding[1] > reach_w,
-              "an image ", size, " must not be empty nor smaller than the kernel ", weight);
+              "image: expected it neither empty nor smaller than the kernel ", weight, ", got ",
+              size);
   return shape;
 }
 
@@ -117,7 +118,7 @@ struct TaskConvOps {
   static Tensor weight(const Tensor& grad, const Tensor& x, Pair kernel, Pair stride, Pair padding,
                        Pair dilation, int64_t groups) {
     check_pair(grad, "grad", x, "x");
-    TORCH_CHECK(groups >= 1, "groups must be at least 1, got ", groups);
+    TORCH_CHECK(groups >= 1, "groups: expected at least 1, got ", groups);
     const std::array weights{grad.size(2), x.size(2) / groups, kernel[0], kernel[1]};
     const auto shape =
         checked_shape(x.sizes().slice(2), weights, stride, padding, dilation, groups);
@@ -131,7 +132,7 @@ struct TaskConvOps {
   }
 
  private:
-  // Images [T, B, H, W, C] as [T, B, C, H, W], in memory as `like` is.
+  // Views images [T, B, H, W, C] as [T, B, C, H, W], in memory like `like`.
   static Tensor as(const Tensor& like, const Tensor& images) {
     return is_channels_last(like) ? images.permute({0, 1, 4, 2, 3})
                                   : Device::channels_first(images);
@@ -149,8 +150,8 @@ struct TaskConvOps {
     check_dims(b, 5, b_name);
     TORCH_CHECK(
         a.scalar_type() == b.scalar_type() && a.device() == b.device() && a.size(0) == b.size(0),
-        a_name, " and ", b_name, " must share their tasks, dtype and device, got ", a.sizes(), " ",
-        a.scalar_type(), " on ", a.device(), " and ", b.sizes(), " ", b.scalar_type(), " on ",
+        a_name, " and ", b_name, ": expected the same tasks, dtype and device, got ", a.sizes(),
+        " ", a.scalar_type(), " on ", a.device(), " and ", b.sizes(), " ", b.scalar_type(), " on ",
         b.device());
     dtype_of(a);  // raises for a type that is none of the four
   }
@@ -159,7 +160,7 @@ struct TaskConvOps {
     return {images.size(0), images.size(1), shape.out_height(), shape.out_width(), shape.outputs};
   }
 
-  // Of tensors that the caller keeps.
+  // Makes a call from tensors that the caller keeps alive.
   static TaskConvCall call_of(MapTo to, const ConvShape& shape, const Tensor& outputs,
                               const Tensor& inputs, const Tensor& weights) {
     return {to,

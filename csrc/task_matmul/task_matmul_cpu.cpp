@@ -1,5 +1,5 @@
-// Each task's matrix product, on a CPU: those of a linear layer, its input gradient and its weight
-// gradient. A thread a task.
+// Matrix product of each task, on a CPU: forward, input gradient and weight gradient of a linear
+// layer. A thread a task.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/bmm.h>
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kFewestTasks = 4;
 
-// out [m, n] = op(a) op(b); at most one of the two is transposed.
+// Computes out [m, n] = op(a) op(b); at most one of the two is transposed.
 template <typename value_t>
 void product(int64_t m, int64_t n, int64_t depth, const value_t* a, bool transpose_a,
              const value_t* b, bool transpose_b, value_t* out) {
@@ -32,13 +32,13 @@ at::Tensor task_product_cpu(const at::Tensor& a, const at::Tensor& b, bool trans
   check_dims(a, 3, "a");
   check_dims(b, 3, "b");
   check_same(a, b, "a and b");
-  TORCH_CHECK(!(transpose_a && transpose_b), "a and b must not both be transposed");
+  TORCH_CHECK(!(transpose_a && transpose_b), "a and b: expected at most one transposed, got both");
   const auto left = transpose_a ? a.mT() : a, right = transpose_b ? b.mT() : b;
   const int64_t tasks = a.size(0), m = left.size(1), depth = left.size(2), n = right.size(2);
-  TORCH_CHECK(b.size(0) == tasks && right.size(1) == depth, "a and b must fit, got shapes ",
-              left.sizes(), " and ", right.sizes());
-  // A task is one thread's: few tasks are PyTorch's, whose product shares one among threads. The
-  // bits of a result must not depend on how many threads there are.
+  TORCH_CHECK(b.size(0) == tasks && right.size(1) == depth,
+              "a and b: expected shapes that fit, got ", left.sizes(), " and ", right.sizes());
+  // One thread owns a task here. PyTorch takes few tasks, and shares each product among threads.
+  // The choice must not depend on how many threads there are, so that the bits of a result do not.
   if (tasks < kFewestTasks || m * n * depth == 0) return at::bmm(left, right);
   auto out = at::empty({tasks, m, n}, a.options());
   const auto from_a = a.contiguous(), from_b = b.contiguous();

@@ -1,4 +1,4 @@
-// Labels of a classification, on the CPU.
+// Checks of classification labels, on the CPU.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,7 +7,7 @@
 
 namespace fastmeta {
 
-// Raises ValueError for the first of labels [T, B] without a class, where it is not to be ignored.
+// Raises ValueError for the first of labels [T, B] that has no class and is not to be ignored.
 // Tasks may share their labels: a stride of 0.
 inline void check_class_labels(const at::Tensor& labels, int64_t classes, int64_t ignored,
                                const char* name) {

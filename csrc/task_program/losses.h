@@ -1,11 +1,11 @@
-// The losses of a task: the loss of each row of outputs z, its gradient dz, and the tangent of that.
+// Losses of a task: the loss of each row of outputs z, its gradient dz, and the tangent of dz.
 // `norm` is scale/examples (or scale/elements) for a mean over them, scale for a sum.
 //
 //   cross entropy (label smoothing e, N classes; p = softmax(z); q = (1 - e) e_y + e/N)
 //                      -sum q log p     dz = norm (p - q)        dz_dot = norm p (z_dot - p.z_dot)
 //   squared error      (z - y)^2        dz = 2 norm (z - y)      dz_dot = 2 norm z_dot
 //   BCE with logits    log(1 + exp z) - y z     dz = norm (s - y), s = sigmoid z
-//                                                                dz_dot = norm s (1 - s) z_dot
+//                                               dz_dot = norm s (1 - s) z_dot
 //   Huber (delta)      z - y within delta: (z - y)^2/2, else delta (|z - y| - delta/2)
 //   absolute error     |z - y|
 // Rows with the label to ignore, here -1, have no loss and no gradient.
@@ -24,35 +24,35 @@ struct LossArrays {
   Array<storage_t> z, targets, norm, row_loss, dz, z_dot, dz_dot;
 };
 
-// softmax of a row: largest logit and sum of exp(logit - largest).
-template <typename storage_t, typename Team>
+// Softmax of a row: largest logit and sum of exp(logit - largest).
+template <typename storage_t, typename ThreadGroup>
 struct SoftmaxOfRow {
-  using number_t = typename Team::number_t;
-  const Team& team;
+  using number_t = typename ThreadGroup::number_t;
+  const ThreadGroup& group;
   Array<storage_t> z;
   number_t largest, inverse_sum, log_sum;
 
-  FASTMETA_HOST_DEVICE SoftmaxOfRow(const Team& t, Array<storage_t> row, int64_t columns)
-      : team(t), z(row) {
+  FASTMETA_HOST_DEVICE SoftmaxOfRow(const ThreadGroup& t, Array<storage_t> row, int64_t columns)
+      : group(t), z(row) {
     using M = Math<number_t>;
-    largest = team.load(z, 0);
-    for (int64_t n = team.lane; n < columns; n += team.size) {
-      largest = M::larger(largest, team.load(z, n));
+    largest = group.load(z, 0);
+    for (int64_t n = group.lane; n < columns; n += group.size) {
+      largest = M::larger(largest, group.load(z, n));
     }
-    largest = team.larger(largest);
+    largest = group.larger(largest);
     number_t sum(0);
-    for (int64_t n = team.lane; n < columns; n += team.size) {
-      sum = sum + M::exp(team.load(z, n) - largest);
+    for (int64_t n = group.lane; n < columns; n += group.size) {
+      sum = sum + M::exp(group.load(z, n) - largest);
     }
-    sum = team.sum(sum);
+    sum = group.sum(sum);
     inverse_sum = number_t(1) / sum;
     log_sum = M::log(sum);
   }
   FASTMETA_HOST_DEVICE number_t log_probability(int64_t n) const {
-    return team.load(z, n) - largest - log_sum;
+    return group.load(z, n) - largest - log_sum;
   }
   FASTMETA_HOST_DEVICE number_t probability(int64_t n) const {
-    return Math<number_t>::exp(team.load(z, n) - largest) * inverse_sum;
+    return Math<number_t>::exp(group.load(z, n) - largest) * inverse_sum;
   }
 };
 
@@ -61,25 +61,25 @@ struct CrossEntropy {
   LossArrays<storage_t> l;
   double smoothing;
 
-  template <typename Team>
-  FASTMETA_HOST_DEVICE void operator()(const Team& team, int64_t row) const {
-    using number_t = typename Team::number_t;
+  template <typename ThreadGroup>
+  FASTMETA_HOST_DEVICE void operator()(const ThreadGroup& group, int64_t row) const {
+    using number_t = typename ThreadGroup::number_t;
     using M = Math<number_t>;
     const int64_t begin = row * l.columns;
-    const SoftmaxOfRow<storage_t, Team> softmax(team, l.z.from(begin), l.columns);
-    const number_t zero(0), label = team.load(l.targets, row);
-    const number_t norm = team.load(l.norm, 0) * number_t(l.weight);
+    const SoftmaxOfRow<storage_t, ThreadGroup> softmax(group, l.z.from(begin), l.columns);
+    const number_t zero(0), label = group.load(l.targets, row);
+    const number_t norm = group.load(l.norm, 0) * number_t(l.weight);
     number_t loss(0);
-    for (int64_t n = team.lane; n < l.columns; n += team.size) {
+    for (int64_t n = group.lane; n < l.columns; n += group.size) {
       const number_t target = M::if_equal(label, number_t(n), number_t(1 - smoothing), zero) +
                               number_t(smoothing / l.columns);
       loss = loss - M::if_equal(target, zero, zero, target * softmax.log_probability(n));
       if (!l.dz) continue;
       const number_t slope = norm * (softmax.probability(n) - target);
-      team.store(l.dz, begin + n, M::if_less(label, zero, zero, slope));
+      group.store(l.dz, begin + n, M::if_less(label, zero, zero, slope));
     }
-    loss = M::if_less(label, zero, zero, team.sum(loss));
-    if (team.lane == 0) team.store(l.row_loss, row, loss);
+    loss = M::if_less(label, zero, zero, group.sum(loss));
+    if (group.lane == 0) group.store(l.row_loss, row, loss);
   }
 };
 
@@ -87,28 +87,28 @@ template <typename storage_t>
 struct CrossEntropyTangent {
   LossArrays<storage_t> l;
 
-  template <typename Team>
-  FASTMETA_HOST_DEVICE void operator()(const Team& team, int64_t row) const {
-    using number_t = typename Team::number_t;
+  template <typename ThreadGroup>
+  FASTMETA_HOST_DEVICE void operator()(const ThreadGroup& group, int64_t row) const {
+    using number_t = typename ThreadGroup::number_t;
     using M = Math<number_t>;
     const int64_t begin = row * l.columns;
-    const SoftmaxOfRow<storage_t, Team> softmax(team, l.z.from(begin), l.columns);
-    const number_t zero(0), label = team.load(l.targets, row);
-    const number_t norm = team.load(l.norm, 0) * number_t(l.weight);
+    const SoftmaxOfRow<storage_t, ThreadGroup> softmax(group, l.z.from(begin), l.columns);
+    const number_t zero(0), label = group.load(l.targets, row);
+    const number_t norm = group.load(l.norm, 0) * number_t(l.weight);
     number_t mean(0);
-    for (int64_t n = team.lane; n < l.columns; n += team.size) {
-      mean = mean + softmax.probability(n) * team.load(l.z_dot, begin + n);
+    for (int64_t n = group.lane; n < l.columns; n += group.size) {
+      mean = mean + softmax.probability(n) * group.load(l.z_dot, begin + n);
     }
-    mean = team.sum(mean);
-    for (int64_t n = team.lane; n < l.columns; n += team.size) {
-      const number_t change = team.load(l.z_dot, begin + n) - mean;
+    mean = group.sum(mean);
+    for (int64_t n = group.lane; n < l.columns; n += group.size) {
+      const number_t change = group.load(l.z_dot, begin + n) - mean;
       const number_t slope = norm * softmax.probability(n) * change;
-      team.store(l.dz_dot, begin + n, M::if_less(label, zero, zero, slope));
+      group.store(l.dz_dot, begin + n, M::if_less(label, zero, zero, slope));
     }
   }
 };
 
-// Losses of an output and its target alone. Each has the loss, its slope and its curvature in z.
+// Losses of a single output and its target. Each has the loss, its slope and its curvature in z.
 struct SquaredError {
   template <typename number_t>
   FASTMETA_HOST_DEVICE number_t loss(const number_t& z, const number_t& y) const {
@@ -186,19 +186,19 @@ struct RegressionLoss {
   Loss loss;
   LossArrays<storage_t> l;
 
-  template <typename Team>
-  FASTMETA_HOST_DEVICE void operator()(const Team& team, int64_t row) const {
-    using number_t = typename Team::number_t;
-    const number_t norm = team.load(l.norm, 0) * number_t(l.weight);
+  template <typename ThreadGroup>
+  FASTMETA_HOST_DEVICE void operator()(const ThreadGroup& group, int64_t row) const {
+    using number_t = typename ThreadGroup::number_t;
+    const number_t norm = group.load(l.norm, 0) * number_t(l.weight);
     number_t sum(0);
-    for (int64_t n = team.lane; n < l.columns; n += team.size) {
+    for (int64_t n = group.lane; n < l.columns; n += group.size) {
       const int64_t i = row * l.columns + n;
-      const number_t z = team.load(l.z, i), y = team.load(l.targets, i);
+      const number_t z = group.load(l.z, i), y = group.load(l.targets, i);
       sum = sum + loss.loss(z, y);
-      if (l.dz) team.store(l.dz, i, norm * loss.slope(z, y));
+      if (l.dz) group.store(l.dz, i, norm * loss.slope(z, y));
     }
-    sum = team.sum(sum);
-    if (team.lane == 0) team.store(l.row_loss, row, sum);
+    sum = group.sum(sum);
+    if (group.lane == 0) group.store(l.row_loss, row, sum);
   }
 };
 
@@ -207,15 +207,15 @@ struct RegressionTangent {
   Loss loss;
   LossArrays<storage_t> l;
 
-  template <typename Cell>
-  FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
-    using number_t = typename Cell::number_t;
+  template <typename Accumulator>
+  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
+    using number_t = typename Accumulator::number_t;
     const number_t norm = at.load_one(l.norm, 0) * number_t(l.weight);
     at.store(l.dz_dot, norm * loss.curvature(at.load(l.z), at.load(l.targets)) * at.load(l.z_dot));
   }
 };
 
-// fn(loss) for the losses of an output and its target alone.
+// Calls fn(loss) for the losses of a single output and its target.
 template <typename Fn>
 FASTMETA_HOST_DEVICE void with_regression_loss(const LossSpec& spec, const Fn& fn) {
   switch (spec.kind) {

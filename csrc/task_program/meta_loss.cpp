@@ -1,5 +1,5 @@
-// The meta-loss of a module's own parameters, known to autograd: its gradient is taken in the same
-// call and kept, `backward` hands it out. In C++, because for a small network autograd in Python
+// Meta-loss of a module's own parameters, known to autograd. The forward call computes its gradient
+// too and keeps it; `backward` returns it. In C++, because for a small network autograd in Python
 // takes longer than the work.
 #include <ATen/ops/mul.h>
 #include <c10/util/accumulate.h>
@@ -26,7 +26,7 @@ struct MetaLossOptions {
   bool first_order, keep;
 };
 
-// Its inputs, whose derivative raises.
+// Identity whose derivative raises.
 struct Once : torch::autograd::Function<Once> {
   static variable_list forward(AutogradContext*, at::TensorList grads) {
     variable_list out;
@@ -41,7 +41,7 @@ struct Once : torch::autograd::Function<Once> {
   }
 };
 
-// The gradients; where a graph of them is asked for, one that raises when it is used.
+// Returns the gradients; under create_graph, through a node that raises when it is differentiated.
 variable_list differentiable_once(variable_list grads) {
   if (!at::GradMode::is_enabled()) return grads;
   variable_list present;
@@ -83,9 +83,9 @@ struct MetaLoss : torch::autograd::Function<MetaLoss> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const auto shapes = ctx->saved_data["shapes"].to<std::vector<std::vector<int64_t>>>();
-    variable_list grads(kParameters + shapes.size() + 1);  // and the options
+    variable_list grads(kParameters + shapes.size() + 1);  // and one for the options
     if (!grad_outputs[0].defined()) return grads;
-    const Tensor scale = grad_outputs[0].detach();  // a graph, where one is asked for, ends here
+    const Tensor scale = grad_outputs[0].detach();  // a graph under create_graph ends here
     const auto saved = ctx->get_saved_variables();
     const Input places[] = {kParameters, kLr, kSupportX, kQueryX};
     for (size_t i = 0; i < saved.size(); ++i) {
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor> meta_loss(const Tensor& code, at::TensorList paramete
                                      const Tensor& query_x, const Tensor& query_y,
                                      at::ArrayRef<double> step_weights, int64_t steps,
                                      bool first_order, bool keep) {
-  TORCH_CHECK(!parameters.empty(), "parameters must hold a tensor");
+  TORCH_CHECK(!parameters.empty(), "parameters: expected at least one tensor, got none");
   variable_list inputs{lr, support_x, support_y, query_x, query_y};
   inputs.insert(inputs.end(), parameters.begin(), parameters.end());
   const MetaLossOptions options{code, frozen, step_weights.vec(), steps, first_order, keep};
@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient(
     const Tensor& code, at::TensorList parameters, const Tensor& frozen, const Tensor& lr,
     const Tensor& support_x, const Tensor& support_y, const Tensor& query_x, const Tensor& query_y,
     at::ArrayRef<double> step_weights, int64_t steps, bool first_order, bool keep, bool lr_grad) {
-  TORCH_CHECK(!parameters.empty(), "parameters must hold a tensor");
+  TORCH_CHECK(!parameters.empty(), "parameters: expected at least one tensor, got none");
   const at::AutoDispatchBelowAutograd below;
   auto [loss, outputs, to_theta, to_lr, to_support, to_query] = meta_gradient_op().call(
       code, joined(parameters), frozen, lr, support_x, support_y, query_x, query_y, step_weights,

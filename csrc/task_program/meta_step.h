@@ -1,14 +1,14 @@
-// The inner loop of a task and the way back through it by the adjoint recursion (MATH: Maclaurin
-// 2015, Franceschi 2017; MAML: Finn 2017), on any executor:
+// Inner loop of a task and its adjoint recursion (MATH: Maclaurin 2015, Franceschi 2017; MAML: Finn
+// 2017), on any executor:
 //
 //   theta_{k+1} = theta_k - lr_k g_k,  g_k = grad L_s(theta_k)         k = 0 .. K-1
 //   v_K  = w_K grad L_q(theta_K)
 //   v_k  = v_{k+1} - H_k (lr_k v_{k+1}) + w_k grad L_q(theta_k)        first order: without H_k
 //   d lr_k += -g_k v_{k+1}           d x_s += -d<grad L_s(theta_k), lr_k v_{k+1}>/d x_s
 //
-// The Hessian-vector product is taken in the direction v_{k+1} and -lr_k times it added to v as it is
-// made, a layer's part when no other layer is to read it. Where step sizes differ between
-// parameters, or layers share one, the direction -lr_k v_{k+1} is an array of its own.
+// The Hessian-vector product has the direction v_{k+1}; -lr_k times each layer's part is added to v
+// as soon as no other layer reads that part of v. If step sizes differ between parameters, or
+// layers share one, the direction -lr_k v_{k+1} is an array of its own.
 #pragma once
 
 #include "task_program/passes.h"
@@ -19,10 +19,10 @@ struct MetaOptions {
   int steps;
   bool first_order;
   bool lr_grad;
-  bool keeps_steps;  // values and gradients of all K steps, else those of one, made again
+  bool keeps_steps;  // values and gradients of all K steps, else of one step, recomputed
 };
 
-// lr[k, p] at a task's lr + k step_stride + (per_parameter ? p : 0).
+// Step sizes: lr[k, p] at a task's lr + k step_stride + (per_parameter ? p : 0).
 template <typename storage_t>
 struct StepSizes {
   Array<storage_t> lr;
@@ -32,23 +32,23 @@ struct StepSizes {
   FASTMETA_HOST_DEVICE Array<storage_t> of(int k) const { return lr.from(k * step_stride); }
 };
 
-// target = base - lr x, or -lr x without a base.
+// Computes target = base - lr x, or -lr x without a base.
 template <typename storage_t>
 struct Descend {
   Array<storage_t> lr;
   bool per_parameter;
   Array<storage_t> base, x, target;
 
-  template <typename Cell>
-  FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
-    using number_t = typename Cell::number_t;
+  template <typename Accumulator>
+  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
+    using number_t = typename Accumulator::number_t;
     const number_t step = per_parameter ? at.load(lr) : at.load_one(lr, 0);
     const number_t start = base ? at.load(base) : number_t(0);
     at.store(target, start - step * at.load(x));
   }
 };
 
-// Descend for each part of the gradient as it is made.
+// Applies Descend to each part of the gradient as it is made.
 template <typename storage_t>
 struct DescendFrom {
   Descend<storage_t> all;
@@ -63,33 +63,33 @@ struct DescendFrom {
   }
 };
 
-// target -= a b
+// Computes target -= a b.
 template <typename storage_t>
 struct SubtractProduct {
   Array<storage_t> a, b, target;
 
-  template <typename Cell>
-  FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
+  template <typename Accumulator>
+  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
     at.store(target, at.load(target) - at.load(a) * at.load(b));
   }
 };
 
-// Everything that a task's steps read and write; empty where not wanted.
+// Arrays that a task's steps read and write; empty if not wanted.
 template <typename storage_t>
 struct TaskArrays {
   Array<storage_t> start, frozen;  // theta_0 [P] and [F]
   Array<storage_t> states;         // theta_1 .. theta_K
   Array<storage_t> grads;          // g_0 .. g_{K-1}
   Array<storage_t> v;              // [P]
-  Array<storage_t> direction;      // [P], where it is not v
+  Array<storage_t> direction;      // [P], if it is not v
   Array<storage_t> loss;           // [1]
-  Array<storage_t> outputs;        // after the last step, where later passes overwrite the values
+  Array<storage_t> outputs;        // after the last step, as later passes overwrite the values
   Array<storage_t> grad_lr;        // as the step sizes of a task
   Array<storage_t> grad_support, grad_query;  // as x
   StepSizes<storage_t> step_sizes;
   Examples<storage_t> support, query;
-  Activations<storage_t> support_arrays, query_arrays;  // of step 0, of the queries
-  // From a step to the next; 0: one for all.
+  Activations<storage_t> support_arrays, query_arrays;  // of step 0; of the queries
+  // Distance from a step to the next; 0: one for all.
   int64_t state_stride = 0, grads_stride = 0, step_stride = 0, grad_lr_stride = 0;
 };
 
@@ -121,7 +121,7 @@ class MetaStep {
     }
   }
 
-  // loss += weight L_q(theta_k); v = (or +=) weight grad L_q(theta_k), where wanted.
+  // Computes loss += weight L_q(theta_k); v = (or +=) weight grad L_q(theta_k), if wanted.
   FASTMETA_HOST_DEVICE void query(int k, double weight, bool gradient, bool adds) const {
     const auto net = query_network(k);
     const Passes<Executor> passes(exec_, net);
@@ -143,7 +143,7 @@ class MetaStep {
     Passes<Executor>(exec_, net).forward();
   }
 
-  // v = H direction, and of the inputs; for theta_0.
+  // Computes v = H direction, and the inputs' derivative; for theta_0.
   FASTMETA_HOST_DEVICE void hessian_vector_product() const {
     support_gradient(0, Arena{}, NoUpdate{});
     hessian_product(0, task_.direction, {});
@@ -152,7 +152,7 @@ class MetaStep {
     exec_.map(net.size(0), Copy<storage_t>{net.delta_dot(0), task_.grad_support});
   }
 
-  // v_k from v_{k+1}, without the queries' own part.
+  // Computes v_k from v_{k+1}, without the queries' own part.
   FASTMETA_HOST_DEVICE void step_back(int k) const {
     const bool is_there = options_.first_order || options_.keeps_steps || k + 1 == options_.steps;
     if (!is_there) support_gradient(k, options_.lr_grad ? grads(k) : Arena{}, NoUpdate{});
@@ -186,7 +186,7 @@ class MetaStep {
             task_.query, task_.query_arrays,       program_.first_step + k};
   }
 
-  // Values of step k and their gradients, and g_k where wanted.
+  // Computes values of step k and their gradients, and g_k if wanted.
   template <typename Update>
   FASTMETA_HOST_DEVICE void support_gradient(int k, Arena gradient, const Update& update) const {
     const auto net = support_network(k);
@@ -196,16 +196,16 @@ class MetaStep {
     passes.backward(gradient, false, update);
   }
 
-  // v takes H_k direction in; with it comes the tangent of the inputs' gradient.
+  // Adds H_k direction to v, and computes the tangent of the inputs' gradient with it.
   FASTMETA_HOST_DEVICE void hessian_product(int k, Arena direction,
-                                            const Accumulation<storage_t>& into) const {
+                                            const StoreMode<storage_t>& into) const {
     const auto net = support_network(k, direction);
     const Passes<Executor> passes(exec_, net);
     passes.tangent_forward();
     passes.tangent_backward(task_.v, into);
   }
 
-  // grad_support (+)= the derivative of <g_k, -lr_k v_{k+1}>.
+  // Computes grad_support (+)= the derivative of <g_k, -lr_k v_{k+1}>.
   FASTMETA_HOST_DEVICE void support_input_gradient(int k) const {
     const auto net = support_network(k);
     const bool adds = k + 1 < options_.steps;

@@ -1,7 +1,7 @@
-// The ops of the task program: tensors to a job, and the job to what runs it, `Device`:
+// Ops of the task program: tensors to arguments, and the arguments to their device, `Device`:
 //
-//   run(job, theta)   does the job; results that tasks share are zeros, to be added to
-//   has_thin_blocks(job)   whether it does those (parse.h) in one go
+//   run(args, theta)   runs the op; results that tasks share are zeros, to be added to
+//   has_fused_bands(args)   whether it fuses bands of conv-norm-pool (parse.h)
 //   check_labels(labels [T, B], classes, ignored, name)   ValueError for a label without a class
 #pragma once
 
@@ -20,35 +20,35 @@
 #include <tuple>
 
 #include "common/check.h"
-#include "task_program/job.h"
+#include "task_program/op_arguments.h"
 #include "task_program/parse.h"
 
 namespace fastmeta {
 
-// A job that keeps its tensors alive.
+// Arguments that keep their tensors alive.
 class Call {
  public:
-  Call(JobKind kind, const at::Tensor& code, const at::Tensor& theta, const at::Tensor& frozen)
+  Call(OpKind kind, const at::Tensor& code, const at::Tensor& theta, const at::Tensor& frozen)
       : parsed_(code), theta_(theta.contiguous()), frozen_(frozen.contiguous()) {
     const auto type = theta.scalar_type();
     TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble,
-                     "theta must be float32 or float64, got ", type);
+                     "theta: expected float32 or float64, got ", type);
     check_same(theta, frozen, "theta and frozen");
-    job.kind = kind;
-    job.dtype = type == at::kFloat ? Dtype::kFloat : Dtype::kDouble;
-    job.program = parsed_.program();
-    TORCH_CHECK(theta.dim() == 1 || theta.dim() == 2, "theta must be [P] or [T, P], got ",
+    args.kind = kind;
+    args.dtype = type == at::kFloat ? Dtype::kFloat : Dtype::kDouble;
+    args.program = parsed_.program();
+    TORCH_CHECK(theta.dim() == 1 || theta.dim() == 2, "theta: expected [P] or [T, P], got ",
                 theta.sizes());
-    TORCH_CHECK(theta.size(-1) == job.program.parameters, "theta must have ",
-                job.program.parameters, " parameters, got ", theta.sizes());
-    check_shape(frozen, {job.program.frozen}, "frozen");
-    TORCH_CHECK(kind == JobKind::kForward || job.program.loss.kind != LossKind::kNone,
+    TORCH_CHECK(theta.size(-1) == args.program.parameters, "theta: expected ",
+                args.program.parameters, " parameters, got ", theta.sizes());
+    check_shape(frozen, {args.program.frozen}, "frozen");
+    TORCH_CHECK(kind == OpKind::kForward || args.program.loss.kind != LossKind::kNone,
                 "the program has no loss");
-    TORCH_CHECK(kind == JobKind::kForward || job.program.values[job.program.output].adapts,
+    TORCH_CHECK(kind == OpKind::kForward || args.program.values[args.program.output].adapts,
                 "no parameter of theta reaches the output");
-    job.theta = theta_.const_data_ptr();
-    job.theta_stride = theta.dim() == 1 ? 0 : job.program.parameters;
-    job.frozen = frozen_.const_data_ptr();
+    args.theta = theta_.const_data_ptr();
+    args.theta_stride = theta.dim() == 1 ? 0 : args.program.parameters;
+    args.frozen = frozen_.const_data_ptr();
   }
 
   // Raises ValueError for a label without a class.
@@ -56,68 +56,68 @@ class Call {
   ExampleSet examples(const at::Tensor& x, const at::Tensor& y, const std::string& name) {
     ExampleSet set = inputs(x, name);
     const at::Tensor targets = keep(dense_tasks(y));
-    TORCH_CHECK(set.count > 0, name, "_x must have an example, got ", x.sizes());
-    if (job.program.loss.kind == LossKind::kCrossEntropy) {
+    TORCH_CHECK(set.count > 0, name, "_x: expected at least one example, got ", x.sizes());
+    if (args.program.loss.kind == LossKind::kCrossEntropy) {
       check_labels(y, x, (name + "_y").c_str());
-      check_shape(y, {job.tasks, set.count}, (name + "_y").c_str());
-      const auto& loss = job.program.loss;
-      Device::check_labels(targets, job.program.output_elements(), static_cast<int64_t>(loss.b),
+      check_shape(y, {args.tasks, set.count}, (name + "_y").c_str());
+      const auto& loss = args.program.loss;
+      Device::check_labels(targets, args.program.output_elements(), static_cast<int64_t>(loss.b),
                            (name + "_y").c_str());
     } else {
       check_same(x, y, (name + "_x and " + name + "_y").c_str());
-      TORCH_CHECK(y.dim() >= 2 && y.size(0) == job.tasks && y.size(1) == set.count &&
-                      y.numel() == job.tasks * set.count * job.program.output_elements(),
-                  name, "_y must have ", job.program.output_elements(), " elements for each of ",
-                  job.tasks, " x ", set.count, " examples, got ", y.sizes());
+      TORCH_CHECK(y.dim() >= 2 && y.size(0) == args.tasks && y.size(1) == set.count &&
+                      y.numel() == args.tasks * set.count * args.program.output_elements(),
+                  name, "_y: expected ", args.program.output_elements(), " elements for each of ",
+                  args.tasks, " x ", set.count, " examples, got ", y.sizes());
     }
     set.targets = targets.const_data_ptr();
-    set.targets_stride = job.tasks > 0 ? targets.stride(0) : 0;
+    set.targets_stride = args.tasks > 0 ? targets.stride(0) : 0;
     return set;
   }
 
   ExampleSet inputs(const at::Tensor& x, const std::string& name) {
     check_same(theta_, x, ("theta and " + name + "_x").c_str());
-    TORCH_CHECK(x.dim() >= 2, name, "_x must be [T, B, ...], got ", x.sizes());
+    TORCH_CHECK(x.dim() >= 2, name, "_x: expected [T, B, ...], got ", x.sizes());
     set_tasks(x.size(0), name);
     const auto& dense = keep(dense_tasks(x));
     ExampleSet set;
     set.count = x.size(1);
-    TORCH_CHECK(x.numel() == job.tasks * set.count * job.program.values[0].elements, name,
-                "_x must have ", job.program.values[0].elements, " elements an example, got ",
+    TORCH_CHECK(x.numel() == args.tasks * set.count * args.program.values[0].elements, name,
+                "_x: expected ", args.program.values[0].elements, " elements an example, got ",
                 x.sizes());
     set.x = dense.const_data_ptr();
-    set.x_stride = job.tasks > 0 ? dense.stride(0) : 0;
+    set.x_stride = args.tasks > 0 ? dense.stride(0) : 0;
     return set;
   }
 
   void step_sizes(const at::Tensor& lr, int64_t steps) {
     check_same(theta_, lr, "theta and lr");
-    TORCH_CHECK(steps >= 0 && steps <= (1 << 30), "steps must not be negative, got ", steps);
-    job.options.steps = static_cast<int>(steps);
-    const int64_t p = job.program.parameters;
+    TORCH_CHECK(steps >= 0 && steps <= (1 << 30), "steps: expected at least 0, got ", steps);
+    args.options.steps = static_cast<int>(steps);
+    const int64_t p = args.program.parameters;
     TORCH_CHECK(
         lr.dim() == 3 && (lr.size(0) == 1 || lr.size(0) == steps) &&
-            (lr.size(1) == 1 || lr.size(1) == job.tasks) && (lr.size(2) == 1 || lr.size(2) == p),
-        "lr must be [", steps, " or 1, ", job.tasks, " or 1, ", p, " or 1], got ", lr.sizes());
+            (lr.size(1) == 1 || lr.size(1) == args.tasks) && (lr.size(2) == 1 || lr.size(2) == p),
+        "lr: expected [", steps, " or 1, ", args.tasks, " or 1, ", p, " or 1], got ", lr.sizes());
     const auto& dense = keep(lr.contiguous());
-    job.lr = dense.const_data_ptr();
-    job.lr_per_parameter = lr.size(2) == p && p > 1;
-    job.lr_task_stride = lr.size(1) == 1 ? 0 : lr.size(2);
-    job.lr_step_stride = lr.size(0) == 1 ? 0 : lr.size(1) * lr.size(2);
+    args.lr = dense.const_data_ptr();
+    args.lr_per_parameter = lr.size(2) == p && p > 1;
+    args.lr_task_stride = lr.size(1) == 1 ? 0 : lr.size(2);
+    args.lr_step_stride = lr.size(0) == 1 ? 0 : lr.size(1) * lr.size(2);
   }
 
-  // [T, P], of which a copy of contiguous rows is kept.
+  // Address of x [T, P]; keeps a copy with contiguous rows.
   const void* given(const at::Tensor& x, const char* name) {
     check_same(theta_, x, name);
-    check_shape(x, {job.tasks, job.program.parameters}, name);
+    check_shape(x, {args.tasks, args.program.parameters}, name);
     return keep(x.contiguous()).const_data_ptr();
   }
 
-  void way_back(bool first_order, bool keeps) {
-    job.gradient = true;
-    job.options.first_order = first_order;
-    job.options.keeps_steps = keeps;
-    job.keeps_states = !first_order;
+  void backward(bool first_order, bool keeps) {
+    args.gradient = true;
+    args.options.first_order = first_order;
+    args.options.keeps_steps = keeps;
+    args.keeps_states = !first_order;
   }
 
   at::Tensor result(at::IntArrayRef shape, void*& pointer) const {
@@ -129,7 +129,7 @@ class Call {
     return wanted ? result(shape, pointer) : unwanted();
   }
   at::Tensor unwanted() const { return empty({0}); }
-  // Of something that tasks may share: then zeros, to be added to.
+  // Result that tasks may share: then zeros, to be added to.
   at::Tensor summed(bool shared, at::IntArrayRef shape, void*& pointer) const {
     if (!shared) return result(shape, pointer);
     auto tensor = empty(shape);
@@ -142,24 +142,24 @@ class Call {
     return tensor;
   }
   at::Tensor grad_theta() {
-    job.grad_theta_shared = theta_.dim() == 1 && job.tasks != 1;
-    return summed(job.grad_theta_shared, theta_.sizes(), job.grad_theta);
+    args.grad_theta_shared = theta_.dim() == 1 && args.tasks != 1;
+    return summed(args.grad_theta_shared, theta_.sizes(), args.grad_theta);
   }
   at::Tensor grad_lr(bool wanted, const at::Tensor& lr) {
-    job.options.lr_grad = wanted && job.options.steps > 0;
+    args.options.lr_grad = wanted && args.options.steps > 0;
     if (!wanted) return unwanted();
-    if (job.options.steps == 0) return at::zeros(lr.sizes(), theta_.options());
-    return summed(job.lr_task_stride == 0, lr.sizes(), job.grad_lr);
+    if (args.options.steps == 0) return at::zeros(lr.sizes(), theta_.options());
+    return summed(args.lr_task_stride == 0, lr.sizes(), args.grad_lr);
   }
-  // First order reaches no input of the support.
+  // Gradient of the support's inputs; first order does not reach them.
   at::Tensor grad_support(bool wanted, const at::Tensor& x) {
-    if (wanted && (job.options.first_order || job.options.steps == 0)) {
+    if (wanted && (args.options.first_order || args.options.steps == 0)) {
       return at::zeros(x.sizes(), theta_.options());
     }
-    return result_if(wanted, x.sizes(), job.grad_support);
+    return result_if(wanted, x.sizes(), args.grad_support);
   }
 
-  // Of one number a task; on the CPU in double precision.
+  // Sum of one number a task; on the CPU in double precision.
   at::Tensor sum(const at::Tensor& x) const {
     if (!x.is_cpu()) return x.sum();
     auto total = empty({});
@@ -173,34 +173,36 @@ class Call {
 
   template <typename Device>
   void run() {
-    if (job.tasks == 0) return;
-    if (Device::has_thin_blocks(job) && job.grad_support == nullptr && job.grad_query == nullptr) {
-      parsed_.fuse_thin_blocks();
-      job.program = parsed_.program();
+    if (args.tasks == 0) return;
+    if (Device::has_fused_bands(args) && args.grad_support == nullptr &&
+        args.grad_query == nullptr) {
+      parsed_.fuse_bands();
+      args.program = parsed_.program();
     }
-    Device::run(job, theta_);
+    Device::run(args, theta_);
   }
 
-  Job job;
+  OpArguments args;
 
  private:
-  // Like theta; on the CPU without the dispatcher, which takes a small job's time.
+  // Empty tensor like theta; on the CPU without the dispatcher, which takes as long as a small
+  // call.
   at::Tensor empty(at::IntArrayRef shape) const {
     if (!theta_.is_cpu()) return at::empty(shape, theta_.options());
     return at::Tensor(at::detail::empty_cpu(shape, theta_.scalar_type()));
   }
   void set_tasks(int64_t tasks, const std::string& name) {
-    TORCH_CHECK(kept_.empty() || tasks == job.tasks, name, "_x must have ", job.tasks,
+    TORCH_CHECK(kept_.empty() || tasks == args.tasks, name, "_x: expected ", args.tasks,
                 " tasks, got ", tasks);
-    TORCH_CHECK(theta_.dim() == 1 || theta_.size(0) == tasks, "theta must have ", tasks,
+    TORCH_CHECK(theta_.dim() == 1 || theta_.size(0) == tasks, "theta: expected ", tasks,
                 " tasks, got ", theta_.sizes());
-    job.tasks = tasks;
+    args.tasks = tasks;
   }
   const at::Tensor& keep(at::Tensor tensor) {
     kept_.push_back(std::move(tensor));
     return kept_.back();
   }
-  // x itself where each task's part is contiguous, also where tasks share it; else a copy.
+  // Returns x itself if each task's part is contiguous, also if tasks share it; else a copy.
   static at::Tensor dense_tasks(const at::Tensor& x) {
     if (x.is_contiguous() || x.numel() == 0) return x;
     return x.stride(0) == 0 && x.select(0, 0).is_contiguous() ? x : x.contiguous();
@@ -220,7 +222,8 @@ struct TaskProgramOps {
     const Program& program = parsed.program();
     if (program.loss.kind != LossKind::kCrossEntropy) return;
     const auto check = [&](const Tensor& y, const char* name) {
-      TORCH_CHECK(y.scalar_type() == at::kLong && y.dim() == 2, name, " must be int64 [T, B]");
+      TORCH_CHECK(y.scalar_type() == at::kLong && y.dim() == 2, name,
+                  ": expected int64 [T, B], got ", y.scalar_type(), " ", y.sizes());
       Device::check_labels(y.contiguous(), program.output_elements(),
                            static_cast<int64_t>(program.loss.b), name);
     };
@@ -230,10 +233,10 @@ struct TaskProgramOps {
 
   static Tensor forward(const Tensor& code, const Tensor& theta, const Tensor& frozen,
                         const Tensor& x) {
-    Call call(JobKind::kForward, code, theta, frozen);
-    call.job.query = call.inputs(x, "query");
+    Call call(OpKind::kForward, code, theta, frozen);
+    call.args.query = call.inputs(x, "query");
     auto outputs =
-        call.result({x.size(0), x.size(1), call.job.program.output_elements()}, call.job.outputs);
+        call.result({x.size(0), x.size(1), call.args.program.output_elements()}, call.args.outputs);
     if (x.size(1) > 0) call.run<Device>();
     return outputs;
   }
@@ -242,14 +245,15 @@ struct TaskProgramOps {
                                                              const Tensor& theta,
                                                              const Tensor& frozen, const Tensor& x,
                                                              const Tensor& y, bool input_grad) {
-    Call call(JobKind::kGradient, code, theta, frozen);
-    Job& job = call.job;
-    job.query = call.examples<Device>(x, y, "query");
-    job.gradient = true;
-    auto loss = call.result({job.tasks}, job.loss);
-    auto outputs = call.result({job.tasks, x.size(1), job.program.output_elements()}, job.outputs);
-    auto grad_theta = call.result({job.tasks, job.program.parameters}, job.grad_theta);
-    auto grad_x = call.result_if(input_grad, x.sizes(), job.grad_query);
+    Call call(OpKind::kGradient, code, theta, frozen);
+    OpArguments& args = call.args;
+    args.query = call.examples<Device>(x, y, "query");
+    args.gradient = true;
+    auto loss = call.result({args.tasks}, args.loss);
+    auto outputs =
+        call.result({args.tasks, x.size(1), args.program.output_elements()}, args.outputs);
+    auto grad_theta = call.result({args.tasks, args.program.parameters}, args.grad_theta);
+    auto grad_x = call.result_if(input_grad, x.sizes(), args.grad_query);
     call.run<Device>();
     return {loss, outputs, grad_theta, grad_x};
   }
@@ -257,24 +261,24 @@ struct TaskProgramOps {
   static std::tuple<Tensor, Tensor> hvp(const Tensor& code, const Tensor& theta,
                                         const Tensor& frozen, const Tensor& x, const Tensor& y,
                                         const Tensor& vector, bool input_grad) {
-    Call call(JobKind::kHvp, code, theta, frozen);
-    Job& job = call.job;
-    job.support = call.examples<Device>(x, y, "support");
-    job.gradient = true;
-    job.given = call.given(vector, "vector");
-    auto product = call.result({job.tasks, job.program.parameters}, job.grad_theta);
-    auto grad_x = call.result_if(input_grad, x.sizes(), job.grad_support);
+    Call call(OpKind::kHvp, code, theta, frozen);
+    OpArguments& args = call.args;
+    args.support = call.examples<Device>(x, y, "support");
+    args.gradient = true;
+    args.given = call.given(vector, "vector");
+    auto product = call.result({args.tasks, args.program.parameters}, args.grad_theta);
+    auto grad_x = call.result_if(input_grad, x.sizes(), args.grad_support);
     call.run<Device>();
     return {product, grad_x};
   }
 
   static Tensor adapt(const Tensor& code, const Tensor& theta, const Tensor& frozen,
                       const Tensor& lr, const Tensor& x, const Tensor& y, int64_t steps) {
-    Call call(JobKind::kAdapt, code, theta, frozen);
-    Job& job = call.job;
-    job.support = call.examples<Device>(x, y, "support");
+    Call call(OpKind::kAdapt, code, theta, frozen);
+    OpArguments& args = call.args;
+    args.support = call.examples<Device>(x, y, "support");
     call.step_sizes(lr, steps);
-    auto adapted = call.result({job.tasks, job.program.parameters}, job.adapted);
+    auto adapted = call.result({args.tasks, args.program.parameters}, args.adapted);
     call.run<Device>();
     return adapted;
   }
@@ -285,12 +289,12 @@ struct TaskProgramOps {
                                                            int64_t steps, const Tensor& grad_out,
                                                            bool first_order, bool keep,
                                                            bool lr_grad, bool input_grad) {
-    Call call(JobKind::kAdaptBackward, code, theta, frozen);
-    Job& job = call.job;
-    job.support = call.examples<Device>(x, y, "support");
+    Call call(OpKind::kAdaptBackward, code, theta, frozen);
+    OpArguments& args = call.args;
+    args.support = call.examples<Device>(x, y, "support");
     call.step_sizes(lr, steps);
-    call.way_back(first_order, keep);
-    job.given = call.given(grad_out, "grad_out");
+    call.backward(first_order, keep);
+    args.given = call.given(grad_out, "grad_out");
     auto grad_theta = call.grad_theta();
     auto grad_lr = call.grad_lr(lr_grad, lr);
     auto grad_x = call.grad_support(input_grad, x);
@@ -303,25 +307,25 @@ struct TaskProgramOps {
       const Tensor& support_x, const Tensor& support_y, const Tensor& query_x,
       const Tensor& query_y, at::ArrayRef<double> step_weights, int64_t steps, bool first_order,
       bool keep, bool gradient, bool lr_grad, bool support_grad, bool query_grad) {
-    Call call(JobKind::kMeta, code, theta, frozen);
-    Job& job = call.job;
-    job.support = call.examples<Device>(support_x, support_y, "support");
-    job.query = call.examples<Device>(query_x, query_y, "query");
+    Call call(OpKind::kMeta, code, theta, frozen);
+    OpArguments& args = call.args;
+    args.support = call.examples<Device>(support_x, support_y, "support");
+    args.query = call.examples<Device>(query_x, query_y, "query");
     call.step_sizes(lr, steps);
     TORCH_CHECK(step_weights.empty() || static_cast<int64_t>(step_weights.size()) == steps,
-                "step_weights must be ", steps, " numbers, got ", step_weights.size());
-    job.step_weights = step_weights.vec();
-    job.scale = job.tasks > 0 ? 1.0 / static_cast<double>(job.tasks) : 0;
-    auto loss = call.result({job.tasks}, job.loss);
+                "step_weights: expected ", steps, " numbers, got ", step_weights.size());
+    args.step_weights = step_weights.vec();
+    args.scale = args.tasks > 0 ? 1.0 / static_cast<double>(args.tasks) : 0;
+    auto loss = call.result({args.tasks}, args.loss);
     auto outputs =
-        call.result({job.tasks, query_x.size(1), job.program.output_elements()}, job.outputs);
+        call.result({args.tasks, query_x.size(1), args.program.output_elements()}, args.outputs);
     Tensor grad_theta, grad_lr, grad_support, grad_query;
-    if (gradient) call.way_back(first_order, keep);
-    job.keeps_states = (gradient && !first_order) || !step_weights.empty();
+    if (gradient) call.backward(first_order, keep);
+    args.keeps_states = (gradient && !first_order) || !step_weights.empty();
     grad_theta = gradient ? call.grad_theta() : call.unwanted();
     grad_lr = call.grad_lr(gradient && lr_grad, lr);
     grad_support = call.grad_support(gradient && support_grad, support_x);
-    grad_query = call.result_if(gradient && query_grad, query_x.sizes(), job.grad_query);
+    grad_query = call.result_if(gradient && query_grad, query_x.sizes(), args.grad_query);
     call.run<Device>();
     return {call.sum(loss), outputs, grad_theta, grad_lr, grad_support, grad_query};
   }

@@ -1,4 +1,4 @@
-// What the callers of a module's own parameters share: the parameters in one arena, and the op.
+// A module's own parameters in one arena, and the op on it.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -11,10 +11,10 @@
 
 namespace fastmeta {
 
-// All parameters in one arena [P].
+// Copies all parameters into one arena [P].
 inline at::Tensor joined(at::TensorList parameters) {
   int64_t count = 0;
-  bool can_copy = true;  // and no tensor without memory, as while torch.compile traces
+  bool can_copy = true;  // no tensor without memory, as while torch.compile traces
   for (const auto& p : parameters) {
     count += p.numel();
     can_copy = can_copy && p.device().is_cpu() && p.is_contiguous() &&
@@ -34,7 +34,7 @@ inline at::Tensor joined(at::TensorList parameters) {
   return arena;
 }
 
-// The op that does the work, typed.
+// The meta-gradient op, typed.
 inline auto meta_gradient_op() {
   using at::Tensor;
   using Op = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(

@@ -29,13 +29,13 @@ int64_t weight_size(const Instruction& i) {
 
 bool is_of_images(const Instruction& i) { return i.op >= Opcode::kConvolution; }
 
-// Both or none, not adapted, and of the whole batch.
+// Whether statistics are both given or both absent, not adapted, and of the whole batch.
 bool has_fitting_statistics(const Instruction& i) {
   if (i.mean == kNoParameter && i.variance == kNoParameter) return true;
   return i.groups == 0 && i.mean < kNoParameter && i.variance < kNoParameter;
 }
 
-// The statistics are those of the batch that is normalised.
+// Whether the norm computes its statistics from the batch that it normalises.
 bool is_batch_norm(const Instruction& i) {
   return i.op == Opcode::kNorm && i.groups == 0 && i.mean == kNoParameter;
 }
@@ -47,7 +47,8 @@ bool has_parameters(const Instruction& i) {
 
 constexpr int64_t kMost = 1 << 20;
 
-// Sizes, strides, dilations at least 1 and paddings at least 0, none so large that products overflow.
+// Whether sizes, strides and dilations are at least 1 and paddings at least 0, none so large that
+// products overflow.
 bool are_sizes(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> paddings) {
   const auto between = [](const std::initializer_list<int64_t>& all, int64_t least) {
     return std::all_of(all.begin(), all.end(), [=](int64_t n) { return n >= least && n < kMost; });
@@ -79,14 +80,15 @@ bool fits_pool(const PoolShape& p, int64_t x, int64_t y) {
 ParsedProgram::ParsedProgram(const at::Tensor& code) {
   TORCH_CHECK(code.scalar_type() == at::kLong && code.dim() == 1 && code.device().is_cpu() &&
                   code.is_contiguous(),
-              "code must be a contiguous int64 vector on the CPU");
+              "code: expected a contiguous int64 vector on the CPU, got ", code.scalar_type(), " ",
+              code.sizes(), " on ", code.device());
   const int64_t* words = code.const_data_ptr<int64_t>();
-  TORCH_CHECK(code.numel() >= kHeaderWords && words[0] == kCodeFormat,
-              "code must begin with format ", kCodeFormat);
+  TORCH_CHECK(code.numel() >= kHeaderWords && words[0] == kCodeFormat, "code: expected format ",
+              kCodeFormat);
   const int64_t values = words[1], instructions = words[2];
   TORCH_CHECK(values >= 1 && values < kMost && instructions >= 0 && instructions < kMost &&
                   code.numel() == kHeaderWords + values + instructions * kInstructionWords,
-              "code has not the length that its header says");
+              "code: expected the length in its header, got ", code.numel(), " words");
   program_.parameters = words[3];
   program_.frozen = words[4];
   program_.output = static_cast<int>(words[5]);
@@ -100,7 +102,7 @@ ParsedProgram::ParsedProgram(const at::Tensor& code) {
                                                                   : number(words[8]);
   const int64_t* word = words + kHeaderWords;
   for (int64_t v = 0; v < values; ++v, ++word) {
-    TORCH_CHECK(*word >= 1, "a value must have elements, got ", *word);
+    TORCH_CHECK(*word >= 1, "code: expected values with elements, got ", *word);
     values_.push_back({*word, 0, 0, false});
   }
   made_.assign(values, false);
@@ -233,7 +235,7 @@ void ParsedProgram::check_parameter(int64_t parameter, int64_t size) const {
               " does not lie within ", all);
 }
 
-// Instructions that the output does not depend on.
+// Drops instructions that the output does not depend on.
 void ParsedProgram::drop_unused() {
   std::vector<bool> used(values_.size(), false);
   used[program_.output] = true;
@@ -245,7 +247,7 @@ void ParsedProgram::drop_unused() {
   std::erase_if(instructions_, [&](const Instruction& i) { return !used[i.y]; });
 }
 
-// How many read each value; whoever called reads the output, and the input is not ours.
+// Counts the readers of each value; the caller reads the output, and the input is not ours.
 void ParsedProgram::count_readers() {
   readers_.assign(values_.size(), 0);
   readers_[0] = readers_[program_.output] = 1;
@@ -255,8 +257,8 @@ void ParsedProgram::count_readers() {
   }
 }
 
-// Batch norm takes away what is added to all of a channel: a bias before it changes nothing and has
-// the gradient 0.
+// Drops biases before a batch norm. It removes any constant added to a channel: such a bias changes
+// nothing and has the gradient 0.
 void ParsedProgram::drop_shifts() {
   for (const auto& norm : instructions_) {
     if (!is_batch_norm(norm) || readers_[norm.x] != 1) continue;
@@ -267,7 +269,8 @@ void ParsedProgram::drop_shifts() {
   }
 }
 
-// A norm, the ReLU that alone reads it, and the max pool of 2 x 2 that alone reads that, are one.
+// Fuses a norm with the ReLU that is its only reader, and with the 2 x 2 max pool that is the
+// ReLU's only reader.
 void ParsedProgram::fuse_norms() {
   std::vector<Instruction> fused;
   for (const auto& i : instructions_) {
@@ -290,8 +293,8 @@ void ParsedProgram::fuse_norms() {
   instructions_ = std::move(fused);
 }
 
-// A value takes memory of its own, but for the outputs of ReLU and LeakyReLU: their sign is that of
-// the input, so that they take its place where nothing else reads it.
+// Gives each value memory of its own, except outputs of ReLU and LeakyReLU: their sign is the
+// input's sign, so they overwrite the input if nothing else reads it.
 void ParsedProgram::lay_out_values() {
   program_.example_elements = 0;
   for (const auto& i : instructions_) {
@@ -311,7 +314,7 @@ void ParsedProgram::plan_gradients() {
   std::set<int64_t> parameters;
   int64_t covered = 0;
   program_.writes_once = true;
-  // Whether it was written before; it is now.
+  // Whether it was written before; marks it as written.
   const auto seen_value = [&](int v) {
     const bool before = written[v];
     written[v] = true;
@@ -344,7 +347,7 @@ void ParsedProgram::pair_activations() {
   }
 }
 
-// A convolution that a batch norm follows at once makes its moments too.
+// Lets a convolution compute the moments of a batch norm that follows at once.
 void ParsedProgram::pair_norms() {
   for (size_t k = 0; k < instructions_.size(); ++k) {
     Instruction& i = instructions_[k];
@@ -356,11 +359,11 @@ void ParsedProgram::pair_norms() {
   }
 }
 
-void ParsedProgram::fuse_thin_blocks() {
+void ParsedProgram::fuse_bands() {
   for (size_t k = 0; k + 1 < instructions_.size(); ++k) {
     Instruction& i = instructions_[k];
     i.is_fused = i.op == Opcode::kConvolution && i.normed >= 0 && instructions_[k + 1].max_pool &&
-                 !values_[i.x].adapts && readers_[i.y] == 1 && i.conv.is_thin();
+                 !values_[i.x].adapts && readers_[i.y] == 1 && i.conv.is_recompute_cheap();
   }
   lay_out_values();
 }

@@ -1,4 +1,4 @@
-// From the code tensor to a program, checked as far as memory safety needs it.
+// Parser of the code tensor to a program, checked as far as memory safety needs it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,7 +11,7 @@ namespace fastmeta {
 
 class ParsedProgram {
  public:
-  // Raises RuntimeError where the code is not what program.h says.
+  // Raises RuntimeError if the code does not follow program.h.
   explicit ParsedProgram(const at::Tensor& code);
 
   ParsedProgram(const ParsedProgram&) = delete;
@@ -19,9 +19,10 @@ class ParsedProgram {
 
   const Program& program() const { return program_; }
 
-  // For an executor that does a thin convolution of inputs, and the norm and the pool behind it,
-  // in one go: no gradient of inputs, and the convolution's outputs have no memory.
-  void fuse_thin_blocks();
+  // Fuses convolutions that are cheap to recompute with the norm and the pool behind them, for
+  // executors with fused bands: no gradient of inputs, and the convolution's outputs have no
+  // memory.
+  void fuse_bands();
 
  private:
   void read_instruction(const int64_t* words);

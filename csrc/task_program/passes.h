@@ -26,7 +26,7 @@ class Passes {
   FASTMETA_HOST_DEVICE void forward() const {
     for (int k = 0; k < net_.program.instruction_count; ++k) {
       const Instruction& i = instruction(k);
-      if (with_thin_block(k, [](const auto& block) { block.forward(); })) {
+      if (with_fused_band(k, [](const auto& block) { block.forward(); })) {
         ++k;
       } else if (is_bilinear(i)) {
         const Instruction* next = i.with_next ? &instruction(++k) : nullptr;
@@ -43,12 +43,13 @@ class Passes {
                   Sum<storage_t>{net_.value(i.x), net_.value(i.x2), net_.value(i.y)});
       } else {
         with_norm(i, [&](const auto& layer) { layer.forward(exec_); });
-        with_move(i, [&](const auto& layer) { layer.forward(exec_); });
+        visit_linear_layer(i, [&](const auto& layer) { layer.forward(exec_); });
       }
     }
   }
 
-  // target[0] += weight times the loss, where there is a target; its gradient at the outputs where `backward` follows.
+  // Computes target[0] += weight times the loss, if there is a target, and its gradient at the
+  // outputs if `backward` follows.
   FASTMETA_HOST_DEVICE void loss(Arena target, double weight, bool backward) const {
     auto l = loss_arrays(weight);
     if (!backward) l.dz = {};
@@ -66,15 +67,16 @@ class Passes {
                  WeightedElement<storage_t>{l.row_loss, net_.examples.norm, weight}, target);
   }
 
-  // From the gradient at the outputs: grads [P] = (or +=) the gradient, where wanted, and that of the
-  // input. With each element of grads that is complete `update.from(its parameter)` is done.
+  // Computes grads [P] = (or +=) the gradient from the gradient at the outputs, if wanted, and the
+  // gradient of the input. Runs `update.from(its parameter)` on each element of grads that is
+  // complete.
   template <typename Update = NoUpdate>
   FASTMETA_HOST_DEVICE void backward(Arena grads, bool adds, const Update& update = {}) const {
     if (grads && !adds) clear_uncovered(grads);
     for (int k = net_.program.instruction_count - 1; k >= 0; --k) {
       const Instruction& i = instruction(k);
       if (!net_.delta(i.y)) continue;
-      if (with_thin_block(k - 1, [&](const auto& b) { b.backward(grads, adds, update); })) {
+      if (with_fused_band(k - 1, [&](const auto& b) { b.backward(grads, adds, update); })) {
         --k;
       } else if (is_bilinear(i)) {
         const bool paired = i.with_previous && net_.delta(instruction(k - 1).x);
@@ -89,21 +91,21 @@ class Passes {
         with_activation<Executor>(
             i, [&](const auto& f) { exec_.map(net_.size(i.y), activation_backward(f, i)); });
       } else if (i.op == Opcode::kAdd) {
-        hand_on(i, net_.delta(i.y), net_.delta(i.x), net_.delta(i.x2));
+        add_backward(i, net_.delta(i.y), net_.delta(i.x), net_.delta(i.x2));
       } else {
         with_norm(i, [&](const auto& layer) { layer.backward(exec_, grads, adds, update); });
-        with_move(
+        visit_linear_layer(
             i, [&](const auto& layer) { layer.backward(exec_, net_.delta(i.y), net_.delta(i.x)); });
       }
     }
   }
 
-  // Tangents of all values in the direction of the network's theta_dot; after forward().
+  // Computes tangents of all values in the direction of the network's theta_dot; after forward().
   FASTMETA_HOST_DEVICE void tangent_forward() const {
     for (int k = 0; k < net_.program.instruction_count; ++k) {
       const Instruction& i = instruction(k);
       if (!net_.value_dot(i.y)) continue;
-      if (with_thin_block(k, [](const auto& block) { block.tangent_forward(); })) {
+      if (with_fused_band(k, [](const auto& block) { block.tangent_forward(); })) {
         ++k;
       } else if (is_bilinear(i)) {
         const Instruction* next = i.with_next ? &instruction(++k) : nullptr;
@@ -119,22 +121,21 @@ class Passes {
         tangent_add(i);
       } else {
         with_norm(i, [&](const auto& layer) { layer.tangent_forward(exec_); });
-        with_move(i, [&](const auto& layer) { layer.tangent_forward(exec_); });
+        visit_linear_layer(i, [&](const auto& layer) { layer.tangent_forward(exec_); });
       }
     }
   }
 
-  // target [P] takes H theta_dot in, and the tangent of the input's gradient is made; after
-  // forward(), loss() and backward() at the same theta, and tangent_forward(). Where no two layers
+  // Adds H theta_dot to target [P], and computes the tangent of the input's gradient; after
+  // forward(), loss() and backward() at the same theta, and tangent_forward(). If no two layers
   // have a parameter in common, target may be theta_dot itself.
-  FASTMETA_HOST_DEVICE void tangent_backward(Arena target,
-                                             const Accumulation<storage_t>& into) const {
+  FASTMETA_HOST_DEVICE void tangent_backward(Arena target, const StoreMode<storage_t>& into) const {
     if (!into.adds && !into.step_size) clear_uncovered(target);
     tangent_of_loss();
     for (int k = net_.program.instruction_count - 1; k >= 0; --k) {
       const Instruction& i = instruction(k);
       if (!net_.delta_dot(i.y)) continue;
-      if (with_thin_block(k - 1, [&](const auto& b) { b.tangent_backward(target, into); })) {
+      if (with_fused_band(k - 1, [&](const auto& b) { b.tangent_backward(target, into); })) {
         --k;
       } else if (is_bilinear(i)) {
         const bool paired = i.with_previous && net_.delta_dot(instruction(k - 1).x);
@@ -150,10 +151,10 @@ class Passes {
           exec_.map(net_.size(i.y), activation_tangent_backward(f, i));
         });
       } else if (i.op == Opcode::kAdd) {
-        hand_on(i, net_.delta_dot(i.y), net_.delta_dot(i.x), net_.delta_dot(i.x2));
+        add_backward(i, net_.delta_dot(i.y), net_.delta_dot(i.x), net_.delta_dot(i.x2));
       } else {
         with_norm(i, [&](const auto& layer) { layer.tangent_backward(exec_, target, into); });
-        with_move(i, [&](const auto& layer) {
+        visit_linear_layer(i, [&](const auto& layer) {
           layer.backward(exec_, net_.delta_dot(i.y), net_.delta_dot(i.x));
         });
       }
@@ -161,7 +162,7 @@ class Passes {
   }
 
  private:
-  // Zeros where no layer will write a gradient.
+  // Writes zeros where no layer will write a gradient.
   FASTMETA_HOST_DEVICE void clear_uncovered(Arena target) const {
     if (net_.program.covers_theta) return;
     exec_.map(net_.program.parameters, Fill<storage_t>{0, target});
@@ -174,7 +175,7 @@ class Passes {
   static FASTMETA_HOST_DEVICE bool is_bilinear(const Instruction& i) {
     return i.op == Opcode::kLinear || i.op == Opcode::kConvolution;
   }
-  // fn(layer) with the layer of a bilinear instruction.
+  // Calls fn(layer) with the layer of a bilinear instruction.
   template <typename Fn>
   FASTMETA_HOST_DEVICE void with_bilinear(const Instruction& i, const Fn& fn) const {
     if (i.op == Opcode::kLinear) fn(BilinearLayer<storage_t, LinearMaps>{net_, i});
@@ -182,25 +183,25 @@ class Passes {
       if (i.op == Opcode::kConvolution) fn(BilinearLayer<storage_t, ConvolutionMaps>{net_, i});
     }
   }
-  // fn(block) where instruction k and the next one are done together; whether they are.
+  // Calls fn(band) if instructions k and k + 1 are fused; returns whether they are.
   template <typename Fn>
-  FASTMETA_HOST_DEVICE bool with_thin_block([[maybe_unused]] int k,
+  FASTMETA_HOST_DEVICE bool with_fused_band([[maybe_unused]] int k,
                                             [[maybe_unused]] const Fn& fn) const {
-    if constexpr (Executor::kHasThinBlocks) {
+    if constexpr (Executor::kHasFusedBands) {
       if (k < 0 || !instruction(k).is_fused) return false;
-      fn(exec_.thin_block(net_, instruction(k), instruction(k + 1)));
+      fn(exec_.fused_band(net_, instruction(k), instruction(k + 1)));
       return true;
     }
     return false;
   }
-  // run(finish) with the activation that is done with a layer, made(f) where there is one.
+  // Calls run(finish) with the activation fused into a layer, made(f), or with none.
   template <typename Made, typename Run>
   FASTMETA_HOST_DEVICE void with_finish(const Instruction* activation, const Made& made,
                                         const Run& run) const {
     if (activation == nullptr) return run(NoFinish{});
     with_activation<Executor>(*activation, [&](const auto& f) { run(made(f)); });
   }
-  // fn(layer), where the instruction normalises.
+  // Calls fn(layer) if the instruction normalises.
   template <typename Fn>
   FASTMETA_HOST_DEVICE void with_norm(const Instruction& i, const Fn& fn) const {
     if (i.op == Opcode::kLayerNorm) fn(LayerNorm<storage_t>{net_, i});
@@ -208,9 +209,9 @@ class Passes {
       if (i.op == Opcode::kNorm) fn(NormLayer<storage_t>{net_, i});
     }
   }
-  // fn(layer), where it has no parameters and passes on gradients as it passes on their tangents.
+  // Calls fn(layer) if it has no parameters and its pass for gradients also serves their tangents.
   template <typename Fn>
-  FASTMETA_HOST_DEVICE void with_move(const Instruction& i, const Fn& fn) const {
+  FASTMETA_HOST_DEVICE void visit_linear_layer(const Instruction& i, const Fn& fn) const {
     if constexpr (Executor::kHasImages) {
       if (i.op == Opcode::kPool) fn(PoolLayer<storage_t>{net_, i});
       if (i.op == Opcode::kTranspose) fn(TransposeLayer<storage_t>{net_, i});
@@ -253,9 +254,9 @@ class Passes {
     }
   }
 
-  // The gradient of both summands is that of the sum.
-  FASTMETA_HOST_DEVICE void hand_on(const Instruction& i, Arena from, Arena to_x,
-                                    Arena to_x2) const {
+  // Adds the gradient of a sum to the gradients of both summands.
+  FASTMETA_HOST_DEVICE void add_backward(const Instruction& i, Arena from, Arena to_x,
+                                         Arena to_x2) const {
     if (to_x) exec_.map(net_.size(i.y), Copy<storage_t>{from, to_x, i.adds_to_x});
     if (to_x2) exec_.map(net_.size(i.y), Copy<storage_t>{from, to_x2, i.adds_to_x2});
   }

@@ -1,15 +1,15 @@
-// The memory of a task: what the steps of one job need, taken out of one workspace.
+// Memory of a task: the arrays that one call needs, out of one workspace.
 #pragma once
 
 #include "task_program/meta_step.h"
 
 namespace fastmeta {
 
-// Hands out arrays one after the other; from nowhere, it only counts.
+// Hands out arrays one after the other; without memory, it only counts.
 template <typename storage_t>
-class Carver {
+class BumpAllocator {
  public:
-  FASTMETA_HOST_DEVICE Carver(storage_t* base, int64_t task_stride)
+  FASTMETA_HOST_DEVICE BumpAllocator(storage_t* base, int64_t task_stride)
       : base_(base), task_stride_(task_stride) {}
 
   FASTMETA_HOST_DEVICE Array<storage_t> take(int64_t count) {
@@ -27,11 +27,11 @@ class Carver {
   int64_t used_ = 0;
 };
 
-// What a job does with a task.
+// Properties of a call that decide which arrays a task needs.
 struct TaskNeeds {
   MetaOptions options;
   int64_t support, queries;       // examples; 0 queries: no query pass
-  bool gradient;                  // a way back: v
+  bool gradient;                  // a backward pass: v
   bool keeps_outputs;             // of the last step: its values are overwritten
   bool keeps_states;              // theta_1 .. theta_K are read again
   bool support_grad, query_grad;  // of the examples
@@ -41,12 +41,13 @@ struct TaskNeeds {
   FASTMETA_HOST_DEVICE bool tangents() const {
     return gradient && support > 0 && !options.first_order;
   }
-  // Of Hessian-vector products, an array of its own: given, or v times step sizes.
+  // Whether Hessian-vector products have a direction array of their own: given, or v times step
+  // sizes.
   FASTMETA_HOST_DEVICE bool separate_direction(const Program& program) const {
     return options.steps == 0 || lr_per_parameter || !program.writes_once;
   }
-  // g_k is made where theta_{k+1} comes to be: nobody asks for g_k itself, and where it is made again
-  // on the way back, theta_{k+1} is not needed any more.
+  // Whether g_k is made in the memory of theta_{k+1}: nobody asks for g_k itself, and if it is
+  // recomputed in the backward pass, theta_{k+1} is no longer needed.
   FASTMETA_HOST_DEVICE bool shares_grads() const {
     return keeps_states && options.steps > 0 && !options.lr_grad;
   }
@@ -55,31 +56,31 @@ struct TaskNeeds {
   }
 };
 
-// Values and gradients of a pass over the examples, `steps` times.
+// Takes values and gradients of a pass over the examples, `steps` times.
 template <typename storage_t>
-FASTMETA_HOST_DEVICE void take_values(Carver<storage_t>& carver, const Program& program,
+FASTMETA_HOST_DEVICE void take_values(BumpAllocator<storage_t>& allocator, const Program& program,
                                       int64_t examples, int64_t steps,
                                       Activations<storage_t>& arrays, int64_t& step_stride) {
   const int64_t one = examples * program.example_elements;
-  arrays.value = carver.take(2 * one * steps);
+  arrays.value = allocator.take(2 * one * steps);
   arrays.delta = arrays.value.from(one);
   step_stride = steps > 1 ? 2 * one : 0;
-  arrays.row_loss = carver.take(examples);
+  arrays.row_loss = allocator.take(examples);
 }
 
-// Of the query passes and of Hessian-vector products, which are never at work together: the values
-// of the one and the tangents of the other are in the same memory.
+// Takes arrays of the query passes and of Hessian-vector products. They never work together: the
+// values of one and the tangents of the other share memory.
 template <typename storage_t>
-FASTMETA_HOST_DEVICE void take_query_and_tangents(Carver<storage_t>& carver, const Program& program,
-                                                  const TaskNeeds& needs,
+FASTMETA_HOST_DEVICE void take_query_and_tangents(BumpAllocator<storage_t>& allocator,
+                                                  const Program& program, const TaskNeeds& needs,
                                                   TaskArrays<storage_t>& task) {
   const int64_t of_query = needs.queries * program.example_elements;
   const int64_t of_tangents = needs.tangents() ? needs.support * program.example_elements : 0;
-  const auto block = carver.take(2 * (of_query > of_tangents ? of_query : of_tangents));
+  const auto block = allocator.take(2 * (of_query > of_tangents ? of_query : of_tangents));
   if (needs.queries > 0) {
     task.query_arrays.value = block;
     task.query_arrays.delta = block.from(of_query);
-    task.query_arrays.row_loss = carver.take(needs.queries);
+    task.query_arrays.row_loss = allocator.take(needs.queries);
   }
   if (needs.tangents()) {
     task.support_arrays.value_dot = block;
@@ -87,51 +88,51 @@ FASTMETA_HOST_DEVICE void take_query_and_tangents(Carver<storage_t>& carver, con
   }
 }
 
-// Everything but what comes from outside: start, frozen, step sizes, examples.
+// Takes everything but inputs: start, frozen, step sizes, examples.
 template <typename storage_t>
-FASTMETA_HOST_DEVICE TaskArrays<storage_t> take_task_arrays(Carver<storage_t>& carver,
+FASTMETA_HOST_DEVICE TaskArrays<storage_t> take_task_arrays(BumpAllocator<storage_t>& allocator,
                                                             const Program& program,
                                                             const TaskNeeds& needs) {
   TaskArrays<storage_t> task;
   const int64_t parameters = program.parameters, input = program.values[0].elements;
   const int64_t steps = needs.options.steps;
-  task.loss = carver.take(1);
+  task.loss = allocator.take(1);
   if (steps > 0) {
-    task.states = carver.take(parameters * (needs.keeps_states ? steps : 1));
+    task.states = allocator.take(parameters * (needs.keeps_states ? steps : 1));
     task.state_stride = needs.keeps_states ? parameters : 0;
   }
   if (steps > 0 && needs.shares_grads()) {
     task.grads = task.states;
     task.grads_stride = task.state_stride;
   } else if (steps > 0) {
-    task.grads = carver.take(parameters * (needs.keeps_grads() ? steps : 1));
+    task.grads = allocator.take(parameters * (needs.keeps_grads() ? steps : 1));
     task.grads_stride = needs.keeps_grads() ? parameters : 0;
   }
   if (needs.support > 0) {
     const bool keeps = needs.tangents() && needs.options.keeps_steps && steps > 0;
-    take_values(carver, program, needs.support, keeps ? steps : 1, task.support_arrays,
+    take_values(allocator, program, needs.support, keeps ? steps : 1, task.support_arrays,
                 task.step_stride);
   }
-  if (needs.gradient) task.v = carver.take(parameters);
-  take_query_and_tangents(carver, program, needs, task);
+  if (needs.gradient) task.v = allocator.take(parameters);
+  take_query_and_tangents(allocator, program, needs, task);
   if (needs.tangents()) {
-    if (needs.separate_direction(program)) task.direction = carver.take(parameters);
+    if (needs.separate_direction(program)) task.direction = allocator.take(parameters);
     if (needs.support_grad) {
-      task.support_arrays.input_delta_dot = carver.take(needs.support * input);
-      task.grad_support = carver.take(needs.support * input);
+      task.support_arrays.input_delta_dot = allocator.take(needs.support * input);
+      task.grad_support = allocator.take(needs.support * input);
     }
   }
   if (needs.queries > 0) {
     if (needs.keeps_outputs) {
-      task.outputs = carver.take(needs.queries * program.output_elements());
+      task.outputs = allocator.take(needs.queries * program.output_elements());
     }
     if (needs.query_grad) {
-      task.query_arrays.input_delta = carver.take(needs.queries * input);
-      task.grad_query = carver.take(needs.queries * input);
+      task.query_arrays.input_delta = allocator.take(needs.queries * input);
+      task.grad_query = allocator.take(needs.queries * input);
     }
   }
   if (needs.gradient && needs.options.lr_grad) {
-    task.grad_lr = carver.take(needs.lr_elements);
+    task.grad_lr = allocator.take(needs.lr_elements);
     task.grad_lr_stride = needs.lr_step_stride;
   }
   return task;

@@ -194,7 +194,7 @@ def test_what_the_kernels_cannot_count_is_refused(what, to):
     gradients = one.expand(1, 1, *shape.out_size, shape.outputs)
     left = images if to == 0 else gradients
     right = images if to == 2 else one.expand(1, *shape.weight_size)
-    message = rf"task_conv2d: {what}.* must be at most \d+ on CUDA, got \d+"
+    message = rf"task_conv2d: {what}.*: expected at most \d+ on CUDA, got \d+"
     with emulator.launches() as launches, pytest.raises(RuntimeError, match=message):
         run(shape, to, left, right)
     assert launches == []

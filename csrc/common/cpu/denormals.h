@@ -6,10 +6,9 @@
 
 namespace fastmeta {
 
-// Counts numbers below the smallest normal one (1e-38 in float) as zero on this thread, for a
-// scope. Softmax weights of far prototypes are such numbers, and an x86 core takes 100 cycles for
-// each: without this, the gradient of a well-trained network ran 8 times slower than that of a
-// fresh one.
+// Treats subnormal numbers (below 1e-38 in float) as zero on this thread, for a scope. Softmax
+// weights of far prototypes are subnormal, and an x86 core takes 100 cycles for each. Without this
+// the gradient of a well-trained network ran 8 times slower than the gradient of a fresh one.
 class FlushDenormals {
  public:
   FlushDenormals(const FlushDenormals&) = delete;

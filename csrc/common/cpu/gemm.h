@@ -1,8 +1,8 @@
-// Row-major matrix product: C[M, N] = alpha op(A) op(B), or C += that.
+// Row-major matrix product: C[M, N] = alpha op(A) op(B), or C += alpha op(A) op(B).
 //
-// The BLAS that libtorch was built with does the work, called without a tensor and a dispatch for
-// each product; MKL's takes transposed operands at full speed, 190 to 220 GFLOP/s on an AVX-512
-// core. Where libtorch exports none, at::addmm does it.
+// The BLAS that libtorch was built with does the work, called directly to save a tensor and a
+// dispatch for each product. MKL takes transposed operands at full speed, 190 to 220 GFLOP/s on an
+// AVX-512 core. If libtorch exports no BLAS, at::addmm does the work.
 #pragma once
 
 #include <ATen/ops/addmm.h>
@@ -26,7 +26,7 @@ FASTMETA_BLAS_GEMM(dgemm_, double);
 
 namespace fastmeta {
 
-// Row-major; rows are `stride` apart.
+// A row-major matrix whose rows are `stride` apart.
 template <typename value_t>
 struct Operand {
   const value_t* data;
@@ -34,7 +34,7 @@ struct Operand {
   bool transposed = false;
 };
 
-// M, N and K at least 1.
+// Multiplies; M, N and K are at least 1.
 template <typename value_t>
 void gemm(int64_t m, int64_t n, int64_t k, const Operand<value_t>& a, const Operand<value_t>& b,
           value_t* c, int64_t c_stride, bool accumulates, value_t alpha = 1) {
@@ -47,7 +47,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const Operand<value_t>& a, const Oper
   }();
   const value_t beta = accumulates ? 1 : 0;
   if (blas != nullptr && std::max({m, n, k, a.stride, b.stride, c_stride}) <= INT_MAX) {
-    // BLAS counts along columns: to it a row-major array is the transposed one, and C' = B' A'.
+    // BLAS is column-major: it reads a row-major array as its transpose, so compute C' = B' A'.
     const int sizes[] = {static_cast<int>(n), static_cast<int>(m), static_cast<int>(k)};
     const int strides[] = {static_cast<int>(b.stride), static_cast<int>(a.stride),
                            static_cast<int>(c_stride)};

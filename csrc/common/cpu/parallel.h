@@ -6,10 +6,10 @@
 
 namespace fastmeta {
 
-inline constexpr int64_t kGrain = 32768;  // elements that are worth another thread
+inline constexpr int64_t kGrain = 32768;  // elements that repay one more thread
 
-// Calls body(begin, end) on ranges of tasks: a range a thread where there are enough tasks, else
-// all of them in one range, so that parallel loops inside body share the threads.
+// Calls body(begin, end) on ranges of tasks: one range a thread if there are enough tasks. Else one
+// range has all of them, so that parallel loops inside body share the threads.
 template <typename Body>
 void for_each_task_range(int64_t tasks, const Body& body) {
   if (tasks < at::get_num_threads()) {

@@ -1,5 +1,5 @@
-// Matrix product of sizes that stay in the caches: C[m, n] (+)= A B. A tile of C is kept in registers
-// while the sum runs; nothing is packed.
+// Matrix product for sizes that stay in the caches: C[m, n] (+)= A B. A tile of C is kept in
+// registers while the sum runs; nothing is packed.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -20,11 +20,11 @@ class RegisterGemm {
  public:
   static constexpr int64_t kWidth = Vec::size();
 
-  // b [depth, n] and c [m, n], row-major and contiguous; n a multiple of kWidth.
+  // Multiplies b [depth, n] into c [m, n], row-major and contiguous; n is a multiple of kWidth.
   static void run(int64_t m, int64_t n, int64_t depth, const Operand<value_t>& a, const value_t* b,
                   value_t* c, bool adds) {
     const int64_t row = a.transposed ? 1 : a.stride, next = a.transposed ? a.stride : 1;
-    // Rows of C, or of B, are passed from end to end where the other matrix stays in the cache.
+    // Run through C, or B, in one go if the other matrix stays in the cache.
     const bool wide = n > kVectors * kWidth;
     const int64_t parts = wide && is_small(depth, n) ? ceil_div(m, int64_t(kRows)) : 1;
     const int64_t slices =
@@ -44,7 +44,7 @@ class RegisterGemm {
  private:
   static constexpr int64_t kSmall = 64 << 10;  // bytes that stay in the cache
   static constexpr int64_t kSlice = 16;        // rows of B at a time
-  // 24 vectors of sums of 32 registers, or 12 of 16.
+  // 24 vectors of sums fit 32 registers, 12 fit 16.
   static constexpr int kRows = 6, kVectors = sizeof(Vec) == 64 ? 4 : 2;
 
   static bool is_small(int64_t rows, int64_t columns) {
@@ -53,7 +53,7 @@ class RegisterGemm {
 
   struct Columns {
     int64_t stride, depth;
-    int64_t row, next;  // from an element of A to that of the next row, of the next k
+    int64_t row, next;  // from an element of A to its neighbour in the next row, in the next k
     const value_t *a, *b;
     value_t* c;
     bool adds;
@@ -62,7 +62,7 @@ class RegisterGemm {
     void run_rest(int64_t m, int64_t vectors, std::integer_sequence<int, counts...>) const {
       ((counts > 0 && vectors == counts ? run<counts>(m) : void()), ...);
     }
-    // Rows in tiles of kRows, or one less, so that none is almost empty.
+    // Cuts rows into tiles of kRows, or one less, so that no tile is almost empty.
     template <int vectors>
     void run(int64_t m) const {
       const int64_t tiles = ceil_div(m, int64_t(kRows));
@@ -94,6 +94,7 @@ class RegisterGemm {
         for (int j = 0; j < vectors; ++j) of_b[j] = Vec::loadu(right + j * kWidth);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; ++i) {
+          // One element of A, in all lanes, serves all vectors of the row of B.
           const Vec of_a(left[i * row]);
 #pragma GCC unroll 8
           for (int j = 0; j < vectors; ++j) sum[i][j] = at::vec::fmadd(of_a, of_b[j], sum[i][j]);
@@ -110,7 +111,7 @@ class RegisterGemm {
     }
   };
 
-  // `columns` are the first ones, and all n of them run.
+  // Runs all n columns; `columns` describes the first ones.
   static void run_columns(int64_t m, int64_t n, Columns columns) {
     for (int64_t j = 0; j < n; j += kVectors * kWidth) {
       const int64_t vectors = (n - j) / kWidth;
@@ -125,8 +126,8 @@ class RegisterGemm {
   }
 };
 
-// C [m, n] (+)= op(A) B, b and c row-major and contiguous: in registers, or by the BLAS where n is no
-// multiple of a vector or B so deep that its columns leave the L2 cache.
+// Computes C [m, n] (+)= op(A) B, b and c row-major and contiguous. Uses the BLAS if n is no
+// multiple of a vector, or if B is so deep that its columns leave the L2 cache; else registers.
 template <typename value_t>
 void multiply(int64_t m, int64_t n, int64_t depth, const Operand<value_t>& a, const value_t* b,
               value_t* c, bool adds) {

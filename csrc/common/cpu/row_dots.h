@@ -13,13 +13,13 @@
 
 namespace fastmeta {
 
-// Few and long rows: a tile of c is kept in registers as vectors of partial sums.
+// Tiles of c kept in registers as vectors of partial sums; for few and long rows.
 template <typename value_t>
 class RowDots {
   using Vec = at::vec::Vectorized<value_t>;
 
  public:
-  // a [m, depth] and b [n, depth], contiguous; rows of c are c_stride apart.
+  // Multiplies contiguous a [m, depth] and b [n, depth]; rows of c are c_stride apart.
   static void run(int64_t m, int64_t n, int64_t depth, const value_t* a, const value_t* b,
                   value_t* c, int64_t c_stride) {
     const Rows rows{depth, c_stride, a, b, c};
@@ -81,6 +81,7 @@ class RowDots {
       for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
         for (int q = 0; q < columns; ++q) {
+          // Lanes add up only once, at the end.
           c[(i + r) * c_stride + j + q] =
               at::vec::vec_reduce_all<value_t>([](Vec x, Vec y) { return x + y; }, sum[r][q]);
         }
@@ -89,8 +90,8 @@ class RowDots {
   };
 };
 
-// c [m, n] = a b' for contiguous a [m, depth] and b [n, depth]: in registers, or by the BLAS where
-// both have many rows.
+// Computes c [m, n] = a b' for contiguous a [m, depth] and b [n, depth]: by the BLAS if both have
+// many rows, else in registers.
 template <typename value_t>
 void row_dots(int64_t m, int64_t n, int64_t depth, const value_t* a, const value_t* b, value_t* c,
               int64_t c_stride) {

@@ -7,14 +7,15 @@
 
 namespace fastmeta {
 
-// Of a block that fits the registers. Its sizes are constants, or it would go through memory.
+// Transposes a block that fits the registers. Its sizes are constants: else it would go through
+// memory.
 template <int rows, int columns, typename value_t>
 [[gnu::flatten]] inline void transpose_block(const value_t* source, int64_t source_stride,
                                              value_t* target, int64_t target_stride) {
   at::vec::transpose_mxn<value_t>(source, source_stride, target, target_stride, rows, columns);
 }
 
-// target [columns, rows] = source' for source [rows, columns].
+// Computes target [columns, rows] = source' for source [rows, columns].
 template <typename value_t>
 void transpose(int64_t rows, int64_t columns, const value_t* source, int64_t source_stride,
                value_t* target, int64_t target_stride) {

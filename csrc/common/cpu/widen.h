@@ -1,4 +1,4 @@
-// CPU kernels compute in acc_t: float for bfloat16, half and float; double for double.
+// Accumulation type of CPU kernels, acc_t: float for bfloat16, half and float; double for double.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -18,7 +18,7 @@ using acc_t = at::opmath_type<scalar_t>;
 template <typename scalar_t>
 inline constexpr bool is_reduced = !std::is_same_v<scalar_t, acc_t<scalar_t>>;
 
-// Scratch memory, not initialised.
+// Workspace, not initialised.
 template <typename value_t>
 class Buffer {
  public:
@@ -32,7 +32,7 @@ class Buffer {
   std::unique_ptr<value_t[]> data_;
 };
 
-// `n` values as acc_t: the source itself where it has that type, else a converted copy in
+// Returns `n` values as acc_t: the source itself if it has this type, else a converted copy in
 // `scratch`.
 template <typename scalar_t>
 const acc_t<scalar_t>* widen(const scalar_t* source, acc_t<scalar_t>* scratch, int64_t n) {
@@ -53,7 +53,7 @@ void narrow(const acc_t<scalar_t>* source, scalar_t* target, int64_t n) {
   }
 }
 
-// Where a kernel writes acc_t values bound for `target`: `target` itself, or scratch to narrow.
+// Address for acc_t values bound for `target`: `target` itself, or scratch to narrow from.
 template <typename scalar_t>
 acc_t<scalar_t>* widened_target(scalar_t* target, acc_t<scalar_t>* scratch) {
   if constexpr (is_reduced<scalar_t>) {

@@ -1,6 +1,6 @@
-// Several values in one memory access.
+// Packs: several values in one memory access.
 //
-// Kernels index arrays of packs, not of values, and copy whole packs: of a pack at a value pointer
+// Kernels index arrays of packs, not of values, and copy whole packs. For a pack at a value pointer
 // plus an offset, or behind a reference, nvcc made as many accesses as the pack has values.
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace fastmeta {
 
-inline constexpr int kAccessBytes = 16;  // the widest access of a thread
+inline constexpr int kAccessBytes = 16;  // bytes in the widest access of a thread
 
 template <typename value_t>
 inline constexpr int kAccess = kAccessBytes / sizeof(value_t);  // values in the widest access
@@ -23,7 +23,7 @@ struct alignas(n * sizeof(value_t) < kAccessBytes ? n * sizeof(value_t) : kAcces
   FASTMETA_HOST_DEVICE const value_t& operator[](int i) const { return value[i]; }
 };
 
-// An array of values as packs of n; for an address aligned like a pack.
+// Views an array of values as packs of n; the address must be aligned like a pack.
 template <int n, typename value_t>
 FASTMETA_HOST_DEVICE const Pack<value_t, n>* as_packs(const value_t* values) {
   return reinterpret_cast<const Pack<value_t, n>*>(values);

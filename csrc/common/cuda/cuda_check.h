@@ -1,4 +1,4 @@
-// What every CUDA binding shares: errors of launches, labels, scratch memory.
+// Helpers of every CUDA binding: errors of launches, labels, workspaces.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -29,9 +29,9 @@ inline bool is_being_captured() {
   return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
 }
 
-// Whether an entry of labels [T, E], contiguous, is outside 0 <= label < classes. It waits for the
-// answer, which a stream being captured cannot: there the kernels do with such a label what their
-// header says.
+// Whether an entry of labels [T, E], contiguous, is outside 0 <= label < classes. Waits for the
+// answer. A stream being captured cannot wait: there the kernels treat such a label as their header
+// says.
 inline bool has_cuda_label_out_of_range(const at::Tensor& labels, int64_t classes,
                                         const char* name) {
   if (labels.numel() == 0 || is_being_captured()) return false;

@@ -1,5 +1,5 @@
-// The two things of CUDA that a C++ compiler cannot read. tests/cuda_emulation has a twin of this
-// header; nothing else differs there.
+// Kernel launch and dynamic shared memory, the two things of CUDA that a C++ compiler cannot read.
+// tests/cuda_emulation replaces only this header.
 #pragma once
 
 #include <cuda_runtime.h>

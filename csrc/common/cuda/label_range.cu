@@ -7,7 +7,7 @@ namespace {
 constexpr int kThreads = 256;
 
 // bad[b] = any label of part b is outside 0 <= label < classes. Part b is every gridDim-th run of
-// kThreads labels from run b on. A flag a part needs neither atomics nor memory set beforehand.
+// kThreads labels, beginning with run b. One flag a part needs neither atomics nor a memset before.
 __global__ void __launch_bounds__(kThreads)
     label_range_kernel(const int64_t* labels, int64_t count, int64_t classes, int* bad) {
   int found = 0;

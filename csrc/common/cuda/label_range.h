@@ -1,4 +1,4 @@
-// Labels on a GPU: whether any is out of range.
+// Range check of labels on a GPU.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@ namespace fastmeta {
 
 inline constexpr int kLabelRangeParts = 64;
 
-// Sets bad[part] to whether the part of labels [count] holds one outside 0 <= label < classes; all
-// parts together are all labels. Returns a cudaError_t.
+// Sets bad[part] if a label of this part of labels [count] is outside 0 <= label < classes; the
+// parts together cover all labels. Returns a cudaError_t.
 int launch_label_range(const int64_t* labels, int64_t count, int64_t classes, int* bad,
                        void* stream);
 

@@ -1,4 +1,4 @@
-// How a kernel starts.
+// Kernel launches.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +12,8 @@
 
 namespace fastmeta {
 
-// Enqueues `blocks` blocks in one dimension, where 2^31 - 1 are allowed; none for 0 blocks.
+// Enqueues `blocks` blocks in one dimension, the one that allows 2^31 - 1; launches nothing for 0
+// blocks.
 template <typename... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
                    cudaStream_t stream, std::type_identity_t<Parameters>... arguments) {

@@ -1,11 +1,11 @@
-// Matrix products of a warp in tensor cores: D [16, 8] += A [16, k] B [k, 8], of float rounded to TF32
-// (k = 8) or of a half type (k = 16); D is float.
+// Tensor-core products of a warp: D [16, 8] += A [16, k] B [k, 8], of float rounded to TF32 (k = 8)
+// or of a half type (k = 16); D is float.
 //
-// A word is a number of TF32, or two of a half type that are neighbours in k; a row of A and a column
-// of B have 8 words. With g = lane / 4 and t = lane % 4 a lane has the words
-//   of A  [g, t], [g + 8, t], [g, t + 4], [g + 8, t + 4]        of B  [t, g], [t + 4, g]
+// A word is a number of TF32, or two neighbours in k of a half type; a row of A and a column of B
+// have 8 words. With g = lane / 4 and t = lane % 4 a lane owns the words
+// of A  [g, t], [g + 8, t], [g, t + 4], [g + 8, t + 4]        of B  [t, g], [t + 4, g]
 // and of D the numbers [g, 2 t], [g, 2 t + 1], [g + 8, 2 t], [g + 8, 2 t + 1].
-// Behind each instruction stands a twin in plain C++, for a C++ compiler and its emulated warp.
+// Each instruction has a twin in plain C++, for a C++ compiler and its emulated warp.
 #pragma once
 
 #include <cstdint>
@@ -26,19 +26,21 @@ struct MmaWord {
 template <typename half_t>
 __device__ inline MmaWord<half_t> mma_word(const Pack<half_t, 2>& two) {
   MmaWord<half_t> word;
+  // A cast would break strict aliasing.
   std::memcpy(&word, &two, sizeof(word));
   return word;
 }
 
 #ifndef FASTMETA_EMULATED
 
-// A float with 10 bits of mantissa, rounded to the nearest.
+// Rounds a float to 10 bits of mantissa, to the nearest.
 __device__ inline MmaWord<float> mma_word(const Pack<float, 1>& x) {
   MmaWord<float> word;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word.bits) : "f"(x[0]));
   return word;
 }
 
+// D is both input and output: sums stay in registers.
 #define FASTMETA_MMA(shape_and_types)                                                            \
   asm volatile("mma.sync.aligned." shape_and_types                                               \
                " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                \
@@ -66,12 +68,14 @@ __device__ inline void multiply_add(float& d0, float& d1, float& d2, float& d3,
 __device__ inline MmaWord<float> mma_word(const Pack<float, 1>& x) {
   constexpr uint32_t kDropped = (1U << 13) - 1, kHalf = 1U << 12;
   const auto bits = std::bit_cast<uint32_t>(x[0]);
+  // Ties away from zero, like cvt.rna; rounding must not turn an infinity into NaN.
   return {std::isfinite(x[0]) ? (bits + kHalf) & ~kDropped : bits};
 }
 
-// Number i of the word that a lane has.
+// Number i of a lane's word.
 template <typename value_t>
 __device__ inline float number_of(MmaWord<value_t> word, int lane, int i) {
+  // The instruction reads other lanes' words; its twin has to ask for them.
   const auto bits = __shfl_sync(kAllLanes, word.bits, lane);
   Pack<value_t, kInWord<value_t> > numbers;
   std::memcpy(&numbers, &bits, sizeof(bits));

@@ -8,7 +8,7 @@ namespace fastmeta {
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffU;
 
-// Every lane gets the sum.
+// Sums over a warp; every lane gets the sum.
 template <typename value_t>
 __device__ value_t warp_sum(value_t x) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
@@ -17,7 +17,7 @@ __device__ value_t warp_sum(value_t x) {
   return x;
 }
 
-// Thread 0 gets the sum over a block of kThreads threads, all of which call this once.
+// Sums over a block of kThreads threads, all of which call this once; thread 0 gets the sum.
 template <int kThreads, typename value_t>
 __device__ value_t block_sum(value_t x) {
   constexpr int kWarps = kThreads / kWarp;

@@ -1,4 +1,4 @@
-// CUDA kernels compute in acc_t: float for bfloat16, half and float; double for double.
+// Accumulation type of CUDA kernels, acc_t: float for bfloat16, half and float; double for double.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,7 +16,8 @@ using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float
 template <typename scalar_t>
 inline constexpr bool is_reduced = !std::is_same_v<scalar_t, acc_t<scalar_t>>;
 
-// Numbers in a word of 32 bits, which a bank of shared memory has and a lane of tensor cores takes.
+// Numbers in a word of 32 bits, the width of a bank of shared memory and of an operand of tensor
+// cores.
 template <typename scalar_t>
 inline constexpr int kInWord = is_reduced<scalar_t> ? 2 : 1;
 
@@ -60,6 +61,7 @@ auto with_dtype(Dtype dtype, const Body& body) {
     case Dtype::kFloat:
       break;
   }
+  // Behind the switch, so that every path returns.
   return body(ScalarType<float>{});
 }
 

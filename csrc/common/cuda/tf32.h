@@ -1,4 +1,4 @@
-// Of what operands that are float may be rounded to TF32, 10 bits of mantissa.
+// Operations whose float operands may be rounded to TF32, 10 bits of mantissa.
 #pragma once
 
 namespace fastmeta {

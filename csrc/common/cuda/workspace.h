@@ -1,11 +1,11 @@
-// Scratch memory of a launcher: parts taken one after the other out of one allocation.
+// Workspace of a launcher: arrays taken one after the other out of one allocation.
 #pragma once
 
 #include <cstdint>
 
 namespace fastmeta {
 
-// With base 0 nothing is there to be used: it only adds up the bytes that are needed.
+// Bump allocator. With base 0 it only adds up the bytes that are needed.
 class Workspace {
  public:
   explicit Workspace(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}

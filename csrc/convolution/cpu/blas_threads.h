@@ -1,12 +1,12 @@
-// How many threads the BLAS takes for products that are called from a thread of ours.
+// Thread count of the BLAS in products called from one of our own threads.
 #pragma once
 
 extern "C" [[gnu::weak]] int MKL_Set_Num_Threads_Local(int threads);
 
 namespace fastmeta {
 
-// One, for a scope, on this thread. MKL cuts a product by its number of threads, and the sums with
-// it; and where a loop has one piece of work it would start threads of its own.
+// Limits the BLAS to one thread, for a scope, on this thread. MKL cuts a product, and so its sums,
+// by its number of threads. In a loop with one piece of work it would start threads of its own.
 class OneBlasThread {
  public:
   OneBlasThread() : before_(set(1)) {}

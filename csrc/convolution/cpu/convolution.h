@@ -1,9 +1,10 @@
-// The three maps for one task on the CPU, each the sum over one pair of arrays or two: patches of a
-// block of rows are put in order in the L2 cache (no more of them ever exists), and multiplied with
-// weights packed once a call; or, where it is less work, minimal filtering (winograd.h).
+// The three maps for one task on the CPU, each the sum over one or two pairs of arrays. Patches of
+// a block of rows are gathered in the L2 cache (no more of them ever exists), and multiplied with
+// weights packed once a call. If it takes less work, minimal filtering (winograd.h) is used
+// instead.
 //
-// Rows are the output positions of all examples. They are always cut at the same places, whatever
-// the number of threads, and sums run over the pieces in order: the bits do not depend on it.
+// Rows are the output positions of all examples. They are always cut at the same places, and sums
+// run over the pieces in order: the bits do not depend on the number of threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -22,7 +23,7 @@ class CpuConvolution {
     void operator()(const Interval&) const {}
   };
 
-  // examples: at least 1. shares_threads: each call is spread over the threads.
+  // Constructor; examples is at least 1. shares_threads: each call is spread over the threads.
   CpuConvolution(const ConvShape& shape, int64_t examples, bool shares_threads)
       : shape_(shape),
         examples_(examples),
@@ -34,7 +35,7 @@ class CpuConvolution {
                   ? PackedWeights::of_planes(shape)
                   : weights_) {}
 
-  // Elements that a call needs, for each thread where it shares them.
+  // Workspace elements of a call, for each thread if the call shares them.
   static int64_t scratch(const ConvShape& shape) {
     const int64_t of_patches = 2 * shape.weight_size() + with_kernel(shape, [](const auto& kernel) {
                                  return kernel.scratch();
@@ -43,8 +44,9 @@ class CpuConvolution {
     return Winograd::takes(shape) ? std::max(of_patches, Winograd::scratch(shape)) : of_patches;
   }
 
-  // z [B, H', W', O] = the sum of conv(x, w) + bias, or += that. bias [O] or null. With the rows of z
-  // that are ready and still in the cache `after(rows)` is done, on one thread in their order.
+  // Computes z [B, H', W', O] = the sum of conv(x, w) + bias, or adds it to z. bias [O] or null.
+  // Calls `after(rows)` for rows of z that are complete and still in the cache, on one thread in
+  // their order.
   template <typename After = Nothing>
   void output(ConvPairs<value_t> pairs, value_t* z, const value_t* bias, bool adds,
               value_t* scratch, const After& after = {}) const {
@@ -66,13 +68,13 @@ class CpuConvolution {
     });
   }
 
-  // dx [B, H, W, C] = the gradient of the inputs, or += that.
+  // Computes dx [B, H, W, C] = the gradient of the inputs, or adds it to dx.
   void input(ConvPairs<value_t> pairs, value_t* dx, bool adds, value_t* scratch) const {
     if (by_winograd_) return winograd_.input(pairs, dx, adds, scratch);
     const auto packed = packed_weights(weights_, pairs, scratch);
     const int64_t size = shape_.in_positions() * shape_.channels;
     with_kernel(shape_, [&](const auto& kernel) {
-      // Windows overlap within an example, so a part has whole ones.
+      // Windows overlap within an example, so a part has whole examples.
       const int64_t group = std::max<int64_t>(1, kernel.block() / shape_.out_positions());
       const auto add_group = [&](const Interval& examples, value_t* own) {
         if (!adds) std::fill_n(dx + examples.begin * size, examples.size() * size, value_t(0));
@@ -93,7 +95,8 @@ class CpuConvolution {
     });
   }
 
-  // dw [O, C / groups, kh, kw] = scale times the gradient of the weights, or += that.
+  // Computes dw [O, C / groups, kh, kw] = scale times the gradient of the weights, or adds it to
+  // dw.
   void weight(ConvPairs<value_t> pairs, value_t* dw, bool adds, value_t scale,
               value_t* scratch) const {
     if (by_winograd_) {
@@ -125,8 +128,8 @@ class CpuConvolution {
     write_weights(total, adds, scale, scratch, dw);
   }
 
-  // The pieces of output() and weight(), for those who go through rows in an order of their own;
-  // `own` is memory of a kernel, `z` and `dz` may lack the other rows.
+  // Pieces of output() and weight(), for callers with an order of rows of their own. `own` is a
+  // kernel's workspace; `z` and `dz` may lack the other rows.
 
   const value_t* packed(const value_t* w, value_t* room) const { return pack(sums_, w, room); }
 
@@ -183,8 +186,8 @@ class CpuConvolution {
     return {index * size, std::min(rows(), (index + 1) * size)};
   }
 
-  // Calls body(part of [0, count), its scratch), a part a thread. In front of that scratch each has
-  // two arrays of weights.
+  // Calls body(part of [0, count), its scratch), a part a thread. Two arrays of weights lie in
+  // front of each scratch.
   template <typename Body>
   void for_each_part(int64_t count, value_t* scratch, const Body& body) const {
     const int64_t parts = std::min(threads_, count);
@@ -200,7 +203,7 @@ class CpuConvolution {
     return scratch_ + part * scratch(shape_);
   }
 
-  // Of a pair, or of two.
+  // Packs the weights of one or two pairs.
   std::array<const value_t*, 2> packed_weights(const PackedWeights& weights,
                                                ConvPairs<value_t> pairs, value_t* room) const {
     std::array<const value_t*, 2> packed{};
@@ -219,7 +222,7 @@ class CpuConvolution {
   int64_t examples_, threads_;
   CpuWinograd<value_t> winograd_;
   bool by_winograd_;
-  PackedWeights weights_, sums_;  // for the inputs' gradient; for outputs and weights' gradient
+  PackedWeights weights_, sums_;  // for dx; for z and dw
 };
 
 }  // namespace fastmeta

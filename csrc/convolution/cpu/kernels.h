@@ -1,5 +1,5 @@
-// The three maps on ranges of rows (output positions of all examples, in order), for weights that
-// are packed as PackedWeights says: dense convolution by matrix products, depthwise by direct sums.
+// The three maps on ranges of rows (output positions of all examples, in order), for weights packed
+// as PackedWeights says: dense convolution by matrix products, depthwise by direct sums.
 #pragma once
 
 #include <span>
@@ -9,7 +9,7 @@
 
 namespace fastmeta {
 
-// What is multiplied: (x, w) for outputs, (dz, w) for inputs, (dz, x) for weights.
+// Factors of a product: (x, w) for outputs, (dz, w) for inputs, (dz, x) for weights.
 template <typename value_t>
 struct ConvPair {
   const value_t *a, *b;
@@ -23,11 +23,11 @@ void add_to(const value_t* source, int64_t count, value_t* target) {
   at::vec::map2<value_t>([](Vec a, Vec b) { return a + b; }, target, target, source, count);
 }
 
-// Weights with the channels of a tap next to each other: dense [O, taps, C]; depthwise
-// [taps, O / C, C], where PyTorch has [C, O / C, taps]. Both are transposed matrices [C, taps].
+// Weights with the channels of a tap next to each other: dense [O, taps, C]; depthwise [taps, O /
+// C, C], PyTorch's [C, O / C, taps] reordered. Both are transposed matrices [C, taps].
 class PackedWeights {
  public:
-  // [C taps, O], what patches of planes are multiplied with.
+  // Weights [C taps, O], the factor of patches of planes.
   static PackedWeights of_planes(const ConvShape& s) {
     PackedWeights turned(s);
     turned.channels_ = turned.packed_stride_ = s.outputs;
@@ -45,6 +45,7 @@ class PackedWeights {
         packed_step_(s.is_depthwise() ? channels_ : channels_ * taps_),
         packed_stride_(s.is_depthwise() ? s.outputs : channels_) {}
 
+  // One channel or one tap: both orders are the same, nothing to pack.
   bool is_identity() const { return channels_ == 1 || (taps_ == 1 && packed_step_ == step_); }
 
   template <typename value_t>
@@ -76,7 +77,7 @@ class CpuDense {
   int64_t block() const { return patches_.block(); }
   int64_t scratch() const { return patches_.scratch(); }
 
-  // packed: of planes [columns, O], else [O, columns].
+  // Computes outputs; packed: [columns, O] for planes, else [O, columns].
   void output(const Interval& rows, const value_t* x, const value_t* packed, value_t* z, bool adds,
               value_t* scratch) const {
     const auto patches = patches_.gather(x, rows, scratch);
@@ -91,6 +92,7 @@ class CpuDense {
 
   void add_input(const Interval& rows, const value_t* dz, const value_t* packed, value_t* dx,
                  value_t* scratch) const {
+    // For one tap and stride 1 the product is the gradient: no scatter.
     value_t* target = patches_.is_image() ? dx + rows.begin * channels_ : scratch;
     multiply<value_t>(rows.size(), columns(), outputs_, {dz + rows.begin * outputs_, outputs_},
                       packed, target, patches_.is_image());
@@ -102,6 +104,7 @@ class CpuDense {
     const value_t* dz_rows = dz + rows.begin * outputs_;
     auto patches = patches_.gather(x, rows, scratch);
     if (patches_.is_planar()) {
+      // gather() gave the transposed matrix, which is what this product needs.
       patches.transposed = false;
       multiply(columns(), outputs_, rows.size(), patches, dz_rows, sum, adds);
     } else {
@@ -117,7 +120,7 @@ class CpuDense {
   int64_t channels_, outputs_;
 };
 
-// Vectors run over the channels, for each of the O / C outputs that a channel has.
+// Depthwise convolution: vectors run over the channels, for each of the O / C outputs of a channel.
 template <typename value_t>
 class CpuDepthwise {
  public:
@@ -135,6 +138,7 @@ class CpuDepthwise {
               value_t* scratch) const {
     value_t *sum = scratch, *turned = scratch + outputs_;
     axes_.for_each_position(rows, [&](int64_t row, int64_t example, int64_t i, int64_t j) {
+      // Sums are [O / C, C], to vectorise over C; rows of z are [C, O / C].
       std::fill_n(sum, outputs_, value_t(0));
       for_each_tap(example, i, j, [&](int64_t tap, int64_t m, int64_t pixel) {
         add_product(x + pixel, packed + tap + m, sum + m);
@@ -175,7 +179,7 @@ class CpuDepthwise {
  private:
   static constexpr int64_t kRows = 256;
 
-  // [O / C, C] where the outputs are [C, O / C].
+  // Reorders outputs [C, O / C] to [O / C, C].
   const value_t* turned_row(const value_t* dz, int64_t row, value_t* scratch) const {
     const value_t* source = dz + row * outputs_;
     if (multiples_ == 1) return source;
@@ -183,7 +187,7 @@ class CpuDepthwise {
     return scratch;
   }
 
-  // Calls body(place of the tap's weights, of an output's channels, of the pixel's channels).
+  // Calls body(offset of the tap's weights, of an output's channels, of the pixel's channels).
   template <typename Body>
   void for_each_tap(int64_t example, int64_t i, int64_t j, const Body& body) const {
     const ImageAxis &vertical = axes_.vertical, &horizontal = axes_.horizontal;

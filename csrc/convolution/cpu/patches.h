@@ -1,4 +1,4 @@
-// What the kernel of a convolution sees of channels-last images, as a matrix: a row an output
+// Patches of channels-last images as a matrix, the kernel's view of its input: a row an output
 // position of an example, in order over all examples; a column a (tap, channel).
 #pragma once
 
@@ -20,7 +20,8 @@ struct Interval {
   int64_t size() const { return end - begin; }
 };
 
-// One direction of an image: tap t at output position p reads the pixel p stride - padding + t dilation.
+// One direction of an image: tap t at output position p reads the pixel p stride - padding + t
+// dilation.
 struct ImageAxis {
   int64_t size, positions, taps, stride, padding, dilation;
 
@@ -36,7 +37,7 @@ struct ImageAxis {
   Interval positions_inside(int64_t tap) const { return inside(pixel(0, tap), stride, positions); }
 
  private:
-  // The n in [0, count) with 0 <= first + n step < size.
+  // Interval of the n in [0, count) with 0 <= first + n step < size.
   Interval inside(int64_t first, int64_t step, int64_t count) const {
     const int64_t end = std::min(count, ceil_div(std::max<int64_t>(0, size - first), step));
     return {std::min(end, ceil_div(std::max<int64_t>(0, -first), step)), end};
@@ -52,8 +53,8 @@ struct ImageAxes {
 
   int64_t positions() const { return vertical.positions * horizontal.positions; }
 
-  // Calls body(row, example, y, xs) for the lines, or parts of lines, that the rows make up; `row` is
-  // that of the first x.
+  // Calls body(row, example, y, xs) for the lines, or parts of lines, that the rows make up; `row`
+  // is the row of the first x.
   template <typename Body>
   void for_each_line(const Interval& rows, const Body& body) const {
     const int64_t width = horizontal.positions;
@@ -80,18 +81,18 @@ class CpuPatches {
       : axes_(shape),
         channels_(shape.channels),
         columns_(shape.taps() * shape.channels),
-        // A kernel of one pixel that moves by one: the images are the matrix.
+        // For one tap and stride 1 the images are the matrix.
         is_image_(shape.taps() == 1 && shape.stride_h == 1 && shape.stride_w == 1 &&
                   shape.padding_h == 0 && shape.padding_w == 0),
-        // With few channels what is next to each other is short; lines of a channel are longer.
+        // With few channels, runs along channels are short; lines of one channel are longer.
         is_planar_(!is_image_ && channels_ <= kFewChannels) {}
 
   bool is_image() const { return is_image_; }
-  // Then a column is a (channel, tap), and gather() gives the transposed matrix.
+  // Whether a column is a (channel, tap), and gather() gives the transposed matrix.
   bool is_planar() const { return is_planar_; }
   int64_t columns() const { return columns_; }
 
-  // Rows that are worked on at a time: as many as stay in the L2 cache, with all their columns.
+  // Rows of a block: as many as stay in the L2 cache, with all their columns.
   int64_t block() const {
     const int64_t rows = kBlockBytes / (columns_ * static_cast<int64_t>(sizeof(value_t)));
     return std::clamp<int64_t>(rows / 16 * 16, kLeastRows, kMostRows);
@@ -102,7 +103,7 @@ class CpuPatches {
     return block() * columns_ + planes;
   }
 
-  // At most a block of rows; pixels beyond the border are 0.
+  // Gathers at most a block of rows; pixels beyond the border are 0.
   Operand<value_t> gather(const value_t* x, const Interval& rows, value_t* scratch) const {
     if (is_image_) return {x + rows.begin * channels_, channels_};
     if (is_planar_) {
@@ -119,7 +120,7 @@ class CpuPatches {
     return {scratch, columns_};
   }
 
-  // The transpose of gather: adds a matrix [rows, columns] to the images.
+  // Adds a matrix [rows, columns] to the images, the transpose of gather().
   void scatter_add(const value_t* matrix, const Interval& rows, value_t* x) const {
     using Vec = at::vec::Vectorized<value_t>;
     const auto add = [&](int64_t source, int64_t target, int64_t count) {
@@ -136,8 +137,8 @@ class CpuPatches {
 
   int64_t pixels() const { return axes_.vertical.size * axes_.horizontal.size; }
 
-  // Calls inside(place in the matrix, place in the images, count) for what lies next to each other
-  // in both, outside(place in the matrix, count) for what lies beyond the border.
+  // Calls inside(offset in the matrix, in the images, count) for each run that is contiguous in
+  // both, and outside(offset in the matrix, count) for each run beyond the border.
   template <typename Inside, typename Outside>
   void for_each_run(const Interval& rows, const Inside& inside, const Outside& outside) const {
     const ImageAxis &vertical = axes_.vertical, &horizontal = axes_.horizontal;
@@ -163,8 +164,8 @@ class CpuPatches {
     });
   }
 
-  // The transposed matrix, [columns, rows]. Of several channels the lines that are read are turned
-  // to planes first.
+  // Gathers the transposed matrix, [columns, rows]. If there are several channels, the lines that
+  // are read are transposed to planes first.
   void gather_planes(const value_t* x, const Interval& rows, value_t* matrix,
                      value_t* planes) const {
     const int64_t positions = axes_.positions();
@@ -198,7 +199,7 @@ class CpuPatches {
     return {begin, std::clamp(vertical.pixel(last, vertical.taps - 1) + 1, begin, vertical.size)};
   }
 
-  // What a tap reads of one channel of one image at the rows.
+  // Copies the pixels that a tap reads of one channel of one image, at the rows.
   void copy_plane(const value_t* plane, int64_t tap, const Interval& rows, value_t* target) const {
     const ImageAxis &vertical = axes_.vertical, &horizontal = axes_.horizontal;
     const int64_t i = tap / horizontal.taps, j = tap % horizontal.taps;

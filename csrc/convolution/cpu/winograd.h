@@ -1,15 +1,15 @@
-// The three maps of a convolution of 3 x 3 taps that move by one, on the CPU, by the minimal filtering
-// of Winograd (Lavin, Gray 2016, arXiv 1509.09308): a tile of 2 x 2 outputs of a channel takes 16
+// The three maps of a convolution of 3 x 3 taps and stride 1, on the CPU, by Winograd's minimal
+// filtering (Lavin, Gray 2016, arXiv 1509.09308): a tile of 2 x 2 outputs of a channel takes 16
 // multiplications instead of 36. With tiles x 4 x 4 of the inputs, z and dz 2 x 2, and g 3 x 3,
 //
 //   U = G g G',  V = B' x B,  z  = A' [sum over channels of U V] A
 //   D = A dz A',              dg = G' [sum over tiles of D V] G
 //
-// and dx is the z of dz and turned weights. The factors are 0, 1 and 1/2: float32 loses no more
-// digits than in sums of products one after the other. A number that is not finite reaches all of a
-// tile's outputs.
+// and dx is the z of dz and rotated weights. The factors are 0, 1 and 1/2: float32 loses no more
+// digits than in plain sums of products. A number that is not finite reaches all outputs of its
+// tile.
 //
-// Tiles are worked on a block of lines at a time, cut at the same places whatever the threads.
+// Tiles are computed a block of lines at a time, cut at the same places for any number of threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -41,14 +41,14 @@ class CpuWinograd {
         examples_(examples),
         threads_(threads) {}
 
-  // Multiplications and what else takes as long, for each pair of channels, of this way and of sums of
-  // nine products.
+  // Whether minimal filtering pays. Compares, for each pair of channels, the multiplications and
+  // other work of both methods; the other sums nine products.
   bool pays() const {
     const int64_t tiles = examples_ * z_.lines() * z_.columns();
     return kPlaces * tiles * 6 / 5 + kWeightCost < 9 * examples_ * shape_.out_positions();
   }
 
-  // Elements for each thread that shares a call.
+  // Workspace elements, for each thread that shares a call.
   static int64_t scratch(const ConvShape& shape) {
     const CpuWinograd one(shape, 1, 1);
     const int64_t lines = std::max(one.block_lines(one.x_), one.block_lines(one.z_));
@@ -58,7 +58,7 @@ class CpuWinograd {
     return 2 * one.weights() + std::max(of_block, shape.weight_size());
   }
 
-  // z (+)= bias + the sum over pairs; see CpuConvolution.
+  // Computes z (+)= bias + the sum over pairs; see CpuConvolution.
   template <typename After>
   void output(ConvPairs<value_t> pairs, value_t* z, const value_t* bias, bool adds,
               value_t* scratch, const After& after) const {
@@ -77,7 +77,7 @@ class CpuWinograd {
              scratch, [](const Interval&) {});
   }
 
-  // The sum over pairs, [C taps, O], which is behind the first `weights` numbers of scratch.
+  // Computes the sum over pairs, [C taps, O], behind the first `weights` numbers of scratch.
   const value_t* weight(ConvPairs<value_t> pairs, value_t* scratch) const {
     const int64_t lines = block_lines(z_), all = examples_ * z_.lines();
     const int64_t chunk = kBlocksOfSum * lines, chunks = ceil_div(all, chunk);
@@ -114,14 +114,14 @@ class CpuWinograd {
   int64_t weights() const { return kPlaces * shape_.channels * shape_.outputs; }
   value_t* own(value_t* scratch) const { return scratch + 2 * weights(); }
 
-  // From a place of 4 x 4 to the next, of so many tiles: an odd number of cache lines, so that
-  // the 16 do not meet in the same sets.
+  // Distance between two of the 16 places, for so many tiles: an odd number of cache lines, so that
+  // the 16 do not fall into the same cache sets.
   static int64_t place_stride(int64_t tiles, int64_t channels) {
     const int64_t vectors = tiles * channels / kWidth;
     return (vectors | 1) * kWidth;
   }
 
-  // Lines of tiles that are worked on at a time.
+  // Lines of tiles in a block.
   int64_t block_lines(const TileGrid& grid) const {
     const int64_t bytes =
         kPlaces * (shape_.channels + shape_.outputs) * static_cast<int64_t>(sizeof(value_t));
@@ -137,7 +137,7 @@ class CpuWinograd {
     });
   }
 
-  // For both directions: images `in` to those of `grid`, with weights [16, C, O] in scratch.
+  // Maps images `in` to the images of `grid` with weights [16, C, O] in scratch; serves both directions.
   template <typename After>
   void convolve(const ImageSize& in, const TileGrid& grid, int64_t padding_h, int64_t padding_w,
                 ConvPairs<value_t> pairs, value_t* target, const value_t* bias, bool adds,
@@ -167,7 +167,7 @@ class CpuWinograd {
     });
   }
 
-  // sums [16, C, O] (+)= those over the tiles of some lines.
+  // Adds the sums over the tiles of some lines to sums [16, C, O], or stores them.
   void join_weights(const Interval& lines, const ConvPair<value_t>& pair, value_t* sums, bool adds,
                     value_t* own) const {
     const int64_t tiles = lines.size() * z_.columns();
@@ -182,18 +182,18 @@ class CpuWinograd {
     }
   }
 
-  // U [16, C, O] from w [O, C, 9].
+  // Computes U [16, C, O] from w [O, C, 9].
   void make_output_weights(const value_t* w, value_t* u, value_t* own) const {
     PackedWeights::of_planes(shape_).pack(w, own);
     to_places(own, shape_.channels, 9 * shape_.outputs, shape_.outputs, shape_.outputs, false, u);
   }
-  // U [16, O, C] of the weights that are turned by 180 degrees.
+  // Computes U [16, O, C] of the weights rotated by 180 degrees.
   void make_input_weights(const value_t* w, value_t* u, value_t* own) const {
     PackedWeights(shape_).pack(w, own);
     to_places(own, shape_.outputs, 9 * shape_.channels, shape_.channels, shape_.channels, true, u);
   }
 
-  // u [16, rows, columns] of taps, which are tap_stride apart, each a row of columns.
+  // Transforms taps, tap_stride apart and each with rows of columns, to u [16, rows, columns].
   static void to_places(const value_t* taps, int64_t rows, int64_t row_stride, int64_t tap_stride,
                         int64_t columns, bool turned, value_t* u) {
     for (int64_t row = 0; row < rows; ++row) {
@@ -211,7 +211,7 @@ class CpuWinograd {
     }
   }
 
-  // The gradient [C, 9, O] from its sums.
+  // Computes the gradient [C, 9, O] from its sums.
   void from_places(const value_t* sums, value_t* gradient) const {
     const int64_t channels = shape_.channels, outputs = shape_.outputs;
     for (int64_t row = 0; row < channels; ++row) {

@@ -10,21 +10,21 @@
 
 namespace fastmeta {
 
-// Channels-last images.
+// Size of channels-last images.
 struct ImageSize {
   int64_t height, width, channels;
 
   int64_t elements() const { return height * width * channels; }
 };
 
-// Tiles of 2 x 2 pixels, line by line of each image; those of 4 x 4 around them in other images begin
-// `padding` before.
+// Tiles of 2 x 2 pixels, line by line of each image. The tiles of 4 x 4 around them in the other
+// images begin `padding` before.
 struct TileGrid {
   ImageSize image;
 
   int64_t lines() const { return ceil_div(image.height, int64_t(2)); }
   int64_t columns() const { return ceil_div(image.width, int64_t(2)); }
-  // Positions of the images that lines of tiles have.
+  // Positions of the images in lines of tiles.
   Interval rows(const Interval& tile_lines) const {
     return {row_of(tile_lines.begin), row_of(tile_lines.end)};
   }
@@ -42,7 +42,7 @@ struct Winograd {
   using Vec = at::vec::Vectorized<value_t>;
   static constexpr int64_t kWidth = Vec::size(), kPlaces = 16;
 
-  // Along one direction.
+  // Transforms along one direction.
   static void to_v(const Vec (&d)[4], Vec (&v)[4]) {
     v[0] = d[0] - d[2];
     v[1] = d[1] + d[2];
@@ -73,7 +73,8 @@ struct Winograd {
     g[2] = sum + s[3];
   }
 
-  // Along both: fn is one of the above, target [kTo][kTo] of source [kFrom][kFrom].
+  // Transforms along both directions: fn is one of the above, target [kTo][kTo], source
+  // [kFrom][kFrom].
   template <int kFrom, int kTo>
   static void both(void (&fn)(const Vec (&)[kFrom], Vec (&)[kTo]),
                    const Vec (&source)[kFrom][kFrom], Vec (&target)[kTo][kTo]) {
@@ -92,15 +93,14 @@ struct Winograd {
   }
 };
 
-// The transforms of all tiles of some lines; arrays [16][tiles, C], whose 16 places are `stride`
-// apart.
+// Transforms of all tiles of some lines; arrays [16][tiles, C], whose 16 places are `stride` apart.
 template <typename value_t>
 struct WinogradTiles {
   using W = Winograd<value_t>;
   using Vec = typename W::Vec;
   static constexpr int64_t kPlaces = W::kPlaces, kWidth = W::kWidth;
 
-  // body(example, tile line within it, first tile) for each line of tiles.
+  // Calls body(example, tile line within it, first tile) for each line of tiles.
   template <typename Body>
   static void for_each_line(const TileGrid& grid, const Interval& lines, const Body& body) {
     for (int64_t line = lines.begin; line < lines.end; ++line) {
@@ -108,8 +108,8 @@ struct WinogradTiles {
     }
   }
 
-  // V [16][tiles, C] of images, whose pixels beyond the border are 0. Neighbouring tiles share two of
-  // their four columns.
+  // Computes V [16][tiles, C] of images; pixels beyond the border are 0. Neighbouring tiles share
+  // two of their four columns.
   static void to_v(const value_t* images, const ImageSize& in, const TileGrid& grid,
                    const Interval& lines, int64_t padding_h, int64_t padding_w, value_t* v,
                    int64_t stride) {
@@ -152,7 +152,7 @@ struct WinogradTiles {
     });
   }
 
-  // fn(pixel's elements, i, j) for those of the 2 x 2 pixels of a tile that the image has.
+  // Calls fn(pixel's elements, i, j) for the pixels of a 2 x 2 tile that lie in the image.
   template <typename Fn>
   static void for_each_pixel(const TileGrid& grid, int64_t example, int64_t line, int64_t tile,
                              const Fn& fn) {

@@ -1,4 +1,4 @@
-// The half types' kernels, in a file of their own so that both files compile at once.
+// Kernels of the half types, in a file of their own so that both files compile at once.
 #include "convolution/cuda/convolution_kernel.cuh"
 
 namespace fastmeta {

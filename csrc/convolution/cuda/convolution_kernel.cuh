@@ -1,9 +1,9 @@
-// Convolutions of all tasks as matrix products whose operands are patches of images; see patches.cuh.
-//
-// As in execution/cuda/grid_product.cuh a block owns a tile of a task's C and all of the sum or a
-// split, a thread 4 x 4, 8 x 4 or 8 x 8 sums; both pairs go into the same sums. No array of patches
-// is in global memory, where it would be taps times as large as the images. float32 is IEEE's, or
-// TF32 in tensor cores where that is allowed; half types are summed in float32 in tensor cores.
+// Convolutions of all tasks as matrix products whose operands are patches of images; see
+// patches.cuh.
+// A block owns a tile of a task's C and all or a split of the sum; a thread 4 x 4, 8 x 4 or 8 x 8
+// sums, as in execution/cuda/grid_product.cuh. Both pairs go into the same sums.
+// No array of patches is in global memory: it would be taps times as large as the images. float32
+// is IEEE's, or TF32 in tensor cores if allowed; half types are summed in float32 in tensor cores.
 #pragma once
 
 #include "convolution/cuda/launch.cuh"
@@ -12,13 +12,13 @@
 
 namespace fastmeta {
 
-// Large tiles are for float alone; for double the registers do not suffice.
+// Large tiles serve float only: for double the registers do not suffice.
 using LargeImageTile = ProductTile<128, 64, 8, 8, 8, 3>;
-using NarrowImageTile = ProductTile<128, 32, 8, 8, 4, 2>;  // of few channels
+using NarrowImageTile = ProductTile<128, 32, 8, 8, 4, 2>;  // for few channels
 using SmallImageTile = SmallProduct;
 using LargeWeightTile = ProductTile<64, 128, 8, 8, 8, 3>;
-using ShortWeightTile = ProductTile<32, 128, 8, 4, 8, 2>;   // of few outputs
-using NarrowWeightTile = ProductTile<64, 32, 16, 4, 4, 4>;  // of few channels
+using ShortWeightTile = ProductTile<32, 128, 8, 4, 8, 2>;   // for few outputs
+using NarrowWeightTile = ProductTile<64, 32, 16, 4, 4, 4>;  // for few channels
 using SmallWeightTile = SmallProduct;
 
 template <typename value_t>
@@ -26,7 +26,7 @@ struct GridConvolution {
   GridProduct<value_t> g;
   ConvSizes sizes;
   bool wide;                      // kPatchPack channels can be read at once
-  Array<acc_t<value_t>> moments;  // [row tiles, 2, n], where wanted
+  Array<acc_t<value_t>> moments;  // [row tiles, 2, n], or null
 };
 
 template <MapTo to, typename Sums, typename Tile, typename value_t>
@@ -34,6 +34,7 @@ __device__ Sums convolution_sums(const GridConvolution<value_t>& c,
                                  const ProductPlace<Tile>& place) {
   const auto& p = c.g.p;
   if constexpr (to == MapTo::kWeight) {
+    // dz is a plain matrix; only x has patches.
     OperandSlices<value_t, Tile::kRows, Tile::kDepth, Tile::kThreads> a(false, place.row, p.m, p.k);
     PatchColumns<value_t, Tile> b(c.sizes, c.wide, place.column, p.k);
     return sums_of_slices<Sums>(c.g, place, a, b);
@@ -44,7 +45,7 @@ __device__ Sums convolution_sums(const GridConvolution<value_t>& c,
   }
 }
 
-// Weights are summed as [O, taps, C] and stored as [O, C, taps].
+// Stores weights, summed as [O, taps, C], as [O, C, taps].
 template <typename value_t, int count>
 __device__ void store_weights(const ProductTarget<value_t>& target, const ConvSizes& sizes,
                               int64_t row, int64_t column,
@@ -54,13 +55,14 @@ __device__ void store_weights(const ProductTarget<value_t>& target, const ConvSi
     if (column + j >= target.n) return;
     const int tap = int(column + j) / sizes.channels, channel = int(column + j) % sizes.channels;
     value_t* place = target.c + row * target.n + channel * sizes.taps() + tap;
+    // Scattered stores: neighbours in memory are taps, neighbours in the tile channels.
     const auto sum = target.adds ? widen(*place) + target.factor * numbers[j] : numbers[j];
     *place = narrow<value_t>(sum);
   }
 }
 
-// Of the sums of each column of the tile: first a thread's own, then those of the lanes that share
-// its columns.
+// Moments of each column of the tile: first of a thread's own sums, then merged over the lanes that
+// share its columns.
 template <typename Tile, typename value_t, typename Sums>
 __device__ void store_moments(const GridConvolution<value_t>& c, const ProductPlace<Tile>& place,
                               const Sums& sums) {
@@ -75,6 +77,7 @@ __device__ void store_moments(const GridConvolution<value_t>& c, const ProductPl
     ChannelMoments<value_t> own{0, 0, count};
 #pragma unroll
     for (int i = 0; i < Tile::kM; ++i) own.first += sums.sum[i][j];  // 0 past the end
+    // A thread whose rows all lie past the end has count 0, and merges as nothing.
     own.first /= count > 0 ? count : value_t(1);
 #pragma unroll
     for (int i = 0; i < Tile::kM; ++i) {
@@ -87,6 +90,7 @@ __device__ void store_moments(const GridConvolution<value_t>& c, const ProductPl
   const int64_t column = place.column + threadIdx.x;
   if (threadIdx.x >= Tile::kColumns || column >= p.n) return;
   ChannelMoments<value_t> moments = lanes[0][threadIdx.x];
+  // In the order of lanes, so that the bits are fixed.
   for (int lane = 1; lane < kLanes; ++lane) moments.merge(lanes[lane][threadIdx.x]);
   value_t* target = c.moments.data + place.task * c.moments.task_stride +
                     place.row / Tile::kRows * 2 * p.n + column;
@@ -100,6 +104,7 @@ __global__ void __launch_bounds__(Tile::kThreads, sizeof(value_t) == 4 ? 3 : 2)
   const ProductPlace<Tile> place(c.g);
   const ProductTarget<value_t> target(c.g, place.task, place.split);
   const Sums sums = convolution_sums<to, Sums>(c, place);
+  // Parts of split weights stay [O, taps, C]; SumOfConvolution transposes them.
   const bool in_place = to == MapTo::kWeight && c.g.splits == 1;
 #pragma unroll
   for (int i = 0; i < Tile::kM; ++i) {
@@ -116,11 +121,12 @@ __global__ void __launch_bounds__(Tile::kThreads, sizeof(value_t) == 4 ? 3 : 2)
     }
   }
   if constexpr (to == MapTo::kOutput && !is_reduced<value_t>) {
+    // From registers: saves a pass over z.
     if (c.moments) store_moments(c, place, sums);
   }
 }
 
-// The host's side: which tile, and how the sums are shared.
+// Host side: chooses the tile, and how the sums are split.
 template <typename value_t>
 class ConvolutionLauncher {
  public:
@@ -165,6 +171,7 @@ class ConvolutionLauncher {
   template <MapTo to>
   LaunchedConvolution<value_t> to_image() const {
     if constexpr (!std::is_same_v<value_t, double>) {
+      // Larger tiles read less for each product, but only pay if every multiprocessor gets one.
       if (p_.n > NarrowImageTile::kColumns && fills<LargeImageTile>()) {
         return in<to, LargeImageTile>();
       }
@@ -187,7 +194,7 @@ class ConvolutionLauncher {
     return in<MapTo::kWeight, SmallWeightTile>();
   }
 
-  // Whether there is such a tile for each multiprocessor.
+  // Whether this tile gives each multiprocessor a block.
   template <typename Tile>
   bool fills() const {
     return ceil_div(p_.m, Tile::kRows) * ceil_div(p_.n, Tile::kColumns) * tasks_ >=
@@ -215,6 +222,7 @@ class ConvolutionLauncher {
     const int64_t tiles = tasks_ * c.g.row_tiles * c.g.column_tiles;
     split_sums(c.g, tiles, multiprocessors_ * Tile::kBlocks, parts_);
     const int64_t numbers = c.g.row_tiles * 2 * p_.n;
+    // Moments share the memory of parts, so a launch has one or the other.
     const bool fit = tasks_ * numbers <= multiprocessors_ * kMostConvolutionParts;
     if (c_.moments && c.g.splits == 1 && !p_.into.adds && fit) c.moments = {parts_, numbers};
     const auto error = launch(convolution_kernel<to, Sums, Tile, value_t>, tiles * c.g.splits,
@@ -222,12 +230,13 @@ class ConvolutionLauncher {
     return {c.g, c.moments, Tile::kRows, error};
   }
 
-  // Of the images that patches are of.
+  // Whether the images behind the patches allow wide reads.
   bool is_wide() const {
     const bool of_dz = c_.to == MapTo::kInput;
     bool wide = (of_dz ? c_.shape.outputs : c_.shape.channels) % kPatchPack == 0;
     for (int pair = 0; pair < c_.pairs; ++pair) {
       const auto& images = c_.to == MapTo::kWeight ? c_.b[pair] : c_.a[pair];
+      // Every task's images must be aligned, not only the first one's.
       wide = wide && reinterpret_cast<uintptr_t>(images.data) % kAccessBytes == 0 &&
              images.task_stride % kPatchPack == 0;
     }

@@ -1,14 +1,14 @@
-// Depthwise convolutions, groups C: output o reads channel o / (O / C) alone. Each element of C is
-// summed where it is: there is nothing that a tile could share but the taps' numbers.
+// Depthwise convolutions, groups C: output o reads only channel o / (O / C). A thread sums an
+// element of C in a register: a tile could share nothing but the taps' numbers.
 #pragma once
 
 #include "execution/conv_shape.h"
-#include "execution/cuda/grid_cells.cuh"
+#include "execution/cuda/grid_accumulators.cuh"
 #include "execution/elementwise.h"
 
 namespace fastmeta {
 
-// z and dx of all pairs, and what follows: a cell is an element.
+// Computes z and dx of all pairs, then finish; an accumulator is an element.
 template <typename value_t, typename Finish>
 struct DepthwiseImage {
   using number_t = acc_t<value_t>;
@@ -16,7 +16,7 @@ struct DepthwiseImage {
   int64_t out_height, out_width;
   Finish finish;
 
-  __device__ void operator()(const GlobalCell<value_t>& at) const {
+  __device__ void operator()(const GlobalAccumulator<value_t>& at) const {
     const ConvShape& s = c.shape;
     const bool to_z = c.to == MapTo::kOutput;
     const int64_t channels = to_z ? s.outputs : s.channels, channel = at.index % channels;
@@ -32,9 +32,9 @@ struct DepthwiseImage {
   }
 
  private:
-  // What a tap gives to z.
-  __device__ number_t of_z(const GlobalCell<value_t>& at, int64_t image, int64_t h, int64_t w,
-                           int64_t output, int64_t tap) const {
+  // Product that a tap adds to z.
+  __device__ number_t of_z(const GlobalAccumulator<value_t>& at, int64_t image, int64_t h,
+                           int64_t w, int64_t output, int64_t tap) const {
     const ConvShape& s = c.shape;
     const int64_t y = h * s.stride_h - s.padding_h + tap / s.kernel_w * s.dilation_h;
     const int64_t x = w * s.stride_w - s.padding_w + tap % s.kernel_w * s.dilation_w;
@@ -48,9 +48,9 @@ struct DepthwiseImage {
     return sum;
   }
 
-  // What a tap gives to dx.
-  __device__ number_t of_dx(const GlobalCell<value_t>& at, int64_t image, int64_t h, int64_t w,
-                            int64_t channel, int64_t tap) const {
+  // Product that a tap adds to dx.
+  __device__ number_t of_dx(const GlobalAccumulator<value_t>& at, int64_t image, int64_t h,
+                            int64_t w, int64_t channel, int64_t tap) const {
     const ConvShape& s = c.shape;
     const int64_t y = h + s.padding_h - tap / s.kernel_w * s.dilation_h;
     const int64_t x = w + s.padding_w - tap % s.kernel_w * s.dilation_w;
@@ -69,19 +69,20 @@ struct DepthwiseImage {
   }
 };
 
-// An element of dw, and what follows: a row, whose team shares the positions.
+// Computes an element of dw, then finish; a row is an element, whose thread group shares the
+// positions.
 template <typename value_t, typename Finish>
 struct DepthwiseWeight {
   Convolution<value_t> c;
   int64_t out_height, out_width;
   Finish finish;
 
-  __device__ void operator()(const GlobalTeam<value_t>& team, int64_t element) const {
+  __device__ void operator()(const GlobalThreadGroup<value_t>& group, int64_t element) const {
     const ConvShape& s = c.shape;
     const int64_t tap = element % s.taps(), output = element / s.taps();
     const int64_t channel = output / (s.outputs / s.channels);
     acc_t<value_t> sum = 0;
-    for (int64_t z = team.lane; z < c.examples * out_height * out_width; z += team.size) {
+    for (int64_t z = group.lane; z < c.examples * out_height * out_width; z += group.size) {
       const int64_t line = z / out_width, image = line / out_height;
       const int64_t y =
           line % out_height * s.stride_h - s.padding_h + tap / s.kernel_w * s.dilation_h;
@@ -89,12 +90,12 @@ struct DepthwiseWeight {
       if (y < 0 || y >= s.height || x < 0 || x >= s.width) continue;
       const int64_t place = ((image * s.height + y) * s.width + x) * s.channels + channel;
       for (int pair = 0; pair < c.pairs; ++pair) {
-        sum += team.load(c.a[pair], z * s.outputs + output) * team.load(c.b[pair], place);
+        sum += group.load(c.a[pair], z * s.outputs + output) * group.load(c.b[pair], place);
       }
     }
-    sum = team.sum(sum);
-    if (team.lane != 0) return;
-    const GlobalCell<value_t> at{team.task, element};
+    sum = group.sum(sum);
+    if (group.lane != 0) return;
+    const GlobalAccumulator<value_t> at{group.task, element};
     store_sum(at, c.c, c.into, sum);
     finish(at);
   }

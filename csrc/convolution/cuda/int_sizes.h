@@ -1,5 +1,5 @@
-// Which sizes the CUDA kernels can count: within an image, a row of the weights and along a side they
-// compute in 32 bits; from one image, row or task to another in 64.
+// Sizes that the CUDA kernels can count. Within an image, a row of the weights and along a side
+// they compute in 32 bits; from one image, row or task to another in 64.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -12,14 +12,15 @@
 namespace fastmeta {
 
 inline constexpr int64_t kMostInInt = std::numeric_limits<int>::max();
-// Of a tile and of a slice of a product: how far past the end of a matrix a thread counts.
+// Distance past the end of a matrix up to which a thread counts: of a tile, and of a slice of a
+// product.
 inline constexpr int64_t kPastEnd = 128;
-// Along a side, where -2^30 is nowhere (kNowhere) and adding a distance leaves it negative.
+// Longest side: -2^30 (kNowhere) lies outside, and stays negative when a distance is added.
 inline constexpr int64_t kMostOfSide = 1 << 30;
 
 inline void check_counts_in_int(const ConvShape& s, const char* op) {
   const auto check = [op](const char* what, int64_t size, int64_t most) {
-    TORCH_CHECK(size <= most, op, ": ", what, " must be at most ", most, " on CUDA, got ", size);
+    TORCH_CHECK(size <= most, op, ": ", what, ": expected at most ", most, " on CUDA, got ", size);
   };
   if (s.is_depthwise()) return;  // counted in 64 bits
   check("numbers of an input image (channels x height x width)", s.channels * s.in_positions(),

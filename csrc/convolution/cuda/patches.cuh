@@ -1,11 +1,12 @@
-// Operands of a convolution as a matrix product, C = A B, on their way from global to shared memory:
+// Operands of a convolution as a matrix product, C = A B, on their way from global to shared
+// memory:
 //
 //   to z    A [positions of z, taps x C] patches of x,         B [taps x C, O] weights
 //   to dx   A [positions of x, taps x O] patches of dz,        B [taps x O, C] weights
 //   to dw   A [O, positions of z] of dz,                       B [positions, taps x C] patches of x
 //
-// Patches are made as they are read. What they have in common with a slice, the tap and channel or
-// the position, a thread carries from one slice to the next, so that it divides only where it begins.
+// Patches are made as they are read. A thread carries its tap and channel, or its position, from
+// one slice to the next, so that it divides only at the start.
 #pragma once
 
 #include "execution/conv_shape.h"
@@ -13,7 +14,7 @@
 
 namespace fastmeta {
 
-// A ConvShape in numbers that a thread computes with quickly.
+// Sizes of a ConvShape as 32-bit numbers, with which a thread computes quickly.
 struct ConvSizes {
   int channels, outputs, height, width, out_height, out_width;
   int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
@@ -38,10 +39,10 @@ struct ConvSizes {
 };
 
 inline constexpr int kPatchPack = 4;         // channels that are read at once
-inline constexpr int kNowhere = -(1 << 30);  // of a position that is in no image
+inline constexpr int kNowhere = -(1 << 30);  // offset of a position in no image
 
-// Where a tap of a position is in images of size [height, width], along one dimension: in x for a
-// position of z, or in dz for one of x; negative where nowhere.
+// Coordinate of a tap in images of size [height, width], along one dimension: in x for a position
+// of z, or in dz for a position of x. Negative if outside.
 __device__ inline int tap_in_x(int place, int tap, int dilation, int size) {
   const int at = place + tap * dilation;
   return at >= 0 && at < size ? at : -1;
@@ -49,11 +50,13 @@ __device__ inline int tap_in_x(int place, int tap, int dilation, int size) {
 __device__ inline int tap_in_dz(int place, int tap, int dilation, int stride, int size) {
   const int at = place - tap * dilation;
   if (at < 0) return -1;
+  // Avoids two divisions in the common case.
   if (stride == 1) return at < size ? at : -1;
+  // Only every stride-th place was an output.
   return at % stride == 0 && at / stride < size ? at / stride : -1;
 }
 
-// Rows of A to z and to dx: a thread has one position, and of each slice kCount neighbours in k,
+// Rows of A to z and to dx. A thread has one position, and of each slice kCount neighbours in k,
 // which runs over taps and then channels.
 template <typename value_t, MapTo to, typename Tile>
 class PatchRows {
@@ -68,6 +71,7 @@ class PatchRows {
     const int row_height = to == MapTo::kOutput ? s.out_height : s.height;
     const int64_t line = row / row_width;
     const int h = int(line % row_height), w = int(row % row_width);
+    // Rows past the end take the address of image 0 and kNowhere: every tap is outside.
     const bool is_there = row < rows;
     image_ = is_there ? line / row_height * height() * width() * channels() : 0;
     if constexpr (to == MapTo::kOutput) {
@@ -81,6 +85,7 @@ class PatchRows {
 
   // Starts the loads of the slice from k on.
   __device__ void fetch(const value_t* data, int64_t k) {
+    // Divides only at the start of a split or pair.
     if (k != next_) seek(int(k) + int(threadIdx.x) / Tile::kRows * kCount);
     next_ = k + Tile::kDepth;
     const value_t* image = data + image_;
@@ -88,6 +93,7 @@ class PatchRows {
 #pragma unroll
       for (int i = 0; i < kCount; i += kPatchPack) {
         Pack<value_t, kPatchPack> pack{};
+        // `wide` guarantees that a pack lies within one tap.
         if (offset_ >= 0) pack = *as_packs<kPatchPack>(image + offset_ + channel_);
 #pragma unroll
         for (int j = 0; j < kPatchPack; ++j) raw_[i + j] = pack[j];
@@ -100,6 +106,7 @@ class PatchRows {
         skip(1);
       }
     }
+    // The other threads of this row read the rest of the slice.
     skip(Tile::kDepth - kCount);
   }
 
@@ -118,7 +125,7 @@ class PatchRows {
   }
 
  private:
-  // Of the images that the patches are of.
+  // Channels of the images behind the patches.
   __device__ int channels() const { return to == MapTo::kOutput ? s_.channels : s_.outputs; }
   __device__ int height() const { return to == MapTo::kOutput ? s_.height : s_.out_height; }
   __device__ int width() const { return to == MapTo::kOutput ? s_.width : s_.out_width; }
@@ -143,7 +150,7 @@ class PatchRows {
     }
   }
 
-  // Where the tap's channels are in the image, negative where nowhere.
+  // Finds the tap's channels in the image; negative if outside.
   __device__ void find_tap() {
     int h, w;
     if constexpr (to == MapTo::kOutput) {
@@ -153,6 +160,7 @@ class PatchRows {
       h = tap_in_dz(h_, tap_h_, s_.dilation_h, s_.stride_h, s_.out_height);
       w = tap_in_dz(w_, tap_w_, s_.dilation_w, s_.stride_w, s_.out_width);
     }
+    // Past the last tap a slice is filled with zeros.
     const bool is_there = tap_h_ < s_.kernel_h && h >= 0 && w >= 0;
     offset_ = is_there ? (h * width() + w) * channels() : -1;
   }
@@ -164,8 +172,8 @@ class PatchRows {
   value_t raw_[kCount];
 };
 
-// Columns of B to z and to dx: weights, which are in memory as [O, C, taps]. A thread has one k of
-// each slice, and every kStep-th column.
+// Columns of B to z and to dx: weights, in memory [O, C, taps]. A thread has one k of each slice,
+// and every kStep-th column.
 template <typename value_t, MapTo to, typename Tile>
 class WeightColumns {
   static constexpr int kStep = Tile::kThreads / Tile::kDepth, kCount = Tile::kColumns / kStep;
@@ -186,6 +194,7 @@ class WeightColumns {
     const value_t* source = data + channel_ * channel_stride + tap_ + column_ * column_stride;
 #pragma unroll
     for (int i = 0; i < kCount; ++i, source += kStep * column_stride) {
+      // Zeros past the ends add nothing to the sums.
       const bool is_there = tap_ < s_.taps() && column_ + i * kStep < columns;
       raw_[i] = is_there ? *source : value_t{};
     }
@@ -219,7 +228,7 @@ class WeightColumns {
   value_t raw_[kCount];
 };
 
-// Columns of B to dw: a thread has kPatchPack neighbours of taps x channels, and every kLanes-th
+// Columns of B to dw. A thread has kPatchPack neighbours of taps x channels, and every kLanes-th
 // word of positions of z.
 template <typename value_t, typename Tile>
 class PatchColumns {
@@ -238,6 +247,7 @@ class PatchColumns {
     for (int j = 0; j < kPatchPack; ++j) {
       const int tap = (first + j) / s.channels;
       channel_[j] = (first + j) % s.channels;
+      // The tap's shift is fixed for a column; positions move along k.
       h_[j] = tap < s.taps() ? tap / s.kernel_w * s.dilation_h - s.padding_h : kNowhere;
       w_[j] = tap % s.kernel_w * s.dilation_w - s.padding_w;
     }
@@ -250,10 +260,12 @@ class PatchColumns {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       raw_[i] = read(data);
+      // Half types read two neighbours for one word, then jump over the other lanes' words.
       const int step = i % kTwo == kTwo - 1 ? kTwo * (kLanes - 1) + 1 : 1;
       out_w_ += step;
       while (out_w_ >= s_.out_width) {
         out_w_ -= s_.out_width;
+        // Carries like a counter: column, line, image.
         if (++out_h_ < s_.out_height) continue;
         out_h_ = 0;
         image_ += int64_t(s_.height) * s_.width * s_.channels;
@@ -295,6 +307,7 @@ class PatchColumns {
     if (position_ >= positions_) return numbers;
     const value_t* image = data + image_;
     if (wide_) {
+      // A wide pack has one tap, so its first channel tells where all are.
       const int place = offset(0);
       if (place >= 0) numbers = *as_packs<kPatchPack>(image + place);
       return numbers;

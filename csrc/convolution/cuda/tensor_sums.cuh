@@ -1,6 +1,6 @@
-// A thread's sums of a tile, as ThreadSums has them, but made by tensor cores: operands are float
-// rounded to TF32, or half types; products and sums are those of float32. A warp has 8 kM x 4 kN of
-// the tile; of its accesses to a slice, whose rows are kWidth words apart, no two meet in a bank.
+// Sums of a tile as in ThreadSums, but by tensor cores: operands are float rounded to TF32, or half
+// types; products and sums are float32. A warp owns 8 kM x 4 kN of the tile. Rows of a slice are
+// kWidth words apart, so that no two of its accesses fall into one bank.
 #pragma once
 
 #include "common/cuda/mma.cuh"
@@ -8,7 +8,7 @@
 
 namespace fastmeta {
 
-template <typename T, typename value_t>  // tensor cores are done with a slice sooner
+template <typename T, typename value_t>  // tensor cores need deeper slices
 using DeepTile =
     ProductTile<T::kRows, T::kColumns, 16 * kInWord<value_t>, T::kM, T::kN, T::kBlocks>;
 
@@ -19,6 +19,7 @@ struct TensorSums {
   static constexpr int kWarpsAcross = Tile::kColumns / kWarpColumns;
   static_assert(Tile::kM % 2 == 0 && Tile::kN % 2 == 0 && kWords % kMmaWords == 0);
   static_assert(Tile::kRows % kWarpRows == 0 && Tile::kColumns % kWarpColumns == 0);
+  // 4 rows of k, 8 words apart, and 8 neighbours in each: 32 banks.
   static_assert(Tile::kWidth % kWarp == 8);
 
   float sum[Tile::kM][Tile::kN] = {};
@@ -28,6 +29,7 @@ struct TensorSums {
   static __device__ int lane_row() { return threadIdx.x % kWarp / 4; }
   static __device__ int lane_column() { return threadIdx.x % 4; }
 
+  // Layout of D in mma.cuh: two sums of an instruction are 8 rows apart.
   static __device__ int row(int i) { return warp_row() + i / 2 * 16 + i % 2 * 8 + lane_row(); }
   static __device__ int column(int j) {
     return warp_column() + j / 2 * 8 + lane_column() * 2 + j % 2;
@@ -43,6 +45,7 @@ struct TensorSums {
 
   __device__ void add(const value_t* slice) {
     constexpr int kHalf = kMmaWords / 2 * Tile::kWidth;
+    // A word has two neighbours in k of a half type, as the instruction wants them.
     const auto* words = as_packs<kInWord<value_t>>(slice);
 #pragma unroll
     for (int k = 0; k < kWords; k += kMmaWords) {

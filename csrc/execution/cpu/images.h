@@ -12,9 +12,9 @@
 
 namespace fastmeta {
 
-// Channels of a position that one vector holds, or the rest of them.
+// Channels of a position in one vector: a whole one, or the rest.
 template <typename value_t, bool whole>
-struct ImageCell {
+struct ImageAccumulator {
   using number_t = at::vec::Vectorized<value_t>;
   int64_t image, h, w, channel;
   int count;
@@ -50,7 +50,7 @@ class CpuImages {
     in_parts(images_.count * images_.height, grain, [&](int64_t line) { table_line(line, f); });
   }
 
-  // Of lines [first, last) of all images.
+  // Calls f on lines [first, last) of all images.
   template <typename F>
   void table_of_lines(int64_t first, int64_t last, const F& f) const {
     for (int64_t line = first; line < last; ++line) table_line(line, f);
@@ -68,7 +68,7 @@ class CpuImages {
     });
   }
 
-  // Joins lines [first, last) to the sums of those before them, of the whole batch.
+  // Adds lines [first, last) to the sums of the lines before them, over the whole batch.
   template <typename F>
   void join_sums(int64_t first, int64_t last, const F& f, value_t* sums) const {
     for (int64_t line = first; line < last; ++line) {
@@ -76,8 +76,8 @@ class CpuImages {
     }
   }
 
-  // In runs that stay in the L1 cache, so that the squares are of distances from a run's own mean;
-  // runs join as Chan 1979 has it.
+  // Computes moments in runs that stay in the L1 cache, so that squares are of distances from a
+  // run's own mean. Runs merge by Chan, Golub and LeVeque (1979).
   void column_moments(bool whole_batch, const value_t* x, value_t* target) const {
     const int64_t sets = whole_batch ? 1 : images_.count;
     const int64_t positions = images_.positions() / sets, channels = images_.channels;
@@ -87,7 +87,7 @@ class CpuImages {
     });
   }
 
-  // Joins positions [first, last) of x to the moments of those before them.
+  // Merges positions [first, last) of x into the moments of the positions before them.
   void join_moments(const value_t* x, int64_t first, int64_t last, value_t* moments) const {
     join_runs(x, first, last, 0, images_.channels, moments);
   }
@@ -99,29 +99,30 @@ class CpuImages {
 
   template <typename F>
   void table_line(int64_t line, const F& f) const {
-    ImageCell<value_t, true> at{line / images_.height, line % images_.height, 0, 0, kWidth};
+    ImageAccumulator<value_t, true> at{line / images_.height, line % images_.height, 0, 0, kWidth};
     for (; at.w < images_.width; ++at.w) {
-      for_channels(0, images_.channels, at, [&](const auto& cell) { f(cell); });
+      for_channels(0, images_.channels, at, [&](const auto& element) { f(element); });
     }
   }
 
-  // A line's sums are added up before they join the others.
+  // Adds up a line's sums before they join the others.
   template <typename F>
   void join_line(int64_t line, int64_t begin, int64_t end, const F& f, bool adds,
                  value_t* sums) const {
-    const ImageCell<value_t, true> at{line / images_.height, line % images_.height, 0, 0, kWidth};
-    for_channels(begin, end, at, [&](auto cell) {
+    const ImageAccumulator<value_t, true> at{line / images_.height, line % images_.height, 0, 0,
+                                             kWidth};
+    for_channels(begin, end, at, [&](auto element) {
       const Two<Vec> sum = sum_of<Two<Vec>>(images_.width, [&](int64_t w) {
-        cell.w = w;
-        return f(cell);
+        element.w = w;
+        return f(element);
       });
-      value_t *first = sums + cell.channel, *second = first + images_.channels;
-      cell.store(first, adds ? cell.load(first) + sum.first : sum.first);
-      cell.store(second, adds ? cell.load(second) + sum.second : sum.second);
+      value_t *first = sums + element.channel, *second = first + images_.channels;
+      element.store(first, adds ? element.load(first) + sum.first : sum.first);
+      element.store(second, adds ? element.load(second) + sum.second : sum.second);
     });
   }
 
-  // Of n numbers, four at a time: one after the other each would wait for the one before.
+  // Sums n numbers in four chains: in one chain each addition would wait for the one before.
   template <typename Number, typename Get>
   static Number sum_of(int64_t n, const Get& get) {
     Number sums[4] = {};
@@ -138,47 +139,47 @@ class CpuImages {
     for (; first < last; first += kRun) {
       const int64_t n = std::min(kRun, last - first);
       const value_t* run = x + first * images_.channels;
-      for_channels(begin, end, ImageCell<value_t, true>{0, 0, 0, 0, kWidth},
-                   [&](const auto& cell) { join_run(cell, run, n, first, moments); });
+      for_channels(begin, end, ImageAccumulator<value_t, true>{0, 0, 0, 0, kWidth},
+                   [&](const auto& element) { join_run(element, run, n, first, moments); });
     }
   }
 
-  // Moments of `before` positions and of the n of a run.
-  template <typename Cell>
-  void join_run(const Cell& cell, const value_t* run, int64_t n, int64_t before,
+  // Merges the moments of `before` positions with the n of a run.
+  template <typename Accumulator>
+  void join_run(const Accumulator& element, const value_t* run, int64_t n, int64_t before,
                 value_t* moments) const {
     const auto load = [&](int64_t i) {
-      return cell.load(run + i * images_.channels + cell.channel);
+      return element.load(run + i * images_.channels + element.channel);
     };
     Vec mean = sum_of<Vec>(n, load) * Vec(value_t(1) / static_cast<value_t>(n));
     Vec squares = sum_of<Vec>(n, [&](int64_t i) {
       const Vec distance = load(i) - mean;
       return distance * distance;
     });
-    value_t *all_mean = moments + cell.channel, *all_squares = all_mean + images_.channels;
+    value_t *all_mean = moments + element.channel, *all_squares = all_mean + images_.channels;
     if (before > 0) {
       const auto share = static_cast<value_t>(n) / static_cast<value_t>(before + n);
-      const Vec old = cell.load(all_mean), step = mean - old;
-      squares = squares + cell.load(all_squares) +
+      const Vec old = element.load(all_mean), step = mean - old;
+      squares = squares + element.load(all_squares) +
                 step * step * Vec(share * static_cast<value_t>(before));
       mean = at::vec::fmadd(step, Vec(share), old);
     }
-    cell.store(all_mean, mean);
-    cell.store(all_squares, squares);
+    element.store(all_mean, mean);
+    element.store(all_squares, squares);
   }
 
-  // body(cell) for the channels from begin to end of the position of `at`.
+  // Calls body(accumulator) for the channels from begin to end of the position of `at`.
   template <typename Body>
-  void for_channels(int64_t begin, int64_t end, ImageCell<value_t, true> at,
+  void for_channels(int64_t begin, int64_t end, ImageAccumulator<value_t, true> at,
                     const Body& body) const {
     for (at.channel = begin; at.channel + kWidth <= end; at.channel += kWidth) body(at);
     if (at.channel < end) {
       const int rest = static_cast<int>(end - at.channel);
-      body(ImageCell<value_t, false>{at.image, at.h, at.w, at.channel, rest});
+      body(ImageAccumulator<value_t, false>{at.image, at.h, at.w, at.channel, rest});
     }
   }
 
-  // body(set, first channel, end): sets, or of a single set the channels, share the threads.
+  // Calls body(set, first channel, end). Threads share the sets, or the channels of a single set.
   template <typename Body>
   void for_sets(int64_t sets, const Body& body) const {
     const int64_t parts =

@@ -1,4 +1,4 @@
-// Math of at::vec::Vectorized.
+// Math on at::vec::Vectorized.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -25,7 +25,7 @@ struct Math<at::vec::Vectorized<value_t>> {
 
   static Vec if_less(const Vec& a, const Vec& b, const Vec& x, const Vec& y) {
 #if defined(CPU_CAPABILITY_AVX512)
-    // Vectorized makes a vector of the mask, and a mask of the vector.
+    // Vectorized converts between a vector and a mask.
     if constexpr (std::is_same_v<value_t, float>) {
       return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
     } else {

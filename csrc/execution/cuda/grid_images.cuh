@@ -1,10 +1,9 @@
 // Steps over channels-last images of all tasks: of each element, and sums over positions of each
 // channel.
-//
 // Neighbouring lanes have neighbouring channels, up to 32 of them, in a block of kImageThreads; its
-// rows have one position each. A block goes through a run of positions of one set, the whole batch
-// or an image; then its rows' numbers are merged pair by pair. Where sets are too few for the device
-// several blocks share one, and the next launch merges their numbers in their order.
+// rows have one position each. A block walks a run of positions of one set, the whole batch or an
+// image; then its rows' numbers merge pair by pair. If sets are too few for the device, several
+// blocks share one, and the next launch merges their numbers in order.
 #pragma once
 
 #include <algorithm>
@@ -12,17 +11,16 @@
 
 #include "common/ceil_div.h"
 #include "common/cuda/launch.cuh"
-#include "execution/cuda/grid_cells.cuh"
+#include "execution/cuda/grid_accumulators.cuh"
 #include "execution/elementwise.h"
 
 namespace fastmeta {
 
 inline constexpr int kImageThreads = 256;
-inline constexpr int64_t kImageBlocks = 8;  // that a multiprocessor has at once
-inline constexpr int64_t kMostImageParts =
-    kImageBlocks * 2 * kWarp;  // numbers, of a multiprocessor
+inline constexpr int64_t kImageBlocks = 8;  // blocks of a multiprocessor at once
+inline constexpr int64_t kMostImageParts = kImageBlocks * 2 * kWarp;  // numbers of a multiprocessor
 
-// Which blocks have which positions; int, of which division takes no call.
+// Assignment of positions to blocks; int, whose division takes no call.
 struct ImageGrid {
   Images images;
   int height, width, sets, set_positions, splits, split_positions, column_blocks;
@@ -40,16 +38,17 @@ struct ImageGrid {
         splits(1),
         split_positions(set_positions),
         columns_log2(0) {
+    // A power of two: rows and columns are shifts of the thread's number.
     while (columns() < kWarp && columns() < i.channels) ++columns_log2;
     column_blocks = static_cast<int>(ceil_div(i.channels, columns()));
   }
 
-  // Of a task.
+  // Whether int can count the images of a task.
   static bool has(const Images& i) {
     return i.positions() <= std::numeric_limits<int>::max() - kImageThreads;
   }
 
-  // Splits of `positions` and more, rounded up so that a block's rows have as many.
+  // Splits sets by `positions` or more each, rounded up so that a block's rows have equally many.
   void split_into(int64_t positions) {
     const int64_t all = ceil_div(std::max<int64_t>(1, positions), rows()) * rows();
     split_positions = static_cast<int>(all);
@@ -58,10 +57,10 @@ struct ImageGrid {
   int64_t blocks(int64_t tasks) const { return tasks * sets * splits * column_blocks; }
 };
 
-// The place of a thread: its channel, and the positions from its first one on, every rows()-th.
+// Place of a thread: its channel, and the positions from its first one on, every rows()-th.
 template <typename value_t>
 struct ImagePlace {
-  GlobalImageCell<value_t> at;
+  GlobalImageAccumulator<value_t> at;
   int set, split, left;  // left: positions, negative or 0 if none
 
   __device__ explicit ImagePlace(const ImageGrid& g) {
@@ -75,6 +74,7 @@ struct ImagePlace {
     at.task = block / g.sets;
     const int rest = g.set_positions - split * g.split_positions;
     left = (rest < g.split_positions ? rest : g.split_positions) - row;
+    // Threads past the last channel take part in the merge with nothing.
     if (at.channel >= g.images.channels) left = 0;
     const int position = set * g.set_positions + split * g.split_positions + row;
     const int line = position / g.width;
@@ -88,6 +88,7 @@ struct ImagePlace {
     at.w += g.rows();
     while (at.w >= g.width) {
       at.w -= g.width;
+      // Carries like a counter: column, line, image.
       if (++at.h < g.height) continue;
       at.h = 0;
       ++at.image;
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kImageThreads, 3) table_kernel(ImageGrid g, F 
   for (ImagePlace<value_t> place(g); place.left > 0; place.advance(g)) f(place.at);
 }
 
-// Two sums.
+// Two sums of a channel.
 template <typename value_t>
 struct ChannelSums {
   value_t first, second;
@@ -109,7 +110,7 @@ struct ChannelSums {
     first += other.first;
     second += other.second;
   }
-  // As read back from a part that is of `count` positions.
+  // Reads back a part; its count of positions is not needed.
   static __device__ ChannelSums of(int64_t, value_t first, value_t second) {
     return {first, second};
   }
@@ -125,12 +126,13 @@ struct ChannelSums {
   }
 };
 
-// Mean, and the sum of squares of distances from it; sets merge by Chan, Golub and LeVeque (1979).
+// Mean, and sum of squares of distances from it. Sets merge by Chan, Golub and LeVeque (1979).
 template <typename value_t>
 struct ChannelMoments {
   value_t first, second, count;
 
   __device__ void merge(const ChannelMoments& other) {
+    // Both counts may be 0, and 0 / 0 is NaN.
     if (other.count == 0) return;
     const value_t all = count + other.count, share = other.count / all;
     const value_t distance = other.first - first;
@@ -142,7 +144,7 @@ struct ChannelMoments {
     return {first, second, static_cast<value_t>(count)};
   }
 
-  // Of runs of kRun numbers, so that there is one division for each.
+  // Adds numbers in runs of kRun, so that each run takes one division.
   template <typename F>
   static __device__ ChannelMoments over(ImagePlace<value_t>& place, const ImageGrid& g,
                                         const F& x) {
@@ -160,6 +162,7 @@ struct ChannelMoments {
         place.advance(g);
       }
       run.count = static_cast<value_t>(count);
+      // The count is at least 1: `left` was positive.
       run.first /= run.count;
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
@@ -172,18 +175,19 @@ struct ChannelMoments {
   }
 };
 
-// What is loaded of an array.
+// Loads an element of an array.
 template <typename value_t>
 struct NumbersOf {
   Images images;
   Array<value_t> x;
 
-  __device__ value_t operator()(const GlobalImageCell<value_t>& at) const {
+  __device__ value_t operator()(const GlobalImageAccumulator<value_t>& at) const {
     return at.load(x, images.place(at.image, at.h, at.w));
   }
 };
 
-// target[set, 0 or 1, channel], sets `stride` numbers apart; or parts, [set, split, 0 or 1, channel].
+// Computes target[set, 0 or 1, channel], sets `stride` numbers apart; or parts, [set, split, 0 or
+// 1, channel].
 template <typename value_t, typename Sums, typename F>
 __global__ void __launch_bounds__(kImageThreads, 3)
     column_kernel(ImageGrid g, F f, Array<value_t> target, int64_t stride) {
@@ -192,6 +196,7 @@ __global__ void __launch_bounds__(kImageThreads, 3)
   Sums sums = Sums::over(place, g, f);
   const int thread = threadIdx.x;
   for (int others = kImageThreads / 2; others >= g.columns(); others /= 2) {
+    // Halves the rows each round; all columns of a row move together.
     if (thread >= others && thread < 2 * others) rows[thread] = sums;
     __syncthreads();
     if (thread < others) sums.merge(rows[thread + others]);
@@ -202,17 +207,17 @@ __global__ void __launch_bounds__(kImageThreads, 3)
   place.at.store(target, begin + g.images.channels, sums.second);
 }
 
-// The target of a set's channel from the parts; a cell is a channel of a set.
+// Merges the parts of a set's channel into its target; an accumulator is a channel of a set.
 template <typename value_t, typename Sums>
 struct SumOfImageParts {
   ImageGrid g;
   Array<value_t> parts, target;
 
-  __device__ void operator()(const GlobalCell<value_t>& cell) const {
-    const int64_t channels = g.images.channels, set = cell.index / channels;
-    GlobalImageCell<value_t> at{};
-    at.task = cell.task;
-    at.channel = cell.index % channels;
+  __device__ void operator()(const GlobalAccumulator<value_t>& element) const {
+    const int64_t channels = g.images.channels, set = element.index / channels;
+    GlobalImageAccumulator<value_t> at{};
+    at.task = element.task;
+    at.channel = element.index % channels;
     Sums sums{};
     for (int64_t s = 0; s < g.splits; ++s) {
       const int64_t begin = (set * g.splits + s) * 2 * channels;

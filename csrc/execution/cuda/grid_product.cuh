@@ -1,12 +1,10 @@
 // Sums of matrix products of all tasks, C [m, n] (+)= bias + sum over pairs of op(A) op(B).
-//
-// A block owns a tile of a task's C, and of what the sum runs over (k, once for each pair) the whole
-// or a split; a thread 4 x 4 or 8 x 8 sums in registers. Slices of kDepth pass through two halves of
-// shared memory: while one is summed, the next is on its way in registers. A tile takes
-// kDepth (kRows + kColumns) reads for kDepth kRows kColumns multiplications. Splits, where tiles are
-// too few for the device, are parts that the next launch adds up in their order. float32 is IEEE's,
-// or, in the two larger tiles, TF32 in tensor cores where that is allowed
-// (convolution/cuda/tensor_sums.cuh).
+// A block owns a tile of a task's C, and all or a split of the sum (over k, once for each pair); a
+// thread 4 x 4 or 8 x 8 sums in registers. Slices of kDepth pass through two halves of shared
+// memory: while one is summed, the next is on its way in registers. A tile takes kDepth (kRows +
+// kColumns) reads for kDepth kRows kColumns multiplications. If tiles are too few for the device,
+// the next launch adds up the splits in order. float32 is IEEE's, or TF32 in tensor cores in the
+// two larger tiles if allowed (convolution/cuda/tensor_sums.cuh).
 #pragma once
 
 #include <algorithm>
@@ -15,20 +13,21 @@
 #include "common/ceil_div.h"
 #include "common/cuda/copy.cuh"
 #include "common/cuda/launch.cuh"
-#include "execution/cuda/grid_cells.cuh"
+#include "execution/cuda/grid_accumulators.cuh"
 
 namespace fastmeta {
 
-// blocks: how many are to share a multiprocessor.
+// Sizes of a tile; blocks: how many share a multiprocessor.
 template <int rows, int columns, int depth, int m, int n, int blocks>
 struct ProductTile {
   static constexpr int kRows = rows, kColumns = columns, kDepth = depth, kM = m, kN = n;
   static constexpr int kLaneColumns = columns / n, kThreads = rows / m * kLaneColumns;
   static constexpr int kBlocks = blocks;
+  // Shifts B against A by 4 words, so that stores of both along k meet different banks.
   static constexpr int kPad = 4;
   static constexpr int kWidth = rows + columns + 2 * kPad;  // of a slice's row: A's, then B's
 };
-template <typename value_t>  // of double, slices so deep would not fit into the registers
+template <typename value_t>  // double, so deep, would not fit the registers
 using SkinnyProduct = ProductTile<16, 64, sizeof(value_t) == 4 ? 32 : 16, 4, 4, 4>;
 using SmallProduct = ProductTile<32, 64, 16, 4, 4, 2>;
 using LargeProduct = ProductTile<64, 128, 8, 8, 8, 1>;
@@ -39,8 +38,8 @@ template <typename value_t>
 struct GridProduct {
   Product<value_t> p;
   int64_t row_tiles, column_tiles;
-  int64_t splits, split_slices;  // of a split
-  Array<acc_t<value_t>> parts;   // [splits, m, n], where there are several
+  int64_t splits, split_slices;  // slices of a split
+  Array<acc_t<value_t>> parts;   // [splits, m, n], if several
 };
 
 template <typename Tile, typename value_t>
@@ -49,11 +48,12 @@ GridProduct<value_t> in_tiles(const Product<value_t>& p) {
   return {p, ceil_div(p.m, Tile::kRows), ceil_div(p.n, Tile::kColumns), 1, slices, {}};
 }
 
-// Shares the sums of `tiles` tiles among `wanted` blocks; parts: where theirs go.
+// Splits the sums of `tiles` tiles among `wanted` blocks; parts: address of the partial sums.
 template <typename value_t>
 void split_sums(GridProduct<value_t>& g, int64_t tiles, int64_t wanted, acc_t<value_t>* parts) {
   constexpr int64_t kSplitSlices = 4;  // worth a block
   const int64_t slices = g.split_slices;
+  // A shorter split would cost more in the sum of parts than it saves.
   const int64_t most = std::max<int64_t>(1, slices / kSplitSlices);
   g.split_slices =
       ceil_div(slices, std::clamp<int64_t>(wanted / std::max<int64_t>(1, tiles), 1, most));
@@ -61,8 +61,8 @@ void split_sums(GridProduct<value_t>& g, int64_t tiles, int64_t wanted, acc_t<va
   g.parts = {parts, g.splits * g.p.m * g.p.n};
 }
 
-// Where a slice in shared memory has number k of an outer, a row of A or column of B: along the outers
-// in rows of `width` words, of which those of half types have two neighbours in k.
+// Offset in a slice of number k of an outer, a row of A or column of B. Rows of `width` words run
+// along the outers; a word of half types has two neighbours in k.
 template <typename value_t>
 __device__ int in_slice(int k, int outer, int width) {
   constexpr int kTwo = kInWord<value_t>;
@@ -97,6 +97,7 @@ class OperandSlices {
     for (int i = 0; i < kCount; ++i, source += step_) {
       const bool is_there =
           outer_ + i * outer_step_ < outers_left_ && k + depth_ + i * depth_step_ < k_left_;
+      // Zeros add nothing, so sums need no bounds.
       raw_[i] = is_there ? *source : value_t{};
     }
   }
@@ -132,10 +133,10 @@ struct ThreadSums {
            j / kGroup * (Tile::kColumns / kColumnGroups) + j % kGroup;
   }
 
-  // Which of the threads with the same columns.
+  // Index of this thread among those with the same columns.
   static __device__ int row_lane() { return threadIdx.x / Tile::kLaneColumns; }
 
-  // Sums j and those after it of row i.
+  // Sums j, j + 1, .. of row i, as many as a pack holds.
   __device__ Numbers group(int i, int j) const {
     Numbers numbers;
 #pragma unroll
@@ -164,13 +165,14 @@ struct ThreadSums {
   }
 };
 
-// Which tile of which task's C a block owns, and which part of the sum.
+// Position of a block: its task, its tile of C, and its part of the sum.
 template <typename Tile>
 struct ProductPlace {
   int64_t task, split, row, column;
 
   template <typename value_t>
   __device__ explicit ProductPlace(const GridProduct<value_t>& g) {
+    // Neighbouring blocks share rows of A, which then come from the L2 cache.
     int64_t block = blockIdx.x;
     column = block % g.column_tiles * Tile::kColumns;
     block /= g.column_tiles;
@@ -181,7 +183,7 @@ struct ProductPlace {
   }
 };
 
-// The sums of the block's tile, from the slices of its split of operands a and b.
+// Computes the sums of the block's tile, from the slices of its split of operands a and b.
 template <typename Sums, typename Tile, typename value_t, typename Left, typename Right>
 __device__ Sums sums_of_slices(const GridProduct<value_t>& g, const ProductPlace<Tile>& place,
                                Left& a, Right& b) {
@@ -189,6 +191,7 @@ __device__ Sums sums_of_slices(const GridProduct<value_t>& g, const ProductPlace
   const auto& p = g.p;
   const int64_t of_pair = ceil_div(p.k, Tile::kDepth), all = of_pair * p.pairs;
   const auto fetch = [&](int64_t slice) {
+    // Both pairs are one sum of 2 of_pair slices: the second continues where the first ends.
     const bool is_first = slice < of_pair;
     const int64_t k = (is_first ? slice : slice - of_pair) * Tile::kDepth;
     const Array<value_t> left = is_first ? p.a[0] : p.a[1], right = is_first ? p.b[0] : p.b[1];
@@ -211,6 +214,7 @@ __device__ Sums sums_of_slices(const GridProduct<value_t>& g, const ProductPlace
     __syncthreads();
     if (slice + 1 < end) fetch(slice + 1);
     sums.add(slices[half]);
+    // Into the half that was summed before the last barrier: one barrier a slice suffices.
     if (slice + 1 < end) store(half ^ 1);
   }
   return sums;
@@ -226,16 +230,16 @@ __device__ Sums tile_sums(const GridProduct<value_t>& g, const ProductPlace<Tile
   return sums_of_slices<Sums>(g, place, a, b);
 }
 
-// Where sums go: rows of n numbers.
+// Destination of sums: rows of n numbers.
 template <typename value_t>
 struct ProductTarget {
   using sum_t = acc_t<value_t>;
   value_t* c;
-  sum_t* part;          // of half types, where they go instead if they are parts, or null
+  sum_t* part;          // of half types, their destination if they are parts; else null
   const value_t* bias;  // or null
   int64_t m, n;
   bool adds, wide;
-  sum_t factor = 1;  // of sums
+  sum_t factor = 1;  // multiplies sums
 
   __device__ ProductTarget(const GridProduct<value_t>& g, int64_t task, int64_t split)
       : m(g.p.m), n(g.p.n) {
@@ -245,14 +249,16 @@ struct ProductTarget {
     part = is_part ? g.parts.data + task * g.parts.task_stride + split * m * n : nullptr;
     if constexpr (!is_reduced<value_t>) c = is_part ? part : c;
     bias = is_part || !p.bias ? nullptr : p.bias.data + task * p.bias.task_stride;
+    // Parts are plain sums; the next launch adds, scales and finishes.
     adds = p.into.adds && !is_part;
     if (adds && p.into.step_size)
       factor = -widen(p.into.step_size.data[task * p.into.step_size.task_stride]);
     const auto start = is_part ? reinterpret_cast<uintptr_t>(part) : reinterpret_cast<uintptr_t>(c);
+    // Rows of whole packs, all aligned if the first one is.
     wide = n % kProductGroup == 0 && start % kAccessBytes == 0;
   }
 
-  // `numbers`, those from a place on that are within the row.
+  // Stores `numbers` from a place on, only those within the row.
   template <int count>
   __device__ void store(int64_t row, int64_t column, Pack<sum_t, count> numbers) const {
     if (bias != nullptr) {
@@ -307,25 +313,25 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     }
   }
   if constexpr (!std::is_same_v<Finish, NoFinish>) {
-    if (g.splits > 1) return;  // where the parts are added up
+    if (g.splits > 1) return;  // the next launch adds up the parts
 #pragma unroll 1
     for (int i = 0; i < Tile::kM * Tile::kN; ++i) {
       const int64_t row = place.row + Sums::row(i / Tile::kN);
       const int64_t column = place.column + Sums::column(i % Tile::kN);
       if (row < target.m && column < target.n) {
-        finish(GlobalCell<value_t>{place.task, row * target.n + column});
+        finish(GlobalAccumulator<value_t>{place.task, row * target.n + column});
       }
     }
   }
 }
 
-// C and what follows it, from parts of its sums.
+// Adds up the parts of an element of C, then finish.
 template <typename value_t, typename Finish>
 struct SumOfParts {
   GridProduct<value_t> g;
   Finish finish;
 
-  __device__ void operator()(const GlobalCell<value_t>& at) const {
+  __device__ void operator()(const GlobalAccumulator<value_t>& at) const {
     const auto& p = g.p;
     value_t sum = p.bias ? at.load_one(p.bias, at.index % p.n) : value_t(0);
     for (int64_t s = 0; s < g.splits; ++s) sum += at.load(g.parts, s * p.m * p.n);

@@ -1,7 +1,7 @@
-// The executor that is one CPU thread with as many tasks as a vector has lanes: arrays hold vectors,
-// lane l the number of task l. Small layers fill whole vectors that way, and a product needs no
-// transposed operand: a meta-step of 16 tasks of a 1-40-40-1 network took one thread 72 us, where
-// two threads with a task at a time took 117.
+// Executor on one CPU thread with as many tasks as a vector has lanes: arrays hold vectors, lane l
+// the number of task l. Small layers fill whole vectors this way, and a product needs no transposed
+// operand. A meta-step of 16 tasks of a 1-40-40-1 network took one thread 72 us, where two threads
+// with a task at a time took 117.
 #pragma once
 
 #include <type_traits>
@@ -12,7 +12,7 @@
 namespace fastmeta {
 
 template <typename value_t>
-struct LanesCell {
+struct LanesAccumulator {
   using number_t = at::vec::Vectorized<value_t>;
   int64_t index;
 
@@ -26,7 +26,7 @@ struct LanesCell {
 };
 
 template <typename value_t>
-struct LanesTeam {
+struct LanesThreadGroup {
   using number_t = at::vec::Vectorized<value_t>;
   static constexpr int lane = 0, size = 1;
 
@@ -43,22 +43,22 @@ class CpuLanes {
  public:
   using storage_t = at::vec::Vectorized<value_t>;
   static constexpr bool kCompilesEachActivation = true, kHasImages = false;
-  static constexpr bool kHasThinBlocks = false;
+  static constexpr bool kHasFusedBands = false;
 
   template <typename F>
   void map(int64_t n, const F& f) {
-    for (int64_t i = 0; i < n; ++i) f(LanesCell<value_t>{i});
+    for (int64_t i = 0; i < n; ++i) f(LanesAccumulator<value_t>{i});
   }
 
   template <typename F>
   void rows(int64_t n, const F& f) {
-    for (int64_t row = 0; row < n; ++row) f(LanesTeam<value_t>{}, row);
+    for (int64_t row = 0; row < n; ++row) f(LanesThreadGroup<value_t>{}, row);
   }
 
   template <typename F>
   void reduce(int64_t n, const F& f, const Array<storage_t>& target) {
     storage_t sum(value_t(0));
-    for (int64_t i = 0; i < n; ++i) sum = sum + f(LanesCell<value_t>{i});
+    for (int64_t i = 0; i < n; ++i) sum = sum + f(LanesAccumulator<value_t>{i});
     target.data[0] = target.data[0] + sum;
   }
 
@@ -81,7 +81,7 @@ class CpuLanes {
     for (; row < p.m; ++row) tile<1, columns>(p, row, column, finish);
   }
 
-  // finish() follows while the tile is in the L1 cache. Not inlined: the caller's variables would
+  // Calls finish() while the tile is in the L1 cache. Not inlined: the caller's variables would
   // take the registers of the strides.
   template <int rows, int columns, typename Finish>
   [[gnu::noinline]] static void tile(const Product<storage_t>& p, int64_t row, int64_t column,
@@ -97,7 +97,7 @@ class CpuLanes {
                              : storage_t(value_t(0));
       }
     }
-    // A of row i at k: a[i a_row + k a_step]; B of column j: b[j b_column + k b_step].
+    // Row i of A at k is a[i a_row + k a_step]; column j of B is b[j b_column + k b_step].
     const int64_t a_row = p.form == Form::kTN ? 1 : p.k, a_step = p.form == Form::kTN ? p.m : 1;
     const int64_t b_column = p.form == Form::kNT ? p.k : 1, b_step = p.form == Form::kNT ? 1 : p.n;
     for (int pair = 0; pair < p.pairs; ++pair) {
@@ -129,7 +129,7 @@ class CpuLanes {
     if constexpr (!std::is_same_v<Finish, NoFinish>) {
       for (int i = 0; i < rows; ++i) {
         for (int j = 0; j < columns; ++j) {
-          finish(LanesCell<value_t>{(row + i) * p.n + column + j});
+          finish(LanesAccumulator<value_t>{(row + i) * p.n + column + j});
         }
       }
     }

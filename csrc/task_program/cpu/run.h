@@ -1,11 +1,12 @@
-// A job on the CPU. Files of each number type: run_float.cpp, run_double.cpp.
+// Entry points of the task program on the CPU, one file a number type: run_float.cpp,
+// run_double.cpp.
 #pragma once
 
-#include "task_program/job.h"
+#include "task_program/op_arguments.h"
 
 namespace fastmeta {
 
 template <typename value_t>
-void run_on_cpu(const Job& job);
+void run_on_cpu(const OpArguments& args);
 
 }  // namespace fastmeta

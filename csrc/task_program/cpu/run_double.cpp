@@ -4,8 +4,8 @@
 namespace fastmeta {
 
 template <>
-void run_on_cpu<double>(const Job& job) {
-  run_with_threads<double>(job);
+void run_on_cpu<double>(const OpArguments& args) {
+  run_with_threads<double>(args);
 }
 
 }  // namespace fastmeta

@@ -4,8 +4,8 @@
 namespace fastmeta {
 
 template <>
-void run_on_cpu<float>(const Job& job) {
-  run_with_threads<float>(job);
+void run_on_cpu<float>(const OpArguments& args) {
+  run_with_threads<float>(args);
 }
 
 }  // namespace fastmeta

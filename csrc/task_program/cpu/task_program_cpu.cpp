@@ -15,14 +15,16 @@ struct OnCpu {
     check_class_labels(labels, classes, ignored, name);
   }
 
-  // On one thread a task.
-  static bool has_thin_blocks(const Job& job) { return job.tasks >= at::get_num_threads(); }
+  // Whether each task has one thread.
+  static bool has_fused_bands(const OpArguments& args) {
+    return args.tasks >= at::get_num_threads();
+  }
 
-  static void run(const Job& job, const at::Tensor&) {
-    if (job.dtype == Dtype::kFloat) {
-      run_on_cpu<float>(job);
+  static void run(const OpArguments& args, const at::Tensor&) {
+    if (args.dtype == Dtype::kFloat) {
+      run_on_cpu<float>(args);
     } else {
-      run_on_cpu<double>(job);
+      run_on_cpu<double>(args);
     }
   }
 };

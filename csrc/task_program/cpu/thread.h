@@ -1,5 +1,5 @@
-// The executor that is one CPU thread with one task: vectors run along the elements of an array,
-// matrix products are the BLAS's. Where tasks are fewer than threads, large steps share the threads.
+// Executor on one CPU thread with one task: vectors run along the elements of an array, the BLAS
+// does matrix products. If tasks are fewer than threads, large steps share the threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -15,14 +15,14 @@
 #include "execution/cpu/images.h"
 #include "execution/cpu/math.h"
 #include "execution/executor.h"
-#include "task_program/cpu/thin_block.h"
+#include "task_program/cpu/fused_band.h"
 #include "task_program/program/program.h"
 
 namespace fastmeta {
 
 // Consecutive elements of an array: a whole vector, or the rest of one.
 template <typename value_t, bool whole>
-struct VectorCell {
+struct VectorAccumulator {
   using number_t = at::vec::Vectorized<value_t>;
   int64_t index;
   int count;
@@ -42,7 +42,7 @@ struct VectorCell {
 };
 
 template <typename value_t>
-struct ScalarTeam {
+struct ScalarThreadGroup {
   using number_t = value_t;
   static constexpr int lane = 0, size = 1;
 
@@ -57,9 +57,9 @@ class CpuThread {
  public:
   using storage_t = value_t;
   static constexpr bool kCompilesEachActivation = true, kHasImages = true;
-  static constexpr bool kHasThinBlocks = true;
+  static constexpr bool kHasFusedBands = true;
 
-  // scratch: convolution_scratch() elements.
+  // Constructor; scratch has convolution_scratch() elements.
   CpuThread(value_t* scratch, bool shares_threads)
       : scratch_(scratch), shares_threads_(shares_threads) {}
 
@@ -78,8 +78,8 @@ class CpuThread {
   void map(int64_t n, const F& f) {
     const auto part = [&](int64_t begin, int64_t end) {
       int64_t i = begin;
-      for (; i + kWidth <= end; i += kWidth) f(VectorCell<value_t, true>{i, kWidth});
-      if (i < end) f(VectorCell<value_t, false>{i, static_cast<int>(end - i)});
+      for (; i + kWidth <= end; i += kWidth) f(VectorAccumulator<value_t, true>{i, kWidth});
+      if (i < end) f(VectorAccumulator<value_t, false>{i, static_cast<int>(end - i)});
     };
     if (shares_threads_) {
       at::parallel_for(0, n, kGrain, part);
@@ -90,24 +90,28 @@ class CpuThread {
 
   template <typename F>
   void rows(int64_t n, const F& f) {
-    for (int64_t row = 0; row < n; ++row) f(ScalarTeam<value_t>{}, row);
+    for (int64_t row = 0; row < n; ++row) f(ScalarThreadGroup<value_t>{}, row);
   }
 
   template <typename F>
   void reduce(int64_t n, const F& f, const Array<value_t>& target) {
+    // One vector of partial sums: the order does not depend on threads.
     Vec sum(value_t(0));
     int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) sum = sum + f(VectorCell<value_t, true>{i, kWidth});
+    for (; i + kWidth <= n; i += kWidth) sum = sum + f(VectorAccumulator<value_t, true>{i, kWidth});
     if (i < n) {
       const int rest = static_cast<int>(n - i);
-      sum = sum + Vec::set(Vec(value_t(0)), f(VectorCell<value_t, false>{i, rest}), rest);
+      // Elements past the end are not zero after f: masks them.
+      sum = sum + Vec::set(Vec(value_t(0)), f(VectorAccumulator<value_t, false>{i, rest}), rest);
     }
     target.data[0] += at::vec::vec_reduce_all<value_t>([](Vec a, Vec b) { return a + b; }, sum);
   }
 
   template <typename Finish>
   void product(const Product<value_t>& p, const Finish& finish) {
+    // No product: C is the bias, or zero.
     if (p.pairs == 0) map(p.m * p.n, FillZero{p.c});
+    // The BLAS subtracts step_size times the product without an array for it.
     const value_t alpha = p.into.step_size ? -p.into.step_size.data[0] : value_t(1);
     for (int pair = 0; pair < p.pairs; ++pair) {
       const bool left_turned = p.form == Form::kTN, right_turned = p.form == Form::kNT;
@@ -145,7 +149,7 @@ class CpuThread {
     if constexpr (!std::is_same_v<Finish, NoFinish>) map(c.size(), finish);
   }
 
-  CpuThinBlock<CpuThread> thin_block(const Network<value_t>& net, const Instruction& conv,
+  CpuFusedBand<CpuThread> fused_band(const Network<value_t>& net, const Instruction& conv,
                                      const Instruction& norm) {
     return {*this, net, conv, norm, scratch_};
   }
@@ -165,7 +169,8 @@ class CpuThread {
   }
 
  private:
-  // And the moments, where wanted, of what is still in the cache unless threads share the work.
+  // Computes outputs, and moments if wanted: right away while outputs are in the cache, unless
+  // threads share the work.
   void outputs(const Convolution<value_t>& c, const CpuConvolution<value_t>& sum,
                ConvPairs<value_t> pairs) {
     const CpuImages<value_t> of(c.outputs(), shares_threads_);
@@ -181,8 +186,8 @@ class CpuThread {
 
   struct FillZero {
     Array<value_t> c;
-    template <typename Cell>
-    void operator()(const Cell& at) const {
+    template <typename Accumulator>
+    void operator()(const Accumulator& at) const {
       at.store(c, Vec(value_t(0)));
     }
   };

@@ -20,7 +20,7 @@ struct Array<InShared<value_t>> {
 };
 
 template <typename value_t>
-class Carver<InShared<value_t>> {
+class BumpAllocator<InShared<value_t>> {
  public:
   FASTMETA_HOST_DEVICE Array<InShared<value_t>> take(int64_t count) {
     const Array<InShared<value_t>> array{static_cast<int>(used_)};

@@ -4,16 +4,16 @@
 namespace fastmeta {
 
 template <>
-int64_t block_workspace<double>(const Job& job) {
+int64_t block_workspace<double>(const OpArguments& args) {
   int64_t bytes = -1;
-  with_block_run<double>(job, nullptr, [&](auto& run) { bytes = run.workspace_bytes(); });
+  with_block_run<double>(args, nullptr, [&](auto& run) { bytes = run.workspace_bytes(); });
   return bytes;
 }
 
 template <>
-int launch_blocks<double>(const Job& job, void* workspace, void* stream) {
+int launch_blocks<double>(const OpArguments& args, void* workspace, void* stream) {
   int error = cudaErrorInvalidValue;
-  with_block_run<double>(job, workspace, [&](auto& run) { error = run.run(stream); });
+  with_block_run<double>(args, workspace, [&](auto& run) { error = run.run(stream); });
   return error;
 }
 

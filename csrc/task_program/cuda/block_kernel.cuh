@@ -1,7 +1,7 @@
-// The kernel that takes a block through the steps of a job.
+// Kernel that takes a block through the steps of a call, with each task's numbers in shared memory.
 #pragma once
 
-#include "execution/cuda/warp_team.cuh"
+#include "execution/cuda/warp_thread_group.cuh"
 #include "task_program/cuda/block_product.cuh"
 
 namespace fastmeta {
@@ -10,11 +10,12 @@ inline constexpr int kMostBlockThreads = 512;
 
 template <typename value_t>
 __device__ value_t& shared_number(const Array<InShared<value_t>>& a, int64_t i) {
+  // 32-bit offsets: addresses in shared memory take no 64-bit arithmetic.
   return dynamic_shared<value_t>()[a.offset + static_cast<int>(i)];
 }
 
 template <typename value_t>
-struct SharedCell {
+struct SharedAccumulator {
   using number_t = value_t;
   int index;
 
@@ -31,7 +32,7 @@ struct SharedCell {
 };
 
 template <typename value_t>
-struct SharedTeam : WarpTeam<value_t> {
+struct SharedThreadGroup : WarpThreadGroup<value_t> {
   __device__ value_t load(const Array<InShared<value_t>>& a, int64_t i) const {
     return shared_number(a, i);
   }
@@ -55,7 +56,7 @@ struct Transfer {
 inline constexpr int kMostTransfers = 8;
 
 template <typename value_t, int bytes>
-struct BlockJob {
+struct BlockArguments {
   Transfer in[kMostTransfers], out[kMostTransfers];
   int ins, outs;
   int first_labels;  // transfers from here on are of int64 labels
@@ -64,21 +65,23 @@ struct BlockJob {
 };
 
 template <typename value_t, int bytes>
-__device__ void load_task(const BlockJob<value_t, bytes>& j) {
+__device__ void load_task(const BlockArguments<value_t, bytes>& j) {
   auto* numbers = dynamic_shared<value_t>();
   const int64_t task = blockIdx.x;
   int total = 0;
   for (int t = 0; t < j.ins; ++t) total += j.in[t].count;
-  // All transfers are one range, so that those of few numbers are under way together.
+  // Runs all transfers as one range, so that small ones are under way together.
 #pragma unroll 4
   for (int i = threadIdx.x; i < total; i += blockDim.x) {
     int t = 0, at = i;
+    // At most kMostTransfers steps: a search would cost more.
     for (; at >= j.in[t].count; ++t) at -= j.in[t].count;
     value_t number;
     if (t < j.first_labels) {
       number = *j.in[t].template place<const value_t>(task, at);
     } else {
       const int64_t label = *j.in[t].template place<const int64_t>(task, at);
+      // Labels become numbers, so that all arrays of a task have one type.
       number = label == j.ignored ? value_t(-1) : static_cast<value_t>(label);
     }
     numbers[j.in[t].inside + at] = number;
@@ -86,7 +89,7 @@ __device__ void load_task(const BlockJob<value_t, bytes>& j) {
 }
 
 template <typename value_t, int bytes>
-__device__ void store_task(const BlockJob<value_t, bytes>& j) {
+__device__ void store_task(const BlockArguments<value_t, bytes>& j) {
   const auto* numbers = dynamic_shared<value_t>();
   for (int t = 0; t < j.outs; ++t) {
     for (int i = threadIdx.x; i < j.out[t].count; i += blockDim.x) {
@@ -95,36 +98,36 @@ __device__ void store_task(const BlockJob<value_t, bytes>& j) {
   }
 }
 
-// product: the one whose elements this thread takes, or null.
+// Runs f on elements; product: the one whose elements this thread takes, or null.
 template <typename value_t, typename F>
 __device__ void map_step(const F& f, int n, const BlockProduct* product) {
   if (product != nullptr) {
-    for_own_elements(*product, [&](int i) { f(SharedCell<value_t>{i}); });
+    for_own_elements(*product, [&](int i) { f(SharedAccumulator<value_t>{i}); });
     return;
   }
 #pragma unroll 1
-  for (int i = threadIdx.x; i < n; i += blockDim.x) f(SharedCell<value_t>{i});
+  for (int i = threadIdx.x; i < n; i += blockDim.x) f(SharedAccumulator<value_t>{i});
 }
 
 template <typename value_t, typename F>
 __device__ void row_step(const F& f, int n) {
-  const SharedTeam<value_t> team{{static_cast<int>(threadIdx.x) % kWarp}};
+  const SharedThreadGroup<value_t> group{{static_cast<int>(threadIdx.x) % kWarp}};
 #pragma unroll 1
-  for (int row = threadIdx.x / kWarp; row < n; row += blockDim.x / kWarp) f(team, row);
+  for (int row = threadIdx.x / kWarp; row < n; row += blockDim.x / kWarp) f(group, row);
 }
 
-// By the first warp: sums are of few numbers, or rare.
+// Sums by the first warp only: sums are of few numbers, or rare.
 template <typename value_t, typename Step>
 __device__ void sum_step(const Step& step, int n) {
   if (threadIdx.x >= kWarp) return;
   value_t sum = 0;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < n; i += kWarp) sum += step.f(SharedCell<value_t>{i});
+  for (int i = threadIdx.x; i < n; i += kWarp) sum += step.f(SharedAccumulator<value_t>{i});
   sum = warp_sum(sum);
   if (threadIdx.x == 0) shared_number(step.target, 0) += sum;
 }
 
-// run(step) with the step, whose kind is `kind`, at `data`.
+// Calls run(step) with the step, whose kind is `kind`, at `data`.
 template <typename... Kinds, typename Run>
 __device__ void with_step(StepKinds<Kinds...>, int kind, const char* data, const Run& run) {
   int i = 0;
@@ -147,7 +150,7 @@ __device__ void run_step(const StepHead& head, const char* data, const BlockProd
 
 template <typename value_t, int bytes>
 __global__ void __launch_bounds__(kMostBlockThreads)
-    block_kernel(const __grid_constant__ BlockJob<value_t, bytes> j) {
+    block_kernel(const __grid_constant__ BlockArguments<value_t, bytes> j) {
   load_task(j);
   const BlockProduct* product = nullptr;  // the last one
   for (int at = 0; at < j.steps.used;) {

@@ -14,7 +14,7 @@ struct BlockOperand {
   const value_t* data;
   int outers, k;
 
-  // x[s][i] = element (first + i, at + s); the last one instead of those past the end.
+  // Loads x[s][i] = element (first + i, at + s); past the end it repeats the last one.
   template <int kSteps, int kSide>
   __device__ void read(int first, int at, value_t (&x)[kSteps][kSide]) const {
     if constexpr (along_k) {
@@ -65,23 +65,24 @@ __device__ void add_steps(const A& a, const B& b, int row, int column, int k,
   }
 }
 
-inline constexpr int kBlockSteps = 4;  // of k at a time
+inline constexpr int kBlockSteps = 4;  // steps of k at a time
 inline constexpr int kSplitLanes = 4;
 
-// Which elements of C a thread makes: 4 x 4 where that leaves each thread a tile, else 2 x 2, whose
-// sum 4 neighbouring lanes share where there are threads enough.
+// Assignment of elements of C to threads: 4 x 4 if each thread then gets a tile, else 2 x 2, whose
+// sum 4 neighbouring lanes share if threads suffice.
 struct BlockTiles {
   int m, n, side, lanes, column_tiles, tiles;
 
   __device__ explicit BlockTiles(const BlockProduct& p) : m(p.m), n(p.n) {
     const int threads = blockDim.x;
+    // Larger tiles read less, but must not leave threads idle.
     side = (m + 3) / 4 * ((n + 3) / 4) >= threads ? 4 : 2;
     column_tiles = (n + side - 1) / side;
     tiles = (m + side - 1) / side * column_tiles;
     lanes = side == 2 && tiles * kSplitLanes <= threads && p.k > kBlockSteps ? kSplitLanes : 1;
   }
   __device__ int lane() const { return static_cast<int>(threadIdx.x) % lanes; }
-  // The tile of this thread in the block's round from tile * lane `first` on.
+  // Tile of this thread in the block's round that begins at tile * lane `first`.
   __device__ int tile(int first) const { return (first + static_cast<int>(threadIdx.x)) / lanes; }
   __device__ int row(int tile) const { return tile / column_tiles * side; }
   __device__ int column(int tile) const { return tile % column_tiles * side; }
@@ -93,10 +94,12 @@ struct BlockTiles {
 template <typename value_t, Form form, int kSide, bool wide>
 __device__ void block_tiles(const BlockProduct& p, const BlockTiles& t) {
   auto* numbers = dynamic_shared<value_t>();
+  // Subtracting step_size times the sum is adding it with a negative factor.
   const value_t factor = p.step_size < 0 ? value_t(1) : -numbers[p.step_size];
   for (int first = 0; first < t.tiles * t.lanes; first += blockDim.x) {
     const int tile = t.tile(first), row = t.row(tile), column = t.column(tile);
     value_t sum[kSide][kSide] = {};
+    // Threads without a tile still take part in the shuffles below.
     for (int pair = 0; pair < p.pairs && tile < t.tiles; ++pair) {
       const BlockOperand<value_t, form != Form::kTN, wide> a{numbers + p.a[pair], p.m, p.k};
       const BlockOperand<value_t, form == Form::kNT, wide> b{numbers + p.b[pair], p.n, p.k};
@@ -106,6 +109,7 @@ __device__ void block_tiles(const BlockProduct& p, const BlockTiles& t) {
         add_steps<kBlockSteps>(a, b, row, column, k, sum);
       }
 #pragma unroll 1
+      // Only the lane whose turn the last, partial run is enters here.
       for (; k < p.k; ++k) add_steps<1>(a, b, row, column, k, sum);
     }
     if (t.lanes > 1) {
@@ -113,6 +117,7 @@ __device__ void block_tiles(const BlockProduct& p, const BlockTiles& t) {
       for (int i = 0; i < kSide * kSide; ++i) {
         value_t& x = sum[i / kSide][i % kSide];
         for (int offset = kSplitLanes / 2; offset > 0; offset /= 2) {
+          // A butterfly: all lanes get the same sum, and then share the stores.
           x += __shfl_xor_sync(kAllLanes, x, offset);
         }
       }
@@ -122,6 +127,7 @@ __device__ void block_tiles(const BlockProduct& p, const BlockTiles& t) {
       const int r = row + i / kSide, c = column + i % kSide;
       if (!t.owns(tile, i, r, c)) continue;
       value_t& target = numbers[p.c + r * p.n + c];
+      // With a step size p.adds is set, so `before` is the parameter.
       value_t before = 0;
       if (p.adds) {
         before = target;
@@ -133,7 +139,7 @@ __device__ void block_tiles(const BlockProduct& p, const BlockTiles& t) {
   }
 }
 
-// body(index) for the elements of C that this thread made.
+// Calls body(index) for the elements of C that this thread made.
 template <typename Body>
 __device__ void for_own_elements(const BlockProduct& p, const Body& body) {
   const BlockTiles t(p);
@@ -178,7 +184,7 @@ __device__ void block_side(const BlockProduct& p, const BlockTiles& t) {
   }
 }
 
-// Operands are read 4 numbers at a time (of a 2 x 2 tile: 2, across k) where they are aligned.
+// Chooses reads of 4 numbers at a time (for a 2 x 2 tile: 2, across k) if operands are aligned.
 template <typename value_t>
 __device__ void block_product(const BlockProduct& p) {
   const BlockTiles t(p);

@@ -1,6 +1,6 @@
-// The steps of a job as a block takes them: a list that the host records and a kernel gets as its
-// argument. So the passes run on the host, once for all tasks; the kernel has one loop for each kind
-// of step, and its code stays small enough for the instruction cache.
+// Steps of a call in the form that a block runs: a list that the host records and a kernel gets as
+// its argument. So the passes run on the host, once for all tasks; the kernel has one loop for each
+// kind of step, and its code stays small enough for the instruction cache.
 #pragma once
 
 #include <cstring>
@@ -10,7 +10,8 @@
 
 namespace fastmeta {
 
-// Offsets into the shared memory, -1: none. C = bias + sum, C += sum or C -= step size times sum.
+// Product on offsets into the shared memory, -1: none. C = bias + sum, C += sum or C -= step size
+// times sum.
 struct BlockProduct {
   Form form;
   int m, n, k, c, bias;
@@ -25,7 +26,7 @@ struct BlockSum {
   Array<storage_t> target;
 };
 
-// norm = scale/labels that count, or scale; what is to be ignored is -1.
+// Computes norm = scale/labels that count, or scale; a label to ignore becomes -1.
 template <typename storage_t>
 struct NormOfLabels {
   int64_t count;
@@ -33,15 +34,16 @@ struct NormOfLabels {
   double scale;
   Array<storage_t> targets, norm;
 
-  template <typename Team>
-  FASTMETA_HOST_DEVICE void operator()(const Team& team, int64_t) const {
-    using number_t = typename Team::number_t;
+  template <typename ThreadGroup>
+  FASTMETA_HOST_DEVICE void operator()(const ThreadGroup& group, int64_t) const {
+    using number_t = typename ThreadGroup::number_t;
     number_t valid(0);
-    for (int64_t i = team.lane; i < count; i += team.size) {
-      valid = valid + number_t(team.load(targets, i) < 0 ? 0 : 1);
+    for (int64_t i = group.lane; i < count; i += group.size) {
+      // The transfer has made ignored labels -1.
+      valid = valid + number_t(group.load(targets, i) < 0 ? 0 : 1);
     }
-    valid = team.sum(valid);
-    if (team.lane == 0) team.store(norm, 0, static_cast<number_t>(mean ? scale / valid : scale));
+    valid = group.sum(valid);
+    if (group.lane == 0) group.store(norm, 0, static_cast<number_t>(mean ? scale / valid : scale));
   }
 };
 
@@ -74,12 +76,12 @@ using RowKinds =
 template <typename S>
 using SumKinds = StepKinds<BlockSum<WeightedElement<S>, S>, BlockSum<NegativeProduct<S>, S>>;
 
-// What precedes a step's own numbers in the list.
+// Header of a step in the list.
 struct alignas(8) StepHead {
   static constexpr int kProduct = -1;
   int n;
   int16_t bytes;  // of the step's numbers
-  int8_t kind;    // of maps, then rows, then sums
+  int8_t kind;    // map, row or sum, in this order
   Start start;
 };
 
@@ -89,14 +91,14 @@ struct StepList {
   int used = 0;
 };
 
-// The executor that writes down what it is told to do.
+// Executor that records the steps it is given.
 template <typename value_t, int bytes>
 class BlockRecorder {
  public:
   using storage_t = InShared<value_t>;
   using Numbers = Array<storage_t>;
   static constexpr bool kCompilesEachActivation = false, kHasImages = false;
-  static constexpr bool kHasThinBlocks = false;
+  static constexpr bool kHasFusedBands = false;
 
   explicit BlockRecorder(StepList<bytes>& list) : list_(list) {}
 
@@ -104,6 +106,7 @@ class BlockRecorder {
 
   template <typename F>
   void map(int64_t n, const F& f) {
+    // A step that tells what it touches may skip its barrier.
     if constexpr (requires { touched_by(f, n); }) {
       record_map(n, f, waits_.start(touched_by(f, n)));
     } else {
@@ -159,6 +162,7 @@ class BlockRecorder {
   template <typename Step>
   void record(int kind, int64_t n, const Step& step, Start start) {
     static_assert(std::is_trivially_copyable_v<Step> && alignof(Step) <= 8);
+    // Keeps the next header aligned.
     constexpr int kStepBytes = (sizeof(Step) + 7) / 8 * 8;
     fits_ = fits_ && list_.used + static_cast<int>(sizeof(StepHead)) + kStepBytes <= bytes;
     if (!fits_) return;

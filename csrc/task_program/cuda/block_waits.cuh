@@ -1,4 +1,4 @@
-// Which steps of a block must wait for those before them: found from the numbers that each touches.
+// Barriers of a block: a step waits for earlier steps if it touches their numbers.
 #pragma once
 
 #include <algorithm>
@@ -10,11 +10,11 @@ namespace fastmeta {
 
 enum class Start : int8_t {
   kWaits,   // for the steps before it
-  kAtOnce,  // it meets none of those since the last wait
-  kOwn,     // at once, and each thread takes the elements that it made in the product before
+  kAtOnce,  // touches no numbers of steps since the last wait
+  kOwn,     // at once; a thread takes the elements that it made in the product before
 };
 
-// Numbers [first, first + count).
+// Interval of numbers [first, first + count).
 struct Range {
   int first = 0, count = 0;
 
@@ -42,7 +42,7 @@ class Ranges {
   void add(const Ranges& others) {
     for (int i = 0; i < others.count_; ++i) add(others.ranges_[i]);
   }
-  // Whether any of one meets any of the other; `but` meets none.
+  // Whether any of these meets any of the others; `but` meets none.
   bool overlap(const Ranges& others, const Range& but) const {
     return std::any_of(ranges_, ranges_ + count_, [&](const Range& range) {
       return !(range == but) &&
@@ -61,7 +61,7 @@ struct Touched {
   Ranges reads, writes;
 };
 
-// What the steps touch that are often next to each other.
+// Numbers that steps touch and that are often contiguous.
 
 template <typename value_t>
 Touched touched_by(const Product<InShared<value_t>>& p) {
@@ -105,17 +105,17 @@ Touched touched_by(const ActivationTangentBackward<Activation, S>& f, int64_t n)
           {Range(f.dz_dot, n)}};
 }
 
-// What steps touched since the last wait.
+// Numbers that steps touched since the last wait.
 class BlockWaits {
  public:
   Start start(const Touched& step) { return start_unless(step, Range(), Start::kAtOnce); }
 
-  // Of a step on the elements that the product before has made, `c`.
+  // Starts a step on the elements `c` that the product before has made.
   Start start_own(const Touched& step, const Range& c) {
     return start_unless(step, c, Start::kOwn);
   }
 
-  // Of a step that may touch anything.
+  // Starts a step that may touch anything.
   Start start_after_all() {
     knows_all_ = false;
     return Start::kWaits;

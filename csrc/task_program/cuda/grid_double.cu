@@ -4,13 +4,13 @@
 namespace fastmeta {
 
 template <>
-int64_t grid_workspace<double>(const Job& job) {
-  return GridRun<double>(job, nullptr, nullptr).bytes();
+int64_t grid_workspace<double>(const OpArguments& args) {
+  return GridRun<double>(args, nullptr, nullptr).bytes();
 }
 
 template <>
-int launch_grid<double>(const Job& job, void* workspace, void* stream) {
-  return GridRun<double>(job, workspace, static_cast<cudaStream_t>(stream)).run();
+int launch_grid<double>(const OpArguments& args, void* workspace, void* stream) {
+  return GridRun<double>(args, workspace, static_cast<cudaStream_t>(stream)).run();
 }
 
 }  // namespace fastmeta

@@ -1,5 +1,5 @@
-// The executor that is the host: every step is one launch for all tasks. Arrays are in global
-// memory, a task's from data + task * task_stride on.
+// Executor on the host: every step is one launch for all tasks. Arrays are in global memory, a
+// task's from data + task * task_stride on.
 #pragma once
 
 #include <algorithm>
@@ -15,31 +15,33 @@ namespace fastmeta {
 
 inline constexpr int kStepThreads = 256;
 
-// f(cell) for elements of all tasks, neighbours in neighbouring threads.
+// Calls f(accumulator) for elements of all tasks, neighbours in neighbouring threads.
 template <typename value_t, typename F>
 __global__ void __launch_bounds__(kStepThreads) map_kernel(int64_t tasks, int64_t n, F f) {
   const int64_t step = int64_t(gridDim.x) * kStepThreads;
+  // A loop with a stride of the grid: the number of blocks is bounded by kMostBlocks.
   for (int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x; i < tasks * n; i += step) {
-    f(GlobalCell<value_t>{i / n, i % n});
+    f(GlobalAccumulator<value_t>{i / n, i % n});
   }
 }
 
-// f(team, row) for rows of all tasks: a warp takes one.
+// Calls f(group, row) for rows of all tasks; a warp owns a row.
 template <typename value_t, typename F>
 __global__ void __launch_bounds__(kStepThreads) rows_kernel(int64_t tasks, int64_t n, F f) {
   const int64_t row = int64_t(blockIdx.x) * (kStepThreads / kWarp) + threadIdx.x / kWarp;
   if (row >= tasks * n) return;
-  f(GlobalTeam<value_t>(threadIdx.x % kWarp, row / n), row % n);
+  f(GlobalThreadGroup<value_t>(threadIdx.x % kWarp, row / n), row % n);
 }
 
-// target[0] += sum of f(cell): a block takes a task. Thread, warp, then block sum.
+// target[0] += sum of f(accumulator). A block owns a task; a thread sums, then a warp, then the
+// block.
 template <typename value_t, typename F>
 __global__ void __launch_bounds__(kStepThreads)
     reduce_kernel(int64_t n, F f, Array<value_t> target) {
   const int64_t task = blockIdx.x;
   value_t sum = 0;
   for (int64_t i = threadIdx.x; i < n; i += kStepThreads) {
-    sum += f(GlobalCell<value_t>{task, i});
+    sum += f(GlobalAccumulator<value_t>{task, i});
   }
   sum = block_sum<kStepThreads>(sum);
   if (threadIdx.x == 0) target.data[task * target.task_stride] += sum;
@@ -50,9 +52,9 @@ class GridExecutor {
  public:
   using storage_t = value_t;
   static constexpr bool kCompilesEachActivation = false, kHasImages = true;
-  static constexpr bool kHasThinBlocks = false;
+  static constexpr bool kHasFusedBands = false;
 
-  // Numbers that steps need for parts of sums.
+  // Numbers of partial sums that steps need.
   static int64_t part_numbers() {
     return multiprocessors() *
            std::max({kMostPartsOfMultiprocessor, kMostConvolutionParts, kMostImageParts});
@@ -65,7 +67,7 @@ class GridExecutor {
         stream_(stream),
         tf32_(tf32) {}
 
-  // Of the first launch that failed; none follow it.
+  // Error of the first launch that failed; no launch follows it.
   cudaError_t error() const { return error_; }
 
   template <typename F>
@@ -87,6 +89,7 @@ class GridExecutor {
 
   template <typename Finish>
   void product(const Product<value_t>& p, const Finish& finish) {
+    // Few rows, as of a linear layer on few examples: a larger tile would compute mostly zeros.
     if (p.m <= SkinnyProduct<value_t>::kRows) {
       product_in<SkinnyProduct<value_t>>(p, finish);
       return;
@@ -105,7 +108,7 @@ class GridExecutor {
   template <typename Finish>
   void convolution(const Convolution<value_t>& c, const Finish& finish) {
     const bool has_moments = c.shape.is_depthwise() ? depthwise(c, finish) : dense(c, finish);
-    if constexpr (!is_reduced<value_t>) {  // of which there are no programs, which want moments
+    if constexpr (!is_reduced<value_t>) {  // programs, which want moments, have no half types
       if (c.moments && !has_moments) column_moments(c.outputs(), true, c.c, c.moments);
     }
   }
@@ -114,6 +117,7 @@ class GridExecutor {
   void table(const Images& images, const F& f) {
     if (!holds(images)) return;
     ImageGrid g(images, true);
+    // Elements need no merge, so blocks may be as many as the device wants.
     g.split_into(std::min(positions_of_block(g), kTablePositions * g.rows()));
     start(table_kernel<value_t, F>, g.blocks(tasks_), kImageThreads, g, f);
   }
@@ -131,8 +135,8 @@ class GridExecutor {
 
  private:
   static constexpr int64_t kMostBlocks = 1 << 20;
-  static constexpr int64_t kTablePositions = 8;   // of a thread, at most
-  static constexpr int64_t kSplitPositions = 16;  // of a thread, worth a block
+  static constexpr int64_t kTablePositions = 8;   // at most, for each thread
+  static constexpr int64_t kSplitPositions = 16;  // of a thread, enough to repay a block
 
   template <typename... Parameters>
   void start(void (*kernel)(Parameters...), int64_t blocks, int threads,
@@ -143,7 +147,7 @@ class GridExecutor {
 
   template <typename Tile, typename Finish>
   void product_in(const Product<value_t>& p, const Finish& finish) {
-    constexpr bool has_warp_rows = Tile::kRows >= 8 * Tile::kM;  // as a skinny tile has not
+    constexpr bool has_warp_rows = Tile::kRows >= 8 * Tile::kM;  // a skinny tile has none
     if constexpr (std::is_same_v<value_t, float> && has_warp_rows) {
       using Deep = DeepTile<Tile, float>;
       if (tf32_.products) return product_by<TensorSums<float, Deep>, Deep>(p, finish);
@@ -157,6 +161,7 @@ class GridExecutor {
                   Tile::kBlocks * Tile::kRows * Tile::kColumns <= kMostPartsOfMultiprocessor);
     auto g = in_tiles<Tile>(p);
     const int64_t tiles = tasks_ * g.row_tiles * g.column_tiles;
+    // Only then: the sum of parts costs a launch.
     if (tiles < multiprocessors_) split_sums(g, tiles, multiprocessors_ * Tile::kBlocks, parts_);
     start(product_kernel<Sums, Tile, value_t, Finish>, tiles * g.splits, Tile::kThreads, g, finish);
     if (g.splits > 1) map(p.m * p.n, SumOfParts<value_t, Finish>{g, finish});
@@ -167,7 +172,7 @@ class GridExecutor {
     return error_ == cudaSuccess;
   }
 
-  // These return whether they have made the moments.
+  // Launches a convolution; each overload returns whether it has made the moments.
   template <typename Finish>
   bool depthwise(const Convolution<value_t>& c, const Finish& finish) {
     const int64_t height = c.shape.out_height(), width = c.shape.out_width();
@@ -198,7 +203,7 @@ class GridExecutor {
     return static_cast<bool>(done.moments);
   }
 
-  // So many that every multiprocessor has enough blocks, where sets are large enough.
+  // Positions of a block: every multiprocessor gets enough blocks if sets are large enough.
   int64_t positions_of_block(const ImageGrid& g) const {
     const int64_t splits = multiprocessors_ * kImageBlocks / std::max<int64_t>(1, g.blocks(tasks_));
     return ceil_div(g.set_positions, std::max<int64_t>(1, splits));
@@ -210,6 +215,7 @@ class GridExecutor {
     ImageGrid g(images, whole_batch);
     g.split_into(std::max(positions_of_block(g), kSplitPositions * g.rows()));
     const bool in_parts = g.splits > 1;
+    // A target's sets have 4 numbers a channel, see executor.h; parts only the 2 sums.
     const int64_t stride = (in_parts ? 2 : 4) * images.channels;
     const Array<value_t> parts{parts_, g.sets * g.splits * stride};
     start(column_kernel<value_t, Sums, F>, g.blocks(tasks_), kImageThreads, g, f,

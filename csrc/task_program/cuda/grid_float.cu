@@ -4,13 +4,13 @@
 namespace fastmeta {
 
 template <>
-int64_t grid_workspace<float>(const Job& job) {
-  return GridRun<float>(job, nullptr, nullptr).bytes();
+int64_t grid_workspace<float>(const OpArguments& args) {
+  return GridRun<float>(args, nullptr, nullptr).bytes();
 }
 
 template <>
-int launch_grid<float>(const Job& job, void* workspace, void* stream) {
-  return GridRun<float>(job, workspace, static_cast<cudaStream_t>(stream)).run();
+int launch_grid<float>(const OpArguments& args, void* workspace, void* stream) {
+  return GridRun<float>(args, workspace, static_cast<cudaStream_t>(stream)).run();
 }
 
 }  // namespace fastmeta

@@ -1,6 +1,6 @@
-// The passes, on executors of the host alone: those that launch kernels or record what these are to
-// do. The passes are marked for device code too, which nvcc must not take for a call from there.
+// Passes on executors of the host: executors that launch kernels or record their steps. The passes
+// are marked for device code too; nvcc must not warn that they call host functions from there.
 #pragma once
 
 #pragma nv_diag_suppress 20011, 20014
-#include "task_program/job.h"
+#include "task_program/op_arguments.h"

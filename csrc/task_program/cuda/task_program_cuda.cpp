@@ -1,6 +1,6 @@
-// CUDA implementation of the task program: a block takes a task where it fits into its shared memory,
-// else every step is a launch for all tasks. A label without a class, which nobody refuses while a
-// graph is captured, is that of no output; it changes no other task. Where every step is a launch,
+// CUDA implementation of the task program: a block owns a task if it fits into shared memory, else
+// every step is a launch for all tasks. Labels are not checked while a graph is captured: a label
+// without a class then matches no output, and changes no other task. If every step is a launch,
 // float32 is TF32 as PyTorch's settings allow it: torch.backends.cudnn.allow_tf32 for convolutions,
 // torch.backends.cuda.matmul.allow_tf32 for linear layers.
 #include <ATen/Context.h>
@@ -20,19 +20,19 @@ namespace fastmeta {
 namespace {
 
 template <typename value_t>
-void run_as(const Job& job, const at::Tensor& theta) {
-  const int64_t block_bytes = block_workspace<value_t>(job);
+void run_as(const OpArguments& args, const at::Tensor& theta) {
+  const int64_t block_bytes = block_workspace<value_t>(args);
   const bool in_blocks = block_bytes >= 0;
-  const auto workspace = scratch(in_blocks ? block_bytes : grid_workspace<value_t>(job), theta);
+  const auto workspace = scratch(in_blocks ? block_bytes : grid_workspace<value_t>(args), theta);
   const auto launch = in_blocks ? launch_blocks<value_t> : launch_grid<value_t>;
-  check_launch(launch(job, workspace.mutable_data_ptr(), current_stream()), "task_program");
+  check_launch(launch(args, workspace.mutable_data_ptr(), current_stream()), "task_program");
 }
 
 // Raises for images that the kernels cannot count.
-void check_sizes(const Job& job) {
+void check_sizes(const OpArguments& args) {
   constexpr int64_t kMost = kMostInInt - 256;  // as in ImageGrid::has()
-  const Program& program = job.program;
-  const int64_t examples = std::max(job.support.count, job.query.count);
+  const Program& program = args.program;
+  const int64_t examples = std::max(args.support.count, args.query.count);
   for (int n = 0; n < program.instruction_count; ++n) {
     const Instruction& i = program.instructions[n];
     if (i.op == Opcode::kConvolution) check_counts_in_int(i.conv, "task_program");
@@ -41,11 +41,12 @@ void check_sizes(const Job& job) {
     const int64_t elements = std::max(program.values[i.x].elements, program.values[i.y].elements);
     const int64_t positions = examples * (elements / channels);
     TORCH_CHECK(positions <= kMost, "task_program: the positions of a task's images (examples x ",
-                "height x width) must be at most ", kMost, " on CUDA, got ", positions);
+                "height x width): expected at most ", kMost, " on CUDA, got ", positions);
   }
 }
 
-// allowTF32CuBLAS() raises where the setting was made by its newer name, fp32_precision.
+// Whether linear layers may use TF32. allowTF32CuBLAS() raises if the setting was made by its newer
+// name, fp32_precision.
 bool allows_tf32_products() {
   const auto precision =
       at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
@@ -56,23 +57,23 @@ struct OnCuda {
   static void check_labels(const at::Tensor& labels, int64_t classes, int64_t ignored,
                            const char* name) {
     const c10::cuda::CUDAGuard guard(labels.device());
-    if (is_being_captured()) return;  // before anything of the check is part of the graph
+    if (is_being_captured()) return;  // before any part of the check joins the graph
     const auto counted = labels.masked_fill(labels.eq(ignored), 0).contiguous();
     if (has_cuda_label_out_of_range(counted, classes, name)) {
       check_class_labels(labels.cpu(), classes, ignored, name);
     }
   }
 
-  static bool has_thin_blocks(const Job&) { return false; }
+  static bool has_fused_bands(const OpArguments&) { return false; }
 
-  static void run(Job& job, const at::Tensor& theta) {
+  static void run(OpArguments& args, const at::Tensor& theta) {
     const c10::cuda::CUDAGuard guard(theta.device());
-    check_sizes(job);
-    job.tf32 = {at::globalContext().allowTF32CuDNN(at::Float32Op::CONV), allows_tf32_products()};
-    if (job.dtype == Dtype::kFloat) {
-      run_as<float>(job, theta);
+    check_sizes(args);
+    args.tf32 = {at::globalContext().allowTF32CuDNN(at::Float32Op::CONV), allows_tf32_products()};
+    if (args.dtype == Dtype::kFloat) {
+      run_as<float>(args, theta);
     } else {
-      run_as<double>(job, theta);
+      run_as<double>(args, theta);
     }
   }
 };

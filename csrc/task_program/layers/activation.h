@@ -23,7 +23,7 @@ struct Activation {
   template <typename number_t>
   FASTMETA_HOST_DEVICE number_t curvature(const number_t& z) const;
 
-  // f'(z) x; where f' is 0, also for an x that is not finite.
+  // Computes f'(z) x; 0 if f' is 0, also for an x that is not finite.
   template <typename number_t>
   FASTMETA_HOST_DEVICE number_t times_slope(const number_t& z, const number_t& x) const {
     if (kind != ActivationKind::kRelu) return slope(z) * x;
@@ -35,7 +35,7 @@ struct Activation {
   }
 };
 
-// The same with a kind that the compiler knows: the choice is made once, not for each element.
+// Activation whose kind the compiler knows: the choice is made once, not for each element.
 template <ActivationKind known>
 struct KnownActivation {
   double a, b;
@@ -191,22 +191,22 @@ struct ActivationForward {
   Act f;
   Array<storage_t> z, y;
 
-  template <typename Cell>
-  FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
+  template <typename Accumulator>
+  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
     at.store(y, f.value(at.load(z)));
   }
 };
 
-// Of y_dot from z_dot, and of dz from dy.
+// Computes y_dot from z_dot, and dz from dy.
 template <typename Act, typename storage_t>
 struct ActivationSlope {
   Act f;
   Array<storage_t> z, source, target;
   bool adds = false;
 
-  template <typename Cell>
-  FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
-    const typename Cell::number_t value = f.times_slope(at.load(z), at.load(source));
+  template <typename Accumulator>
+  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
+    const typename Accumulator::number_t value = f.times_slope(at.load(z), at.load(source));
     at.store(target, adds ? at.load(target) + value : value);
   }
 };
@@ -217,17 +217,17 @@ struct ActivationTangentBackward {
   Array<storage_t> z, z_dot, dy, dy_dot, dz_dot;
   bool adds;
 
-  template <typename Cell>
-  FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
-    const typename Cell::number_t z_here = at.load(z);
+  template <typename Accumulator>
+  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
+    const typename Accumulator::number_t z_here = at.load(z);
     auto value = f.times_slope(z_here, at.load(dy_dot));
     if (f.bends() && z_dot) value = value + f.curvature(z_here) * at.load(z_dot) * at.load(dy);
     at.store(dz_dot, adds ? at.load(dz_dot) + value : value);
   }
 };
 
-// fn(f) with the activation of an instruction; on an executor that compiles each kind by itself,
-// one whose kind the compiler knows.
+// Calls fn(f) with the activation of an instruction; on an executor that compiles each kind by
+// itself, f is one whose kind the compiler knows.
 template <typename Executor, typename Fn>
 FASTMETA_HOST_DEVICE void with_activation(const Instruction& i, const Fn& fn) {
   if constexpr (Executor::kCompilesEachActivation) {

@@ -7,11 +7,11 @@
 //   tangent backward  dx_dot = f_x(dz_dot, w) + f_x(dz, w_dot)
 //                     dw_dot = f_w(dz_dot, x) + f_w(dz, x_dot)               db_dot = sum of dz_dot
 //
-// linear, on the last dimension, weight [O, I]:   z = x W', dx = dz W, dW = dz' x
-// convolution of channels-last images:            execution/conv_shape.h
+//   linear, on the last dimension, weight [O, I]:   z = x W', dx = dz W, dW = dz' x
+//   convolution of channels-last images:            execution/conv_shape.h
 //
-// `finish` is done with each element that the pass to the next layer makes, `update` with each of
-// the gradient of a parameter.
+// `finish` runs on each element that the pass hands to the next layer, `update` on each element of
+// a parameter's gradient.
 #pragma once
 
 #include <type_traits>
@@ -37,7 +37,7 @@ FASTMETA_HOST_DEVICE Product<storage_t> linear_map(const Network<storage_t>& net
   return {};
 }
 
-// Which of the two a layer is.
+// Maps of a linear layer.
 struct LinearMaps {
   template <typename storage_t>
   FASTMETA_HOST_DEVICE static auto to(const Network<storage_t>& net, const Instruction& i, MapTo to,
@@ -86,7 +86,7 @@ struct BilinearLayer {
     Maps::run(exec, z_dot, finish);
   }
 
-  // grads [P] (+)=, where wanted; adds where told to, or where another layer has the parameter. An
+  // Computes grads [P], if wanted; adds if told to, or if another layer shares the parameter. An
   // update may change the weights, so that their gradient comes last.
   template <typename Executor, typename Finish, typename Update>
   FASTMETA_HOST_DEVICE void backward(Executor& exec, Array<storage_t> grads, bool adds,
@@ -115,11 +115,11 @@ struct BilinearLayer {
     }
   }
 
-  // target [P] = H theta_dot of this layer's parameters; it may be theta_dot itself, and is changed
-  // last.
+  // Computes target [P] = H theta_dot of this layer's parameters. target may be theta_dot itself,
+  // so it is changed last.
   template <typename Executor, typename Finish>
   FASTMETA_HOST_DEVICE void tangent_backward(Executor& exec, Array<storage_t> target,
-                                             const Accumulation<storage_t>& into,
+                                             const StoreMode<storage_t>& into,
                                              const Finish& finish) const {
     if (net.delta_dot(i.x)) {
       auto dx_dot = Maps::to(net, i, MapTo::kInput, net.delta_dot(i.x));

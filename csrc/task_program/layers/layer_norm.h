@@ -29,54 +29,54 @@ struct LayerNormArrays {
   bool adds_to_x;
 };
 
-// A row of everything, for teams.
-template <typename storage_t, typename Team>
+// Row of all arrays, for thread groups.
+template <typename storage_t, typename ThreadGroup>
 struct LayerNormRow {
-  using number_t = typename Team::number_t;
+  using number_t = typename ThreadGroup::number_t;
   const LayerNormArrays<storage_t>& l;
-  const Team& team;
+  const ThreadGroup& group;
   int64_t row;
 
   FASTMETA_HOST_DEVICE int64_t begin() const { return row * l.size; }
-  FASTMETA_HOST_DEVICE number_t mean() const { return team.load(l.extra, 2 * row); }
-  FASTMETA_HOST_DEVICE number_t inverse() const { return team.load(l.extra, 2 * row + 1); }
-  FASTMETA_HOST_DEVICE number_t mean_dot() const { return team.load(l.extra_dot, 2 * row); }
-  FASTMETA_HOST_DEVICE number_t s_dot() const { return team.load(l.extra_dot, 2 * row + 1); }
+  FASTMETA_HOST_DEVICE number_t mean() const { return group.load(l.extra, 2 * row); }
+  FASTMETA_HOST_DEVICE number_t inverse() const { return group.load(l.extra, 2 * row + 1); }
+  FASTMETA_HOST_DEVICE number_t mean_dot() const { return group.load(l.extra_dot, 2 * row); }
+  FASTMETA_HOST_DEVICE number_t s_dot() const { return group.load(l.extra_dot, 2 * row + 1); }
 
   FASTMETA_HOST_DEVICE number_t xh(int64_t j) const {
-    return (team.load(l.x, begin() + j) - mean()) * inverse();
+    return (group.load(l.x, begin() + j) - mean()) * inverse();
   }
   FASTMETA_HOST_DEVICE number_t xh_dot(int64_t j) const {
     if (!l.x_dot) return number_t(0);
-    const number_t centred = team.load(l.x_dot, begin() + j) - mean_dot();
+    const number_t centred = group.load(l.x_dot, begin() + j) - mean_dot();
     return (centred - xh(j) * s_dot()) * inverse();
   }
   FASTMETA_HOST_DEVICE number_t scaled(Array<storage_t> array, int64_t j) const {
-    const number_t value = team.load(array, begin() + j);
-    return l.weight ? value * team.load(l.weight, j) : value;
+    const number_t value = group.load(array, begin() + j);
+    return l.weight ? value * group.load(l.weight, j) : value;
   }
   FASTMETA_HOST_DEVICE number_t u_dot(int64_t j) const {
     const number_t value = scaled(l.dy_dot, j);
     if (!l.weight_dot) return value;
-    return value + team.load(l.weight_dot, j) * team.load(l.dy, begin() + j);
+    return value + group.load(l.weight_dot, j) * group.load(l.dy, begin() + j);
   }
-  // Mean over the row of f(j).
+  // Mean of f(j) over the row.
   template <typename F>
   FASTMETA_HOST_DEVICE number_t mean_of(const F& f) const {
     number_t sum(0);
-    for (int64_t j = team.lane; j < l.size; j += team.size) sum = sum + f(j);
-    return team.sum(sum) * number_t(1.0 / l.size);
+    for (int64_t j = group.lane; j < l.size; j += group.size) sum = sum + f(j);
+    return group.sum(sum) * number_t(1.0 / l.size);
   }
   FASTMETA_HOST_DEVICE void keep(Array<storage_t> target, const number_t& first,
                                  const number_t& second) const {
-    if (team.lane == 0) {
-      team.store(target, 2 * row, first);
-      team.store(target, 2 * row + 1, second);
+    if (group.lane == 0) {
+      group.store(target, 2 * row, first);
+      group.store(target, 2 * row + 1, second);
     }
   }
   FASTMETA_HOST_DEVICE void put(Array<storage_t> target, int64_t j, const number_t& value) const {
     const int64_t place = begin() + j;
-    team.store(target, place, l.adds_to_x ? team.load(target, place) + value : value);
+    group.store(target, place, l.adds_to_x ? group.load(target, place) + value : value);
   }
 };
 
@@ -84,20 +84,20 @@ template <typename storage_t>
 struct LayerNormForward {
   LayerNormArrays<storage_t> l;
 
-  template <typename Team>
-  FASTMETA_HOST_DEVICE void operator()(const Team& team, int64_t row) const {
-    using number_t = typename Team::number_t;
-    const LayerNormRow<storage_t, Team> r{l, team, row};
-    const auto x = [&](int64_t j) { return team.load(l.x, r.begin() + j); };
+  template <typename ThreadGroup>
+  FASTMETA_HOST_DEVICE void operator()(const ThreadGroup& group, int64_t row) const {
+    using number_t = typename ThreadGroup::number_t;
+    const LayerNormRow<storage_t, ThreadGroup> r{l, group, row};
+    const auto x = [&](int64_t j) { return group.load(l.x, r.begin() + j); };
     const number_t mean = r.mean_of(x);
     const number_t variance = r.mean_of([&](int64_t j) { return (x(j) - mean) * (x(j) - mean); });
     const number_t inverse = number_t(1) / Math<number_t>::sqrt(variance + number_t(l.eps));
     r.keep(l.extra, mean, inverse);
-    for (int64_t j = team.lane; j < l.size; j += team.size) {
+    for (int64_t j = group.lane; j < l.size; j += group.size) {
       number_t y = (x(j) - mean) * inverse;
-      if (l.weight) y = y * team.load(l.weight, j);
-      if (l.bias) y = y + team.load(l.bias, j);
-      team.store(l.y, r.begin() + j, y);
+      if (l.weight) y = y * group.load(l.weight, j);
+      if (l.bias) y = y + group.load(l.bias, j);
+      group.store(l.y, r.begin() + j, y);
     }
   }
 };
@@ -106,28 +106,28 @@ template <typename storage_t>
 struct LayerNormTangentForward {
   LayerNormArrays<storage_t> l;
 
-  template <typename Team>
-  FASTMETA_HOST_DEVICE void operator()(const Team& team, int64_t row) const {
-    using number_t = typename Team::number_t;
-    const LayerNormRow<storage_t, Team> r{l, team, row};
+  template <typename ThreadGroup>
+  FASTMETA_HOST_DEVICE void operator()(const ThreadGroup& group, int64_t row) const {
+    using number_t = typename ThreadGroup::number_t;
+    const LayerNormRow<storage_t, ThreadGroup> r{l, group, row};
     number_t mean_dot(0), s_dot(0);
     if (l.x_dot) {
-      const auto x_dot = [&](int64_t j) { return team.load(l.x_dot, r.begin() + j); };
+      const auto x_dot = [&](int64_t j) { return group.load(l.x_dot, r.begin() + j); };
       mean_dot = r.mean_of(x_dot);
       s_dot = r.mean_of([&](int64_t j) { return r.xh(j) * x_dot(j); });
     }
     r.keep(l.extra_dot, mean_dot, s_dot);
     const number_t inverse = r.inverse();
-    for (int64_t j = team.lane; j < l.size; j += team.size) {
+    for (int64_t j = group.lane; j < l.size; j += group.size) {
       number_t y_dot(0);
       const number_t xh = r.xh(j);
       if (l.x_dot) {
-        y_dot = (team.load(l.x_dot, r.begin() + j) - mean_dot - xh * s_dot) * inverse;
-        if (l.weight) y_dot = y_dot * team.load(l.weight, j);
+        y_dot = (group.load(l.x_dot, r.begin() + j) - mean_dot - xh * s_dot) * inverse;
+        if (l.weight) y_dot = y_dot * group.load(l.weight, j);
       }
-      if (l.weight_dot) y_dot = y_dot + team.load(l.weight_dot, j) * xh;
-      if (l.bias_dot) y_dot = y_dot + team.load(l.bias_dot, j);
-      team.store(l.y_dot, r.begin() + j, y_dot);
+      if (l.weight_dot) y_dot = y_dot + group.load(l.weight_dot, j) * xh;
+      if (l.bias_dot) y_dot = y_dot + group.load(l.bias_dot, j);
+      group.store(l.y_dot, r.begin() + j, y_dot);
     }
   }
 };
@@ -136,13 +136,13 @@ template <typename storage_t>
 struct LayerNormBackward {
   LayerNormArrays<storage_t> l;
 
-  template <typename Team>
-  FASTMETA_HOST_DEVICE void operator()(const Team& team, int64_t row) const {
-    using number_t = typename Team::number_t;
-    const LayerNormRow<storage_t, Team> r{l, team, row};
+  template <typename ThreadGroup>
+  FASTMETA_HOST_DEVICE void operator()(const ThreadGroup& group, int64_t row) const {
+    using number_t = typename ThreadGroup::number_t;
+    const LayerNormRow<storage_t, ThreadGroup> r{l, group, row};
     const number_t a = r.mean_of([&](int64_t j) { return r.scaled(l.dy, j); });
     const number_t c = r.mean_of([&](int64_t j) { return r.scaled(l.dy, j) * r.xh(j); });
-    for (int64_t j = team.lane; j < l.size; j += team.size) {
+    for (int64_t j = group.lane; j < l.size; j += group.size) {
       r.put(l.dx, j, (r.scaled(l.dy, j) - a - r.xh(j) * c) * r.inverse());
     }
   }
@@ -152,10 +152,10 @@ template <typename storage_t>
 struct LayerNormTangentBackward {
   LayerNormArrays<storage_t> l;
 
-  template <typename Team>
-  FASTMETA_HOST_DEVICE void operator()(const Team& team, int64_t row) const {
-    using number_t = typename Team::number_t;
-    const LayerNormRow<storage_t, Team> r{l, team, row};
+  template <typename ThreadGroup>
+  FASTMETA_HOST_DEVICE void operator()(const ThreadGroup& group, int64_t row) const {
+    using number_t = typename ThreadGroup::number_t;
+    const LayerNormRow<storage_t, ThreadGroup> r{l, group, row};
     const auto u = [&](int64_t j) { return r.scaled(l.dy, j); };
     const number_t a = r.mean_of(u);
     const number_t c = r.mean_of([&](int64_t j) { return u(j) * r.xh(j); });
@@ -163,7 +163,7 @@ struct LayerNormTangentBackward {
     const number_t c_dot =
         r.mean_of([&](int64_t j) { return r.u_dot(j) * r.xh(j) + u(j) * r.xh_dot(j); });
     const number_t s_dot = l.x_dot ? r.s_dot() : number_t(0), inverse = r.inverse();
-    for (int64_t j = team.lane; j < l.size; j += team.size) {
+    for (int64_t j = group.lane; j < l.size; j += group.size) {
       const number_t dx = (u(j) - a - r.xh(j) * c) * inverse;
       const number_t change = r.u_dot(j) - a_dot - r.xh_dot(j) * c - r.xh(j) * c_dot - dx * s_dot;
       r.put(l.dx_dot, j, change * inverse);
@@ -171,18 +171,18 @@ struct LayerNormTangentBackward {
   }
 };
 
-// target[j] (+)= sum over rows of dy xh, and with tangents of dy_dot xh + dy xh_dot; a cell is a
-// column; then finish.
+// Computes target[j] (+)= sum over rows of dy xh, and with tangents of dy_dot xh + dy xh_dot; then
+// finish. An accumulator is a column.
 template <typename storage_t, bool tangent, typename Finish>
 struct LayerNormWeightGradient {
   LayerNormArrays<storage_t> l;
   Array<storage_t> target;
-  Accumulation<storage_t> into;
+  StoreMode<storage_t> into;
   Finish finish;
 
-  template <typename Cell>
-  FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
-    using number_t = typename Cell::number_t;
+  template <typename Accumulator>
+  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
+    using number_t = typename Accumulator::number_t;
     number_t sum(0);
     for (int64_t row = 0; row < l.rows; ++row) {
       const int64_t begin = row * l.size;
@@ -255,7 +255,7 @@ struct LayerNorm {
 
   template <typename Executor>
   FASTMETA_HOST_DEVICE void tangent_backward(Executor& exec, Array<storage_t> target,
-                                             const Accumulation<storage_t>& into) const {
+                                             const StoreMode<storage_t>& into) const {
     const auto l = arrays(true);
     if (l.dx_dot) exec.rows(l.rows, LayerNormTangentBackward<storage_t>{l});
     parameter_gradients<true>(exec, l, target, into, NoUpdate{});
@@ -265,7 +265,7 @@ struct LayerNorm {
   template <bool tangent, typename Executor, typename Update>
   FASTMETA_HOST_DEVICE void parameter_gradients(Executor& exec, const LayerNormArrays<storage_t>& l,
                                                 Array<storage_t> target,
-                                                const Accumulation<storage_t>& into,
+                                                const StoreMode<storage_t>& into,
                                                 const Update& update) const {
     using Finish = decltype(update.from(0));
     if (is_adapted(i.weight)) {

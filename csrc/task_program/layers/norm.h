@@ -1,8 +1,8 @@
 // Norm of channels over a set of examples and positions: of the whole batch for each channel (batch
-// norm, Ioffe 2015), or of one example for each group of channels (group norm, Wu 2018); weight g and
-// bias b [C], either may be missing; then, in one step, ReLU and a max pool of 2 x 2. With mean and
-// s = sqrt(biased variance + eps) of a set, xh = (x - mean)/s, means over the set, and dy the
-// gradient that reaches a place through the pool and the ReLU (at the places that were picked):
+// norm, Ioffe 2015), or of one example for each group of channels (group norm, Wu 2018); weight g
+// and bias b [C], either may be missing; then, in one step, ReLU and a max pool of 2 x 2. With mean
+// and s = sqrt(biased variance + eps) of a set, xh = (x - mean)/s, means over the set, and dy the
+// gradient that reaches a place through the pool and the ReLU (at the picked places):
 //
 //   forward           y = g xh + b
 //   tangent forward   s_dot = mean(xh x_dot)        xh_dot = (x_dot - mean(x_dot) - xh s_dot)/s
@@ -14,12 +14,13 @@
 //                     dx_dot = (u_dot - a_dot - xh_dot c - xh c_dot - dx s_dot)/s
 //                     dg_dot = sum of (dy_dot xh + dy xh_dot)       db_dot = sum of dy_dot
 //
-// On given mean and variance, [C] each and not adapted, s is no function of x: s_dot, mean(x_dot), a,
-// c and their tangents are 0. Of weight and bias [rows, C] a pass takes the row of its step.
+// On given mean and variance, [C] each and not adapted, s is no function of x: s_dot, mean(x_dot),
+// a, c and their tangents are 0. If weight and bias are [rows, C], a pass takes the row of its
+// step.
 //
-// Means come from sums over positions of each channel, which are kept for each set, 2 x C numbers,
-// before the means of groups, 2 x C: behind y moments, then mean and 1/s; behind dy sums of dy and
-// dy xh, then a and c; behind the tangents the same of those.
+// Means come from sums over positions of each channel. A set keeps them in 2 x C numbers, before
+// the means of groups, 2 x C: behind y are moments, then mean and 1/s; behind dy sums of dy and dy
+// xh, then a and c; behind the tangents the tangents of these.
 #pragma once
 
 #include "execution/elementwise.h"
@@ -73,7 +74,7 @@ struct NormLayer {
 
   template <typename Executor>
   FASTMETA_HOST_DEVICE void tangent_backward(Executor& exec, Array<storage_t> target,
-                                             const Accumulation<storage_t>& into) const {
+                                             const StoreMode<storage_t>& into) const {
     const auto l = arrays(true);
     with_form([&](auto form) {
       using Form = decltype(form);
@@ -87,7 +88,7 @@ struct NormLayer {
     parameter_gradients(exec, l, l.sums_dot, target, into, NoUpdate{});
   }
 
-  // The parts of the passes.
+  // Parts of the passes.
 
   FASTMETA_HOST_DEVICE NormArrays<storage_t> arrays(bool tangents) const {
     const int64_t count = net.examples.count, channels = i.inputs;
@@ -147,11 +148,11 @@ struct NormLayer {
     }
   }
 
-  // From the two sums of each set.
+  // Computes parameter gradients from the two sums of each set.
   template <typename Executor, typename Update>
   FASTMETA_HOST_DEVICE void parameter_gradients(Executor& exec, const NormArrays<storage_t>& l,
                                                 Array<storage_t> sums, Array<storage_t> target,
-                                                const Accumulation<storage_t>& into,
+                                                const StoreMode<storage_t>& into,
                                                 const Update& update) const {
     using Finish = decltype(update.from(0));
     const auto add_up = [&](int64_t parameter, bool adds, Array<storage_t> source) {
@@ -167,12 +168,13 @@ struct NormLayer {
  private:
   FASTMETA_HOST_DEVICE bool has_given() const { return i.mean != kNoParameter; }
 
-  // On given statistics only the gradients of weight and bias are sums over positions.
+  // Whether sums over positions are needed. On given statistics only the gradients of weight and
+  // bias are such sums.
   FASTMETA_HOST_DEVICE bool needs_sums(bool wants_gradients) const {
     return !has_given() || (wants_gradients && (is_adapted(i.weight) || is_adapted(i.bias)));
   }
 
-  // The row of a weight or bias that the pass at theta_k reads.
+  // Offset of the row of a weight or bias that the pass at theta_k reads.
   FASTMETA_HOST_DEVICE int64_t of_step(int64_t parameter) const {
     const int64_t last = i.parameter_rows - 1;
     return parameter_behind(parameter, (net.step < last ? net.step : last) * i.inputs);

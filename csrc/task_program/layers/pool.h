@@ -1,10 +1,10 @@
-// Pools of windows over channels-last images. Both are linear once the places are known that give a
-// maximum, so that tangents go the same ways:
+// Pools of windows over channels-last images. Both are linear once the places of the maxima are
+// known, so that tangents take the same routes:
 //
-//   forward           y = max of x, or its mean, over each window; of a maximum the first place that
-//                     gives it is kept beside y
+//   forward           y = max of x, or its mean, over each window; for a maximum the first place that
+//                     reaches it is kept beside y
 //   tangent forward   y_dot = x_dot at that place, or its mean
-//   backward          dx += dy at that place, or dy / count at each; tangent backward: of dy_dot
+//   backward          dx += dy at that place, or dy / count at each; tangent backward: dy_dot
 #pragma once
 
 #include "execution/math.h"
@@ -12,11 +12,11 @@
 
 namespace fastmeta {
 
-// The windows of a pool, in one direction.
+// Windows of a pool, in one direction.
 struct PoolAxis {
   int64_t size, kernel, stride, padding, out;
 
-  // Places of window `o` within the image.
+  // Interval of places of window `o` within the image.
   FASTMETA_HOST_DEVICE int64_t first(int64_t o) const {
     const int64_t at = o * stride - padding;
     return at < 0 ? 0 : at;
@@ -25,7 +25,7 @@ struct PoolAxis {
     const int64_t at = o * stride - padding + kernel;
     return at < size ? at : size;
   }
-  // Windows that have place `at`.
+  // Interval of windows that have place `at`.
   FASTMETA_HOST_DEVICE int64_t first_window(int64_t at) const {
     const int64_t before = at + padding - kernel;
     return before < 0 ? 0 : before / stride + 1;
@@ -40,7 +40,7 @@ template <typename storage_t>
 struct PoolArrays {
   PoolShape shape;
   Images in, out;
-  Array<storage_t> pick;  // of a maximum: place in the image, h width + w
+  Array<storage_t> pick;  // place of a maximum in the image, h width + w
 
   FASTMETA_HOST_DEVICE PoolAxis vertical() const {
     return {in.height, shape.kernel_h, shape.stride_h, shape.padding_h, out.height};
@@ -48,23 +48,23 @@ struct PoolArrays {
   FASTMETA_HOST_DEVICE PoolAxis horizontal() const {
     return {in.width, shape.kernel_w, shape.stride_w, shape.padding_w, out.width};
   }
-  // fn(h, w) for the places of an output's window.
-  template <typename Cell, typename Fn>
-  FASTMETA_HOST_DEVICE void for_window(const Cell& at, const Fn& fn) const {
+  // Calls fn(h, w) for the places of an output's window.
+  template <typename Accumulator, typename Fn>
+  FASTMETA_HOST_DEVICE void for_window(const Accumulator& at, const Fn& fn) const {
     const PoolAxis v = vertical(), u = horizontal();
     for (int64_t h = v.first(at.h); h < v.end(at.h); ++h) {
       for (int64_t w = u.first(at.w); w < u.end(at.w); ++w) fn(h, w);
     }
   }
-  // fn(h, w) for the outputs whose windows have an input's place.
-  template <typename Cell, typename Fn>
-  FASTMETA_HOST_DEVICE void for_windows_at(const Cell& at, const Fn& fn) const {
+  // Calls fn(h, w) for the outputs whose windows have an input's place.
+  template <typename Accumulator, typename Fn>
+  FASTMETA_HOST_DEVICE void for_windows_at(const Accumulator& at, const Fn& fn) const {
     const PoolAxis v = vertical(), u = horizontal();
     for (int64_t h = v.first_window(at.h); h < v.end_window(at.h); ++h) {
       for (int64_t w = u.first_window(at.w); w < u.end_window(at.w); ++w) fn(h, w);
     }
   }
-  // One over what the sum of the window of output (h, w) is divided by.
+  // One over the divisor of the sum of the window of output (h, w).
   FASTMETA_HOST_DEVICE double share(int64_t h, int64_t w) const {
     const PoolAxis v = vertical(), u = horizontal();
     const int64_t counted = shape.counts_padding
@@ -79,9 +79,9 @@ struct MaxPoolForward {
   PoolArrays<storage_t> l;
   Array<storage_t> x, y;
 
-  template <typename Cell>
-  FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
-    using number_t = typename Cell::number_t;
+  template <typename Accumulator>
+  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
+    using number_t = typename Accumulator::number_t;
     using M = Math<number_t>;
     number_t best(0), pick(-1);
     l.for_window(at, [&](int64_t h, int64_t w) {
@@ -95,15 +95,15 @@ struct MaxPoolForward {
   }
 };
 
-// target = source at the places that gave the maxima.
+// Computes target = source at the places of the maxima.
 template <typename storage_t>
 struct MaxPoolGather {
   PoolArrays<storage_t> l;
   Array<storage_t> source, target;
 
-  template <typename Cell>
-  FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
-    using number_t = typename Cell::number_t;
+  template <typename Accumulator>
+  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
+    using number_t = typename Accumulator::number_t;
     const int64_t here = l.out.place(at.image, at.h, at.w);
     const number_t pick = at.load(l.pick, here);
     number_t value(0);
@@ -121,9 +121,9 @@ struct MeanOfWindow {
   PoolArrays<storage_t> l;
   Array<storage_t> source, target;
 
-  template <typename Cell>
-  FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
-    using number_t = typename Cell::number_t;
+  template <typename Accumulator>
+  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
+    using number_t = typename Accumulator::number_t;
     number_t sum(0);
     l.for_window(
         at, [&](int64_t h, int64_t w) { sum = sum + at.load(source, l.in.place(at.image, h, w)); });
@@ -131,16 +131,16 @@ struct MeanOfWindow {
   }
 };
 
-// target (+)= what comes to an input's place from the outputs' source.
+// Computes target (+)= the sum that reaches an input's place from the outputs' source.
 template <typename storage_t>
 struct PoolScatter {
   PoolArrays<storage_t> l;
   Array<storage_t> source, target;
   bool adds;
 
-  template <typename Cell>
-  FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
-    using number_t = typename Cell::number_t;
+  template <typename Accumulator>
+  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
+    using number_t = typename Accumulator::number_t;
     const int64_t here = l.in.place(at.image, at.h, at.w);
     const number_t place(static_cast<double>(at.h * l.in.width + at.w));
     number_t sum = adds ? at.load(target, here) : number_t(0);
@@ -180,7 +180,7 @@ struct PoolLayer {
     }
   }
 
-  // Of dy, or of its tangent.
+  // Backward pass of dy, or of its tangent.
   template <typename Executor>
   FASTMETA_HOST_DEVICE void backward(Executor& exec, Array<storage_t> dy,
                                      Array<storage_t> dx) const {

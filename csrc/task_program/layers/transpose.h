@@ -1,28 +1,28 @@
-// Each example [rows, columns] to [columns, rows]: channels from the first to the last dimension, or
-// back. Every pass is one.
+// Transposes each example [rows, columns] to [columns, rows]: channels from the first to the last
+// dimension, or back. Every pass is a transpose.
 #pragma once
 
 #include "task_program/program/network.h"
 
 namespace fastmeta {
 
-// target [columns, rows] (+)= source [rows, columns] of an example.
+// Computes target [columns, rows] (+)= source' for source [rows, columns] of an example.
 template <typename storage_t>
 struct TransposeExample {
   int64_t rows, columns;
   Array<storage_t> source, target;
   bool adds;
 
-  template <typename Team>
-  FASTMETA_HOST_DEVICE void operator()(const Team& team, int64_t example) const {
+  template <typename ThreadGroup>
+  FASTMETA_HOST_DEVICE void operator()(const ThreadGroup& group, int64_t example) const {
     const int64_t begin = example * rows * columns;
-    const bool by_rows = rows >= columns;  // the team shares the longer dimension
+    const bool by_rows = rows >= columns;  // the group shares the longer dimension
     for (int64_t i = 0; i < (by_rows ? columns : rows); ++i) {
-      for (int64_t j = team.lane; j < (by_rows ? rows : columns); j += team.size) {
+      for (int64_t j = group.lane; j < (by_rows ? rows : columns); j += group.size) {
         const int64_t row = by_rows ? j : i, column = by_rows ? i : j;
         const int64_t place = begin + column * rows + row;
-        const auto value = team.load(source, begin + row * columns + column);
-        team.store(target, place, adds ? team.load(target, place) + value : value);
+        const auto value = group.load(source, begin + row * columns + column);
+        group.store(target, place, adds ? group.load(target, place) + value : value);
       }
     }
   }

@@ -1,5 +1,5 @@
-// One pass of a batch of examples through a program: the arrays of its values, and what the layers
-// need of them. The passes themselves are in task_program/passes.h.
+// One pass of a batch of examples through a program: the arrays of its values, and the views that
+// layers read. The passes themselves are in task_program/passes.h.
 #pragma once
 
 #include "execution/executor.h"
@@ -7,8 +7,8 @@
 
 namespace fastmeta {
 
-// Examples of a task. `targets` are labels as numbers, -1 where ignored, or what a regression is to
-// give; `norm`, one number, multiplies the loss of an example.
+// Examples of a task. `targets` are labels as numbers, -1 if ignored, or a regression's targets;
+// `norm`, one number, multiplies the loss of an example.
 template <typename storage_t>
 struct Examples {
   int64_t count;
@@ -25,12 +25,12 @@ struct Parameters {
   }
 };
 
-// Arrays of a value each, [B, elements], one after the other, in an arena of its own for the values,
-// their gradients, and the tangents of both. The input is not in them.
+// Arrays of the values, each [B, elements], one after the other: an arena for the values, one for
+// their gradients, and one for the tangents of each. The input is not in them.
 template <typename storage_t>
 struct Activations {
   Array<storage_t> value, delta, value_dot, delta_dot;
-  Array<storage_t> input_delta, input_delta_dot;  // where wanted
+  Array<storage_t> input_delta, input_delta_dot;  // empty if not wanted
   Array<storage_t> row_loss;                      // [B]
 };
 
@@ -49,12 +49,12 @@ struct Network {
   FASTMETA_HOST_DEVICE Array<storage_t> value(int v) const {
     return v == 0 ? examples.x : inside(arrays.value, v);
   }
-  // Empty where nobody needs it.
+  // Gradient of a value; empty if nobody needs it.
   FASTMETA_HOST_DEVICE Array<storage_t> delta(int v) const {
     if (v == 0) return arrays.input_delta;
     return reaches_what_is_wanted(v) ? inside(arrays.delta, v) : Array<storage_t>{};
   }
-  // Empty where the tangent is zero.
+  // Tangent of a value; empty if it is zero.
   FASTMETA_HOST_DEVICE Array<storage_t> value_dot(int v) const {
     return info(v).adapts ? inside(arrays.value_dot, v) : Array<storage_t>{};
   }
@@ -62,13 +62,13 @@ struct Network {
     if (v == 0) return arrays.input_delta_dot;
     return reaches_what_is_wanted(v) ? inside(arrays.delta_dot, v) : Array<storage_t>{};
   }
-  // What a layer keeps beside its output y, and the tangent of that.
+  // Numbers that a layer keeps beside its output y, and their tangents.
   FASTMETA_HOST_DEVICE Array<storage_t> extra(int y) const { return value(y).from(size(y)); }
   FASTMETA_HOST_DEVICE Array<storage_t> extra_dot(int y) const {
     const auto tangent = value_dot(y);
     return tangent ? tangent.from(size(y)) : tangent;
   }
-  // The tangent of a parameter; empty where it is not adapted.
+  // Tangent of a parameter; empty if it is not adapted.
   FASTMETA_HOST_DEVICE Array<storage_t> tangent_of(int64_t parameter) const {
     return is_adapted(parameter) ? direction.at(parameter) : Array<storage_t>{};
   }

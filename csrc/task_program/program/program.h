@@ -14,7 +14,7 @@
 // mean, given variance (both in frozen, or none), rows; pool kind, C, H, W, kernel h, w, stride h, w,
 // padding h, w, 1: an average counts the padding; transpose rows, columns. Images are channels-last
 // in convolution, norm and pool: [H, W, C]. Weight and bias of a norm are [rows, C]: the pass at
-// theta_k, k counted from the first step, reads row k, or the last where there are fewer.
+// theta_k, k counted from the first step, reads row k, or the last if there are fewer.
 #pragma once
 
 #include <cstdint>
@@ -83,7 +83,7 @@ struct PoolShape {
 struct Value {
   int64_t elements;  // of one example
   int64_t extra;     // statistics that its layer keeps beside them
-  int64_t offset;    // of its elements, then extra, in those of an example; the input takes none
+  int64_t offset;    // in an example's numbers, of its elements and then extra; none for the input
   bool adapts;       // depends on theta: has a tangent
 };
 
@@ -93,20 +93,20 @@ struct Instruction {
   int64_t weight, bias;
   int64_t inputs, outputs;  // linear: I, O; layer norm: D in both; convolution and norm: C, O
   ConvShape conv;
-  PoolShape pool;          // of a pool, or of the one that follows a norm in one step
+  PoolShape pool;          // of a pool, or of the one fused behind a norm
   int64_t groups;          // of a norm; 0: batch norm
   int64_t mean, variance;  // of a norm on given statistics
   int64_t parameter_rows;  // of a norm
-  bool relu, max_pool;     // of a norm: what follows it in one step
-  int normed;              // the output of the batch norm whose moments a convolution makes, or -1
-  bool is_fused;           // a convolution that is done with its norm: its outputs have no memory
-  bool has_moments;        // of a norm: made already
+  bool relu, max_pool;     // of a norm: fused behind it
+  int normed;              // output of the batch norm whose moments a convolution makes, or -1
+  bool is_fused;           // convolution fused with its norm: its outputs have no memory
+  bool has_moments;        // of a norm: the convolution before makes them
   int64_t rows;            // of a transpose, whose columns are its outputs
   ActivationKind activation;
   double a, b;  // of the activation; layer norm: a = eps
-  // Going backwards, whether an instruction done before has written this gradient already.
+  // Whether, going backwards, an earlier instruction has written this gradient already.
   bool adds_to_x, adds_to_x2, adds_to_weight, adds_to_bias;
-  // The activation that follows (in the order of the pass) is done with this linear layer.
+  // Whether the next (in the order of the pass) activation is fused into this linear layer.
   bool with_next, with_previous;
 };
 
@@ -117,13 +117,13 @@ struct LossSpec {
   double scale;
 };
 
-// A program without ownership, as both the host and a kernel read it.
+// A program without ownership, readable by the host and by a kernel.
 struct Program {
   const Instruction* instructions;
   const Value* values;
   int instruction_count, value_count, output;
   int64_t parameters, frozen;  // P, F
-  int64_t first_step;          // theta as it is given is that of so many steps
+  int64_t first_step;          // theta on entry is theta after so many steps
   int64_t example_elements;    // offset behind the last value: of an example, without the input
   bool covers_theta;           // the backward pass writes every element of the gradient,
   bool writes_once;            // and none twice
@@ -135,7 +135,7 @@ struct Program {
 
 FASTMETA_HOST_DEVICE constexpr bool is_adapted(int64_t parameter) { return parameter >= 0; }
 
-// The parameter that lies `elements` behind another one.
+// Parameter that lies `elements` behind another one.
 FASTMETA_HOST_DEVICE constexpr int64_t parameter_behind(int64_t parameter, int64_t elements) {
   if (parameter == kNoParameter) return kNoParameter;
   return is_adapted(parameter) ? parameter + elements : parameter - elements;

@@ -1,7 +1,8 @@
-// A convolution of so few channels, and the batch norm, ReLU and 2 x 2 max pool behind it, that its
-// outputs are made again sooner than they are read from memory: they, and gradients and tangents of
-// them, exist for a band of lines at a time, in the L2 cache. (First layer of Conv4-64 on 75 images of
-// 28 x 28: 15 MB an array and 34 million multiplications.) One thread; no gradient of the images.
+// Fused conv-norm-pool bands: a convolution of few channels, and the batch norm, ReLU and 2 x 2 max
+// pool behind it. Computing the convolution's outputs again beats reading them from memory. So
+// they, their gradients and tangents exist only for a band of lines at a time, in the L2 cache.
+// (First layer of Conv4-64 on 75 images of 28 x 28: 15 MB an array and 34 million multiplications.)
+// One thread; no gradient of the images.
 #pragma once
 
 #include "convolution/cpu/convolution.h"
@@ -10,7 +11,7 @@
 
 namespace fastmeta {
 
-// The bands of a convolution's outputs, and memory for three arrays of one.
+// Bands of a convolution's outputs, and memory for three arrays of one band.
 template <typename value_t>
 class CpuBands {
  public:
@@ -21,7 +22,7 @@ class CpuBands {
   CpuBands(const ConvShape& shape, int64_t examples, value_t* scratch)
       : shape_(shape), examples_(examples), sum_(shape, examples, false), memory_(scratch) {}
 
-  // Lines of all images, an even number but at an image's end.
+  // Calls body on bands: lines of all images, an even number except at an image's end.
   template <typename Body>
   void for_each(const Body& body) const {
     const int64_t height = shape_.out_height(), step = band_lines(shape_);
@@ -32,12 +33,13 @@ class CpuBands {
     }
   }
 
-  // Weights as outputs() wants them, in place `which` of two.
+  // Packs weights for outputs(), in slot `which` of two.
   const value_t* packed(const value_t* w, int which) const {
     return sum_.packed(w, weights(which));
   }
 
-  // An array of a band, in place `which` of three, as if the other bands were there too.
+  // Array of a band, in slot `which` of three. Its pointer is shifted as if all other bands were
+  // stored too.
   Array<value_t> array(const Interval& band, int which) const {
     return {bands() + which * band_size(shape_) - band.begin * line_size(shape_), 0};
   }
@@ -48,11 +50,11 @@ class CpuBands {
     return z;
   }
 
-  // Adds up what the bands give to the gradient of the weights.
+  // Adds a band's share to the gradient of the weights.
   void join_weights(const Interval& band, const Array<value_t>& dz, const value_t* x) const {
     sum_.weight_rows(rows(band), dz.data, x, weights(2), band.begin > 0, own());
   }
-  void write_weights(const Accumulation<value_t>& into, value_t* dw) const {
+  void write_weights(const StoreMode<value_t>& into, value_t* dw) const {
     const value_t scale = into.step_size ? -into.step_size.data[0] : value_t(1);
     sum_.write_weights(weights(2), into.adds, scale, weights(0), dw);
   }
@@ -81,14 +83,14 @@ class CpuBands {
   value_t* memory_;
 };
 
-// The passes of both layers. The statistics and sums are the norm's.
+// Passes of both layers. The statistics and sums are the norm's.
 template <typename Executor>
-class CpuThinBlock {
+class CpuFusedBand {
  public:
   using value_t = typename Executor::storage_t;
   using Arena = Array<value_t>;
 
-  CpuThinBlock(Executor& exec, const Network<value_t>& net, const Instruction& conv,
+  CpuFusedBand(Executor& exec, const Network<value_t>& net, const Instruction& conv,
                const Instruction& norm, value_t* scratch)
       : exec_(exec),
         net_(net),
@@ -158,7 +160,7 @@ class CpuThinBlock {
     norm_.parameter_gradients(exec_, l, l.sums, grads, {adds}, update);
   }
 
-  void tangent_backward(Arena target, const Accumulation<value_t>& into) const {
+  void tangent_backward(Arena target, const StoreMode<value_t>& into) const {
     const auto l = norm_.arrays(true);
     const CpuImages<value_t> out(l.out, false);
     const auto weights = both_weights();
@@ -186,7 +188,7 @@ class CpuThinBlock {
   using Form = NormForm<true, true>;
 
   struct Weights {
-    const value_t *w, *w_dot;  // packed; w_dot null where they are not adapted
+    const value_t *w, *w_dot;  // packed; w_dot null if not adapted
   };
   Weights both_weights() const {
     const auto w_dot = net_.tangent_of(conv_.weight);
@@ -203,10 +205,10 @@ class CpuThinBlock {
     return {line(band.begin), line(band.end)};
   }
 
-  // The gradient of the weights from that of the outputs, or from its tangent, which
-  // make(band, array) fills in.
+  // Computes the gradient of the weights from the gradient of the outputs, or from its tangent;
+  // make(band, array) fills this in.
   template <typename Make>
-  void make_weights(const Accumulation<value_t>& into, Arena target, const Make& make) const {
+  void make_weights(const StoreMode<value_t>& into, Arena target, const Make& make) const {
     bands_.for_each([&](const Interval& band) {
       const auto dz = bands_.array(band, 2);
       const auto fill = make(band, dz);

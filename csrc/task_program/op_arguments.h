@@ -1,5 +1,5 @@
-// One call of an op of the task program, as pointers: what every implementation takes.
-// T tasks; theta [P] or [T, P]; examples x [B, ...] and targets of every task.
+// Arguments of one call of an op of the task program, as pointers: the input of every
+// implementation. T tasks; theta [P] or [T, P]; examples x [B, ...] and targets of every task.
 #pragma once
 
 #include <cstdint>
@@ -11,16 +11,16 @@
 
 namespace fastmeta {
 
-enum class JobKind {
+enum class OpKind {
   kForward,        // outputs of the queries at theta
   kGradient,       // and their loss, and its gradient
   kHvp,            // H vector of the support's loss
   kAdapt,          // theta_K
-  kAdaptBackward,  // gradient before the K steps from `upstream`, the one after them
+  kAdaptBackward,  // gradient before the K steps from `upstream`, the gradient after them
   kMeta,           // the query loss after K steps, and its gradient
 };
 
-// Strides are in elements; 0: all tasks share it.
+// A set of examples. Strides are in elements; 0: all tasks share it.
 struct ExampleSet {
   int64_t count = 0;
   const void* x = nullptr;  // [T, B, elements]
@@ -29,8 +29,8 @@ struct ExampleSet {
   int64_t targets_stride = 0;
 };
 
-struct Job {
-  JobKind kind;
+struct OpArguments {
+  OpKind kind;
   Dtype dtype;
   int64_t tasks = 0;
   Program program;
@@ -46,20 +46,20 @@ struct Job {
   bool lr_per_parameter = false;
   ExampleSet support, query;
   double scale = 1;                  // of the meta-loss: 1/T for a mean
-  std::vector<double> step_weights;  // K, or none: the last step alone
+  std::vector<double> step_weights;  // K, or none: only the last step counts
   const void* given = nullptr;       // [T, P]: upstream gradient, or vector
 
-  // Results, contiguous, null where not wanted. Tasks that share an input share its gradient.
+  // Results, contiguous, null if not wanted. Tasks that share an input share its gradient.
   void* outputs = nullptr;     // [T, Q, outputs]
   void* loss = nullptr;        // [T]; a task's part of the mean
   void* adapted = nullptr;     // [T, P]
   void* grad_theta = nullptr;  // [P] or [T, P]
   bool grad_theta_shared = false;
-  void* grad_lr = nullptr;       // as lr
-  void* grad_support = nullptr;  // as x
+  void* grad_lr = nullptr;       // like lr
+  void* grad_support = nullptr;  // like x
   void* grad_query = nullptr;
 
-  // Of a task's own step sizes: elements of a step, from a step to the next, of all steps.
+  // Sizes of a task's own step sizes: elements of a step, from a step to the next, of all steps.
   int64_t lr_row() const { return lr_per_parameter ? program.parameters : 1; }
   int64_t lr_dense_stride() const { return lr_step_stride == 0 ? 0 : lr_row(); }
   int64_t lr_elements() const { return lr_row() * (lr_step_stride == 0 ? 1 : options.steps); }
@@ -85,37 +85,38 @@ struct Job {
   }
 };
 
-// The job for one task (or one executor's tasks), all of whose inputs are in place.
+// Runs the op for one task (or one executor's tasks), all of whose inputs are in place.
 template <typename Executor>
-void run_job(Executor& exec, const Job& job, const TaskArrays<typename Executor::storage_t>& task) {
+void run_op(Executor& exec, const OpArguments& args,
+            const TaskArrays<typename Executor::storage_t>& task) {
   using storage_t = typename Executor::storage_t;
-  const MetaStep<Executor> step(exec, job.program, job.options, task);
-  const int steps = job.options.steps;
+  const MetaStep<Executor> step(exec, args.program, args.options, task);
+  const int steps = args.options.steps;
   exec.map(1, Fill<storage_t>{0, task.loss});
-  if (task.grad_lr) exec.map(job.lr_elements(), Fill<storage_t>{0, task.grad_lr});
-  switch (job.kind) {
-    case JobKind::kForward:
+  if (task.grad_lr) exec.map(args.lr_elements(), Fill<storage_t>{0, task.grad_lr});
+  switch (args.kind) {
+    case OpKind::kForward:
       step.query_outputs();
       break;
-    case JobKind::kGradient:
-      step.query(0, job.scale, true, false);
+    case OpKind::kGradient:
+      step.query(0, args.scale, true, false);
       break;
-    case JobKind::kHvp:
+    case OpKind::kHvp:
       step.hessian_vector_product();
       break;
-    case JobKind::kAdapt:
+    case OpKind::kAdapt:
       step.adapt();
       break;
-    case JobKind::kAdaptBackward:
+    case OpKind::kAdaptBackward:
       step.adapt();
       for (int k = steps - 1; k >= 0; --k) step.step_back(k);
       break;
-    case JobKind::kMeta:
+    case OpKind::kMeta:
       step.adapt();
-      step.query(steps, job.weight(steps), job.gradient, false);
+      step.query(steps, args.weight(steps), args.gradient, false);
       for (int k = steps - 1; k >= 0; --k) {
-        if (job.gradient) step.step_back(k);
-        if (job.weight(k) != 0) step.query(k, job.weight(k), job.gradient, true);
+        if (args.gradient) step.step_back(k);
+        if (args.weight(k) != 0) step.query(k, args.weight(k), args.gradient, true);
       }
       break;
   }

@@ -1,5 +1,5 @@
-// What the steps of a norm read: its arrays, the statistics of its sets, and one cell; formulas in
-// norm.h.
+// Operands of a norm's steps: its arrays, the statistics of its sets, and a view of one
+// accumulator; formulas in norm.h.
 #pragma once
 
 #include "execution/executor.h"
@@ -7,8 +7,8 @@
 
 namespace fastmeta {
 
-// What follows the norm in one step. picks: which place of a window its output comes from, -1 where
-// ReLU is not active, and x there are kept.
+// Steps fused behind the norm. picks: a max pool, which stores the picked place of each window (-1
+// if ReLU is not active) and x there.
 template <bool has_relu, bool picks>
 struct NormForm {
   static constexpr bool kRelu = has_relu, kPicks = picks;
@@ -18,7 +18,7 @@ template <typename storage_t>
 struct NormArrays {
   Images in, out;
   bool whole_batch;
-  int64_t of_group;  // channels
+  int64_t of_group;  // channels of a group
   double eps;
   bool adds_to_x;
   Array<storage_t> x, y, statistics, pick, picked, weight, bias, dy, sums, dx;
@@ -28,86 +28,86 @@ struct NormArrays {
   FASTMETA_HOST_DEVICE int64_t set_size() const { return in.positions() / sets() * of_group; }
 };
 
-// means of the set's groups from the moments of their channels: mean and 1/s. A row is a set.
+// Computes mean and 1/s of the set's groups from the moments of their channels. A row is a set.
 template <typename storage_t>
 struct NormStatistics {
   NormArrays<storage_t> l;
 
-  template <typename Team>
-  FASTMETA_HOST_DEVICE void operator()(const Team& team, int64_t set) const {
-    using number_t = typename Team::number_t;
+  template <typename ThreadGroup>
+  FASTMETA_HOST_DEVICE void operator()(const ThreadGroup& group, int64_t set) const {
+    using number_t = typename ThreadGroup::number_t;
     const int64_t channels = l.in.channels, begin = set * 4 * channels;
     const number_t rows(static_cast<double>(l.set_size() / l.of_group));
-    for (int64_t j = team.lane; j < channels; j += team.size) {
+    for (int64_t j = group.lane; j < channels; j += group.size) {
       const int64_t first = begin + j / l.of_group * l.of_group;
       number_t mean(0), squares(0);
-      for (int64_t c = 0; c < l.of_group; ++c) mean = mean + team.load(l.statistics, first + c);
+      for (int64_t c = 0; c < l.of_group; ++c) mean = mean + group.load(l.statistics, first + c);
       mean = mean * number_t(1.0 / l.of_group);
       for (int64_t c = 0; c < l.of_group; ++c) {
-        const number_t distance = team.load(l.statistics, first + c) - mean;
+        const number_t distance = group.load(l.statistics, first + c) - mean;
         squares =
-            squares + team.load(l.statistics, first + channels + c) + rows * distance * distance;
+            squares + group.load(l.statistics, first + channels + c) + rows * distance * distance;
       }
       const number_t variance = squares * number_t(1.0 / l.set_size());
-      team.store(l.statistics, begin + 2 * channels + j, mean);
-      team.store(l.statistics, begin + 3 * channels + j,
-                 number_t(1) / Math<number_t>::sqrt(variance + number_t(l.eps)));
+      group.store(l.statistics, begin + 2 * channels + j, mean);
+      group.store(l.statistics, begin + 3 * channels + j,
+                  number_t(1) / Math<number_t>::sqrt(variance + number_t(l.eps)));
     }
   }
 };
 
-// Mean and 1/s of given statistics, where NormStatistics puts them; a cell is a channel.
+// Stores mean and 1/s of given statistics in NormStatistics' format; an accumulator is a channel.
 template <typename storage_t>
 struct GivenStatistics {
   int64_t channels;
   double eps;
   Array<storage_t> mean, variance, statistics;
 
-  template <typename Cell>
-  FASTMETA_HOST_DEVICE void operator()(const Cell& at) const {
-    using number_t = typename Cell::number_t;
+  template <typename Accumulator>
+  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
+    using number_t = typename Accumulator::number_t;
     at.store(statistics, at.load(mean), 2 * channels);
     at.store(statistics, number_t(1) / Math<number_t>::sqrt(at.load(variance) + number_t(eps)),
              3 * channels);
   }
 };
 
-// Both means of a set's groups from the sums of their channels, each times its weight, and, where
-// there are tangents of weights, other sums times those.
+// Computes both means of a set's groups from the sums of their channels, each times its weight.
+// With tangents of weights, adds the other sums times these.
 template <typename storage_t>
 struct NormMeans {
   int64_t channels, of_group, set_size;
   Array<storage_t> sums, weight, other_sums, weight_dot;
 
-  template <typename Team>
-  FASTMETA_HOST_DEVICE void operator()(const Team& team, int64_t set) const {
-    for (int64_t j = team.lane; j < 2 * channels; j += team.size) {
-      const int64_t channel = j % channels, group = channel / of_group * of_group;
+  template <typename ThreadGroup>
+  FASTMETA_HOST_DEVICE void operator()(const ThreadGroup& group, int64_t set) const {
+    for (int64_t j = group.lane; j < 2 * channels; j += group.size) {
+      const int64_t channel = j % channels, begin = channel / of_group * of_group;
       const int64_t first = set * 4 * channels + j - channel;
-      typename Team::number_t sum(0);
-      for (int64_t c = group; c < group + of_group; ++c) {
-        const auto one = team.load(sums, first + c);
-        sum = sum + (weight ? one * team.load(weight, c) : one);
-        if (weight_dot) sum = sum + team.load(other_sums, first + c) * team.load(weight_dot, c);
+      typename ThreadGroup::number_t sum(0);
+      for (int64_t c = begin; c < begin + of_group; ++c) {
+        const auto one = group.load(sums, first + c);
+        sum = sum + (weight ? one * group.load(weight, c) : one);
+        if (weight_dot) sum = sum + group.load(other_sums, first + c) * group.load(weight_dot, c);
       }
-      team.store(sums, first + 2 * channels + channel, sum * decltype(sum)(1.0 / set_size));
+      group.store(sums, first + 2 * channels + channel, sum * decltype(sum)(1.0 / set_size));
     }
   }
 };
 
-// What the steps know of a cell: of the norm's input, or (of_output) of its output.
-template <typename Form, bool of_output, typename storage_t, typename Cell>
-struct NormCell {
-  using number_t = typename Cell::number_t;
+// View of an accumulator: of the norm's input, or (of_output) of its output.
+template <typename Form, bool of_output, typename storage_t, typename Accumulator>
+struct NormView {
+  using number_t = typename Accumulator::number_t;
   using M = Math<number_t>;
   const NormArrays<storage_t>& l;
-  const Cell& at;
+  const Accumulator& at;
 
   FASTMETA_HOST_DEVICE int64_t channels() const { return l.in.channels; }
   FASTMETA_HOST_DEVICE number_t of_channel(const Array<storage_t>& a) const {
     return at.load(a, 0);
   }
-  // Number `which` of 4 that a set keeps for each channel.
+  // Number `which` of the 4 that a set keeps for each channel.
   FASTMETA_HOST_DEVICE number_t kept(const Array<storage_t>& a, int which) const {
     const int64_t set = l.whole_batch ? 0 : at.image;
     return at.load(a, (set * 4 + which) * channels());
@@ -126,18 +126,18 @@ struct NormCell {
   FASTMETA_HOST_DEVICE int64_t here() const {
     return (of_output ? l.out : l.in).place(at.image, at.h, at.w);
   }
-  // Of a window's place 0 .. 3 in the input.
+  // Offset in the input of place 0 .. 3 of a window.
   FASTMETA_HOST_DEVICE int64_t place(int k) const {
     return l.in.place(at.image, 2 * at.h + k / 2, 2 * at.w + k % 2);
   }
   FASTMETA_HOST_DEVICE number_t picked() const { return at.load(l.pick, here()); }
 
-  // x at the place that an output comes from.
+  // Value of x at the place that an output comes from.
   FASTMETA_HOST_DEVICE number_t source_x() const {
     static_assert(of_output);
     return at.load(Form::kPicks ? l.picked : l.x, here());
   }
-  // And an array like x there.
+  // Value of an array like x at the place that an output comes from.
   FASTMETA_HOST_DEVICE number_t source(const Array<storage_t>& a) const {
     static_assert(of_output);
     if constexpr (Form::kPicks) {
@@ -150,7 +150,7 @@ struct NormCell {
       return at.load(a, here());
     }
   }
-  // Zero where ReLU is not active at an output.
+  // Value, or zero if ReLU is not active at an output.
   FASTMETA_HOST_DEVICE number_t if_active(const number_t& value) const {
     static_assert(of_output);
     if constexpr (Form::kPicks) {
@@ -161,7 +161,7 @@ struct NormCell {
       return value;
     }
   }
-  // What comes to a place of the input from an array like dy.
+  // Gradient that reaches a place of the input from an array like dy.
   FASTMETA_HOST_DEVICE number_t upstream(const Array<storage_t>& a) const {
     static_assert(!of_output);
     if constexpr (Form::kPicks) {
@@ -177,9 +177,9 @@ struct NormCell {
   }
 };
 
-template <typename Form, bool of_output, typename storage_t, typename Cell>
-FASTMETA_HOST_DEVICE NormCell<Form, of_output, storage_t, Cell> norm_cell(
-    const NormArrays<storage_t>& l, const Cell& at) {
+template <typename Form, bool of_output, typename storage_t, typename Accumulator>
+FASTMETA_HOST_DEVICE NormView<Form, of_output, storage_t, Accumulator> norm_view(
+    const NormArrays<storage_t>& l, const Accumulator& at) {
   return {l, at};
 }
 

@@ -1,4 +1,4 @@
-// What a warp that takes a row together has of a team.
+// Base of the thread groups in which a warp shares a row.
 #pragma once
 
 #include "common/cuda/reduce.cuh"
@@ -6,7 +6,7 @@
 namespace fastmeta {
 
 template <typename value_t>
-struct WarpTeam {
+struct WarpThreadGroup {
   using number_t = value_t;
   static constexpr int size = kWarp;
   int lane;

@@ -1,16 +1,16 @@
-// Cells and teams of kernels that do one step of all tasks: arrays are in global memory. Numbers that
-// are stored in half types are loaded as float, and rounded as they are stored.
+// Accumulators and thread groups of kernels that run one step of all tasks: arrays are in global
+// memory. Half types are loaded as float, and rounded when stored.
 #pragma once
 
 #include "common/cuda/reduce.cuh"
 #include "common/cuda/scalar.cuh"
-#include "execution/cuda/warp_team.cuh"
+#include "execution/cuda/warp_thread_group.cuh"
 #include "execution/executor.h"
 
 namespace fastmeta {
 
 template <typename value_t>
-struct GlobalCell {
+struct GlobalAccumulator {
   using number_t = acc_t<value_t>;
   int64_t task, index;
 
@@ -28,7 +28,7 @@ struct GlobalCell {
 
 // A channel of a position.
 template <typename value_t>
-struct GlobalImageCell {
+struct GlobalImageAccumulator {
   using number_t = value_t;
   int64_t task, channel;
   int image, h, w;
@@ -42,10 +42,11 @@ struct GlobalImageCell {
 };
 
 template <typename value_t>
-struct GlobalTeam : WarpTeam<acc_t<value_t>> {
+struct GlobalThreadGroup : WarpThreadGroup<acc_t<value_t>> {
   int64_t task;
 
-  __device__ GlobalTeam(int lane, int64_t t) : WarpTeam<acc_t<value_t>>{lane}, task(t) {}
+  __device__ GlobalThreadGroup(int lane, int64_t t)
+      : WarpThreadGroup<acc_t<value_t>>{lane}, task(t) {}
   __device__ acc_t<value_t> load(const Array<value_t>& a, int64_t i) const {
     return widen(a.data[task * a.task_stride + i]);
   }
