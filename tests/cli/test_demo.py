@@ -34,7 +34,7 @@ def backends(monkeypatch) -> list[str]:
         used.append(name)
         yield
 
-    monkeypatch.setattr(fm, "use_backend", use_backend)
+    monkeypatch.setattr(demo, "use_backend", use_backend)
     return used
 
 
@@ -78,7 +78,7 @@ def test_backends_are_timed_in_turn(monkeypatch, backends):
 
 
 def test_without_the_compiled_ops_it_says_so(monkeypatch, backends):
-    monkeypatch.setattr(fm, "backend_of", lambda op, device, dtype: "torch")
+    monkeypatch.setattr(demo, "backend_of", lambda op, device, dtype: "torch")
     assert "not built" in demo.speeds(rounds=1)
     assert backends == []
 
