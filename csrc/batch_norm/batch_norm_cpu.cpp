@@ -103,11 +103,13 @@ template <typename value_t>
 void run_channel(const Channel<value_t>& channel, int64_t index, const BatchNormBackward& pass) {
   using Vec = at::vec::Vectorized<value_t>;
   const auto* grad = channel.numbers(pass.g);
-  double means[2];
+  double means[3];
   channel.means(means, [&](int64_t place, int count) {
-    const Vec g = Vec::loadu(grad + place, count);
-    return std::array{g, g * channel.xh(place, count)};
+    const Vec g = Vec::loadu(grad + place, count), xh = channel.xh(place, count);
+    return std::array{g, g * xh, xh};
   });
+  // The mean of xh is 0 but for rounding, which a g far from 0 would carry into the product.
+  means[1] -= means[0] * means[2];
   const double weight = channel.numbers(pass.weight)[index];
   const Centred<double> of_g{weight * channel.xh().rstd, means[0], means[1]};
   auto* grad_x = channel.numbers(pass.grad_x);
@@ -122,12 +124,15 @@ template <typename value_t>
 void run_channel(const Channel<value_t>& channel, int64_t index, const BatchNormSecond& pass) {
   using Vec = at::vec::Vectorized<value_t>;
   const auto *along = channel.numbers(pass.v), *grad = channel.numbers(pass.g);
-  double means[5];
-  channel.means(means, [&](int64_t place, int count) {
+  double means_of[6];
+  channel.means(means_of, [&](int64_t place, int count) {
     const Vec v = Vec::loadu(along + place, count), g = Vec::loadu(grad + place, count);
     const Vec xh = channel.xh(place, count);
-    return std::array{v, g, v * xh, g * xh, v * g};
+    return std::array{v, g, v * xh, g * xh, v * g, xh};
   });
+  // As in the gradient: the mean of xh is rounding.
+  const double means[5] = {means_of[0], means_of[1], means_of[2] - means_of[0] * means_of[5],
+                           means_of[3] - means_of[1] * means_of[5], means_of[4]};
   const auto number = [&](const void* rows) -> double { return channel.numbers(rows)[index]; };
   const SecondGradient<double> second(means, number(pass.weight), channel.xh().rstd, number(pass.w),
                                       number(pass.b), channel.count());
