@@ -34,7 +34,7 @@ def pytest_configure(config) -> None:
     torch.use_deterministic_algorithms(True)  # which fills new tensors, so workspaces, with NaN
     if SETTINGS.mutants:
         mutants = all_mutants()[SETTINGS.shard :: SETTINGS.shards]
-        config.pluginmanager.register(Hunter(mutants, Path(SETTINGS.records)))
+        config.pluginmanager.register(Hunter(mutants, Path(SETTINGS.records), SETTINGS.is_partial))
     if SETTINGS.records:
         config.pluginmanager.register(Recorder(Path(SETTINGS.records) / SETTINGS.name))
 

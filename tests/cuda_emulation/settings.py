@@ -24,6 +24,7 @@ class Settings:
         records: the folder of what tests came to which barriers; empty: nothing is recorded.
         name: of the file there that this process writes.
         mutants: whether mutants are run on the tests that are recorded, instead of the tests.
+        is_partial: whether so few tests are recorded that a mutant can be one that none can see.
     """
 
     order: str = "natural"
@@ -33,6 +34,7 @@ class Settings:
     records: str = ""
     name: str = ""
     mutants: bool = False
+    is_partial: bool = False
 
     @classmethod
     def from_environment(cls) -> Settings:

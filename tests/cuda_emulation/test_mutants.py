@@ -47,9 +47,14 @@ def test_a_mutant_that_no_test_catches_fails(tmp_path):
     mutant = all_mutants()[0]
     test = Record("test", True, 0.1, "natural", [f"{mutant.source}:{mutant.line}"])
     (tmp_path / "tests.json").write_text(json.dumps([asdict(test)]))
-    hunter = Hunter([mutant], tmp_path)
+    hunter = Hunter([mutant], tmp_path, is_partial=False)
     assert hunter.report(mutant, {}).failed
     assert re.search("of the 0 tests", hunter.report(mutant, {}).longrepr)
+
+
+def test_a_part_of_the_tests_is_asked_only_for_mutants_that_it_can_see(tmp_path):
+    assert Hunter(all_mutants(), tmp_path, is_partial=True).mutants == []
+    assert Hunter(all_mutants(), tmp_path, is_partial=False).mutants == all_mutants()
 
 
 def test_records_come_fastest_first(tmp_path):
