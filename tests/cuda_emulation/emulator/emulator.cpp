@@ -8,7 +8,6 @@
 #include <limits>
 #include <numeric>
 #include <random>
-#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -227,15 +226,15 @@ void run_block() {
 #if defined(__x86_64__)
 // AddressSanitizer keeps a byte of shadow for every eight of memory: 0 where all of them belong to an
 // allocation. Lower addresses may have none, since the shadow itself is there.
+const struct Shadow {
+  Shadow() { __asan_get_shadow_mapping(&scale, &offset); }
+  size_t scale = 0, offset = 0;
+} shadow;
+
 bool is_clear(uintptr_t address) {
   constexpr uintptr_t kFirst = uintptr_t{1} << 45, kEnd = uintptr_t{1} << 47;
-  static const auto [scale, offset] = [] {
-    std::pair<size_t, size_t> mapping;
-    __asan_get_shadow_mapping(&mapping.first, &mapping.second);
-    return mapping;
-  }();
   return address >= kFirst && address < kEnd &&
-         *reinterpret_cast<const char*>((address >> scale) + offset) == 0;
+         *reinterpret_cast<const char*>((address >> shadow.scale) + shadow.offset) == 0;
 }
 #else
 bool is_clear(uintptr_t) { return false; }
