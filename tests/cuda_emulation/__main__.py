@@ -6,7 +6,7 @@
     python -m tests.cuda_emulation --order shuffled tests/ops/test_every_op.py -k cosine
 
 The date of the commit and a test's name choose its order, so another day tries another one. It
-chooses the share of the tests, too.
+chooses the share of the tests, too. Tests of something else than values run on a third of the days.
 
 Exit status: 0 all passed; 1 something failed; 3 this machine cannot build the emulator.
 """
@@ -49,6 +49,7 @@ KERNEL_TESTS = [
 # one: test_runtime.py has its own way. Finite differences call the kernels of the other tests,
 # hundreds of times.
 TESTS = [*KERNEL_TESTS, "tests/ops/test_edges.py", f"{HERE}/test_emulator.py"]
+TESTS += [f"{HERE}/test_mutants.py"]
 TESTS += ["-k", "not 2_to_the_31_e and not finite_differences"]
 TESTS_OF_ORDER = [
     *KERNEL_TESTS,
@@ -77,7 +78,8 @@ class Run:
             **os.environ,
             **self.settings.environment(),
             "LD_PRELOAD": ":".join(sanitizer_libraries()),
-            "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+            # Leaks are Python's own. Freed memory is given out again soon: fresh pages take time.
+            "ASAN_OPTIONS": "detect_leaks=0:quarantine_size_mb=16:malloc_context_size=1",
             "OMP_NUM_THREADS": "1",
         }
 

@@ -68,3 +68,14 @@ def test_the_date_chooses_among_all_orders_of_a_test():
     days = [Settings(order=MIXED, date=f"2030-01-{day:02}") for day in range(1, 32)]
     assert {day.order_of("test") for day in days} == set(ORDERS)
     assert Settings(order="reversed").order_of("test") == "reversed"
+
+
+def test_values_are_tested_daily_and_layouts_on_some_days():
+    days = [Settings(order=MIXED, date=f"2030-01-{day:02}") for day in range(1, 32)]
+    values, layouts = (
+        "test_every_op.py::test_float64_reference[a]",
+        "test_every_op.py::test_layouts[a]",
+    )
+    assert all(day.includes(values) for day in days)
+    assert {day.includes(layouts) for day in days} == {True, False}
+    assert all(day.includes(layouts) == (day.order_of(layouts) == "natural") for day in days)
