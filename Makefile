@@ -12,9 +12,10 @@ PACKAGE := $(shell find fastmeta -name '*.py')
 demo: $(VENV)/.built
 	$(RUN) -m fastmeta demo --out demo
 
+# The tests, and a fourth of those in the emulator.
 test: $(VENV)/.built lint
 	$(PYTEST)
-	@$(MAKE) --no-print-directory cuda-test
+	@$(MAKE) --no-print-directory cuda-test SHARE=$(or $(SHARE),4)
 
 # The examples as a user runs them: fastmeta from its wheel, away from the sources, and from C++.
 test-examples: .venv-wheel/.installed
@@ -26,10 +27,10 @@ test-torch: $(VENV)/.installed
 	$(RUN) -m tools.other_torch $(TORCH)
 
 # The CUDA kernels on the CPU, each test in one of three orders of threads, which the date of the commit
-# chooses. A release must pass `make cuda-test FULL=1`: every test in all of them. Where g++ has no
-# sanitizers it says so and ends with 3.
+# chooses. A release must pass `make cuda-test FULL=1`: every test in all of them. SHARE=4 runs a fourth.
+# Where g++ has no sanitizers it says so and ends with 3.
 cuda-test: $(VENV)/.installed
-	$(RUN) -m tests.cuda_emulation $(if $(FULL),--full) || [ $$? -eq 3 ]
+	$(RUN) -m tests.cuda_emulation $(if $(FULL),--full) $(if $(SHARE),--share $(SHARE)) || [ $$? -eq 3 ]
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -25,7 +25,7 @@ RULES = {
 }
 
 COMMON = ["-std=c++20", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-RUNTIME = [*COMMON, "-O2", f"-I{EMULATOR}"]
+RUNTIME = [*COMMON, "-O2", "-fno-semantic-interposition", f"-I{EMULATOR}"]
 EMULATED = [
     *(*COMMON, "-O1", "-Wno-unknown-pragmas", "-Wno-unused-parameter"),
     *("-DFASTMETA_CUDA", "-DFASTMETA_EMULATED", '-DFASTMETA_ISA="emulated"'),
@@ -102,7 +102,7 @@ def build(folder: Path = BUILD, csrc: Path = ROOT / "csrc") -> None:
     sources = sorted(path for path in csrc.rglob("*.cpp") if not is_cpu(path))
     bindings = objects(sources, csrc, [*included, *BINDING], after=(header.output,))
     own_kernels = objects(sorted(EMULATOR.glob("*.cu")), HERE, KERNEL)
-    emulator = library("libemulator.so", [edge.output for edge in runtime], [])
+    emulator = library("libemulator.so", [edge.output for edge in runtime], ["-Wl,-Bsymbolic"])
     libraries = {"_C.so": [*kernels, *bindings], "kernels.so": own_kernels}
     torch = [f"{kind}{path}" for path in library_paths() for kind in ("-L", "-Wl,-rpath,")]
     torch += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]

@@ -56,9 +56,10 @@ class Hunter:
     Of the tests the fastest is the first; a mutant is caught as soon as one fails.
     """
 
-    def __init__(self, mutants: list[Mutant], records: Path) -> None:
-        self.mutants = mutants
+    def __init__(self, mutants: list[Mutant], records: Path, is_partial: bool) -> None:
         self.records = [record for record in read(records) if record.passed]
+        seen = [mutant for mutant in mutants if any(map(mutant.is_seen_by, self.records))]
+        self.mutants = seen if is_partial else mutants
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.machinery
 import importlib.util
 import sys
@@ -34,7 +35,7 @@ def pytest_configure(config) -> None:
     torch.use_deterministic_algorithms(True)  # which fills new tensors, so workspaces, with NaN
     if SETTINGS.mutants:
         mutants = all_mutants()[SETTINGS.shard :: SETTINGS.shards]
-        config.pluginmanager.register(Hunter(mutants, Path(SETTINGS.records)))
+        config.pluginmanager.register(Hunter(mutants, Path(SETTINGS.records), SETTINGS.is_partial))
     if SETTINGS.records:
         config.pluginmanager.register(Recorder(Path(SETTINGS.records) / SETTINGS.name))
 
@@ -48,8 +49,14 @@ def parameter(item, name: str):
 def pytest_collection_modifyitems(config, items) -> None:
     """Keeps this process's share of the tests. The torch backend runs no kernel."""
     items[:] = [item for item in items if parameter(item, "backend") != "torch"]
-    if not SETTINGS.mutants:
-        items[:] = items[SETTINGS.shard :: SETTINGS.shards]
+    if SETTINGS.mutants:
+        return
+    included = [item for item in items if SETTINGS.includes(item.nodeid)]
+    items[:] = included[SETTINGS.shard :: SETTINGS.shards]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # or each full collection would walk through all of torch and of pytest
 
 
 @pytest.hookimpl(tryfirst=True)

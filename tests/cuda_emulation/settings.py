@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from dataclasses import asdict, dataclass
 
 VARIABLE = "FASTMETA_EMULATOR"
 ORDERS = ("natural", "reversed", "shuffled")
 MIXED = "mixed"  # each test in one of the orders
+# Tests of values, by their files and names. Where orders are mixed, the others run in the natural
+# order or not at all: they call the same kernels for layouts, repeated bits and edges.
+OF_VALUES = re.compile(
+    "float64_reference|boundaries|large_tiles|runtime|task_program|task_conv|task_batch_norm"
+    "|grid_steps|test_emulator|test_mutants"
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,7 @@ class Settings:
         records: the folder of what tests came to which barriers; empty: nothing is recorded.
         name: of the file there that this process writes.
         mutants: whether mutants are run on the tests that are recorded, instead of the tests.
+        is_partial: whether so few tests are recorded that a mutant can be one that none can see.
     """
 
     order: str = "natural"
@@ -33,6 +41,7 @@ class Settings:
     records: str = ""
     name: str = ""
     mutants: bool = False
+    is_partial: bool = False
 
     @classmethod
     def from_environment(cls) -> Settings:
@@ -40,6 +49,12 @@ class Settings:
 
     def environment(self) -> dict[str, str]:
         return {VARIABLE: json.dumps(asdict(self))}
+
+    def includes(self, test: str) -> bool:
+        """Whether the test runs, if this process has its share."""
+        if self.order != MIXED or self.order_of(test) == "natural":
+            return True
+        return OF_VALUES.search(test.partition("[")[0]) is not None
 
     def order_of(self, test: str) -> str:
         """The order of threads of a test."""

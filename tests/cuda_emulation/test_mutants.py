@@ -47,9 +47,14 @@ def test_a_mutant_that_no_test_catches_fails(tmp_path):
     mutant = all_mutants()[0]
     test = Record("test", True, 0.1, "natural", [f"{mutant.source}:{mutant.line}"])
     (tmp_path / "tests.json").write_text(json.dumps([asdict(test)]))
-    hunter = Hunter([mutant], tmp_path)
+    hunter = Hunter([mutant], tmp_path, is_partial=False)
     assert hunter.report(mutant, {}).failed
     assert re.search("of the 0 tests", hunter.report(mutant, {}).longrepr)
+
+
+def test_a_part_of_the_tests_is_asked_only_for_mutants_that_it_can_see(tmp_path):
+    assert Hunter(all_mutants(), tmp_path, is_partial=True).mutants == []
+    assert Hunter(all_mutants(), tmp_path, is_partial=False).mutants == all_mutants()
 
 
 def test_records_come_fastest_first(tmp_path):
@@ -63,3 +68,14 @@ def test_the_date_chooses_among_all_orders_of_a_test():
     days = [Settings(order=MIXED, date=f"2030-01-{day:02}") for day in range(1, 32)]
     assert {day.order_of("test") for day in days} == set(ORDERS)
     assert Settings(order="reversed").order_of("test") == "reversed"
+
+
+def test_values_are_tested_daily_and_layouts_on_some_days():
+    days = [Settings(order=MIXED, date=f"2030-01-{day:02}") for day in range(1, 32)]
+    values, layouts = (
+        "test_every_op.py::test_float64_reference[a]",
+        "test_every_op.py::test_layouts[a]",
+    )
+    assert all(day.includes(values) for day in days)
+    assert {day.includes(layouts) for day in days} == {True, False}
+    assert all(day.includes(layouts) == (day.order_of(layouts) == "natural") for day in days)

@@ -8,7 +8,6 @@
 #include <limits>
 #include <numeric>
 #include <random>
-#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -57,8 +56,9 @@ struct Machine {
 
   const std::function<void()>* body = nullptr;
   std::vector<Thread> threads{kMaxThreads};
-  int size = 0;      // threads of the block
-  int running = -1;  // thread, or -1: the scheduler, or the host
+  int size = 0;         // threads of the block
+  int running = -1;     // thread, or -1: the scheduler, or the host
+  uintptr_t stack = 0;  // where the running thread's begins
   int votes = 0;
   Lanes offered[kMaxThreads / kWarp], released[kMaxThreads / kWarp];
   std::vector<int> turns;  // in which order the threads are resumed
@@ -132,6 +132,7 @@ void resume_ready_threads() {
   for (const int i : machine.turns) {
     if (machine.threads[i].state != State::kReady) continue;
     machine.running = i;
+    machine.stack = machine.threads[i].fiber.stack();
     thread_index.x = static_cast<unsigned>(i);
     machine.threads[i].fiber.resume();
     machine.running = -1;
@@ -227,22 +228,22 @@ void run_block() {
 #if defined(__x86_64__)
 // AddressSanitizer keeps a byte of shadow for every eight of memory: 0 where all of them belong to an
 // allocation. Lower addresses may have none, since the shadow itself is there.
+const struct Shadow {
+  Shadow() { __asan_get_shadow_mapping(&scale, &offset); }
+  size_t scale = 0, offset = 0;
+} shadow;
+
 bool is_clear(uintptr_t address) {
   constexpr uintptr_t kFirst = uintptr_t{1} << 45, kEnd = uintptr_t{1} << 47;
-  static const auto [scale, offset] = [] {
-    std::pair<size_t, size_t> mapping;
-    __asan_get_shadow_mapping(&mapping.first, &mapping.second);
-    return mapping;
-  }();
   return address >= kFirst && address < kEnd &&
-         *reinterpret_cast<const char*>((address >> scale) + offset) == 0;
+         *reinterpret_cast<const char*>((address >> shadow.scale) + shadow.offset) == 0;
 }
 #else
 bool is_clear(uintptr_t) { return false; }
 #endif
 
 bool is_allocated(uintptr_t first, size_t bytes) {
-  if (bytes <= 8 && is_clear(first) && is_clear(first + bytes - 1)) return true;
+  if (first % 8 + bytes <= 8 && is_clear(first)) return true;
   return __asan_region_is_poisoned(reinterpret_cast<void*>(first), bytes) == nullptr;
 }
 
@@ -314,7 +315,7 @@ void fail(const std::string& what) {
 void check_access(const void* address, size_t bytes, Access kind, const void* code) {
   const auto first = reinterpret_cast<uintptr_t>(address);
   if (machine.running >= 0) {
-    if (machine.threads[machine.running].fiber.owns(first)) return;
+    if (first - machine.stack < Fiber::kStackBytes) return;
     if (auto* array = machine.shared.find(first)) {
       if (machine.shared.access(*array, machine.running, first, bytes, kind)) return;
       fail(machine.shared.error() + "\n" + source_line(code));

@@ -22,12 +22,10 @@ class Fiber {
   // Back to resume(); from inside the fiber.
   void suspend();
 
-  bool owns(uintptr_t address) const {
-    return address - reinterpret_cast<uintptr_t>(stack_.get()) < kStackBytes;
-  }
+  static constexpr size_t kStackBytes = 128 * 1024;
+  uintptr_t stack() const { return reinterpret_cast<uintptr_t>(stack_.get()); }
 
  private:
-  static constexpr size_t kStackBytes = 128 * 1024;
   static constexpr size_t kShift = 9 * 64, kMaxShift = 32 * 1024;
   std::unique_ptr<char[]> stack_;
   size_t top_;  // where it begins, downwards

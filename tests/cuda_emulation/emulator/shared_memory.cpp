@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 namespace emulator {
 namespace {
@@ -30,16 +31,23 @@ void WarpClock::synchronize(unsigned mask) {
   }
 }
 
-SharedMemory::SharedMemory() {
-  auto* arena = static_cast<char*>(std::aligned_alloc(kSlot, kArena));
-  dynamic_ = {reinterpret_cast<uintptr_t>(arena + kSlot), 0, kArena - kSlot, "(dynamic)",
-              std::vector<ByteLog>(kMaxDynamic)};
-}
+SharedArray::SharedArray(uintptr_t address, size_t bytes, size_t slot, std::string name,
+                         size_t most_bytes)
+    : address(address),
+      bytes(bytes),
+      slot(slot),
+      name(std::move(name)),
+      words(most_bytes / kWord + 1),
+      bytes_of_words(kWord * words.size()) {}
+
+SharedMemory::SharedMemory()
+    : dynamic_(reinterpret_cast<uintptr_t>(std::aligned_alloc(kSlot, kArena)) + kSlot, 0,
+               kArena - kSlot, "(dynamic)", kMaxDynamic) {}
 
 void SharedMemory::add_static(uintptr_t address, size_t bytes, uintptr_t end, const char* name) {
   const size_t slot = std::min(kSlot, end - address);
   last_ = nullptr;
-  statics_.push_back({address, bytes, slot, name, std::vector<ByteLog>(bytes)});
+  statics_.emplace_back(address, bytes, slot, name, bytes);
   std::sort(statics_.begin(), statics_.end(),
             [](const auto& a, const auto& b) { return a.address < b.address; });
 }
@@ -59,9 +67,7 @@ void SharedMemory::begin_block(size_t dynamic_bytes) {
   }
 }
 
-SharedArray* SharedMemory::find(uintptr_t address) {
-  if (address - (dynamic_.address - kSlot) < kArena) return &dynamic_;
-  if (last_ != nullptr && address - last_->address < last_->slot) return last_;
+SharedArray* SharedMemory::find_static(uintptr_t address) {
   if (statics_.empty() || address < statics_.front().address) return nullptr;
   const auto is_before = [](uintptr_t a, const auto& array) { return a < array.address; };
   const auto next = std::upper_bound(statics_.begin(), statics_.end(), address, is_before);
@@ -76,7 +82,7 @@ bool SharedMemory::is_ordered(int thread, uint32_t time, int other) const {
                              clocks_[thread / kWarp].orders(thread % kWarp, time, other % kWarp));
 }
 
-std::string SharedMemory::race(const ByteLog& log, int thread, Access kind) const {
+std::string SharedMemory::race(const AccessLog& log, int thread, Access kind) const {
   const bool both_atomic = kind == Access::kAtomic && log.written_atomically;
   if (log.writer >= 0 && log.write_interval == interval_ && !both_atomic &&
       !is_ordered(thread, log.write_time, log.writer)) {
@@ -93,7 +99,7 @@ std::string SharedMemory::race(const ByteLog& log, int thread, Access kind) cons
   return "";
 }
 
-void SharedMemory::record(ByteLog& log, int thread, Access kind) {
+void SharedMemory::record(AccessLog& log, int thread, Access kind) {
   const int warp = thread / kWarp;
   const uint32_t now = clocks_[warp].now();
   if (kind != Access::kRead) {
@@ -114,26 +120,58 @@ void SharedMemory::record(ByteLog& log, int thread, Access kind) {
   }
 }
 
+bool SharedMemory::touch(AccessLog& log, int thread, Access kind) {
+  if (kind != Access::kWrite && log.writer < 0) {
+    error_ = "which no thread has written";
+    return false;
+  }
+  if (!is_alone(log, thread, kind)) {
+    const auto other = race(log, thread, kind);
+    if (!other.empty()) {
+      error_ = other + " with no barrier between";
+      return false;
+    }
+  }
+  record(log, thread, kind);
+  return true;
+}
+
+AccessLog& SharedMemory::word_of(SharedArray& array, size_t offset) const {
+  auto& word = array.words[offset / kWord];
+  if (word.block != block_) word = {.block = block_};
+  return word;
+}
+
+// From here on the bytes of a word have logs of their own.
+void SharedMemory::split(SharedArray& array, size_t offset) {
+  auto& word = array.words[offset / kWord];
+  const auto first = array.bytes_of_words.begin() + static_cast<ptrdiff_t>(offset / kWord * kWord);
+  std::fill_n(first, kWord, word);
+  word.is_split = true;
+}
+
 bool SharedMemory::access(SharedArray& array, int thread, uintptr_t address, size_t bytes,
                           Access kind) {
   const size_t offset = address - array.address;
-  const auto refuse = [&](const std::string& why) {
-    error_ = described(array, address, bytes, kind) + ", " + why;
+  const auto refuse = [&] {
+    error_ = described(array, address, bytes, kind) + ", " + error_;
     return false;
   };
   if (offset >= array.bytes || bytes > array.bytes - offset) {
-    return refuse("which is out of bounds");
+    error_ = "which is out of bounds";
+    return refuse();
   }
   array.is_clean = false;
-  for (size_t i = offset; i < offset + bytes; ++i) {
-    auto& log = array.log[i];
-    if (log.block != block_) log = {.block = block_};
-    if (kind != Access::kWrite && log.writer < 0) return refuse("which no thread has written");
-    if (!is_alone(log, thread, kind)) {
-      const auto other = race(log, thread, kind);
-      if (!other.empty()) return refuse(other + " with no barrier between");
+  for (size_t i = offset, end = offset + bytes; i < end;) {
+    auto& word = word_of(array, i);
+    if (!word.is_split && i % kWord == 0 && end - i >= kWord) {
+      if (!touch(word, thread, kind)) return refuse();
+      i += kWord;
+    } else {
+      if (!word.is_split) split(array, i);
+      if (!touch(array.bytes_of_words[i], thread, kind)) return refuse();
+      ++i;
     }
-    record(log, thread, kind);
   }
   return true;
 }
