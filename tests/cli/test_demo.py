@@ -7,7 +7,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-import fastmeta as fm
 from fastmeta.cli import demo
 from fastmeta.data import ClassImages
 from fastmeta.training import evaluation, sources
