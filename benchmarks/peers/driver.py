@@ -174,17 +174,17 @@ def measure(
     say: Callable[[str], None] = print,
 ) -> Row:
     """Measure a workload for each contender, among them the machine's matrix peak."""
-    row: Row = {"what": str(workload), "kind": workload.kind, "flops": workload.flops}
+    result: Row = {"what": str(workload), "kind": workload.kind, "flops": workload.flops}
     try:
         expected = reference(workload, start)
         rounding = disagreement(reference(workload, start, "float32"), expected)
         race = Race(start, expected, rounds, rounding)
     except Unable as error:
-        return row | {"reason": f"no reference: {error}", "contenders": {}}
+        return result | {"reason": f"no reference: {error}", "contenders": {}}
     with contextlib.ExitStack() as stack:
         for contender in (MATRIX, *contenders):
             row = race.enter(contender, stack)
             say(f"  {contender.label}: {row.get('reason', 'ready')}")
         race.run()
     race.finish(workload.flops)
-    return row | {"rounding": rounding, "contenders": race.rows}
+    return result | {"rounding": rounding, "contenders": race.rows}

@@ -48,7 +48,7 @@ struct Descend {
   }
 };
 
-// Applies Descend to each part of the gradient as it is made.
+// Applies Descend to each part of the gradient while it is computed.
 template <typename storage_t>
 struct DescendFrom {
   Descend<storage_t> all;

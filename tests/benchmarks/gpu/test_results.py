@@ -134,7 +134,7 @@ def test_a_whole_run_is_kept_and_shown(tmp_path, monkeypatch, capsys):
 
 def test_a_run_that_failed_is_not_kept(tmp_path):
     run_steps([stub("a", FAIL)], tmp_path, {"gpu": "x"}, 20)
-    with pytest.raises(ValueError, match="this one has: a failed"):
+    with pytest.raises(ValueError, match="expected a run in which nothing failed, got a failed"):
         results.keep(tmp_path, tmp_path / "results")
 
 
