@@ -28,11 +28,11 @@ Result = tuple[Tensor, Sequence[Tensor], Features, Features]
 
 def _read(result: Result) -> Arrays:
     loss, gradients, *features = result
-    result = read_meta((loss, gradients))
+    arrays = read_meta((loss, gradients))
     for name, x in zip(("support", "query"), features, strict=True):
         rows = x if isinstance(x, Tensor) else torch.stack(list(x))
-        result[name] = rows.detach().double().cpu().numpy()
-    return result
+        arrays[name] = rows.detach().double().cpu().numpy()
+    return arrays
 
 
 def anil(problem: Problem) -> Step:
