@@ -6,7 +6,7 @@
 The sources are compiled by g++ as they stand. Headers under emulator/include/ stand in for CUDA's
 and say what the language means on a CPU: a fiber a thread (emulator.h), a runtime of two devices
 that share the CPU's memory (runtime.h), torch's CUDA guard and stream. The ops' CUDA
-implementations become those of CPU tensors, so that the tests of the ops run on them unchanged.
+implementations serve CPU tensors, so that the tests of the ops run on them unchanged.
 
 g++ is told to instrument every memory access, as for ThreadSanitizer; the calls that it makes come
 to the emulator (hooks.cpp), which reports, with the line at fault,

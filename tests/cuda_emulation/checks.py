@@ -97,7 +97,7 @@ SHAPES = {
 
 @pytest.fixture(autouse=True)
 def ieee():
-    """float32 is that of IEEE, which PyTorch's own setting for convolutions is not."""
+    """Compute in IEEE float32, which is not PyTorch's own setting for convolutions."""
     cudnn, before = torch.backends.cudnn, torch.backends.cudnn.allow_tf32
     cudnn.allow_tf32 = False
     yield
