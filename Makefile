@@ -12,9 +12,9 @@ PACKAGE := $(shell find fastmeta -name '*.py')
 demo: $(VENV)/.built
 	$(RUN) -m fastmeta demo --out demo
 
-# The tests, and a fourth of those in the emulator.
+# The tests but those of test-examples, and a fourth of those in the emulator.
 test: $(VENV)/.built lint
-	$(PYTEST)
+	$(PYTEST) --ignore tests/test_examples.py
 	@$(MAKE) --no-print-directory cuda-test SHARE=$(or $(SHARE),4)
 
 # The examples as a user runs them: fastmeta from its wheel, away from the sources, and from C++.

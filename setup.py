@@ -150,10 +150,19 @@ def extension():
         import pybind11
     except ImportError:
         stop("pybind11 is not installed where the build runs; pip install pybind11")
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import (
+        BuildExtension,
+        CppExtension,
+        CUDAExtension,
+        check_compiler_is_gcc,
+        get_cxx_compiler,
+        include_paths,
+    )
 
     cuda = with_cuda(torch)
-    cxx = compile_flags(isa(torch), cuda)
+    # g++ gives no warnings from headers of the system, nor from torch's when they are precompiled.
+    torch_headers = [f"-isystem{path}" for path in include_paths()]
+    cxx = [*torch_headers, *compile_flags(isa(torch), cuda)]
     module = (CUDAExtension if cuda else CppExtension)(
         "fastmeta._C",
         sources(cuda),
@@ -167,6 +176,28 @@ def extension():
         def finalize_options(self) -> None:
             super().finalize_options()
             self.build_temp = objects_folder(torch)
+
+        def build_extension(self, ext) -> None:
+            if check_compiler_is_gcc(get_cxx_compiler()):
+                header = self.precompile("csrc/common/precompiled.h", ext)
+                ext.extra_compile_args["cxx"] += ["-include", header]
+            super().build_extension(ext)
+
+        def precompile(self, header: str, ext) -> str:
+            """The header's path in the folder of objects, with its compiled form beside it, which
+            g++ takes in the header's place where it was compiled with the same flags."""
+            self.compiler.src_extensions.append(".h")
+            (compiled,) = self.compiler.compile(
+                [header],
+                self.build_temp,
+                include_dirs=ext.include_dirs,
+                extra_postargs=ext.extra_compile_args,
+            )
+            copy = Path(compiled).with_suffix(".h")
+            for link, target in ((copy, ROOT / header), (copy.with_suffix(".h.gch"), compiled)):
+                link.unlink(missing_ok=True)
+                link.symlink_to(target)
+            return str(copy)
 
         def build_extensions(self) -> None:
             try:
