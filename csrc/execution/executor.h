@@ -1,19 +1,19 @@
 // Executor: the concept that runs the passes of the layers, which are written once over it:
 //
 //   storage_t                 element of arrays: a number, or the numbers of several tasks
-//   map(n, f)                 f(accumulator) for each element of an array; it may span several
+//   map(n, f)                 f(accessor) for each element of an array; it may span several
 //   rows(n, f)                f(group, row) for each row; a group's threads share the row's elements
-//   reduce(n, f, target)      target[0] += sum over elements of f(accumulator)
-//   product(p, finish)        a sum of matrix products; then finish(accumulator) for each element
+//   reduce(n, f, target)      target[0] += sum over elements of f(accessor)
+//   product(p, finish)        a sum of matrix products; then finish(accessor) for each element
 //                             of C
 //
 // and, except in executors of networks so small that they have no images (kHasImages is false),
 //
 //   convolution(c, finish)    a sum of convolutions, or of their gradients; then
-//                             finish(accumulator)
-//   table(images, f)          f(accumulator) for each element of images, within one position
+//                             finish(accessor)
+//   table(images, f)          f(accessor) for each element of images, within one position
 //   column_sums(images, whole_batch, f, target)
-//                             sums over positions of the two numbers of f(accumulator), for each
+//                             sums over positions of the two numbers of f(accessor), for each
 //                             channel: target[image or 0, 0 or 1, channel]
 //   column_moments(images, whole_batch, x, target)
 //                             mean of x over positions, and the sum of the squares of its
@@ -26,8 +26,8 @@
 // thread with one task, or with as many tasks as a vector has lanes. For a GPU it is the host,
 // which launches a kernel for all tasks, or records the steps that a block takes with each task.
 //
-// An accumulator reads and writes its own elements: load(array, offset = 0) and store(array, value,
-// offset = 0); load_one(array, i) reads the same element in all of them. An accumulator of images
+// An accessor reads and writes its own elements: load(array, offset = 0) and store(array, value,
+// offset = 0); load_one(array, i) reads the same element in all of them. An accessor of images
 // has image, h and w of its position; load(array, begin) and store(array, begin, value) access its
 // channels in the position whose channels begin at `begin`. Results of column_sums and
 // column_moments are 4 x channels numbers apart from image to image; the whole batch has one. A
@@ -143,8 +143,8 @@ struct Two {
 };
 
 struct NoFinish {
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE void operator()(const Accumulator&) const {}
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE void operator()(const Accessor&) const {}
 };
 
 // Update that leaves the gradient of a parameter unused.

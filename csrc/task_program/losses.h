@@ -207,9 +207,9 @@ struct RegressionTangent {
   Loss loss;
   LossArrays<storage_t> l;
 
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
-    using number_t = typename Accumulator::number_t;
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE void operator()(const Accessor& at) const {
+    using number_t = typename Accessor::number_t;
     const number_t norm = at.load_one(l.norm, 0) * number_t(l.weight);
     at.store(l.dz_dot, norm * loss.curvature(at.load(l.z), at.load(l.targets)) * at.load(l.z_dot));
   }

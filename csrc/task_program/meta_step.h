@@ -39,9 +39,9 @@ struct Descend {
   bool per_parameter;
   Array<storage_t> base, x, target;
 
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
-    using number_t = typename Accumulator::number_t;
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE void operator()(const Accessor& at) const {
+    using number_t = typename Accessor::number_t;
     const number_t step = per_parameter ? at.load(lr) : at.load_one(lr, 0);
     const number_t start = base ? at.load(base) : number_t(0);
     at.store(target, start - step * at.load(x));
@@ -68,8 +68,8 @@ template <typename storage_t>
 struct SubtractProduct {
   Array<storage_t> a, b, target;
 
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE void operator()(const Accessor& at) const {
     at.store(target, at.load(target) - at.load(a) * at.load(b));
   }
 };

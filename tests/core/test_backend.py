@@ -11,14 +11,14 @@ import fastmeta as fm
 from fastmeta.core import backend
 from fastmeta.ops import reference
 from tests.helpers.assertions import require_kernels
-from tests.helpers.cases import Maker
+from tests.helpers.cases import CaseFactory
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 
 
 @pytest.fixture
 def rows(device) -> Rows:
-    make = Maker(torch.float32, device)
+    make = CaseFactory(torch.float32, device)
     return make.randn(1, 2, 3), make.randn(1, 4, 3)
 
 

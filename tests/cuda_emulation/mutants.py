@@ -20,7 +20,7 @@ from tests.cuda_emulation.build import ROOT
 from tests.cuda_emulation.records import Record, read
 
 CSRC = ROOT / "csrc"
-BARRIER = re.compile(r"^ *__sync(threads|warp)\(.*\);\n", re.MULTILINE)
+BARRIER = re.compile(r"^ *__sync(threads|warp)\(.*\); *(//.*)?\n", re.MULTILINE)
 # The emulator watches shared memory. What goes wrong in global memory shows in the values.
 MISSED = re.compile(r"with no barrier between|which no thread has written|assert \S+ <= \(")
 SECONDS = 600  # after which a mutant that hangs ends the process

@@ -14,7 +14,7 @@ from tests.helpers.assertions import TOLERANCE, assert_near, value_and_grads
 from tests.helpers.cases import (
     METRICS,
     Case,
-    Maker,
+    CaseFactory,
     distance_case,
     inner_update_case,
     loss_case,
@@ -116,7 +116,7 @@ def test_a_label_out_of_range_is_found_wherever_it_is(count, bad):
 
 
 def test_while_capturing_labels_are_not_read_back():
-    make = Maker(torch.float32)
+    make = CaseFactory(torch.float32)
     query, prototypes = make.randn(1, 3, 4), make.randn(1, 2, 4)
     labels = torch.tensor([[0, 7, 1]])
     with emulator.capturing(), emulator.launches() as launches:

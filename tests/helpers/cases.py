@@ -20,7 +20,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
-class Maker:
+class CaseFactory:
     """Draws reproducible inputs of one dtype and device, the same numbers for every dtype."""
 
     dtype: torch.dtype = torch.float64
@@ -46,11 +46,11 @@ Arguments = tuple[tuple, dict[str, Any]]
 class Case:
     op: str
     name: str
-    build: Callable[[Maker], Arguments]
+    build: Callable[[CaseFactory], Arguments]
     small: bool  # few enough inputs for numerical differentiation
 
     def __call__(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Arguments:
-        return self.build(Maker(dtype, device))
+        return self.build(CaseFactory(dtype, device))
 
     @property
     def function(self) -> Callable[..., torch.Tensor]:
@@ -61,7 +61,7 @@ class Case:
 
 
 def inner_update_case(name: str, shape: tuple[int, ...], lr: Callable, **options: Any) -> Case:
-    def build(make: Maker) -> Arguments:
+    def build(make: CaseFactory) -> Arguments:
         return (make.randn(*shape), make.randn(*shape), lr(make)), options
 
     size = 1
@@ -71,7 +71,7 @@ def inner_update_case(name: str, shape: tuple[int, ...], lr: Callable, **options
 
 
 def prototypes_case(name: str, t: int, s: int, n: int, d: int, missing: bool = False) -> Case:
-    def build(make: Maker) -> Arguments:
+    def build(make: CaseFactory) -> Arguments:
         labels = make.labels(n - 1 if missing else n, t, s)
         return (make.randn(t, s, d), labels, n), {}
 
@@ -79,7 +79,7 @@ def prototypes_case(name: str, t: int, s: int, n: int, d: int, missing: bool = F
 
 
 def distance_case(metric: str, t: int, q: int, n: int, d: int) -> Case:
-    def build(make: Maker) -> Arguments:
+    def build(make: CaseFactory) -> Arguments:
         return (make.randn(t, q, d), make.randn(t, n, d)), {"metric": metric}
 
     name = f"{metric}-{t}x{q}x{n}x{d}"
@@ -89,7 +89,7 @@ def distance_case(metric: str, t: int, q: int, n: int, d: int) -> Case:
 def loss_case(
     metric: str, reduction: str, t: int, q: int, n: int, d: int, scale: float = 1.0
 ) -> Case:
-    def build(make: Maker) -> Arguments:
+    def build(make: CaseFactory) -> Arguments:
         rows = (make.randn(t, q, d), make.labels(n, t, q), make.randn(t, n, d))
         return rows, {"metric": metric, "reduction": reduction, "scale": scale}
 
@@ -110,7 +110,7 @@ def conv_case(
 ) -> Case:
     inner = c // options.get("groups", 1)
 
-    def build(make: Maker) -> Arguments:
+    def build(make: CaseFactory) -> Arguments:
         images, weight = make.randn(t, b, c, *size), make.randn(t, o, inner, *kernel)
         return (images, weight, *([make.randn(t, o)] if bias else [])), options
 
@@ -119,7 +119,7 @@ def conv_case(
 
 
 def linear_case(name: str, t: int, b: int, i: int, o: int, bias: bool = True) -> Case:
-    def build(make: Maker) -> Arguments:
+    def build(make: CaseFactory) -> Arguments:
         return (make.randn(t, b, i), make.randn(t, o, i), *([make.randn(t, o)] if bias else [])), {}
 
     return Case("task_linear", name, build, small=t * (b + o) * i <= 60)
@@ -144,7 +144,7 @@ def head_case(
 ) -> Case:
     """Make a linear-head case whose step sizes are too small to amplify rounding."""
 
-    def build(make: Maker) -> Arguments:
+    def build(make: CaseFactory) -> Arguments:
         x = make.randn(t, s, d)
         targets = (
             make.randn(t, s, n)
@@ -163,7 +163,7 @@ def head_case(
 def norm_case(
     name: str, t: int, b: int, c: int, size: tuple[int, int], affine: bool = True, **options: Any
 ) -> Case:
-    def build(make: Maker) -> Arguments:
+    def build(make: CaseFactory) -> Arguments:
         rows = [make.randn(t, c), make.randn(t, c)] if affine else []
         return (make.randn(t, b, c, *size), *rows), options
 
@@ -171,7 +171,7 @@ def norm_case(
 
 
 def unbatched(case: Case) -> Case:
-    def build(make: Maker) -> Arguments:
+    def build(make: CaseFactory) -> Arguments:
         args, options = case.build(make)
         return tuple(a[0] if isinstance(a, torch.Tensor) else a for a in args), options
 

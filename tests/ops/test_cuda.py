@@ -21,7 +21,7 @@ from tests.helpers.assertions import (
     require_kernels,
     value_and_grads,
 )
-from tests.helpers.cases import CASES, Case, Maker
+from tests.helpers.cases import CASES, Case, CaseFactory
 from tests.helpers.networks import Tasks, build, classification, relative_error
 from tests.helpers.unrolled import vmapped_meta_loss
 
@@ -39,22 +39,22 @@ each_op = pytest.mark.parametrize("case", [c for c in CASES if c.name in NAMES],
 
 
 def prototypes(labels: Tensor) -> Tensor:
-    return fm.prototypes(Maker(torch.float32, "cuda").randn(*labels.shape, 3), labels, 5)
+    return fm.prototypes(CaseFactory(torch.float32, "cuda").randn(*labels.shape, 3), labels, 5)
 
 
 def loss(labels: Tensor) -> Tensor:
-    make = Maker(torch.float32, "cuda")
+    make = CaseFactory(torch.float32, "cuda")
     query, means = make.randn(*labels.shape, 3), make.randn(len(labels), 5, 3)
     return fm.prototype_loss(query, labels, means, reduction="none")
 
 
 def prototypes_backward(labels: Tensor) -> Tensor:
-    grad = Maker(torch.float32, "cuda").randn(len(labels), 5, 3)
+    grad = CaseFactory(torch.float32, "cuda").randn(len(labels), 5, 3)
     return torch.ops.fastmeta.prototypes_backward(grad, labels)
 
 
 def loss_backward(labels: Tensor) -> Tensor:
-    make = Maker(torch.float32, "cuda")
+    make = CaseFactory(torch.float32, "cuda")
     query, means = make.randn(*labels.shape, 3), make.randn(len(labels), 5, 3)
     rows = (make.randn(*labels.shape), query, labels, means)
     return torch.ops.fastmeta.prototype_loss_backward(*rows, "sqeuclidean", 1.0)[1]
@@ -67,7 +67,7 @@ def loss_backward(labels: Tensor) -> Tensor:
 @pytest.mark.parametrize("op", [prototypes, loss, prototypes_backward, loss_backward])
 def test_the_first_wrong_label_is_named_and_the_op_goes_on(op, task, example, label):
     require_kernels("cuda")
-    labels = Maker(device="cuda").labels(5, 3, 10_000)
+    labels = CaseFactory(device="cuda").labels(5, 3, 10_000)
     expected = op(labels)
     wrong = labels.clone()
     wrong[task, example:] = label
@@ -93,7 +93,7 @@ def test_a_wrong_label_of_a_task_leaves_the_context_usable(name):
 
 
 def random_arguments(case: Case, seed: int) -> tuple:
-    return case.build(Maker(torch.float32, "cuda", seed))
+    return case.build(CaseFactory(torch.float32, "cuda", seed))
 
 
 @each_op
@@ -170,7 +170,7 @@ def test_a_captured_op_and_its_gradient_replay_to_the_same_bits(case, backend):
 
 @each_backend
 def test_a_wrong_label_in_a_captured_loss_gives_nan(backend):
-    make = Maker(torch.float32, "cuda")
+    make = CaseFactory(torch.float32, "cuda")
     labels, rows = make.labels(5, 2, 4), (make.randn(2, 4, 3), make.randn(2, 5, 3))
     query, means = (x.requires_grad_() for x in rows)
 
@@ -198,7 +198,7 @@ def test_a_wrong_label_in_a_captured_loss_gives_nan(backend):
 
 @each_backend
 def test_an_example_with_a_wrong_label_is_in_no_captured_prototype(backend):
-    make = Maker(torch.float32, "cuda")
+    make = CaseFactory(torch.float32, "cuda")
     x, labels = make.randn(2, 6, 3).requires_grad_(), make.labels(4, 2, 6)
 
     def step() -> tuple[Tensor, ...]:
@@ -237,7 +237,7 @@ def graphed_and_plain(cuda_graph: bool | str = "auto") -> tuple[fm.MAML, fm.MAML
 
 
 def other_values(seed: int, tasks: int = 3) -> Tasks:
-    make, given = Maker(torch.float64, "cuda", seed), classification("conv4", "cuda", tasks)
+    make, given = CaseFactory(torch.float64, "cuda", seed), classification("conv4", "cuda", tasks)
     support_y, query_y = (make.labels(4, *y.shape) for y in (given.support_y, given.query_y))
     return Tasks(make.randn(*given[0].shape), support_y, make.randn(*given[2].shape), query_y)
 
@@ -381,7 +381,7 @@ def test_tensors_of_a_gpu_among_those_of_a_cpu_are_refused():
 
 
 def test_a_step_size_that_is_one_number_may_stay_on_the_cpu():
-    params = Maker(torch.float32, "cuda").randn(2, 7)
+    params = CaseFactory(torch.float32, "cuda").randn(2, 7)
     expected = fm.inner_update(params, params, 0.25)
     assert torch.equal(fm.inner_update(params, params, torch.tensor(0.25)), expected)
 
@@ -406,7 +406,7 @@ def test_an_op_runs_where_its_tensors_are(case, current):
 @two_devices
 @pytest.mark.parametrize("current", [0, 1])
 def test_labels_are_checked_where_they_are(current):
-    x, labels = Maker(device="cuda:1").randn(1, 4, 3), torch.tensor([[0, 1, 9, 0]], device="cuda:1")
+    x, labels = CaseFactory(device="cuda:1").randn(1, 4, 3), torch.tensor([[0, 1, 9, 0]], device="cuda:1")
     with torch.cuda.device(current):
         with pytest.raises(ValueError, match=re.escape("labels[0, 2] is 9")):
             fm.prototypes(x, labels, 2)

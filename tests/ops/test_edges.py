@@ -11,7 +11,7 @@ import torch
 
 import fastmeta as fm
 from tests.helpers.assertions import BACKENDS
-from tests.helpers.cases import METRICS, Maker
+from tests.helpers.cases import METRICS, CaseFactory
 
 
 class Given(NamedTuple):
@@ -25,7 +25,7 @@ class Given(NamedTuple):
 
 @pytest.fixture
 def good(device) -> Given:
-    make = Maker(torch.float32, device)
+    make = CaseFactory(torch.float32, device)
     labels = torch.tensor([[0, 1, 2, 3], [4, 0, 0, 1]], device=device)
     return Given(make.randn(2, 4, 3), make.randn(2, 5, 3), labels, make.randn(2, 7))
 
@@ -40,7 +40,7 @@ def backend(request):
 @pytest.mark.parametrize("shape", [(1, 3, 4, 8), (1, 300, 400, 64)])
 def test_distances_of_nearly_equal_points(metric, shape, device):
     t, q, n, d = shape
-    make = Maker(torch.float32, device)
+    make = CaseFactory(torch.float32, device)
     center = 1e3 + make.randn(1, 1, d)
     x, y = center + 1e-3 * make.randn(t, q, d), center + 1e-3 * make.randn(t, n, d)
     exact = (x.double().unsqueeze(2) - y.double().unsqueeze(1)).square().sum(-1)
@@ -52,7 +52,7 @@ def test_distances_of_nearly_equal_points(metric, shape, device):
 @pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
 def test_native_distances_are_exact_between_far_clusters(metric, backend, device):
     """Each cluster is narrow, and the mean of all is far from both."""
-    make = Maker(torch.float32, device)
+    make = CaseFactory(torch.float32, device)
     far = torch.tensor([1e3, -1e3], device=device).repeat_interleave(200).view(1, 400, 1)
     x, y = (far + 1e-2 * make.randn(1, 400, 64) for _ in range(2))
     if backend == "torch":  # above its size limit the fallback expands the square, as documented
@@ -88,7 +88,7 @@ def test_cosine_of_a_zero_vector(device):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("t, q, n, d", [(0, 4, 5, 3), (2, 0, 5, 3), (2, 4, 0, 3), (2, 4, 5, 0)])
 def test_pairwise_distance_without_tasks_queries_classes_or_features(metric, t, q, n, d, device):
-    make = Maker(torch.float32, device)
+    make = CaseFactory(torch.float32, device)
     x, y = make.randn(t, q, d).requires_grad_(), make.randn(t, n, d).requires_grad_()
     distance = fm.pairwise_distance(x, y, metric)
     assert distance.shape == (t, q, n)
@@ -100,7 +100,7 @@ def test_pairwise_distance_without_tasks_queries_classes_or_features(metric, t, 
 
 @pytest.mark.parametrize("t, q, d", [(0, 4, 3), (2, 0, 3), (2, 4, 0)])
 def test_prototype_loss_without_tasks_queries_or_features(t, q, d, device):
-    make = Maker(torch.float32, device)
+    make = CaseFactory(torch.float32, device)
     query, prototypes = make.randn(t, q, d).requires_grad_(), make.randn(t, 5, d).requires_grad_()
     labels = torch.zeros(t, q, dtype=torch.int64, device=device)
     losses = {r: fm.prototype_loss(query, labels, prototypes, reduction=r) for r in ("sum", "none")}
@@ -168,7 +168,7 @@ def test_nan_and_inf_stay_in_their_rows(value, good):
 
 
 def test_a_class_without_support_has_a_zero_prototype(device):
-    x = Maker(torch.float32, device).randn(1, 3, 2).requires_grad_()
+    x = CaseFactory(torch.float32, device).randn(1, 3, 2).requires_grad_()
     means = fm.prototypes(x, torch.tensor([[0, 0, 2]], device=device), 4)
     assert (means[0, 1] == 0).all() and (means[0, 3] == 0).all()
     torch.testing.assert_close(means[0, 0], x[0, :2].mean(0))
@@ -178,7 +178,7 @@ def test_a_class_without_support_has_a_zero_prototype(device):
 
 @pytest.mark.parametrize("t, s, n, d", [(0, 3, 2, 4), (2, 0, 2, 4), (2, 3, 2, 0), (2, 0, 0, 4)])
 def test_prototypes_of_nothing(t, s, n, d, device):
-    x = Maker(torch.float32, device).randn(t, s, d).requires_grad_()
+    x = CaseFactory(torch.float32, device).randn(t, s, d).requires_grad_()
     means = fm.prototypes(x, torch.zeros(t, s, dtype=torch.int64, device=device), n)
     assert means.shape == (t, n, d) and (means == 0).all()
     assert torch.autograd.grad(means.sum(), x)[0].shape == x.shape

@@ -17,7 +17,7 @@ from tests.helpers.assertions import (
     each_small_case,
     value_and_grads,
 )
-from tests.helpers.cases import DTYPES, METRICS, Case, Maker, as_function
+from tests.helpers.cases import DTYPES, METRICS, Case, CaseFactory, as_function
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -112,7 +112,7 @@ any_shape = settings(
 )
 def test_losses_and_distances_of_any_shape(device, metric, sizes, reduction):
     t, q, n, d = sizes
-    make = Maker(torch.float64, device)
+    make = CaseFactory(torch.float64, device)
     query, prototypes, labels = make.randn(t, q, d), make.randn(t, n, d), make.labels(n, t, q)
     for op, args, options in (
         ("pairwise_distance", (query, prototypes), {"metric": metric}),
@@ -134,7 +134,7 @@ def test_losses_and_distances_of_any_shape(device, metric, sizes, reduction):
 )
 def test_prototypes_and_updates_of_any_shape(device, sizes, lr_rows, lr_columns):
     t, s, n, d = sizes
-    make = Maker(torch.float64, device)
+    make = CaseFactory(torch.float64, device)
     lr = make.randn(t if lr_rows else 1, s * d if lr_columns else 1)
     for op, args in (
         ("prototypes", (make.randn(t, s, d), make.labels(n, t, s), n)),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastmeta as fm
-from tests.helpers.cases import Maker
+from tests.helpers.cases import CaseFactory
 from tests.helpers.skips import EMULATED
 
 # More tiles than a GPU has multiprocessors; the emulator's has two.
@@ -20,7 +20,7 @@ QUERIES, CLASSES = 70, 130
 
 
 def rows(device: str, features: int) -> tuple[torch.Tensor, torch.Tensor]:
-    make = Maker(torch.float32, device)
+    make = CaseFactory(torch.float32, device)
     return make.randn(TASKS, QUERIES, features), make.randn(TASKS, CLASSES, features)
 
 

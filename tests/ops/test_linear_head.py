@@ -15,7 +15,7 @@ from torch.func import grad, vmap
 
 import fastmeta as fm
 from tests.helpers.assertions import BACKENDS, assert_near
-from tests.helpers.cases import Maker
+from tests.helpers.cases import CaseFactory
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_form = pytest.mark.parametrize("form", ["primal", "dual"])
@@ -31,7 +31,7 @@ T, S, Q, N, D = 3, 7, 4, 3, 5
 
 def inputs(loss: str, device: str, bias: bool = True, d: int = D) -> tuple[list[Tensor], Tensor]:
     """Features, weight, bias if there is one, and queries, all to be differentiated; targets."""
-    make = Maker(torch.float64, device)
+    make = CaseFactory(torch.float64, device)
     ways = 1 if loss == "logistic" else N
     shapes = [(T, S, d), (T, ways, d), *([(T, ways)] if bias else []), (T, Q, d)]
     leaves = [make.randn(*shape).requires_grad_() for shape in shapes]
@@ -145,7 +145,7 @@ def test_the_gradient_of_a_vmap_is_the_vmap_of_gradients(backend, device):
 @pytest.mark.parametrize("shape", [[], [2], [T, 2]], ids=str)
 def test_step_sizes_of_each_step_and_task(shape, backend, device):
     (x, weight, bias, _), labels = inputs("cross_entropy", device)
-    lr = Maker(torch.float64, device, seed=1).randn(*shape).abs().requires_grad_()
+    lr = CaseFactory(torch.float64, device, seed=1).randn(*shape).abs().requires_grad_()
     with fm.use_backend(backend):
         whole = fm.linear_head(x, labels, weight, bias, lr=lr, steps=2)
         rows = lr.expand(T, 2)

@@ -12,7 +12,7 @@ from fastmeta.ops import linear_head_loss as _head_loss
 from fastmeta.ops._linear_head_arguments import LOSSES, HeadOptions, checked_head, step_sizes
 from fastmeta.ops.linear_head_loss import composed, head_loss
 from tests.helpers.assertions import assert_near
-from tests.helpers.cases import Maker
+from tests.helpers.cases import CaseFactory
 
 pytestmark = pytest.mark.skipif(
     (HEAD_LOSS, "cpu") not in KERNELS, reason="the extension has no such kernel"
@@ -25,7 +25,7 @@ each_form = pytest.mark.parametrize("dual", [False, True])
 
 class Problem:
     def __init__(self, loss: str, steps: int = 3, bias: bool = True, dtype=torch.float64) -> None:
-        make = Maker(dtype, "cpu")
+        make = CaseFactory(dtype, "cpu")
         ways = 1 if loss == "logistic" else 5
         shapes = {"x": (T, S, D), "query": (T, Q, D), "weight": (T, ways, D)}
         shapes |= {"bias": (T, ways)} if bias else {}

@@ -12,7 +12,7 @@ from torch.func import vjp
 import fastmeta as fm
 from fastmeta.ops import reference
 from tests.helpers.assertions import BACKENDS, assert_near
-from tests.helpers.cases import TASK_BATCH_NORM, Maker
+from tests.helpers.cases import TASK_BATCH_NORM, CaseFactory
 from tests.helpers.skips import needs_kernels
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -44,7 +44,7 @@ def test_it_is_torchs_batch_norm_of_every_task(case, backend, device):
 @each_backend
 def test_a_large_mean_costs_no_digits(backend, device):
     """More numbers than a vector's lanes sum at a time."""
-    x = images(Maker(torch.float32, device), 2, 5, 3, 40, 41)
+    x = images(CaseFactory(torch.float32, device), 2, 5, 3, 40, 41)
     with fm.use_backend(backend):
         out = fm.task_batch_norm(x, eps=1e-12)
     # What rounding of the mean, half a unit of 1, is to deviations of 0.01.
@@ -54,7 +54,7 @@ def test_a_large_mean_costs_no_digits(backend, device):
 @needs_kernels
 @pytest.mark.parametrize("size", [(31, 33), (2, 2)])
 def test_each_kernel_is_the_derivative_of_the_one_before(size, device):
-    make = Maker(torch.float64, device)
+    make = CaseFactory(torch.float64, device)
     x, g, v = (make.randn(2, 4, 3, size[0] * size[1]) for _ in range(3))
     weight, bias, w, b = (make.randn(2, 3) for _ in range(4))
     ops, eps = torch.ops.fastmeta, 0.01
@@ -76,7 +76,7 @@ def test_each_kernel_is_the_derivative_of_the_one_before(size, device):
 @each_backend
 @pytest.mark.parametrize("tasks, examples", [(0, 3), (2, 0), (0, 0)])
 def test_without_tasks_or_examples(tasks, examples, backend, device):
-    make = Maker(torch.float32, device)
+    make = CaseFactory(torch.float32, device)
     shapes = (tasks, examples, 2, 5, 4), (tasks, 2), (tasks, 2)
     leaves = [make.randn(*shape).requires_grad_() for shape in shapes]
     with fm.use_backend(backend):
@@ -89,7 +89,7 @@ def test_without_tasks_or_examples(tasks, examples, backend, device):
 
 @each_backend
 def test_a_number_that_is_not_finite_stays_in_its_channel(backend, device):
-    x = Maker(torch.float32, device).randn(2, 3, 4, 5, 5)
+    x = CaseFactory(torch.float32, device).randn(2, 3, 4, 5, 5)
     x[1, 2, 3, 4, 4] = torch.inf
     with fm.use_backend(backend):
         out = fm.task_batch_norm(x)
@@ -99,7 +99,7 @@ def test_a_number_that_is_not_finite_stays_in_its_channel(backend, device):
 @needs_kernels
 @pytest.mark.parametrize("suffix", ["", "_backward", "_backward_backward"])
 def test_opcheck(suffix, device):
-    make = Maker(torch.float32, device)
+    make = CaseFactory(torch.float32, device)
     x, row = make.randn(2, 3, 6, 20), make.randn(2, 6)
     args = {
         "": (x, row, row),
@@ -112,7 +112,7 @@ def test_opcheck(suffix, device):
 
 @needs_kernels
 def test_raw_kernels_check_what_memory_safety_needs(device):
-    make, ops = Maker(torch.float32, device), torch.ops.fastmeta
+    make, ops = CaseFactory(torch.float32, device), torch.ops.fastmeta
     x, row = make.randn(2, 3, 6, 20), make.randn(2, 6)
     for call in (
         lambda: ops.task_batch_norm(x[0], row, row, 1e-5),
@@ -182,6 +182,6 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_name_the_argument(name, backend, device):
     call, kind, message = ERRORS[name]
-    make = Maker(torch.float32, device)
+    make = CaseFactory(torch.float32, device)
     with fm.use_backend(backend), pytest.raises(kind, match=re.escape(message)):
         call(make.randn(2, 3, 4, 6, 5), make.randn(2, 4))

@@ -17,7 +17,7 @@ from torch.func import grad, jvp, vjp, vmap
 
 import fastmeta as fm
 from tests.helpers.assertions import BACKENDS, assert_near, value_and_grads
-from tests.helpers.cases import TASK_BATCH_NORM, TASK_CONV2D, Maker, as_function, conv_case
+from tests.helpers.cases import TASK_BATCH_NORM, TASK_CONV2D, CaseFactory, as_function, conv_case
 from tests.helpers.skips import EMULATED, OLD_DYNAMO, OLD_DYNAMO_REASON, needs_kernels
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -99,7 +99,7 @@ def test_results_have_the_layout_of_the_images(case, backend, device):
 @pytest.mark.parametrize("channels", [1, 16, 19])
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 def test_gradients_have_the_layout_of_their_upstream(channels, layout, device):
-    make = Maker(torch.float32, device)
+    make = CaseFactory(torch.float32, device)
     x, weight = make.randn(2, 3, channels, 6, 5), make.randn(2, 18, channels, 3, 3)
     x, upstream = x.requires_grad_(), make.randn(2, 3, 18, 4, 3)
     plain = torch.autograd.grad(fm.task_conv2d(x, weight), x, upstream)[0]
@@ -114,7 +114,7 @@ def test_gradients_have_the_layout_of_their_upstream(channels, layout, device):
 @each_backend
 @pytest.mark.parametrize("tasks, examples", [(0, 3), (2, 0), (0, 0)])
 def test_without_tasks_or_examples(tasks, examples, backend, device):
-    make = Maker(torch.float32, device)
+    make = CaseFactory(torch.float32, device)
     shapes = (tasks, examples, 2, 5, 4), (tasks, 3, 2, 3, 3), (tasks, 3)
     leaves = [make.randn(*shape).requires_grad_() for shape in shapes]
     with fm.use_backend(backend):
@@ -127,7 +127,7 @@ def test_without_tasks_or_examples(tasks, examples, backend, device):
 
 @needs_kernels
 def test_weights_that_tasks_share(device):
-    make = Maker(torch.float64, device)
+    make = CaseFactory(torch.float64, device)
     x, weight, bias = make.randn(3, 2, 4, 6, 6), make.randn(5, 4, 3, 3), make.randn(5)
     shared = weight.expand(3, *weight.shape), bias.expand(3, 5)
     assert torch.equal(fm.task_conv2d(x, *shared), fm.task_conv2d(x, *(s.clone() for s in shared)))
@@ -136,7 +136,7 @@ def test_weights_that_tasks_share(device):
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_types_are_summed_in_float32(dtype, backend, device):
-    make = Maker(dtype, device)
+    make = CaseFactory(dtype, device)
     x, weight = make.randn(2, 3, 40, 5, 5), make.randn(2, 6, 40, 3, 3)
     with fm.use_backend(backend):
         out = fm.task_conv2d(x, weight)
@@ -163,7 +163,7 @@ def test_half_types_on_a_cpu_are_float32_rounded_once(case, dtype):
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("groups", [1, 6])
 def test_opcheck(op, groups, layout, device):
-    make = Maker(torch.float32, device)
+    make = CaseFactory(torch.float32, device)
     x, weight, bias = (
         make.randn(2, 3, 6, 5, 4),
         make.randn(2, 12, 6 // groups, 3, 2),
@@ -210,7 +210,7 @@ def test_compiled_for_any_number_of_tasks(groups, device, fresh_dynamo):
     compiled = torch.compile(
         loss, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=backend)
     )
-    make = Maker(torch.float64, device)
+    make = CaseFactory(torch.float64, device)
     for tasks, examples in ((2, 4), (3, 5)):
         inputs = (
             make.randn(tasks, examples, 3, 7, 6),
@@ -226,7 +226,7 @@ def test_compiled_for_any_number_of_tasks(groups, device, fresh_dynamo):
 
 @needs_kernels
 def test_raw_kernels_check_what_memory_safety_needs(device):
-    make = Maker(torch.float32, device)
+    make = CaseFactory(torch.float32, device)
     x, weight = make.randn(2, 3, 6, 5, 4), make.randn(2, 12, 6, 3, 2)
     ops, options = torch.ops.fastmeta, ([1, 1], [0, 0], [1, 1], 1)
     grad = ops.task_conv2d(x, weight, None, *options)
@@ -278,7 +278,7 @@ BAD_INPUT = {
 @each_backend
 @pytest.mark.parametrize("name", BAD_INPUT)
 def test_bad_input_is_named(name, backend, device):
-    make = Maker(torch.float32, device)
+    make = CaseFactory(torch.float32, device)
     call, error, message = BAD_INPUT[name]
     with fm.use_backend(backend), pytest.raises(error, match=re.escape(message)):
         call(make.randn(2, 3, 4, 6, 5), make.randn(2, 8, 4, 3, 2), make.randn(2, 8))

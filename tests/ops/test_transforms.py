@@ -10,7 +10,7 @@ from torch.utils._triton import has_triton
 
 import fastmeta as fm
 from tests.helpers.assertions import each_backend, each_case, each_small_case, require_kernels
-from tests.helpers.cases import SMALL_CASES, Case, Maker, as_function
+from tests.helpers.cases import SMALL_CASES, Case, CaseFactory, as_function
 from tests.helpers.skips import OLD_DYNAMO, OLD_DYNAMO_REASON
 
 each_op = pytest.mark.parametrize("op", fm.core.backend.OPS)
@@ -160,7 +160,7 @@ def test_compiled_by_inductor_with_any_number_of_tasks(op, device, fresh_dynamo)
 
 def raw_arguments(op: str, device: str) -> tuple:
     """Arguments of a compiled op, all of different sizes."""
-    make = Maker(torch.float32, device)
+    make = CaseFactory(torch.float32, device)
     x, y, w = make.randn(2, 4, 3), make.randn(2, 5, 3), make.randn(2, 4)
     labels = make.labels(5, 2, 4)
     rates, head = make.randn(2, 6), (x, labels, y, make.randn(2, 5))

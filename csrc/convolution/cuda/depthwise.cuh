@@ -3,12 +3,12 @@
 #pragma once
 
 #include "execution/conv_shape.h"
-#include "execution/cuda/grid_accumulators.cuh"
+#include "execution/cuda/grid_accessors.cuh"
 #include "execution/elementwise.h"
 
 namespace fastmeta {
 
-// Computes z and dx of all pairs, then finish; an accumulator is an element.
+// Computes z and dx of all pairs, then finish; an accessor is an element.
 template <typename value_t, typename Finish>
 struct DepthwiseImage {
   using number_t = acc_t<value_t>;
@@ -16,7 +16,7 @@ struct DepthwiseImage {
   int64_t out_height, out_width;
   Finish finish;
 
-  __device__ void operator()(const GlobalAccumulator<value_t>& at) const {
+  __device__ void operator()(const GlobalAccessor<value_t>& at) const {
     const ConvShape& s = c.shape;
     const bool to_z = c.to == MapTo::kOutput;
     const int64_t channels = to_z ? s.outputs : s.channels, channel = at.index % channels;
@@ -33,8 +33,8 @@ struct DepthwiseImage {
 
  private:
   // Product that a tap adds to z.
-  __device__ number_t of_z(const GlobalAccumulator<value_t>& at, int64_t image, int64_t h,
-                           int64_t w, int64_t output, int64_t tap) const {
+  __device__ number_t of_z(const GlobalAccessor<value_t>& at, int64_t image, int64_t h, int64_t w,
+                           int64_t output, int64_t tap) const {
     const ConvShape& s = c.shape;
     const int64_t y = h * s.stride_h - s.padding_h + tap / s.kernel_w * s.dilation_h;
     const int64_t x = w * s.stride_w - s.padding_w + tap % s.kernel_w * s.dilation_w;
@@ -49,8 +49,8 @@ struct DepthwiseImage {
   }
 
   // Product that a tap adds to dx.
-  __device__ number_t of_dx(const GlobalAccumulator<value_t>& at, int64_t image, int64_t h,
-                            int64_t w, int64_t channel, int64_t tap) const {
+  __device__ number_t of_dx(const GlobalAccessor<value_t>& at, int64_t image, int64_t h, int64_t w,
+                            int64_t channel, int64_t tap) const {
     const ConvShape& s = c.shape;
     const int64_t y = h + s.padding_h - tap / s.kernel_w * s.dilation_h;
     const int64_t x = w + s.padding_w - tap % s.kernel_w * s.dilation_w;
@@ -95,7 +95,7 @@ struct DepthwiseWeight {
     }
     sum = group.sum(sum);
     if (group.lane != 0) return;
-    const GlobalAccumulator<value_t> at{group.task, element};
+    const GlobalAccessor<value_t> at{group.task, element};
     store_sum(at, c.c, c.into, sum);
     finish(at);
   }

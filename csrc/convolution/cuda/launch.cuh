@@ -61,7 +61,7 @@ struct SumOfConvolution {
   int64_t channels, taps;  // of weights; else all columns, and 1
   Finish finish;
 
-  __device__ void operator()(const GlobalAccumulator<value_t>& at) const {
+  __device__ void operator()(const GlobalAccessor<value_t>& at) const {
     const auto& p = g.p;
     const int64_t row = at.index / p.n, column = at.index % p.n;
     const int64_t place = row * p.n + column % taps * channels + column / taps;

@@ -14,7 +14,7 @@ namespace fastmeta {
 
 // Channels of a position in one vector: a whole one, or the rest.
 template <typename value_t, bool whole>
-struct ImageAccumulator {
+struct ImageAccessor {
   using number_t = at::vec::Vectorized<value_t>;
   int64_t image, h, w, channel;
   int count;
@@ -99,7 +99,7 @@ class CpuImages {
 
   template <typename F>
   void table_line(int64_t line, const F& f) const {
-    ImageAccumulator<value_t, true> at{line / images_.height, line % images_.height, 0, 0, kWidth};
+    ImageAccessor<value_t, true> at{line / images_.height, line % images_.height, 0, 0, kWidth};
     for (; at.w < images_.width; ++at.w) {
       for_channels(0, images_.channels, at, [&](const auto& element) { f(element); });
     }
@@ -109,8 +109,8 @@ class CpuImages {
   template <typename F>
   void join_line(int64_t line, int64_t begin, int64_t end, const F& f, bool adds,
                  value_t* sums) const {
-    const ImageAccumulator<value_t, true> at{line / images_.height, line % images_.height, 0, 0,
-                                             kWidth};
+    const ImageAccessor<value_t, true> at{line / images_.height, line % images_.height, 0, 0,
+                                          kWidth};
     for_channels(begin, end, at, [&](auto element) {
       const Two<Vec> sum = sum_of<Two<Vec>>(images_.width, [&](int64_t w) {
         element.w = w;
@@ -139,14 +139,14 @@ class CpuImages {
     for (; first < last; first += kRun) {
       const int64_t n = std::min(kRun, last - first);
       const value_t* run = x + first * images_.channels;
-      for_channels(begin, end, ImageAccumulator<value_t, true>{0, 0, 0, 0, kWidth},
+      for_channels(begin, end, ImageAccessor<value_t, true>{0, 0, 0, 0, kWidth},
                    [&](const auto& element) { join_run(element, run, n, first, moments); });
     }
   }
 
   // Merges the moments of `before` positions with the n of a run.
-  template <typename Accumulator>
-  void join_run(const Accumulator& element, const value_t* run, int64_t n, int64_t before,
+  template <typename Accessor>
+  void join_run(const Accessor& element, const value_t* run, int64_t n, int64_t before,
                 value_t* moments) const {
     const auto load = [&](int64_t i) {
       return element.load(run + i * images_.channels + element.channel);
@@ -168,14 +168,14 @@ class CpuImages {
     element.store(all_squares, squares);
   }
 
-  // Calls body(accumulator) for the channels from begin to end of the position of `at`.
+  // Calls body(accessor) for the channels from begin to end of the position of `at`.
   template <typename Body>
-  void for_channels(int64_t begin, int64_t end, ImageAccumulator<value_t, true> at,
+  void for_channels(int64_t begin, int64_t end, ImageAccessor<value_t, true> at,
                     const Body& body) const {
     for (at.channel = begin; at.channel + kWidth <= end; at.channel += kWidth) body(at);
     if (at.channel < end) {
       const int rest = static_cast<int>(end - at.channel);
-      body(ImageAccumulator<value_t, false>{at.image, at.h, at.w, at.channel, rest});
+      body(ImageAccessor<value_t, false>{at.image, at.h, at.w, at.channel, rest});
     }
   }
 

@@ -11,7 +11,7 @@
 
 #include "common/ceil_div.h"
 #include "common/cuda/launch.cuh"
-#include "execution/cuda/grid_accumulators.cuh"
+#include "execution/cuda/grid_accessors.cuh"
 #include "execution/elementwise.h"
 
 namespace fastmeta {
@@ -60,7 +60,7 @@ struct ImageGrid {
 // Place of a thread: its channel, and the positions from its first one on, every rows()-th.
 template <typename value_t>
 struct ImagePlace {
-  GlobalImageAccumulator<value_t> at;
+  GlobalImageAccessor<value_t> at;
   int set, split, left;  // left: positions, negative or 0 if none
 
   __device__ explicit ImagePlace(const ImageGrid& g) {
@@ -181,7 +181,7 @@ struct NumbersOf {
   Images images;
   Array<value_t> x;
 
-  __device__ value_t operator()(const GlobalImageAccumulator<value_t>& at) const {
+  __device__ value_t operator()(const GlobalImageAccessor<value_t>& at) const {
     return at.load(x, images.place(at.image, at.h, at.w));
   }
 };
@@ -207,15 +207,15 @@ __global__ void __launch_bounds__(kImageThreads, 3)
   place.at.store(target, begin + g.images.channels, sums.second);
 }
 
-// Merges the parts of a set's channel into its target; an accumulator is a channel of a set.
+// Merges the parts of a set's channel into its target; an accessor is a channel of a set.
 template <typename value_t, typename Sums>
 struct SumOfImageParts {
   ImageGrid g;
   Array<value_t> parts, target;
 
-  __device__ void operator()(const GlobalAccumulator<value_t>& element) const {
+  __device__ void operator()(const GlobalAccessor<value_t>& element) const {
     const int64_t channels = g.images.channels, set = element.index / channels;
-    GlobalImageAccumulator<value_t> at{};
+    GlobalImageAccessor<value_t> at{};
     at.task = element.task;
     at.channel = element.index % channels;
     Sums sums{};

@@ -13,7 +13,7 @@
 #include "common/ceil_div.h"
 #include "common/cuda/copy.cuh"
 #include "common/cuda/launch.cuh"
-#include "execution/cuda/grid_accumulators.cuh"
+#include "execution/cuda/grid_accessors.cuh"
 
 namespace fastmeta {
 
@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
       const int64_t row = place.row + Sums::row(i / Tile::kN);
       const int64_t column = place.column + Sums::column(i % Tile::kN);
       if (row < target.m && column < target.n) {
-        finish(GlobalAccumulator<value_t>{place.task, row * target.n + column});
+        finish(GlobalAccessor<value_t>{place.task, row * target.n + column});
       }
     }
   }
@@ -331,7 +331,7 @@ struct SumOfParts {
   GridProduct<value_t> g;
   Finish finish;
 
-  __device__ void operator()(const GlobalAccumulator<value_t>& at) const {
+  __device__ void operator()(const GlobalAccessor<value_t>& at) const {
     const auto& p = g.p;
     value_t sum = p.bias ? at.load_one(p.bias, at.index % p.n) : value_t(0);
     for (int64_t s = 0; s < g.splits; ++s) sum += at.load(g.parts, s * p.m * p.n);

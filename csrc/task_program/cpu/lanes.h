@@ -12,7 +12,7 @@
 namespace fastmeta {
 
 template <typename value_t>
-struct LanesAccumulator {
+struct LanesAccessor {
   using number_t = at::vec::Vectorized<value_t>;
   int64_t index;
 
@@ -47,7 +47,7 @@ class CpuLanes {
 
   template <typename F>
   void map(int64_t n, const F& f) {
-    for (int64_t i = 0; i < n; ++i) f(LanesAccumulator<value_t>{i});
+    for (int64_t i = 0; i < n; ++i) f(LanesAccessor<value_t>{i});
   }
 
   template <typename F>
@@ -58,7 +58,7 @@ class CpuLanes {
   template <typename F>
   void reduce(int64_t n, const F& f, const Array<storage_t>& target) {
     storage_t sum(value_t(0));
-    for (int64_t i = 0; i < n; ++i) sum = sum + f(LanesAccumulator<value_t>{i});
+    for (int64_t i = 0; i < n; ++i) sum = sum + f(LanesAccessor<value_t>{i});
     target.data[0] = target.data[0] + sum;
   }
 
@@ -129,7 +129,7 @@ class CpuLanes {
     if constexpr (!std::is_same_v<Finish, NoFinish>) {
       for (int i = 0; i < rows; ++i) {
         for (int j = 0; j < columns; ++j) {
-          finish(LanesAccumulator<value_t>{(row + i) * p.n + column + j});
+          finish(LanesAccessor<value_t>{(row + i) * p.n + column + j});
         }
       }
     }

@@ -22,7 +22,7 @@ namespace fastmeta {
 
 // Consecutive elements of an array: a whole vector, or the rest of one.
 template <typename value_t, bool whole>
-struct VectorAccumulator {
+struct VectorAccessor {
   using number_t = at::vec::Vectorized<value_t>;
   int64_t index;
   int count;
@@ -78,8 +78,8 @@ class CpuThread {
   void map(int64_t n, const F& f) {
     const auto part = [&](int64_t begin, int64_t end) {
       int64_t i = begin;
-      for (; i + kWidth <= end; i += kWidth) f(VectorAccumulator<value_t, true>{i, kWidth});
-      if (i < end) f(VectorAccumulator<value_t, false>{i, static_cast<int>(end - i)});
+      for (; i + kWidth <= end; i += kWidth) f(VectorAccessor<value_t, true>{i, kWidth});
+      if (i < end) f(VectorAccessor<value_t, false>{i, static_cast<int>(end - i)});
     };
     if (shares_threads_) {
       at::parallel_for(0, n, kGrain, part);
@@ -98,11 +98,11 @@ class CpuThread {
     // One vector of partial sums: the order does not depend on threads.
     Vec sum(value_t(0));
     int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) sum = sum + f(VectorAccumulator<value_t, true>{i, kWidth});
+    for (; i + kWidth <= n; i += kWidth) sum = sum + f(VectorAccessor<value_t, true>{i, kWidth});
     if (i < n) {
       const int rest = static_cast<int>(n - i);
       // Elements past the end are not zero after f: masks them.
-      sum = sum + Vec::set(Vec(value_t(0)), f(VectorAccumulator<value_t, false>{i, rest}), rest);
+      sum = sum + Vec::set(Vec(value_t(0)), f(VectorAccessor<value_t, false>{i, rest}), rest);
     }
     target.data[0] += at::vec::vec_reduce_all<value_t>([](Vec a, Vec b) { return a + b; }, sum);
   }
@@ -186,8 +186,8 @@ class CpuThread {
 
   struct FillZero {
     Array<value_t> c;
-    template <typename Accumulator>
-    void operator()(const Accumulator& at) const {
+    template <typename Accessor>
+    void operator()(const Accessor& at) const {
       at.store(c, Vec(value_t(0)));
     }
   };

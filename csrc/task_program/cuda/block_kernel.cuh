@@ -15,7 +15,7 @@ __device__ value_t& shared_number(const Array<InShared<value_t>>& a, int64_t i) 
 }
 
 template <typename value_t>
-struct SharedAccumulator {
+struct SharedAccessor {
   using number_t = value_t;
   int index;
 
@@ -102,11 +102,11 @@ __device__ void store_task(const BlockArguments<value_t, bytes>& j) {
 template <typename value_t, typename F>
 __device__ void map_step(const F& f, int n, const BlockProduct* product) {
   if (product != nullptr) {
-    for_own_elements(*product, [&](int i) { f(SharedAccumulator<value_t>{i}); });
+    for_own_elements(*product, [&](int i) { f(SharedAccessor<value_t>{i}); });
     return;
   }
 #pragma unroll 1
-  for (int i = threadIdx.x; i < n; i += blockDim.x) f(SharedAccumulator<value_t>{i});
+  for (int i = threadIdx.x; i < n; i += blockDim.x) f(SharedAccessor<value_t>{i});
 }
 
 template <typename value_t, typename F>
@@ -122,7 +122,7 @@ __device__ void sum_step(const Step& step, int n) {
   if (threadIdx.x >= kWarp) return;
   value_t sum = 0;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < n; i += kWarp) sum += step.f(SharedAccumulator<value_t>{i});
+  for (int i = threadIdx.x; i < n; i += kWarp) sum += step.f(SharedAccessor<value_t>{i});
   sum = warp_sum(sum);
   if (threadIdx.x == 0) shared_number(step.target, 0) += sum;
 }

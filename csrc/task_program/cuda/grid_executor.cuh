@@ -15,13 +15,13 @@ namespace fastmeta {
 
 inline constexpr int kStepThreads = 256;
 
-// Calls f(accumulator) for elements of all tasks, neighbours in neighbouring threads.
+// Calls f(accessor) for elements of all tasks, neighbours in neighbouring threads.
 template <typename value_t, typename F>
 __global__ void __launch_bounds__(kStepThreads) map_kernel(int64_t tasks, int64_t n, F f) {
   const int64_t step = int64_t(gridDim.x) * kStepThreads;
   // A loop with a stride of the grid: the number of blocks is bounded by kMostBlocks.
   for (int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x; i < tasks * n; i += step) {
-    f(GlobalAccumulator<value_t>{i / n, i % n});
+    f(GlobalAccessor<value_t>{i / n, i % n});
   }
 }
 
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kStepThreads) rows_kernel(int64_t tasks, int64
   f(GlobalThreadGroup<value_t>(threadIdx.x % kWarp, row / n), row % n);
 }
 
-// target[0] += sum of f(accumulator). A block owns a task; a thread sums, then a warp, then the
+// target[0] += sum of f(accessor). A block owns a task; a thread sums, then a warp, then the
 // block.
 template <typename value_t, typename F>
 __global__ void __launch_bounds__(kStepThreads)
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kStepThreads)
   const int64_t task = blockIdx.x;
   value_t sum = 0;
   for (int64_t i = threadIdx.x; i < n; i += kStepThreads) {
-    sum += f(GlobalAccumulator<value_t>{task, i});
+    sum += f(GlobalAccessor<value_t>{task, i});
   }
   sum = block_sum<kStepThreads>(sum);
   if (threadIdx.x == 0) target.data[task * target.task_stride] += sum;

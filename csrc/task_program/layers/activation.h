@@ -191,8 +191,8 @@ struct ActivationForward {
   Act f;
   Array<storage_t> z, y;
 
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE void operator()(const Accessor& at) const {
     at.store(y, f.value(at.load(z)));
   }
 };
@@ -204,9 +204,9 @@ struct ActivationSlope {
   Array<storage_t> z, source, target;
   bool adds = false;
 
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
-    const typename Accumulator::number_t value = f.times_slope(at.load(z), at.load(source));
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE void operator()(const Accessor& at) const {
+    const typename Accessor::number_t value = f.times_slope(at.load(z), at.load(source));
     at.store(target, adds ? at.load(target) + value : value);
   }
 };
@@ -217,9 +217,9 @@ struct ActivationTangentBackward {
   Array<storage_t> z, z_dot, dy, dy_dot, dz_dot;
   bool adds;
 
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
-    const typename Accumulator::number_t z_here = at.load(z);
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE void operator()(const Accessor& at) const {
+    const typename Accessor::number_t z_here = at.load(z);
     auto value = f.times_slope(z_here, at.load(dy_dot));
     if (f.bends() && z_dot) value = value + f.curvature(z_here) * at.load(z_dot) * at.load(dy);
     at.store(dz_dot, adds ? at.load(dz_dot) + value : value);

@@ -172,7 +172,7 @@ struct LayerNormTangentBackward {
 };
 
 // Computes target[j] (+)= sum over rows of dy xh, and with tangents of dy_dot xh + dy xh_dot; then
-// finish. An accumulator is a column.
+// finish. An accessor is a column.
 template <typename storage_t, bool tangent, typename Finish>
 struct LayerNormWeightGradient {
   LayerNormArrays<storage_t> l;
@@ -180,9 +180,9 @@ struct LayerNormWeightGradient {
   StoreMode<storage_t> into;
   Finish finish;
 
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
-    using number_t = typename Accumulator::number_t;
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE void operator()(const Accessor& at) const {
+    using number_t = typename Accessor::number_t;
     number_t sum(0);
     for (int64_t row = 0; row < l.rows; ++row) {
       const int64_t begin = row * l.size;

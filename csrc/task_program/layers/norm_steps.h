@@ -1,4 +1,4 @@
-// Steps of a norm's four passes, each for one accumulator; formulas in norm.h.
+// Steps of a norm's four passes, each for one accessor; formulas in norm.h.
 #pragma once
 
 #include "task_program/layers/norm_view.h"
@@ -9,9 +9,9 @@ template <typename Form, typename storage_t>
 struct NormForward {
   NormArrays<storage_t> l;
 
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
-    using number_t = typename Accumulator::number_t;
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE void operator()(const Accessor& at) const {
+    using number_t = typename Accessor::number_t;
     using M = Math<number_t>;
     const auto view = norm_view<Form, true>(l, at);
     const number_t mean = view.mean(), scale = view.weighted(view.inverse());
@@ -40,11 +40,11 @@ template <typename storage_t>
 struct NormTangentSums {
   NormArrays<storage_t> l;
 
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE auto operator()(const Accumulator& at) const {
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE auto operator()(const Accessor& at) const {
     const auto view = norm_view<NormForm<false, false>, false>(l, at);
     const auto x_dot = at.load(l.x_dot, view.here());
-    return Two<typename Accumulator::number_t>{x_dot, x_dot * view.xh(at.load(l.x, view.here()))};
+    return Two<typename Accessor::number_t>{x_dot, x_dot * view.xh(at.load(l.x, view.here()))};
   }
 };
 
@@ -52,9 +52,9 @@ template <typename Form, typename storage_t>
 struct NormTangentForward {
   NormArrays<storage_t> l;
 
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
-    using number_t = typename Accumulator::number_t;
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE void operator()(const Accessor& at) const {
+    using number_t = typename Accessor::number_t;
     const auto view = norm_view<Form, true>(l, at);
     number_t y_dot(0);
     if (l.x_dot || l.weight_dot) {
@@ -72,11 +72,11 @@ template <typename Form, typename storage_t>
 struct NormBackwardSums {
   NormArrays<storage_t> l;
 
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE auto operator()(const Accumulator& at) const {
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE auto operator()(const Accessor& at) const {
     const auto view = norm_view<Form, true>(l, at);
     const auto dy = view.if_active(at.load(l.dy, view.here()));
-    return Two<typename Accumulator::number_t>{dy, dy * view.xh(view.source_x())};
+    return Two<typename Accessor::number_t>{dy, dy * view.xh(view.source_x())};
   }
 };
 
@@ -84,8 +84,8 @@ template <typename Form, typename storage_t>
 struct NormBackward {
   NormArrays<storage_t> l;
 
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE void operator()(const Accessor& at) const {
     const auto view = norm_view<Form, false>(l, at);
     const auto u = view.weighted(view.upstream(l.dy));
     const auto xh = view.xh(at.load(l.x, view.here()));
@@ -99,8 +99,8 @@ template <typename Form, typename storage_t>
 struct NormTangentBackwardSums {
   NormArrays<storage_t> l;
 
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE auto operator()(const Accumulator& at) const {
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE auto operator()(const Accessor& at) const {
     const auto view = norm_view<Form, true>(l, at);
     const auto dy_dot = view.if_active(at.load(l.dy_dot, view.here()));
     const auto xh = view.xh(view.source_x());
@@ -109,7 +109,7 @@ struct NormTangentBackwardSums {
       const auto dy = view.if_active(at.load(l.dy, view.here()));
       second = second + dy * view.xh_dot(xh, view.source(l.x_dot));
     }
-    return Two<typename Accumulator::number_t>{dy_dot, second};
+    return Two<typename Accessor::number_t>{dy_dot, second};
   }
 };
 
@@ -117,9 +117,9 @@ template <typename Form, typename storage_t>
 struct NormTangentBackward {
   NormArrays<storage_t> l;
 
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
-    using number_t = typename Accumulator::number_t;
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE void operator()(const Accessor& at) const {
+    using number_t = typename Accessor::number_t;
     const auto view = norm_view<Form, false>(l, at);
     const number_t dy = view.upstream(l.dy), inverse = view.inverse();
     const number_t xh = view.xh(at.load(l.x, view.here())), c = view.kept(l.sums, 3);

@@ -1,5 +1,5 @@
 // Operands of a norm's steps: its arrays, the statistics of its sets, and a view of one
-// accumulator; formulas in norm.h.
+// accessor; formulas in norm.h.
 #pragma once
 
 #include "execution/executor.h"
@@ -56,16 +56,16 @@ struct NormStatistics {
   }
 };
 
-// Stores mean and 1/s of given statistics in NormStatistics' format; an accumulator is a channel.
+// Stores mean and 1/s of given statistics in NormStatistics' format; an accessor is a channel.
 template <typename storage_t>
 struct GivenStatistics {
   int64_t channels;
   double eps;
   Array<storage_t> mean, variance, statistics;
 
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
-    using number_t = typename Accumulator::number_t;
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE void operator()(const Accessor& at) const {
+    using number_t = typename Accessor::number_t;
     at.store(statistics, at.load(mean), 2 * channels);
     at.store(statistics, number_t(1) / Math<number_t>::sqrt(at.load(variance) + number_t(eps)),
              3 * channels);
@@ -95,13 +95,13 @@ struct NormMeans {
   }
 };
 
-// View of an accumulator: of the norm's input, or (of_output) of its output.
-template <typename Form, bool of_output, typename storage_t, typename Accumulator>
+// View of an accessor: of the norm's input, or (of_output) of its output.
+template <typename Form, bool of_output, typename storage_t, typename Accessor>
 struct NormView {
-  using number_t = typename Accumulator::number_t;
+  using number_t = typename Accessor::number_t;
   using M = Math<number_t>;
   const NormArrays<storage_t>& l;
-  const Accumulator& at;
+  const Accessor& at;
 
   FASTMETA_HOST_DEVICE int64_t channels() const { return l.in.channels; }
   FASTMETA_HOST_DEVICE number_t of_channel(const Array<storage_t>& a) const {
@@ -177,9 +177,9 @@ struct NormView {
   }
 };
 
-template <typename Form, bool of_output, typename storage_t, typename Accumulator>
-FASTMETA_HOST_DEVICE NormView<Form, of_output, storage_t, Accumulator> norm_view(
-    const NormArrays<storage_t>& l, const Accumulator& at) {
+template <typename Form, bool of_output, typename storage_t, typename Accessor>
+FASTMETA_HOST_DEVICE NormView<Form, of_output, storage_t, Accessor> norm_view(
+    const NormArrays<storage_t>& l, const Accessor& at) {
   return {l, at};
 }
 

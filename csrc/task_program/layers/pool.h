@@ -49,16 +49,16 @@ struct PoolArrays {
     return {in.width, shape.kernel_w, shape.stride_w, shape.padding_w, out.width};
   }
   // Calls fn(h, w) for the places of an output's window.
-  template <typename Accumulator, typename Fn>
-  FASTMETA_HOST_DEVICE void for_window(const Accumulator& at, const Fn& fn) const {
+  template <typename Accessor, typename Fn>
+  FASTMETA_HOST_DEVICE void for_window(const Accessor& at, const Fn& fn) const {
     const PoolAxis v = vertical(), u = horizontal();
     for (int64_t h = v.first(at.h); h < v.end(at.h); ++h) {
       for (int64_t w = u.first(at.w); w < u.end(at.w); ++w) fn(h, w);
     }
   }
   // Calls fn(h, w) for the outputs whose windows have an input's place.
-  template <typename Accumulator, typename Fn>
-  FASTMETA_HOST_DEVICE void for_windows_at(const Accumulator& at, const Fn& fn) const {
+  template <typename Accessor, typename Fn>
+  FASTMETA_HOST_DEVICE void for_windows_at(const Accessor& at, const Fn& fn) const {
     const PoolAxis v = vertical(), u = horizontal();
     for (int64_t h = v.first_window(at.h); h < v.end_window(at.h); ++h) {
       for (int64_t w = u.first_window(at.w); w < u.end_window(at.w); ++w) fn(h, w);
@@ -79,9 +79,9 @@ struct MaxPoolForward {
   PoolArrays<storage_t> l;
   Array<storage_t> x, y;
 
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
-    using number_t = typename Accumulator::number_t;
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE void operator()(const Accessor& at) const {
+    using number_t = typename Accessor::number_t;
     using M = Math<number_t>;
     number_t best(0), pick(-1);
     l.for_window(at, [&](int64_t h, int64_t w) {
@@ -101,9 +101,9 @@ struct MaxPoolGather {
   PoolArrays<storage_t> l;
   Array<storage_t> source, target;
 
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
-    using number_t = typename Accumulator::number_t;
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE void operator()(const Accessor& at) const {
+    using number_t = typename Accessor::number_t;
     const int64_t here = l.out.place(at.image, at.h, at.w);
     const number_t pick = at.load(l.pick, here);
     number_t value(0);
@@ -121,9 +121,9 @@ struct MeanOfWindow {
   PoolArrays<storage_t> l;
   Array<storage_t> source, target;
 
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
-    using number_t = typename Accumulator::number_t;
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE void operator()(const Accessor& at) const {
+    using number_t = typename Accessor::number_t;
     number_t sum(0);
     l.for_window(
         at, [&](int64_t h, int64_t w) { sum = sum + at.load(source, l.in.place(at.image, h, w)); });
@@ -138,9 +138,9 @@ struct PoolScatter {
   Array<storage_t> source, target;
   bool adds;
 
-  template <typename Accumulator>
-  FASTMETA_HOST_DEVICE void operator()(const Accumulator& at) const {
-    using number_t = typename Accumulator::number_t;
+  template <typename Accessor>
+  FASTMETA_HOST_DEVICE void operator()(const Accessor& at) const {
+    using number_t = typename Accessor::number_t;
     const int64_t here = l.in.place(at.image, at.h, at.w);
     const number_t place(static_cast<double>(at.h * l.in.width + at.w));
     number_t sum = adds ? at.load(target, here) : number_t(0);

@@ -8,9 +8,9 @@ namespace fastmeta {
 namespace {
 
 // A number that tells positions apart.
-template <typename Accumulator>
-__device__ auto code_of(const Accumulator& at) {
-  return static_cast<typename Accumulator::number_t>(at.image + 10 * at.h + 100 * at.w);
+template <typename Accessor>
+__device__ auto code_of(const Accessor& at) {
+  return static_cast<typename Accessor::number_t>(at.image + 10 * at.h + 100 * at.w);
 }
 
 template <typename value_t>
@@ -18,7 +18,7 @@ struct AddCode {
   Images images;
   Array<value_t> x, target;
 
-  __device__ void operator()(const GlobalImageAccumulator<value_t>& at) const {
+  __device__ void operator()(const GlobalImageAccessor<value_t>& at) const {
     const int64_t place = images.place(at.image, at.h, at.w);
     at.store(target, place, at.load(x, place) + code_of(at));
   }
@@ -29,7 +29,7 @@ struct WithCode {
   Images images;
   Array<value_t> x;
 
-  __device__ Two<value_t> operator()(const GlobalImageAccumulator<value_t>& at) const {
+  __device__ Two<value_t> operator()(const GlobalImageAccessor<value_t>& at) const {
     const value_t number = at.load(x, images.place(at.image, at.h, at.w));
     return {number, number * code_of(at)};
   }
@@ -39,7 +39,7 @@ template <typename value_t>
 struct Halve {
   Array<value_t> source, target;
 
-  __device__ void operator()(const GlobalAccumulator<value_t>& at) const {
+  __device__ void operator()(const GlobalAccessor<value_t>& at) const {
     at.store(target, at.load(source) / 2);
   }
 };

@@ -1,4 +1,4 @@
-// Accumulators and thread groups of kernels that run one step of all tasks: arrays are in global
+// Accessors and thread groups of kernels that run one step of all tasks: arrays are in global
 // memory. Half types are loaded as float, and rounded when stored.
 #pragma once
 
@@ -10,7 +10,7 @@
 namespace fastmeta {
 
 template <typename value_t>
-struct GlobalAccumulator {
+struct GlobalAccessor {
   using number_t = acc_t<value_t>;
   int64_t task, index;
 
@@ -28,7 +28,7 @@ struct GlobalAccumulator {
 
 // A channel of a position.
 template <typename value_t>
-struct GlobalImageAccumulator {
+struct GlobalImageAccessor {
   using number_t = value_t;
   int64_t task, channel;
   int image, h, w;
