@@ -4,6 +4,12 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 # Tests run in several processes, each with one thread, or they would wait for each other's threads.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
+PIP := PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/pip
+INSTALL := $(PIP) install --quiet --disable-pip-version-check --no-compile
+# The extension compiles while what development needs is installed.
+ifeq ($(MAKELEVEL), 0)
+MAKEFLAGS += --jobs=2
+endif
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 PACKAGE := $(shell find fastmeta -name '*.py')
 
@@ -12,7 +18,7 @@ PACKAGE := $(shell find fastmeta -name '*.py')
 demo: $(VENV)/.built
 	$(RUN) -m fastmeta demo --out demo
 
-# The tests but those of test-examples, and a fourth of those in the emulator.
+# The tests without the examples, and a fourth of the tests in the emulator.
 test: $(VENV)/.built lint
 	$(PYTEST) --ignore tests/test_examples.py
 	@$(MAKE) --no-print-directory cuda-test SHARE=$(or $(SHARE),4)
@@ -39,27 +45,31 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 # The documentation, to build/site; a warning is an error. The variable silences an advertisement.
-docs: $(VENV)/.built
+docs: $(VENV)/.built $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 # Needs nvcc, but neither a GPU nor a torch with CUDA.
 cuda-check: $(VENV)/.installed
 	$(RUN) -m tools.cuda_check
 
-bench: $(VENV)/.built
+bench: $(VENV)/.built $(VENV)/.installed
 	$(RUN) -m benchmarks
 
 # The environment of the peers that `python -m benchmarks run` compares with.
-bench-env: $(VENV)/.built .venv-bench/.installed
+bench-env: $(VENV)/.built $(VENV)/.installed .venv-bench/.installed
 
 # With the machine's own python and its CUDA torch, not with $(VENV).
 gpu:
 	$(PYTHON) -m benchmarks.gpu
 
-$(VENV)/.installed: requirements-dev.txt
+$(VENV)/.base: requirements.txt
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "fastmeta: $(PYTHON) lacks venv; on Debian: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(INSTALL) -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed: requirements-dev.txt $(VENV)/.base
+	$(INSTALL) -r requirements-dev.txt
 	@touch $@
 
 # One by one, torch first: a peer that cannot be installed is missing in the tables, the others are not.
@@ -72,14 +82,14 @@ $(VENV)/.installed: requirements-dev.txt
 	@touch $@
 
 # ninja comes from the environment, so its folder leads PATH.
-$(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+$(VENV)/.built: $(VENV)/.base $(SOURCES)
+	$(INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
 
 # The wheel, and beside it the packages of $(VENV); its own fastmeta comes first.
-.venv-wheel/.installed: $(VENV)/.built $(PACKAGE) README.md
+.venv-wheel/.installed: $(VENV)/.built $(VENV)/.installed $(PACKAGE) README.md
 	rm -rf .venv-wheel dist build/lib*
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+	$(PIP) wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv --without-pip .venv-wheel
 	$(VENV)/bin/pip --python .venv-wheel install --quiet --disable-pip-version-check --no-deps dist/fastmeta-*.whl
 	$(RUN) -c "import site; print(site.getsitepackages()[0])" \

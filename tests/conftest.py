@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -18,6 +19,12 @@ if not fm.build_info()["native"]:
 torch.backends.cudnn.allow_tf32 = False  # float32 is compared as IEEE float32
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Hide thousands of collected tests from the garbage collector, whose runs they made slow."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=[pytest.param("cpu", id="emulator")] if EMULATED else DEVICES)

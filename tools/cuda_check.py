@@ -1,10 +1,13 @@
 """Compile the CUDA sources with all warnings as errors; fail if a kernel spills registers.
 
-    python -m tools.cuda_check [--arch sm_90 ...]
+    python -m tools.cuda_check               # every source for every architecture
+    python -m tools.cuda_check --arch sm_90
+    python -m tools.cuda_check --daily       # every source for one of the architectures
 
-nvcc compiles every .cu for every architecture and g++ checks every *_cuda.cpp; neither needs a GPU
-or a torch with CUDA. Exit status: 0 all is well; 1 a source does not compile or a kernel spills;
-3 there is no nvcc.
+nvcc compiles every .cu and g++ checks every *_cuda.cpp; neither needs a GPU or a torch with CUDA.
+The date of the commit and the name of a source choose its architecture of the day.
+
+Exit status: 0 all is well; 1 a source does not compile or a kernel spills; 3 there is no nvcc.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools.commit_date import date_of_commit
 from tools.ninja_build import BuildError, Edge, run_ninja
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,12 +140,20 @@ def binding_edge(toolkit: Toolkit, sources: Path, source: Path) -> Edge:
     return Edge(output, "binding", (str(source),), variables)
 
 
+def chosen(source: Path, archs: list[str], day: str) -> list[str]:
+    """The architectures for which a source is compiled: all, or on a day one of them."""
+    if not day:
+        return archs
+    return [archs[zlib.crc32(f"{source.name} {day}".encode()) % len(archs)]]
+
+
 def compile_all(
-    toolkit: Toolkit, sources: Path, archs: list[str], folder: Path, jobs: int | None
+    toolkit: Toolkit, sources: Path, archs: list[str], day: str, folder: Path, jobs: int | None
 ) -> tuple[list[Row], str]:
     """Compile the changed sources; returns the rows of the table and a line of summary."""
     start = time.monotonic()
-    kernels = [(source, arch) for source in sorted(sources.rglob("*.cu")) for arch in archs]
+    found = sorted(sources.rglob("*.cu"))
+    kernels = [(source, arch) for source in found for arch in chosen(source, archs, day)]
     bindings = sorted(sources.rglob("*_cuda.cpp"))
     kernel_edges = [kernel_edge(toolkit, sources, *kernel) for kernel in kernels]
     edges = kernel_edges + [binding_edge(toolkit, sources, binding) for binding in bindings]
@@ -249,6 +262,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.cuda_check", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", action="append", help=f"default: {' '.join(ARCHITECTURES)}")
+    parser.add_argument("--daily", action="store_true", help="one architecture for each source")
     parser.add_argument("--jobs", type=int, help="compilations at once (default: as ninja chooses)")
     parser.add_argument("--build-dir", type=Path, default=ROOT / "build" / "cuda_check")
     parser.add_argument("--sources", type=Path, default=ROOT / "csrc", help="default: csrc")
@@ -258,10 +272,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     archs = options.arch or ARCHITECTURES
+    day = date_of_commit() if options.daily else ""
     try:
         toolkit = find_toolkit()
         rows, summary = compile_all(
-            toolkit, options.sources.resolve(), archs, options.build_dir, options.jobs
+            toolkit, options.sources.resolve(), archs, day, options.build_dir, options.jobs
         )
     except ToolkitMissing as error:
         print(f"fastmeta: {error}", file=sys.stderr)

@@ -23,7 +23,12 @@ Total = Callable[[Tensors, Tensors], Tensor]
 
 
 def curvature(
-    total: Total, params: Tensors, vector: Tensors, inputs: Tensors, mode: str
+    total: Total,
+    params: Tensors,
+    vector: Tensors,
+    inputs: Tensors,
+    mode: str,
+    captured: Tensors | None = None,
 ) -> tuple[Tensors, Tensors]:
     """Hessian-vector product, and the derivative of ``<grad, vector>`` to the inputs.
 
@@ -35,25 +40,44 @@ def curvature(
         params, vector: name -> ``[T, ...]``.
         inputs: name -> ``[T, ...]``, those whose derivative is required.
         mode: as for ``hvp``.
+        captured: name -> tensor that ``total`` reads by itself, whose derivative is required.
 
     Returns:
-        ``(H vector, d<g, vector>/d inputs)``, each by name.
+        ``(H vector, d<g, vector>/d inputs and captured)``, each by name.
     """
     if mode == "reverse":
-        return _reverse_over_reverse(total, params, vector, inputs)
+        return _reverse_over_reverse(total, params, vector, inputs, captured or {})
+    if captured:
+        # Only autograd reaches a tensor that is no argument; both passes draw the same numbers.
+        random = RandomState(next(iter(params.values())).device)
+        product, mixed = curvature(total, params, vector, inputs, mode)
+        with random.replay():
+            _, more = _reverse_over_reverse(total, params, vector, {}, captured)
+        return product, {**mixed, **more}
     if mode == "forward":
         gradients = grad(total, argnums=(0, 1))
         return tangent(lambda p: gradients(p, inputs), params, vector)[1]
     return central_difference(lambda p: gradient(total, p, inputs), params, vector)[1]
 
 
-def gradient(total: Total, params: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
-    """Gradient of the summed loss to parameters and inputs, keeping no graph."""
-    params, inputs = _leaves(params), _leaves(inputs)
+def gradient(
+    total: Total,
+    params: Tensors,
+    inputs: Tensors,
+    captured: Tensors | None = None,
+    check: Callable[[Tensor, list[Tensor]], None] | None = None,
+) -> tuple[Tensors, Tensors]:
+    """Gradient of the summed loss to parameters, and to inputs and captured tensors; no graph.
+
+    ``check`` gets the value with its graph, and the tensors to which the gradient is taken.
+    """
+    params, inputs = _leaves(params), {**_leaves(inputs), **(captured or {})}
     with torch.enable_grad():
         value = total(params, inputs)
-    grads = derivative([value], [torch.ones_like(value)], [*params.values(), *inputs.values()])
-    return _split(grads, params, inputs)
+    sources = [*params.values(), *inputs.values()]
+    if check is not None:
+        check(value, sources)
+    return _split(derivative([value], [torch.ones_like(value)], sources), params, inputs)
 
 
 def derivative(
@@ -113,9 +137,9 @@ def central_difference(
 
 
 def _reverse_over_reverse(
-    total: Total, params: Tensors, vector: Tensors, inputs: Tensors
+    total: Total, params: Tensors, vector: Tensors, inputs: Tensors, captured: Tensors
 ) -> tuple[Tensors, Tensors]:
-    params, inputs = _leaves(params), _leaves(inputs)
+    params, inputs = _leaves(params), {**_leaves(inputs), **captured}
     parameters = list(params.values())
     with torch.enable_grad():
         value = total(params, inputs)

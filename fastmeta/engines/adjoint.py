@@ -89,11 +89,11 @@ def adapt(
         [of_tasks(name, tensor, chunk) for name, tensor in sources.items()]
         for chunk in options.chunks(tasks)
     )
-    rule_parameters = loop.rule_parameters.values()
+    shared = (*loop.rule_parameters.values(), *passes.outer.values())
     # Read here: inside Function.forward gradients are always disabled.
     enabled = torch.is_grad_enabled()
     # One autograd node a chunk, so that the backward works through one chunk at a time.
-    chunks = [_Adapt.apply(loop, enabled, *part, *rule_parameters) for part in parts]
+    chunks = [_Adapt.apply(loop, enabled, *part, *shared) for part in parts]
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
 
@@ -120,6 +120,7 @@ def meta_loss(
         step_sizes.values,
         *batch,
         *loop.rule_parameters.values(),
+        *passes.outer.values(),
     )
 
 
@@ -136,15 +137,19 @@ def meta_gradient(
     if is_learned(lr):
         lr = lr.detach().requires_grad_()
         sources.append(lr)
-    rule = engine.options.inner_rule
-    learned = {n: p for n, p in rule.named_parameters() if p.requires_grad}
+    options = engine.options
+    learned = {n: p for n, p in options.inner_rule.named_parameters() if p.requires_grad}
+    outer = [tensor for tensor in options.outer if tensor.requires_grad]
     # The caller may have disabled gradients; this function exists to take one.
     with torch.enable_grad():
         loss, outputs = engine.meta_loss(theta, lr, batch.detached(), step_weights)
-    grads = torch.autograd.grad(loss, [*sources, *learned.values()])
+    sources += [*learned.values(), *outer]
+    # A task program reads no outer tensor.
+    grads = torch.autograd.grad(loss, sources, allow_unused=True, materialize_grads=True)
     lr_grad = grads[1] if is_learned(lr) else None
-    rule_grads = dict(zip(learned, grads[len(sources) :], strict=True))
-    return MetaGradient(loss.detach(), outputs, grads[0], lr_grad, rule_grads)
+    first = len(sources) - len(outer)
+    rule_grads = dict(zip(learned, grads[first - len(learned) : first], strict=True))
+    return MetaGradient(loss.detach(), outputs, grads[0], lr_grad, rule_grads, grads[first:])
 
 
 def query_losses(
@@ -172,14 +177,14 @@ class _Adapt(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loop: InnerLoop, enabled: bool, *inputs: Tensor) -> Tensor:
-        ctx.names = *_ADAPT_NAMES, *loop.rule_parameters
+        ctx.names = *_ADAPT_NAMES, *loop.rule_parameters, *loop.passes.outer
         # Detached: the passes enable gradients inside and must not reach the caller's graph.
-        theta, step_sizes, x, y, *rule_parameters = (tensor.detach() for tensor in inputs)
+        theta, step_sizes, x, y, *shared = (tensor.detach() for tensor in inputs)
         ctx.requires = _requires(ctx, enabled, ctx.names)
         sources = LoopInputs(theta, StepSizes(step_sizes), Examples(x, y))
         adapted, tape = loop.run(sources, ctx.requires)
         ctx.loop, ctx.randoms, ctx.autocast = loop, tape.randoms, AutocastState(theta.device)
-        tensors = [theta, step_sizes, x, y, *rule_parameters]
+        tensors = [theta, step_sizes, x, y, *shared]
         leaves, ctx.tree = tree_flatten((tensors, tape.thetas, tape.grads, tape.states))
         # The module's constants are saved for their version check: the backward reads them.
         ctx.save_for_backward(*leaves, *loop.passes.constants)
@@ -221,7 +226,7 @@ class _MetaLoss(torch.autograd.Function):
         weights: Mapping[int, float],
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        names = *_META_LOSS_NAMES, *loop.rule_parameters
+        names = *_META_LOSS_NAMES, *loop.rule_parameters, *loop.passes.outer
         theta, step_sizes, *data = (x.detach() for x in inputs[: len(_META_LOSS_NAMES)])
         batch = TaskBatch(*data)
         sources = LoopInputs(theta, StepSizes(step_sizes), batch.support, batch.query)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fastmeta.engines.autograd import exclude_from_compile
 from fastmeta.engines.base import Examples, InnerLoopOptions, MetaGradient, TaskBatch
-from fastmeta.engines.explain import describe_functional
 from fastmeta.engines.functional.engine import FunctionalEngine
 from fastmeta.engines.program.engine import ProgramEngine
 from fastmeta.engines.program.lowering import Program
@@ -121,5 +120,4 @@ class AutoEngine:
         # A required CUDA graph has no fallback, although the functional engine could run.
         required = self.program.program_options.cuda_graph is True
         raises = " cuda_graph=True: meta-losses raise ValueError." if required else ""
-        functional = describe_functional(self.module, self.options)
-        return f"{functional} No task program: {program}.{raises}"
+        return f"{self.functional.describe()} No task program: {program}.{raises}"

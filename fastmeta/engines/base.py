@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
@@ -83,6 +83,8 @@ class MetaGradient(NamedTuple):
             ``ParameterLayout``.
         lr_grad: gradient to a learned ``lr``, in its shape; otherwise None.
         rule_grads: gradients to the rule's learned hyperparameters, by name.
+        outer_grads: gradients to the outer tensors that require one, in the order of
+            ``InnerLoopOptions.outer``; empty if a task program ran, which reads none of them.
     """
 
     loss: Tensor
@@ -90,6 +92,7 @@ class MetaGradient(NamedTuple):
     grads: Tensor
     lr_grad: Tensor | None
     rule_grads: dict[str, Tensor]
+    outer_grads: tuple[Tensor, ...] = ()
 
     def assign_to(self, learner: Any) -> None:
         """Set ``.grad`` of the learner's parameters for its optimizer, replacing earlier ones."""
@@ -100,6 +103,13 @@ class MetaGradient(NamedTuple):
             cast("Tensor", learner.lr).grad = self.lr_grad
         for name, grad in self.rule_grads.items():
             cast("nn.Module", learner.rule).get_parameter(name).grad = grad
+        if self.outer_grads:
+            outer = [tensor for tensor in learner.outer_tensors if tensor.requires_grad]
+            for tensor, grad in zip(outer, self.outer_grads, strict=True):
+                if tensor.is_leaf:
+                    tensor.grad = grad
+                else:
+                    tensor.backward(grad)
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,8 @@ class InnerLoopOptions:
             ``"batch"``: always the batch. ``"running"``: in ``eval()`` the running statistics,
             as in any module. Running statistics are never updated.
         rule: the inner update rule, see ``fastmeta.rules``; None: plain descent.
+        outer: tensors that the module or the loss reads by itself and that get a gradient, such as
+            the parameters of a learned loss. All tasks share them.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of range.
@@ -130,6 +142,7 @@ class InnerLoopOptions:
     task_chunk: int | None = None
     norm_statistics: str = "batch"
     rule: Rule | None = None
+    outer: tuple[Tensor, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         check_integer("steps", self.steps, 0)
@@ -141,6 +154,9 @@ class InnerLoopOptions:
         check_choice("norm_statistics", self.norm_statistics, NORM_STATISTICS)
         if not (self.rule is None or isinstance(self.rule, Rule)):
             raise TypeError(f"rule: expected a fastmeta.rules.Rule, got {type(self.rule).__name__}")
+        for tensor in self.outer:
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"outer: expected tensors, got {type(tensor).__name__}")
 
     @property
     def inner_rule(self) -> Rule:

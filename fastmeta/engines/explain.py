@@ -9,11 +9,14 @@ from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.base import InnerLoopOptions
 
 
-def describe_functional(module: nn.Module, options: InnerLoopOptions) -> str:
-    """Describe how the functional engine runs a module."""
-    layout, size = ParameterLayout.of(module), options.task_chunk
-    together = {None: "all tasks vmapped together", 1: "tasks one at a time, without vmap"}
-    tasks = together.get(size, f"tasks vmapped {size} at a time")
+def describe_functional(module: nn.Module, options: InnerLoopOptions, not_vmapped: str) -> str:
+    """Describe how the functional engine runs a module.
+
+    ``not_vmapped`` is the reason why the tasks run one at a time although the options do not ask
+    for that; empty if there is none.
+    """
+    layout = ParameterLayout.of(module)
+    tasks = describe_tasks(options.task_chunk, not_vmapped)
     norms = "Norms in evaluation mode go by the running statistics that they track. "
     return (
         f"Functional engine, which takes any nn.Module (here {type(module).__name__}, "
@@ -21,6 +24,15 @@ def describe_functional(module: nn.Module, options: InnerLoopOptions) -> str:
         f"{'' if options.norm_statistics == 'batch' else norms}"
         f"{describe_steps(options, options.hvp_mode)} {describe_backend(layout, 'inner_update')}"
     )
+
+
+def describe_tasks(chunk: int | None, not_vmapped: str) -> str:
+    """Describe how many tasks run together, as for ``describe_functional``."""
+    one_by_one = "tasks one at a time, without vmap"
+    if chunk is None and not_vmapped:
+        return f"{one_by_one}, because {not_vmapped}"
+    together = {None: "all tasks vmapped together", 1: one_by_one}
+    return together.get(chunk, f"tasks vmapped {chunk} at a time")
 
 
 def describe_steps(options: InnerLoopOptions, products: str) -> str:

@@ -24,6 +24,7 @@ from fastmeta.rules.base import PREFIX, Pullback, Rule, State, Step
 
 SUPPORT_NAMES = ("support_x", "support_y")
 QUERY_NAMES = ("query_x", "query_y")
+OUTER = "outer."  # then a number: tensors of ``InnerLoopOptions.outer``
 
 _LEFT_OUT = cast("Tensor", None)  # on the tape of a plain step, whose derivative does not read it
 
@@ -44,6 +45,11 @@ class Passes(Protocol):
     @property
     def constants(self) -> Sequence[Tensor]:
         """Tensors that the passes read besides their arguments; the backward reads them again."""
+        ...
+
+    @property
+    def outer(self) -> Tensors:
+        """Tensors that the module or the loss reads by itself, named ``outer.0``, ``outer.1``."""
         ...
 
     def conditions(self) -> AbstractContextManager[None]:
@@ -115,8 +121,8 @@ class LoopInputs(NamedTuple):
 
 def of_tasks(name: str, tensor: Tensor, tasks: slice) -> Tensor:
     """The part of a named tensor, or of its gradient, that belongs to some tasks."""
-    if name.startswith(PREFIX):
-        return tensor  # all tasks share the rule's hyperparameters
+    if name.startswith((PREFIX, OUTER)):
+        return tensor  # all tasks share it
     if name == "lr":
         return StepSizes(tensor).of_tasks(tasks).values
     return tensor if name == "theta" and tensor.ndim < 2 else tensor[tasks]
@@ -149,7 +155,8 @@ class InnerLoop:
     """The inner loop of one call, its adjoint, and the query loss.
 
     ``requires`` names the tensors that require a gradient, among ``theta``, ``lr``,
-    ``support_x``, ``support_y``, ``query_x``, ``query_y`` and the rule's parameters, ``rule.NAME``.
+    ``support_x``, ``support_y``, ``query_x``, ``query_y``, the rule's parameters, ``rule.NAME``,
+    and the passes' ``outer`` tensors.
 
     Attributes:
         passes: the passes of the module or of its task program; perhaps on minibatches.
@@ -222,13 +229,14 @@ class InnerLoop:
 
         Returns:
             name -> gradient: ``theta`` ``[T, P]``; ``lr`` in the shape of the step sizes; and the
-            required parameters of the rule and tensors of the support. First order has no
-            gradient to the support.
+            required parameters of the rule, outer tensors and tensors of the support. First order
+            has no gradient to the support, nor to an outer tensor by way of the inner steps.
         """
-        named = {**inputs.named(), **self.rule_parameters}
-        support = set() if self.options.first_order else requires.intersection(SUPPORT_NAMES)
+        named = {**inputs.named(), **self.rule_parameters, **self.passes.outer}
+        reached = set() if self.options.first_order else {*SUPPORT_NAMES, *self.passes.outer}
+        mixed = requires & reached
         hyperparameters = requires.intersection({"lr", *self.rule_parameters})
-        result = {name: torch.zeros_like(named[name]) for name in support | hyperparameters}
+        result = {name: torch.zeros_like(named[name]) for name in mixed | hyperparameters}
         # In first order v_{k+1} reaches theta_k directly, not through g_k.
         of_step = hyperparameters if self.options.first_order else {"grads", *hyperparameters}
         v = query_grads[self.options.steps]
@@ -245,7 +253,7 @@ class InnerLoop:
                     target = result["lr"][row] if name == "lr" else result[name]
                     target += tensor  # in place: target is a view of the result
                 v, state_v = back.theta, back.state
-                curved = self._curvature(tape, k, back, inputs.support, support, result)
+                curved = self._curvature(tape, k, back, inputs.support, mixed, result)
                 for term in (curved, query_grads.get(k)):
                     v = v if term is None else v + term
         return {**result, "theta": v}
@@ -284,7 +292,7 @@ class InnerLoop:
             the tensor.
         """
         unreached = SUPPORT_NAMES if self.options.first_order else ()
-        shapes = {**inputs.named(), **self.rule_parameters}
+        shapes = {**inputs.named(), **self.rule_parameters, **self.passes.outer}
         result = {n: torch.zeros_like(shapes[n]) for n in requires if n not in unreached}
         losses: list[Any] = []  # tensors, as the weights have K
         outputs: list[Any] = []
@@ -299,7 +307,9 @@ class InnerLoop:
             grads = queries.input_grads
             # A gradient of the queries only is complete without the adjoint.
             if requires.difference(QUERY_NAMES):
-                grads.update(self.adjoint(tape, queries.theta_grads, part, requires))
+                for name, grad in self.adjoint(tape, queries.theta_grads, part, requires).items():
+                    # The query losses read the outer tensors too.
+                    grads[name] = grad + grads[name] if name in grads else grad
             for name in result.keys() & grads.keys():
                 # A view of the chunk's tasks, or all of a tensor that the chunks share.
                 target = of_tasks(name, result[name], chunk)
@@ -380,11 +390,10 @@ class Minibatches:
         product, mixed = self.passes.curvature(k, theta, direction, seen, requires, random)
         tensors = {support.x_name: support.x, support.y_name: support.y}
         # Back to all examples; one that the step saw twice gets both of its gradients.
-        support_grads = {
-            name: torch.zeros_like(tensors[name]).index_add_(1, self.indices[k], part)
-            for name, part in mixed.items()
-        }
-        return product, support_grads
+        for name in mixed.keys() & tensors.keys():
+            complete = torch.zeros_like(tensors[name])
+            mixed[name] = complete.index_add_(1, self.indices[k], mixed[name])
+        return product, mixed
 
     def _seen(self, k: int, support: Examples) -> Examples:
         indices = self.indices[k]

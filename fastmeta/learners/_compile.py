@@ -87,7 +87,9 @@ class CompilableLearner(nn.Module):
 
 
 def _tensors(learner: nn.Module) -> list[Tensor]:
-    return [*learner.parameters(), *learner.buffers()]
+    own = [*learner.parameters(), *learner.buffers()]
+    known = set(map(id, own))
+    return [*own, *(x for x in getattr(learner, "outer", ()) if id(x) not in known)]
 
 
 class _MetaLoss(Function):

@@ -52,6 +52,17 @@ def check_labels(name: str, labels: Tensor, shape: torch.Size, device: torch.dev
         raise ValueError(f"{name}: expected device {device}, got {labels.device}")
 
 
+def check_mask(name: str, mask: Tensor, shape: torch.Size, device: torch.device) -> None:
+    """Raise unless ``mask`` is bool of ``shape`` on ``device``."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: expected dtype torch.bool, got {mask.dtype}")
+    check_shape(name, mask, shape)
+    if mask.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {mask.device}")
+
+
 def check_rows(
     name: str, x: Tensor, other_name: str, other: Tensor, shape: str, other_shape: str
 ) -> None:

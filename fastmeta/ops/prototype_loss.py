@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from torch.autograd import Function
 from fastmeta.core.checks import check_choice
 from fastmeta.core.dtypes import accumulation_dtype
 from fastmeta.ops import reference
-from fastmeta.ops._checks import METRICS, check_labels, check_rows
+from fastmeta.ops._checks import METRICS, check_labels, check_mask, check_rows
 from fastmeta.ops._pairwise_autograd import (
     PairwiseOp,
     PairwiseOptions,
@@ -23,7 +24,7 @@ from fastmeta.ops._pairwise_autograd import (
     saved,
 )
 from fastmeta.ops._registration import as_function, contiguous_like, is_native, register
-from fastmeta.ops.pairwise_distance import distance_tangent
+from fastmeta.ops.pairwise_distance import distance_tangent, pairwise_distance
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -206,6 +207,7 @@ def prototype_loss(
     metric: str = "sqeuclidean",
     scale: float = 1.0,
     reduction: str = "mean",
+    present: Tensor | None = None,
 ) -> Tensor:
     """Cross entropy of queries against prototypes, logits = -scale * distance.
 
@@ -224,6 +226,10 @@ def prototype_loss(
         metric: "sqeuclidean", "euclidean", "cosine" or "dot", see ``pairwise_distance``.
         scale: inverse temperature of the softmax.
         reduction: "mean" over all queries of all tasks, "sum", or "none".
+        present: bool [T, N], or [N]: the classes that a task has. The others have logit minus
+            infinity, whatever their prototypes are, and their prototypes get no gradient. The loss
+            of a query with such a label is infinite. With ``present`` the loss is composed of
+            ``pairwise_distance`` and a softmax, and builds [T, Q, N]. None: all of them.
 
     Returns:
         A scalar, or [T, Q] ([Q]) for "none", in the dtype of ``query``. Without queries "sum" is 0
@@ -249,23 +255,42 @@ def prototype_loss(
     check_choice("reduction", reduction, REDUCTIONS)
     if prototypes.shape[-2] == 0:
         raise ValueError("prototypes: expected at least one class, got 0")
+    if present is not None:
+        check_mask("present", present, prototypes.shape[:-1], query.device)
     if query.dim() == 2:
         query, query_labels, prototypes = (
             x.unsqueeze(0) for x in (query, query_labels, prototypes)
         )
-        loss = prototype_loss(query, query_labels, prototypes, metric, scale, reduction)
+        present = None if present is None else present.unsqueeze(0)
+        loss = prototype_loss(query, query_labels, prototypes, metric, scale, reduction, present)
         return loss.squeeze(0) if reduction == "none" else loss
-    native = is_native("prototype_loss", query)
+    native = is_native("prototype_loss", query) and present is None
     requires_grad = query.requires_grad or prototypes.requires_grad
     if native and requires_grad and torch.is_grad_enabled() and reduction != "none":
         return _reduced_with_gradient(query, prototypes, query_labels, metric, scale, reduction)
-    if native:
+    if present is not None:
+        loss = _masked_loss(query, query_labels, prototypes, metric, scale, present)
+    elif native:
         loss = pairwise(_LOSS, query, prototypes, query_labels, metric, float(scale))
     else:
         loss = reference.prototype_loss(query, query_labels, prototypes, metric, float(scale))
     reductions: dict[str, Callable[[Tensor], Tensor]]
     reductions = {"mean": torch.mean, "sum": torch.sum, "none": Tensor.contiguous}
     return reductions[reduction](loss).to(query.dtype)
+
+
+def _masked_loss(
+    query: Tensor, labels: Tensor, prototypes: Tensor, metric: str, scale: float, present: Tensor
+) -> Tensor:
+    """Loss [T, Q] with logit minus infinity for the classes that a task lacks."""
+    reference.check_label_range(labels, prototypes.shape[1], "query_labels")
+    logits = masked_logits(-scale * pairwise_distance(query, prototypes, metric), present)
+    return -reference.at_labels(logits.log_softmax(2), labels)
+
+
+def masked_logits(logits: Tensor, present: Tensor | None) -> Tensor:
+    """Logits [T, Q, N], minus infinity where ``present`` [T, N] is false."""
+    return logits if present is None else logits.masked_fill(~present.unsqueeze(1), -math.inf)
 
 
 def _reduced_with_gradient(

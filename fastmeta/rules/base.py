@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.core.autocast import without_autocast
+from fastmeta.core.captured import captured_leaves
 from fastmeta.core.checks import is_number
 from fastmeta.core.derivatives import derivative
 from fastmeta.core.dtypes import accumulation_dtype
@@ -143,6 +144,8 @@ class Rule(nn.Module):
         named = {name: tensor for name, tensor in named.items() if name in requires}
         with torch.enable_grad():
             after, new_state = self.step(Step(at.k, theta, grads, lr, tuple(state)))
+        if at.k == 0:  # every step runs the same code
+            self._refuse_captured([after, *new_state], [theta, grads, lr, *state])
         inputs = [theta, *state, *named.values()]
         # The backward pass stays out of autocast, as the update does.
         with without_autocast(theta.device):
@@ -150,6 +153,17 @@ class Rule(nn.Module):
         to_named = dict(zip(named, rest[len(state) :], strict=True))
         to_grads = to_named.pop("grads", None)
         return Pullback(to_theta, to_grads, tuple(rest[: len(state)]), to_named)
+
+    def _refuse_captured(self, values: list[Tensor], inputs: list[Tensor]) -> None:
+        """ValueError if a step depends on a tensor whose gradient would be lost."""
+        known = [*inputs, *self.parameters()]
+        for value in values:
+            for leaf in captured_leaves(value, known):
+                raise ValueError(
+                    f"rule: {self.title} reads a tensor of shape {list(leaf.shape)} that requires "
+                    "a gradient and is no parameter of the rule, so its gradient would be lost: "
+                    "make it an nn.Parameter of the rule, or detach it"
+                )
 
 
 class RuleWrapper(Rule):

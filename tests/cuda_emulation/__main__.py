@@ -28,6 +28,7 @@ from tests.cuda_emulation.build import BUILD, ROOT, build, sanitizer_libraries
 from tests.cuda_emulation.mutants import PREFIX, all_mutants
 from tests.cuda_emulation.records import read
 from tests.cuda_emulation.settings import MIXED, ORDERS, Settings
+from tools.commit_date import date_of_commit
 from tools.ninja_build import BuildError
 
 CANNOT_RUN = 3
@@ -99,12 +100,6 @@ class Run:
         verdict = f"failed with status {code}" if code else "passed"
         print(f"{self.name}: {verdict} in {time.monotonic() - start:.0f} s", flush=True)
         return code
-
-
-def date_of_commit() -> str:
-    """Empty outside of a repository."""
-    command = ["git", "log", "-1", "--format=%cs"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def split(name: str, arguments: list[str], settings: Settings, share: int = 1) -> list[Run]:

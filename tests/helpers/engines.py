@@ -14,7 +14,7 @@ from fastmeta.engines.base import InnerLoopOptions, TaskBatch
 from fastmeta.engines.functional.engine import FunctionalEngine
 from fastmeta.engines.program.engine import ProgramEngine, ProgramOptions
 from tests.helpers.networks import Tasks, relative_error
-from tests.helpers.unrolled import MetaGradient
+from tests.helpers.unrolled import MetaGradient, leaves_of
 
 EXACT = 1e-10
 
@@ -38,7 +38,7 @@ def run(
     """Compute the engine's meta-gradient by ``meta_loss`` and ``backward``."""
     module.zero_grad()
     lr = lr.detach().requires_grad_()
-    support_x, query_x = (x.detach().requires_grad_() for x in (tasks.support_x, tasks.query_x))
+    support_x, query_x = leaves_of(tasks)
     engine = FunctionalEngine(module, loss, InnerLoopOptions(**options))
     value, logits = engine.meta_loss(
         engine.parameters(),

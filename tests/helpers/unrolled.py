@@ -59,7 +59,7 @@ def meta_gradient(
         module.train(training)
     params = {n: p for n, p in module.named_parameters() if p.requires_grad}
     lr = lr.detach().requires_grad_()
-    support_x, query_x = (x.detach().requires_grad_() for x in (tasks.support_x, tasks.query_x))
+    support_x, query_x = leaves_of(tasks)
     losses, logits = [], []
     with twice_differentiable():
         for t in range(len(support_x)):
@@ -86,8 +86,9 @@ def meta_gradient(
             losses.append(sum(weighted) if weighted else loss(outputs, tasks.query_y[t]))
             logits.append(outputs)
         total = torch.stack(losses).mean()
-        inputs = [*params.values(), lr, support_x, query_x]
-        grads = torch.autograd.grad(total, inputs, allow_unused=True)
+        data = [x for x in (support_x, query_x) if x.requires_grad]
+        grads = torch.autograd.grad(total, [*params.values(), lr, *data], allow_unused=True)
+        grads += (None,) * (2 - len(data))
     by_name = {
         name: torch.zeros_like(p) if g is None else g
         for (name, p), g in zip(params.items(), grads, strict=False)
@@ -95,6 +96,12 @@ def meta_gradient(
     return MetaGradient(
         total.detach(), torch.stack(logits).detach(), by_name, *grads[len(params) :]
     )
+
+
+def leaves_of(tasks: Tasks) -> list[Tensor]:
+    """Support and query inputs as leaves, which require a gradient unless they are integers."""
+    inputs = (tasks.support_x, tasks.query_x)
+    return [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
 
 
 def _split(lr: Tensor, params: dict[str, Tensor], task: int, step: int) -> list[Tensor]:

@@ -406,7 +406,10 @@ def test_an_op_runs_where_its_tensors_are(case, current):
 @two_devices
 @pytest.mark.parametrize("current", [0, 1])
 def test_labels_are_checked_where_they_are(current):
-    x, labels = CaseFactory(device="cuda:1").randn(1, 4, 3), torch.tensor([[0, 1, 9, 0]], device="cuda:1")
+    x, labels = (
+        CaseFactory(device="cuda:1").randn(1, 4, 3),
+        torch.tensor([[0, 1, 9, 0]], device="cuda:1"),
+    )
     with torch.cuda.device(current):
         with pytest.raises(ValueError, match=re.escape("labels[0, 2] is 9")):
             fm.prototypes(x, labels, 2)

@@ -108,6 +108,15 @@ HOST_WARNING = "bool smaller(int x, unsigned y) { return x < y; }\n"
 FINE = "__global__ void kernel(int* x) { x[0] = 1; }\n"
 
 
+def test_each_source_has_every_architecture_on_some_day():
+    source, archs = Path("op.cu"), cuda_check.ARCHITECTURES
+    assert cuda_check.chosen(source, archs, day="") == archs
+    days = [f"2026-01-{day:02}" for day in range(1, 29)]
+    found = [cuda_check.chosen(source, archs, day) for day in days]
+    assert {len(some) for some in found} == {1}
+    assert {arch for some in found for arch in some} == set(archs)
+
+
 def check(folder: Path) -> int:
     arguments = ["--sources", str(folder), "--build-dir", str(folder / "build"), "--jobs", "1"]
     return cuda_check.main([*arguments, "--arch", "sm_90"])

@@ -21,6 +21,11 @@ from fastmeta.engines.explain import describe_functional
 from fastmeta.engines.functional.label_checks import with_checked_labels
 from fastmeta.engines.functional.passes import ModulePasses
 from fastmeta.engines.functional.task_module import TaskModule
+from fastmeta.engines.functional.vmap_errors import (
+    Result,
+    vmapped_if_possible,
+    why_not_vmapped,
+)
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,12 @@ class FunctionalEngine:
             RuntimeError: inference mode, which has no gradients; or a second derivative.
         """
         theta = self.parameters() if theta is None else theta
-        passes = self._checked_passes(theta, support=support)
-        return adjoint.adapt(passes, self.options, theta, lr, support, indices)
+
+        def run(engine: FunctionalEngine) -> Tensor:
+            passes = engine._checked_passes(theta, support=support)
+            return adjoint.adapt(passes, engine.options, theta, lr, support, indices)
+
+        return self._vmapped_if_possible(run)
 
     @exclude_from_compile
     def meta_loss(
@@ -120,8 +129,12 @@ class FunctionalEngine:
                 numbers.
         """
         theta = self.parameters() if theta is None else theta
-        passes = self._checked_passes(theta, support=batch.support, query=batch.query)
-        return adjoint.meta_loss(passes, self.options, theta, lr, batch, step_weights)
+
+        def run(engine: FunctionalEngine) -> tuple[Tensor, Tensor]:
+            passes = engine._checked_passes(theta, support=batch.support, query=batch.query)
+            return adjoint.meta_loss(passes, engine.options, theta, lr, batch, step_weights)
+
+        return self._vmapped_if_possible(run)
 
     @exclude_from_compile
     def meta_gradient(
@@ -155,8 +168,12 @@ class FunctionalEngine:
         Raises:
             TypeError, ValueError, RuntimeError: as for ``adapt``.
         """
-        passes = self._checked_passes(theta, query=query)
-        return adjoint.query_losses(passes, self.options, theta, query, gradient)
+
+        def run(engine: FunctionalEngine) -> tuple[Tensor, Tensor, Tensor | None]:
+            passes = engine._checked_passes(theta, query=query)
+            return adjoint.query_losses(passes, engine.options, theta, query, gradient)
+
+        return self._vmapped_if_possible(run)
 
     @exclude_from_compile
     def hvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:
@@ -178,13 +195,16 @@ class FunctionalEngine:
         check_arena("params", layout, theta, tasks)  # the name that MAML.hvp has for it
         check_arena("vector", layout, vector, tasks)
         refuse_inference_mode("the product needs the gradient of the loss")
-        task_module = self._task_module()
-        loss = with_checked_labels(self.loss, examples.y, examples.y_name)
         theta, vector = (arena.expand(tasks, layout.numel) for arena in (theta, vector))
+        return self._vmapped_if_possible(lambda engine: engine._hvp(theta, examples, vector))
+
+    def _hvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:
+        layout, task_module = ParameterLayout.of(self.module), self._task_module()
+        loss = with_checked_labels(self.loss, examples.y, examples.y_name)
         products = []
         # Norms with a row of parameters a step use row 0: no step has been taken.
         with task_module.conditions(), inner_step(0):
-            for chunk in self.options.chunks(tasks):
+            for chunk in self.options.chunks(len(theta)):
                 part = examples.of_tasks(chunk)
 
                 # The default binds the chunk now: a closure would see the loop's last one.
@@ -192,19 +212,38 @@ class FunctionalEngine:
                     params = layout.views(theta)
                     return task_module.losses(params, part.x, part.y, loss)[0].sum()
 
-                products.append(_hvp(total, theta[chunk], vector[chunk], self.options.hvp_mode))
+                products.append(_product(total, theta[chunk], vector[chunk], self.options.hvp_mode))
         return torch.cat(products)
 
     @exclude_from_compile
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
         """The module's outputs ``[T, B, ...]`` on x ``[T, B, ...]``, with parameters ``[T, P]``."""
-        task_module = self._task_module()
+        return self._vmapped_if_possible(lambda engine: engine._outputs(theta, x))
+
+    def _outputs(self, theta: Tensor, x: Tensor) -> Tensor:
+        layout, task_module = ParameterLayout.of(self.module), self._task_module()
         with task_module.conditions(), inner_step(self.options.steps):
-            return task_module.outputs(ParameterLayout.of(self.module).views(theta), x)
+            outputs = [
+                task_module.outputs(layout.views(theta[chunk]), x[chunk])
+                for chunk in self.options.chunks(len(x))
+            ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def explain(self, support: Examples | None = None) -> str:
         """Describe how this engine runs, in a few sentences."""
-        return f"{describe_functional(self.module, self.options)} engine='functional' asks for it."
+        return f"{self.describe()} engine='functional' asks for it."
+
+    def describe(self) -> str:
+        """Describe how this engine runs, but not why."""
+        return describe_functional(self.module, self.options, why_not_vmapped(self.module))
+
+    def _vmapped_if_possible(self, run: Callable[[FunctionalEngine], Result]) -> Result:
+        """The result of ``run`` with the tasks vmapped, or one at a time if that is impossible."""
+
+        def with_chunk(chunk: int | None) -> Result:
+            return run(replace(self, options=replace(self.options, task_chunk=chunk)))
+
+        return vmapped_if_possible(self.module, self.options.task_chunk, with_chunk)
 
     def _task_module(self) -> TaskModule:
         return TaskModule(self.module, self.options.norm_statistics)
@@ -220,7 +259,7 @@ class FunctionalEngine:
         return ModulePasses.of(layout, task_module, self.loss, self.options, support, query)
 
 
-def _hvp(total: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor, mode: str) -> Tensor:
+def _product(total: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor, mode: str) -> Tensor:
     """Hessian of the summed loss of all tasks times ``vector``.
 
     Tasks do not mix, so the Hessian of the sum is block diagonal: one block a task.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +29,15 @@ _NARROW = {
     *(torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
 }
 
+# Under vmap a tensor has no graph of its own: flags are False, and hooks are never called.
+_HIDDEN: dict[Any, str] = {
+    **{vars(torch._C.TensorBase)[n].__get__: n for n in ("requires_grad", "is_leaf", "grad_fn")},
+    Tensor.register_hook: "register_hook",
+    Tensor.retain_grad: "retain_grad",
+}
+_TORCH = str(Path(torch.__file__).parent)
+_DISPATCH = {f"{_TORCH}/_tensor.py", f"{_TORCH}/overrides.py"}  # between a method and a mode
+
 _WIDE = {
     *(F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm),
     *(F.softmax, F.log_softmax, torch.softmax, torch.log_softmax),
@@ -48,9 +60,12 @@ class RoutedLayers(TorchFunctionMode):
     Under autocast, products run in its dtype and norms in float32, vmapped or not.
 
     Args:
-        vmapped: whether tasks are vmapped with weights of their own. If not, convolutions are not
-            routed.
+        vmapped: whether tasks are vmapped.
         device: the device of the images, whose autocast applies; None: no autocast.
+        own_weights: whether each task has weights of its own. If not, convolutions are not routed.
+
+    Raises:
+        RuntimeError: the module uses a property or method of a tensor that vmap hides.
 
     Example:
         >>> import torch
@@ -60,37 +75,55 @@ class RoutedLayers(TorchFunctionMode):
         torch.Size([3, 2, 5, 6, 6])
     """
 
-    def __init__(self, vmapped: bool, device: torch.device | None = None) -> None:
+    def __init__(
+        self, vmapped: bool, device: torch.device | None = None, own_weights: bool = True
+    ) -> None:
         super().__init__()
+        self._vmapped = vmapped
         # Batch norms are routed without vmap too: their second derivative is the same chain.
         self._routes: dict[Any, Callable[..., Any]] = {F.batch_norm: _batch_norm}
         if vmapped:
+            self._routes[F.embedding] = _embedding
+        # If the tasks share the weights, PyTorch convolves the images of all tasks as one batch.
+        if vmapped and own_weights:
             self._routes[F.conv2d] = _conv2d
-        self._narrow = None if device is None else autocast_dtype(device)
+        self._device = device
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._narrow is not None:
-            args, kwargs = self._cast(func, (args, kwargs))
+        if self._vmapped and func in _HIDDEN and not _is_called_by_torch(sys._getframe(1)):
+            raise RuntimeError(f"its forward uses {_HIDDEN[func]} of a tensor, which vmap hides")
+        # Asked at each call: a part of a forward may switch autocast on or off.
+        narrow = None if self._device is None else autocast_dtype(self._device)
+        if narrow is not None:
+            args, kwargs = _cast(func, (args, kwargs), narrow)
         route = self._routes.get(func)
         # A route answers NotImplemented for a call that its kernel does not support.
         result = NotImplemented if route is None else route(*args, **kwargs)
         return func(*args, **kwargs) if result is NotImplemented else result
 
-    def _cast(self, func: Callable[..., Any], arguments: Any) -> Any:
-        """Cast the arguments to the dtype in which autocast computes the function."""
-        if func not in _NARROW and func not in _WIDE:
-            return arguments
-        dtype = self._narrow if func in _NARROW else torch.float32
 
-        def cast(x: Any) -> Any:
-            # Autocast leaves float64 and integers unchanged.
-            is_cast = isinstance(x, Tensor) and x.dtype in (torch.float32, *HALF)
-            return x.to(dtype) if is_cast else x
+def _cast(func: Callable[..., Any], arguments: Any, narrow: torch.dtype) -> Any:
+    """Cast the arguments to the dtype in which autocast computes the function."""
+    if func not in _NARROW and func not in _WIDE:
+        return arguments
+    dtype = narrow if func in _NARROW else torch.float32
 
-        return tree_map(cast, arguments)
+    def cast(x: Any) -> Any:
+        # Autocast leaves float64 and integers unchanged.
+        is_cast = isinstance(x, Tensor) and x.dtype in (torch.float32, *HALF)
+        return x.to(dtype) if is_cast else x
+
+    return tree_map(cast, arguments)
+
+
+def _is_called_by_torch(frame: FrameType | None) -> bool:
+    """Whether the caller is PyTorch itself, which only chooses between kernels by these flags."""
+    while frame is not None and frame.f_code.co_filename in _DISPATCH:
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename.startswith(_TORCH)
 
 
 def _conv2d(
@@ -109,6 +142,17 @@ def _conv2d(
         return NotImplemented
     # The op keeps the layout of its input; modules may call view() on contiguous images only.
     return task_conv2d(input.contiguous(), weight, bias, stride, padding, dilation, groups)
+
+
+def _embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    if padding_idx is None:
+        return NotImplemented
+    # PyTorch's own rule for vmap gives no gradient to the padding of the first task only.
+    rows = F.embedding(input, weight, None, *args, **kwargs)
+    is_padding = input == padding_idx % len(weight)
+    return torch.where(is_padding.unsqueeze(-1), rows.detach(), rows)
 
 
 def _batch_norm(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -13,8 +14,10 @@ from fastmeta.core.inner_step import inner_step
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.random_state import RandomState
 from fastmeta.engines.base import Examples, InnerLoopOptions, Loss
+from fastmeta.engines.functional.captured import CapturedNames, would_lose_gradients
 from fastmeta.engines.functional.label_checks import with_checked_labels
 from fastmeta.engines.functional.task_module import TaskModule
+from fastmeta.engines.inner_loop import OUTER
 
 # Activations that a reverse Hessian-vector product keeps, as a multiple of the activations that a
 # gradient keeps: measured 2.9 on Conv4-64 and 2.8 on an MLP.
@@ -34,6 +37,8 @@ class ModulePasses:
         hvp_mode: as in ``InnerLoopOptions``.
         query_limit: query examples of each task that one pass over all tasks may take; None: any
             number.
+        outer: as in ``Passes``.
+        refuse: raises for a tensor that the loss reads and that is no input of the loop.
     """
 
     layout: ParameterLayout
@@ -42,6 +47,8 @@ class ModulePasses:
     query_loss: Loss
     hvp_mode: str
     query_limit: int | None
+    outer: Tensors
+    refuse: Callable[[Tensor, list[Tensor]], None] | None
 
     @classmethod
     def of(
@@ -63,7 +70,11 @@ class ModulePasses:
             # As many activations as the support's Hessian-vector product keeps: a larger query set
             # then runs in groups and does not raise the peak of the memory.
             query_limit = support.x.shape[1] * (1 if options.first_order else _HVP_ACTIVATIONS)
+        outer = {f"{OUTER}{i}": tensor for i, tensor in enumerate(options.outer)}
+        names = CapturedNames(task_module.module, loss)
         return cls(
+            outer=outer,
+            refuse=names.refuse_captured if would_lose_gradients() else None,
             layout=layout,
             task_module=task_module,
             support_loss=support_loss,
@@ -84,8 +95,9 @@ class ModulePasses:
 
     def gradient(self, k: int, theta: Tensor, support: Examples) -> Tensor:
         total = self._total(support, self.support_loss)
+        check = self._check if k == 0 else None  # every step runs the same code
         with inner_step(k):
-            grads, _ = gradient(total, self.layout.views(theta), {})
+            grads, _ = gradient(total, self.layout.views(theta), {}, check=check)
         return self.layout.flatten(grads)
 
     def curvature(
@@ -99,10 +111,10 @@ class ModulePasses:
     ) -> tuple[Tensor, Tensors]:
         total = self._total(support, self.support_loss)
         params, along = self.layout.views(theta), self.layout.views(direction)
-        inputs = _required(support, requires)
+        inputs, captured = _required(support, requires), self._outer(requires)
         # The Hessian belongs to the function that step k saw, so to the same dropout masks.
         with random.replay(), inner_step(k):
-            product, mixed = curvature(total, params, along, inputs, self.hvp_mode)
+            product, mixed = curvature(total, params, along, inputs, self.hvp_mode, captured)
         return self.layout.flatten(product), mixed
 
     def query(
@@ -117,13 +129,25 @@ class ModulePasses:
                 total = self._total(part, self.query_loss, weight, (losses, outputs))
                 params = self.layout.views(theta[group])
                 if requires:
-                    to_params, to_inputs = gradient(total, params, _required(part, requires))
-                    grads.append({**to_inputs, "theta": self.layout.flatten(to_params)})
+                    inputs, captured = _required(part, requires), self._outer(requires)
+                    to_params, others = gradient(total, params, inputs, captured, self._check)
+                    grads.append({**others, "theta": self.layout.flatten(to_params)})
                 else:
                     total(params, {})  # records the losses and the outputs
-        names = grads[0] if grads else ()
-        joined = {name: torch.cat([part[name] for part in grads]) for name in names}
+        joined = {
+            # The groups share the outer tensors, and each has its own tasks of the others.
+            name: torch.stack(parts).sum(0) if name in self.outer else torch.cat(parts)
+            for name in (grads[0] if grads else ())
+            for parts in [[group[name] for group in grads]]
+        }
         return torch.cat(losses), torch.cat(outputs), joined
+
+    def _outer(self, requires: set[str]) -> Tensors:
+        return {name: tensor for name, tensor in self.outer.items() if name in requires}
+
+    def _check(self, value: Tensor, sources: list[Tensor]) -> None:
+        if self.refuse is not None:
+            self.refuse(value, [*sources, *self.outer.values()])
 
     def _total(
         self,

@@ -11,15 +11,13 @@ from torch import Tensor, nn
 from fastmeta.core.vmap import differentiable_kernels, map_tasks, under_derivative
 from fastmeta.engines.base import Loss
 from fastmeta.engines.functional.layer_routing import RoutedLayers, widened
+from fastmeta.engines.functional.vmap_errors import vmap_errors
 
 _RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 # Caches of its weights that a recurrent module writes at each call. Under vmap it would keep one
 # task's weights there.
 _RECURRENT_CACHE = ("_flat_weights", "_flat_weight_refs")
-
-# Words of errors that PyTorch raises for ops without a batching rule; it has no class for them.
-_VMAP_ERRORS = ("vmap", "batching rule", "functorch", "batchedtensor")
 
 
 class TaskModule:
@@ -113,10 +111,12 @@ class TaskModule:
         self, params: Mapping[str, Tensor], x: Tensor, y: Tensor, loss: Loss
     ) -> tuple[Tensor, Tensor]:
         """Each task's loss ``[T]`` and outputs ``[T, S, ...]``."""
+        tasks = len(x)
 
         def task_loss(call: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Any:
             outputs = call(x)
-            value = loss(outputs, y)
+            with vmap_errors("the loss", tasks):
+                value = loss(outputs, y)
             if not isinstance(value, Tensor) or value.ndim != 0:
                 got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(
@@ -138,14 +138,13 @@ class TaskModule:
             # weights, so every task needs its own.
             own = {n: p.expand(tasks, *p.shape) for n, p in self._trainable.items()}
             params = {**own, **params}
-        # If the tasks share the weights, PyTorch convolves the images of all tasks as one batch.
-        own_weights = tasks != 1 and bool(params)
+        routing = RoutedLayers(tasks != 1, inputs[0].device, own_weights=bool(params))
 
         def one_task(params: dict[str, Tensor], buffers: dict[str, Tensor], *inputs: Tensor) -> Any:
             def call(x: Tensor) -> Tensor:
                 def run(params: dict[str, Tensor]) -> Tensor:
                     tensors = {**self._trainable, **params, **buffers, **shared}
-                    return self._call(tensors, x, own_weights)
+                    return self._call(tensors, x, routing)
 
                 # PyTorch's recurrent kernels have no batching rule; under a derivative they
                 # decompose into ops that have one.
@@ -158,19 +157,12 @@ class TaskModule:
 
             return fn(call, *inputs)
 
-        try:
+        with vmap_errors(type(self.module).__name__, tasks):
             return map_tasks(one_task, dict(params), buffers, *inputs)
-        except RuntimeError as error:
-            if tasks != 1 and any(word in str(error).lower() for word in _VMAP_ERRORS):
-                raise RuntimeError(
-                    f"{type(self.module).__name__} cannot be vmapped over tasks; task_chunk=1 runs "
-                    f"the tasks one at a time, without vmap. The reason: {error}"
-                ) from error
-            raise
 
-    def _call(self, tensors: dict[str, Tensor], x: Tensor, own_weights: bool) -> Tensor:
+    def _call(self, tensors: dict[str, Tensor], x: Tensor, routing: RoutedLayers) -> Tensor:
         with ExitStack() as stack:
-            stack.enter_context(RoutedLayers(own_weights, x.device))
+            stack.enter_context(routing)
             for table, names in self._places:
                 values = {key: tensors[name] for key, name in names.items()}
                 stack.enter_context(_temporarily(table, values))

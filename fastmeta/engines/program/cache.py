@@ -140,7 +140,12 @@ class ProgramCache:
         tables = self._lowering.tables() if before == self._signature else None
         if tables is not None:
             self._fast_path = CachedMetaGradient(
-                learner, last.call, last.step_sizes, last.batch, tables
+                learner,
+                last.call,
+                last.step_sizes,
+                last.batch,
+                tables,
+                self._lowering.names_are_unchanged,
             )
 
 

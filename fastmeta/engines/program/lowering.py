@@ -24,6 +24,7 @@ from fastmeta.engines.program.module_state import (
     is_torch_layer,
     module_tables,
 )
+from fastmeta.engines.program.names import NamesRead
 from fastmeta.engines.program.trace import LoweringError, Trace
 from fastmeta.ops.task_program.bytecode import LossCode, LossKind, Opcode
 
@@ -98,7 +99,7 @@ class Lowering:
     """The programs of a module and its loss, lowered on first use and then cached.
 
     They are valid while ``current()`` is true: until layers, parameters, options, flags or hooks of
-    the module change.
+    the module change, or a global or an attribute of a class that its forward mentions.
 
     Args:
         module: any module.
@@ -118,16 +119,18 @@ class Lowering:
         self._spec, self._loss_name = lower_loss(loss)
         self._programs: dict[tuple[int, ...], Program | str] = {}
         layout, self._snapshot = ParameterLayout.of(module), ModuleSnapshot(module)
+        self._names, leaves = NamesRead(), tuple(HANDLERS.layers)
         self._trace: Trace | str
         try:
-            self._trace = Trace(module, layout, tuple(HANDLERS.layers))
+            self._trace = Trace(module, layout, leaves, self._snapshot, self._names)
         except LoweringError as error:
             self._trace = error.reason
-        # Such a forward changes the module at every call: without this flag the cache would never
+        # Such a forward changes the state at every call: without this flag the cache would never
         # hit. It has no program anyway.
-        self._changing = not self._snapshot.is_unchanged()
+        self._changing = not self._is_unchanged()
         if self._changing:
-            self._trace = "the forward of model changes model"
+            what = "globals that it reads" if self._snapshot.is_unchanged() else "model"
+            self._trace = f"the forward of model changes {what}"
 
     def current(self, module: nn.Module, loss: Loss, norm_statistics: str = "batch") -> bool:
         """Whether this lowering is valid for the module and the loss in their present state."""
@@ -135,7 +138,7 @@ class Lowering:
             return False
         if norm_statistics != self._norm_statistics:
             return False
-        if not (self._snapshot.is_unchanged() or self._changing):
+        if not (self._changing or self._is_unchanged()):
             return False
         # A function cannot change its options; a loss module or a partial can.
         return type(loss) is FunctionType or lower_loss(loss)[0] == self._spec
@@ -143,8 +146,8 @@ class Lowering:
     def tables(self) -> list[dict[str, Any]] | None:
         """Dictionaries of the module's and the loss's state, for the fast path to compare.
 
-        The lowering is valid while they hold the same objects and tensors keep shape, dtype and
-        device. None if these comparisons are not enough.
+        The lowering is valid while they hold the same objects, tensors keep shape, dtype and
+        device, and ``names_are_unchanged()``. None if these comparisons are not enough.
         """
         tables = self._snapshot.tables()
         if tables is None or isinstance(self._loss, FunctionType):
@@ -152,6 +155,13 @@ class Lowering:
         if isinstance(self._loss, nn.Module) and is_torch_layer(self._loss):
             return [*tables, *module_tables(self._loss)]
         return None
+
+    def names_are_unchanged(self) -> bool:
+        """Whether the globals and attributes that the forward mentions are unchanged."""
+        return self._names.are_unchanged()
+
+    def _is_unchanged(self) -> bool:
+        return self._snapshot.is_unchanged() and self._names.are_unchanged()
 
     def program(self, shape: tuple[int, ...] | None = None) -> Program | str:
         """The program for examples of a shape (None: any that fits), or the reason why not."""

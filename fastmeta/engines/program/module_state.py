@@ -33,7 +33,7 @@ _OPAQUE = (Tensor, nn.Module, type, FunctionType, ModuleType)
 
 _DEPTH = 4  # of nested containers and objects; below it identity counts
 
-_SCALARS = (bool, int, float, complex, str, type(None))
+SCALARS = (bool, int, float, complex, str, type(None))
 
 
 def hooked(module: nn.Module) -> bool:
@@ -57,8 +57,7 @@ class ModuleSnapshot:
     ``is_unchanged()`` compares all of it. It runs at every call of a task program, so tuples and
     dicts are compared in C. Attributes of user-defined modules are compared by value if they are
     numbers, strings, or containers and objects of these, otherwise by identity. Values of
-    parameters and buffers are not compared. Changes of globals, class attributes and closures are
-    not detected.
+    parameters and buffers are not compared. ``NamesRead`` has globals and class attributes.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout())
@@ -126,14 +125,14 @@ def module_tables(module: nn.Module) -> list[dict[str, Any]]:
     return [module.__dict__, *(module.__dict__[name] for name in (*_TABLES, *_HOOKS))]
 
 
-class _Identity:
+class Identity:
     """Compares its object by identity, and keeps it alive so that its id is not reused."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.value is other.value
+        return isinstance(other, Identity) and self.value is other.value
 
     __hash__ = object.__hash__
 
@@ -141,12 +140,12 @@ class _Identity:
 def _is_option(module: nn.Module, value: Any) -> bool:
     """Whether ``==`` compares the attribute safely: scalars and tuples of torch's own layers."""
     # An attribute of a user's module may be a tensor or an array, whose == is no bool.
-    return is_torch_layer(module) and type(value) in (*_SCALARS, tuple)
+    return is_torch_layer(module) and type(value) in (*SCALARS, tuple)
 
 
 def _has_contents(value: Any) -> bool:
     """Whether the value can change while it stays the same object."""
-    return not (type(value) in _SCALARS or isinstance(value, _OPAQUE))
+    return not (type(value) in SCALARS or isinstance(value, _OPAQUE))
 
 
 def _contents(modules: list[nn.Module]) -> list[tuple[str, int]]:
@@ -155,24 +154,26 @@ def _contents(modules: list[nn.Module]) -> list[tuple[str, int]]:
 
 
 def _state(namespace: dict[str, Any], names: list[str]) -> list[Any]:
-    return [_comparable(namespace[name]) for name in names]
+    return [comparable(namespace[name]) for name in names]
 
 
-def _comparable(value: Any, depth: int = _DEPTH) -> Any:
+def comparable(value: Any, depth: int = _DEPTH) -> Any:
     """A copy that ``==`` compares: containers and plain objects by their contents."""
-    if type(value) in _SCALARS:
+    if type(value) in SCALARS:
         return value
     if depth == 0 or isinstance(value, _OPAQUE):
-        return _Identity(value)
+        return Identity(value)
     if type(value) in (list, tuple):
-        return [_comparable(item, depth - 1) for item in value]
+        return [comparable(item, depth - 1) for item in value]
     if type(value) is dict:
         pairs = value.items()
-        return [(key, _comparable(item, depth - 1)) for key, item in pairs]
+        return [(key, comparable(item, depth - 1)) for key, item in pairs]
+    if type(value) in (set, frozenset):
+        return set(value)
     attributes = getattr(value, "__dict__", None)
     if attributes is None:
-        return _Identity(value)
-    return [_Identity(value), _comparable(dict(attributes), depth - 1)]
+        return Identity(value)
+    return [Identity(value), comparable(dict(attributes), depth - 1)]
 
 
 def _copied(value: Any) -> Any:

@@ -27,6 +27,10 @@ class ProgramPasses:
         self.layout, self._call = call.program.layout, call
         self._frozen = call.frozen(call.program.adapted[0])
 
+    @property
+    def outer(self) -> Tensors:
+        return {}  # a program reads no other tensors
+
     def conditions(self) -> AbstractContextManager[None]:
         return nullcontext()
 

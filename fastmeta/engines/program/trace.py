@@ -5,13 +5,21 @@ from __future__ import annotations
 import itertools
 import operator
 import random
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from fastmeta.core.parameter_layout import ParameterLayout
-from fastmeta.engines.program.module_state import globally_hooked, hooked, is_torch_layer
+from fastmeta.engines.program.module_state import (
+    ModuleSnapshot,
+    globally_hooked,
+    hooked,
+    is_torch_layer,
+)
+from fastmeta.engines.program.names import NamesRead
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -39,16 +47,26 @@ class Trace:
         graph: a call of ``module`` as a submodule, so with the defaults of its forward.
         adapted, frozen: the parameters with and without ``requires_grad``.
 
+    Args:
+        leaves: layers that are calls of the graph, besides PyTorch's own.
+        snapshot: the module's state before the trace.
+        names: records the names that the trace reads.
+
     Raises:
         LoweringError: the calls differ between inputs, or other code runs with them.
     """
 
     def __init__(
-        self, module: nn.Module, layout: ParameterLayout, leaves: tuple[type[nn.Module], ...]
+        self,
+        module: nn.Module,
+        layout: ParameterLayout,
+        leaves: tuple[type[nn.Module], ...],
+        snapshot: ModuleSnapshot,
+        names: NamesRead,
     ) -> None:
-        self.module, self.layout = module, layout
+        self.module, self.layout, self._names = module, layout, names
         self._check_modules()
-        self.graph = self._traced(leaves)
+        self.graph = self._traced(_Tracer(leaves, layout.device, snapshot))
         self.adapted = [p for p in module.parameters() if p.requires_grad]
         self.frozen = [p for p in module.parameters() if not p.requires_grad]
         # A frozen parameter has its own array; as -2 - offset it is told from -1, no parameter.
@@ -72,15 +90,17 @@ class Trace:
             value = getattr(value, name)
         return value
 
-    def _traced(self, leaves: tuple[type[nn.Module], ...]) -> fx.Graph:
+    def _traced(self, tracer: _Tracer) -> fx.Graph:
         # A trace would freeze random numbers and the branches taken on them.
         generators = torch.get_rng_state(), random.getstate()
         try:
-            graph = _Tracer(leaves).trace(_Root(self.module))
+            with _Modes.plain(self.layout.device), self._names.recorded():
+                graph = tracer.trace(_Root(self.module))
         except Exception as error:  # anything: a forward is the user's code
-            message = error.reason if isinstance(error, LoweringError) else str(error)
-            reason = message.partition("\n")[0].rstrip(".") or type(error).__name__
+            reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
             raise LoweringError(f"torch.fx cannot trace model: {reason}") from error
+        if tracer.refusal:
+            raise LoweringError(tracer.refusal)
         drawn = not torch.equal(generators[0], torch.get_rng_state())
         if drawn or generators[1] != random.getstate():
             raise LoweringError("the forward of model draws random numbers")
@@ -135,12 +155,65 @@ class _Proxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
 
-class _Tracer(fx.Tracer):
-    """Tracer that stops at layers with a handler and at torch's own modules."""
+class _Modes(NamedTuple):
+    """The modes of PyTorch that change what a call computes, and that a graph does not record."""
 
-    def __init__(self, leaves: tuple[type[nn.Module], ...]) -> None:
+    gradients: bool
+    inference: bool
+    autocast: bool
+
+    @classmethod
+    def now(cls, device: torch.device) -> _Modes:
+        return cls(
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled(device.type),
+        )
+
+    @staticmethod
+    @contextmanager
+    def plain(device: torch.device) -> Iterator[None]:
+        """Context of a trace: the modes in which a program computes, whatever the caller's are."""
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
+            yield
+
+    def __str__(self) -> str:
+        if self.inference:
+            return "in inference mode"
+        return "under autocast" if self.autocast else "without gradients"
+
+
+_PLAIN = _Modes(gradients=True, inference=False, autocast=False)
+
+
+class _Tracer(fx.Tracer):
+    """Tracer that stops at layers with a handler and at torch's own modules.
+
+    Attributes:
+        refusal: the reason why the graph does not show what the module computes; empty if it does.
+    """
+
+    def __init__(
+        self, leaves: tuple[type[nn.Module], ...], device: torch.device, snapshot: ModuleSnapshot
+    ) -> None:
         super().__init__()
-        self._leaves = leaves
+        self._leaves, self._device, self._snapshot = leaves, device, snapshot
+        self.refusal = ""
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, *args, **kwargs)
+        modes = _Modes.now(self._device)
+        # Recorded, not raised: the forward may catch any error.
+        if modes != _PLAIN:
+            self.refusal = f"{caller(node)} computes {modes}"
+        # A layer's options and parameters are read after the trace.
+        if kind == "call_module" and not self._snapshot.is_unchanged():
+            self.refusal = f"the forward of model changes {caller(node)} before it calls it"
+        return node
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

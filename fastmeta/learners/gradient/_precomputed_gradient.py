@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmeta.engines.autograd import once_differentiable
 from fastmeta.engines.base import MetaGradient, TaskBatch
+from fastmeta.engines.functional.captured import taking_gradient
 from fastmeta.learners._compile import as_single_op
 from fastmeta.learners.gradient.maml import MAML
 
@@ -39,18 +40,30 @@ class PrecomputedGradientLearner(MAML):
             TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
         """
         theta = self._engine.parameters()
-        with torch.no_grad():
-            loss, outputs, grads = self._gradient(TaskBatch(support_x, support_y, query_x, query_y))
+        batch = TaskBatch(support_x, support_y, query_x, query_y)
+        loss, outputs, grads = self._checked_gradient(batch)
         return _WithGradient.apply(theta, loss, grads), outputs
 
     def meta_gradient(  # type: ignore[override]
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> MetaGradient:
         """The meta-loss and its gradient as values, as ``MAML.meta_gradient``."""
-        with torch.no_grad():
-            batch = TaskBatch(support_x, support_y, query_x, query_y)
-            loss, outputs, grads = self._gradient(batch)
+        batch = TaskBatch(support_x, support_y, query_x, query_y)
+        loss, outputs, grads = self._checked_gradient(batch)
         return MetaGradient(loss, outputs, grads, None, {})
+
+    def _checked_gradient(self, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor]:
+        if any(tensor.requires_grad for tensor in self.outer_tensors):
+            raise ValueError(
+                f"outer: {type(self).__name__} has a gradient to the module's parameters only; "
+                "parameters of the loss and outer tensors must not require one"
+            )
+        token = taking_gradient.set(torch.is_grad_enabled())
+        try:
+            with torch.no_grad():
+                return self._gradient(batch)
+        finally:
+            taking_gradient.reset(token)
 
     def _gradient(self, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, the outputs on the queries, and the gradient ``[P]``."""

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from fastmeta.core.checks import check_choice, check_integer, check_number
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.plain_module import plain_module
 from fastmeta.engines.autograd import exclude_from_compile, is_learned
 from fastmeta.engines.base import NORM_STATISTICS, Examples, MetaGradient, TaskBatch
 from fastmeta.engines.checks import check_examples
+from fastmeta.engines.explain import describe_tasks
 from fastmeta.engines.functional.task_module import TaskModule
+from fastmeta.engines.functional.vmap_errors import vmapped_if_possible, why_not_vmapped
 from fastmeta.engines.program.lowering import lower_loss
 from fastmeta.learners._compile import CompilableLearner, as_single_op
 from fastmeta.learners.base import check_queries
@@ -103,8 +106,7 @@ class ANIL(CompilableLearner):
         norm_statistics: str = "batch",
     ) -> None:
         super().__init__()
-        if not isinstance(body, nn.Module):
-            raise TypeError(f"body: expected an nn.Module, got {type(body).__name__}")
+        body = plain_module("body", body)
         if not isinstance(head, nn.Linear):
             raise TypeError(f"head: expected an nn.Linear, got {type(head).__name__}")
         check_integer("steps", steps, 0)
@@ -235,14 +237,14 @@ class ANIL(CompilableLearner):
 
     def explain(self) -> str:
         """Describe how this learner computes, in a few sentences."""
-        weight, chunk = self.head.weight, self.task_chunk
+        weight = self.head.weight
         backend = backend_of("linear_head", weight.device, weight.dtype)
-        together = {None: "all tasks vmapped together", 1: "tasks one at a time, without vmap"}
+        together = describe_tasks(self.task_chunk, why_not_vmapped(self.body))
         trained = sum(p.numel() for p in self.body.parameters() if p.requires_grad)
         order = "first order" if self.first_order else "second order, exact"
         return (
             f"ANIL. The body ({type(self.body).__name__}, {trained} trained parameters): "
-            f"{together.get(chunk, f'tasks vmapped {chunk} at a time')}, "
+            f"{together}, "
             f"norms by {self.norm_statistics} statistics. The head "
             f"({self.head.in_features} features, {self.head.out_features} outputs): "
             f"inner steps: {self.steps} of {self._inner_loss}, {self.form} form, {order}, all in "
@@ -281,13 +283,15 @@ class ANIL(CompilableLearner):
     def _features(self, x: Tensor) -> Tensor:
         """``[T, B, ...]`` -> ``[T, B, D]``, in the head's dtype, also under autocast."""
         call = TaskModule(self.body, self.norm_statistics)
-        chunk = self.task_chunk
-        # Not split if one chunk is all: the backward of a split copies the gradient.
-        runs_together = chunk is None or chunk >= len(x)
-        parts = [x] if runs_together else x.split(chunk)
+
+        def outputs(chunk: int | None) -> Tensor:
+            # Not split if one chunk is all: the backward of a split copies the gradient.
+            if chunk is None or chunk >= len(x):
+                return call.outputs({}, x)
+            return torch.cat([call.outputs({}, part) for part in x.split(chunk)])
+
         with call.conditions():
-            outputs = [call.outputs({}, part) for part in parts]
-        features = outputs[0] if runs_together else torch.cat(outputs)
+            features = vmapped_if_possible(self.body, self.task_chunk, outputs)
         expected = (*x.shape[:2], self.head.in_features)
         if features.shape != expected:
             raise ValueError(

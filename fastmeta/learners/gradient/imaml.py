@@ -23,7 +23,9 @@ class IMAML(PrecomputedGradientLearner):
     The inner loop approximates ``theta* = argmin L_s(theta) + lambda / 2 |theta - theta_0|^2``.
     With H the Hessian of L_s at theta*, the meta-gradient is the mean over tasks of v, where
     ``(I + H / lambda) v = grad L_q(theta*)``, solved by conjugate gradients on Hessian-vector
-    products. Memory does not grow with the inner steps.
+    products. Memory does not grow with the inner steps. A task whose ``I + H / lambda`` is not
+    positive along ``grad L_q(theta*)`` gets that first-order gradient, with a RuntimeWarning; a
+    larger ``regularization`` or ``cg_damping`` avoids it.
 
     Args:
         model: as for ``MAML``.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastmeta.core.checks import check_choice
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.plain_module import plain_module
 from fastmeta.engines.auto import AutoEngine
 from fastmeta.engines.base import Engine, Examples, InnerLoopOptions, MetaGradient, TaskBatch
 from fastmeta.engines.functional.engine import FunctionalEngine
@@ -44,6 +45,7 @@ _ENGINE_OPTIONS = frozenset(
         "task_chunk",
         "norm_statistics",
         "rule",
+        "outer",
         "engine",
         "memory",
         "cuda_graph",
@@ -63,7 +65,8 @@ class MAML(CompilableLearner):
     with a scale and a shift for each inner step (MAML++).
 
     Args:
-        model: any module of one input and one output tensor.
+        model: any module of one input and one output tensor; of ``torch.compile(net)`` it is
+            ``net``.
         lr: inner step size: a number, a tensor, an ``nn.Parameter``, or a dict from the name of
             each trainable parameter to a number. A tensor is ``[]``, one number a parameter ``[L]``
             (in the order of ``named_parameters``), or one an element ``[P]`` (Meta-SGD, Li 2017).
@@ -77,8 +80,12 @@ class MAML(CompilableLearner):
             preconditioning, ...; None: plain descent. It is moved to the parameters' device. Its
             learned hyperparameters are parameters of the learner. With a rule the task program
             runs one call a step instead of one call for all steps.
+        outer: tensors besides the module's parameters that get a gradient although they reach the
+            inner loop by another way: the output of a hypernetwork that the module reads, a tensor
+            that the loss reads. Parameters of a loss that is a module are always among them. Any
+            other such tensor raises a ValueError.
         task_chunk: tasks that run together, None for all; bounds the memory. 1 runs them one by
-            one, without vmap.
+            one, without vmap, which a module that vmap cannot take does by itself, with a warning.
         hvp_mode: ``"reverse"``, ``"forward"`` or ``"finite_difference"``, see ``fastmeta.hvp``.
         engine: ``"program"`` is the compiled task program; it raises a ValueError with the reason
             if the module, the loss, the dtype or the device does not lower to one.
@@ -119,6 +126,7 @@ class MAML(CompilableLearner):
 
     lr: float | Tensor
     rule: Rule | None
+    outer: tuple[Tensor, ...]
     _built_engine: Engine | None
 
     def __init__(
@@ -131,6 +139,7 @@ class MAML(CompilableLearner):
         *,
         learn_lr: bool = False,
         rule: Rule | None = None,
+        outer: Sequence[Tensor] = (),
         task_chunk: int | None = None,
         hvp_mode: str = "reverse",
         engine: str = "auto",
@@ -147,7 +156,7 @@ class MAML(CompilableLearner):
                 "cuda_graph: expected False or 'auto' with engine='functional', which has no task "
                 "program, got True"
             )
-        self.module = model
+        self.module = plain_module("model", model)
         self.steps = steps
         self.first_order = first_order
         self.loss = loss
@@ -160,6 +169,7 @@ class MAML(CompilableLearner):
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
         self.rule = rule
+        self.outer = tuple(outer)
         self._programs = ProgramCache()
         options = self._build_engine().options  # raises if an option is out of range
         layout = ParameterLayout.of(model)
@@ -398,6 +408,12 @@ class MAML(CompilableLearner):
             self.__dict__["_built_engine"] = None
 
     @property
+    def outer_tensors(self) -> tuple[Tensor, ...]:
+        """The tensors besides the module's that get a gradient: of the loss, then ``outer``."""
+        of_loss = self.loss.parameters() if isinstance(self.loss, nn.Module) else ()
+        return *of_loss, *self.outer
+
+    @property
     def _engine(self) -> Engine:
         """The engine for the current options."""
         return self._built_engine or self._build_engine()
@@ -410,6 +426,7 @@ class MAML(CompilableLearner):
             task_chunk=self.task_chunk,
             norm_statistics=self.norm_statistics,
             rule=self.rule,
+            outer=self.outer_tensors,
         )
         program_options = ProgramOptions(
             memory=self.memory,

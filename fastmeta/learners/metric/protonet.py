@@ -9,10 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.core.checks import check_choice
+from fastmeta.learners.metric._classes import (
+    check_present,
+    classes_present,
+    count_classes,
+    number_classes,
+    numbers_of,
+)
 from fastmeta.ops import backend_of
 from fastmeta.ops._checks import METRICS
 from fastmeta.ops.pairwise_distance import pairwise_distance
-from fastmeta.ops.prototype_loss import prototype_loss
+from fastmeta.ops.prototype_loss import masked_logits, prototype_loss
 from fastmeta.ops.prototypes import prototypes
 
 
@@ -83,6 +90,7 @@ class ProtoNet(nn.Module):
         query_y: Tensor,
         num_classes: int | None = None,
         return_logits: Literal[True] = True,
+        relabel: bool = False,
     ) -> tuple[Tensor, Tensor]: ...
 
     @overload
@@ -95,6 +103,7 @@ class ProtoNet(nn.Module):
         num_classes: int | None = None,
         *,
         return_logits: Literal[False],
+        relabel: bool = False,
     ) -> tuple[Tensor, None]: ...
 
     def meta_loss(
@@ -105,6 +114,7 @@ class ProtoNet(nn.Module):
         query_y: Tensor,
         num_classes: int | None = None,
         return_logits: bool = True,
+        relabel: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The mean query loss of a batch of tasks, and the logits of the queries.
 
@@ -116,29 +126,40 @@ class ProtoNet(nn.Module):
             support_y: ``[T, S]``, int64, in ``[0, N)``.
             query_x: ``[T, Q, ...]``, shaped like ``support_x`` after the first two dimensions.
             query_y: ``[T, Q]``, int64, in ``[0, N)``.
-            num_classes: N; ``None``: the largest support label + 1, whose reading waits for a GPU.
+            num_classes: N; ``None``: the largest support label + 1, and no label below it may be
+                missing in all tasks.
             return_logits: ``False``: do not compute the logits, and return ``None`` for them.
+            relabel: number the classes of each task from 0, in the order of their labels, which
+                may then be any numbers of at least 0.
 
         Returns:
             The scalar loss, differentiable in the encoder's parameters and in both inputs, and the
-            detached logits ``[T, Q, N]``.
+            detached logits ``[T, Q, N]``. A class without a support example in a task has logit
+        minus infinity there.
 
         Raises:
-            ValueError, TypeError: shapes, dtypes, devices or labels that do not fit together.
+            ValueError, TypeError: shapes, dtypes, devices or labels that do not fit together; a
+                query of a class without a support example in its task.
         """
         _check_examples("support", support_x, support_y)
         _check_examples("query", query_x, query_y)
         _check_alike(support_x, query_x)
-        num_classes = _count_classes(support_y) if num_classes is None else num_classes
+        if relabel:
+            classes, support_y = number_classes(support_y)
+            query_y = numbers_of(query_y, classes)
+        num_classes = count_classes(support_y) if num_classes is None else num_classes
         shots = support_x.shape[1]
         embedding = self._embed_tasks(torch.cat([support_x, query_x], dim=1))
         support, query = embedding[:, :shots], embedding[:, shots:]
         centres = prototypes(support, support_y, num_classes)
-        loss = prototype_loss(query, query_y, centres, metric=self.metric, scale=self.scale)
+        present = classes_present(support_y, num_classes)
+        if present is not None:
+            check_present(query_y, present)
+        loss = prototype_loss(query, query_y, centres, self.metric, self.scale, present=present)
         if not return_logits:
             return loss, None
         with torch.no_grad():
-            return loss, self._logits(query, centres)
+            return loss, self._logits(query, centres, present)
 
     def adapt_tasks(
         self,
@@ -146,6 +167,7 @@ class ProtoNet(nn.Module):
         support_y: Tensor,
         steps: int | None = None,
         num_classes: int | None = None,
+        relabel: bool = False,
     ) -> AdaptedProtoNet:
         """Compute every task's prototypes; the result maps queries to logits.
 
@@ -154,7 +176,7 @@ class ProtoNet(nn.Module):
             support_y: ``[T, S]``, int64, in ``[0, N)``.
             steps: ``None``: a ProtoNet takes no inner steps; the ``adapt_tasks`` of every learner
                 has this argument.
-            num_classes: N; ``None``: the largest label + 1.
+            num_classes, relabel: as for ``meta_loss``.
 
         Returns:
             An :class:`AdaptedProtoNet`, differentiable in the encoder's parameters and the inputs.
@@ -175,9 +197,12 @@ class ProtoNet(nn.Module):
         if steps is not None:
             raise ValueError(f"steps: expected None, as a ProtoNet takes no steps, got {steps!r}")
         _check_examples("support", support_x, support_y)
-        num_classes = _count_classes(support_y) if num_classes is None else num_classes
+        classes = None
+        if relabel:
+            classes, support_y = number_classes(support_y)
+        num_classes = count_classes(support_y) if num_classes is None else num_classes
         centres = prototypes(self._embed_tasks(support_x), support_y, num_classes)
-        return AdaptedProtoNet(centres, self)
+        return AdaptedProtoNet(centres, self, classes_present(support_y, num_classes), classes)
 
     def explain(self) -> str:
         """Describe how this learner computes: the encoder call, and the backend of each op."""
@@ -197,8 +222,9 @@ class ProtoNet(nn.Module):
         """``[T, B, ...] -> [T, B, D]`` in one encoder call."""
         return self(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
-    def _logits(self, query: Tensor, centres: Tensor) -> Tensor:
-        return -self.scale * pairwise_distance(query, centres, metric=self.metric)
+    def _logits(self, query: Tensor, centres: Tensor, present: Tensor | None) -> Tensor:
+        logits = -self.scale * pairwise_distance(query, centres, metric=self.metric)
+        return masked_logits(logits, present)
 
 
 @dataclass(frozen=True)
@@ -208,10 +234,15 @@ class AdaptedProtoNet:
     Attributes:
         prototypes: ``[T, N, D]``, the class means.
         learner: the :class:`ProtoNet` that embeds the queries.
+        present: bool ``[T, N]``, the classes with a support example; ``None``: all of them.
+        classes: with ``relabel=True``, the label of each class ``[T, N]``; -1 where a task has
+            fewer. Otherwise ``None``.
     """
 
     prototypes: Tensor
     learner: ProtoNet
+    present: Tensor | None = None
+    classes: Tensor | None = None
 
     def __call__(self, query_x: Tensor) -> Tensor:
         """Map queries ``[T, Q, ...]`` to logits ``[T, Q, N]``, differentiable.
@@ -227,7 +258,8 @@ class AdaptedProtoNet:
             raise ValueError(
                 f"query_x: expected shape [{len(self.prototypes)}, Q, ...], got {shape}"
             )
-        return self.learner._logits(self.learner._embed_tasks(query_x), self.prototypes)
+        query = self.learner._embed_tasks(query_x)
+        return self.learner._logits(query, self.prototypes, self.present)
 
 
 def _check_examples(name: str, x: Tensor, y: Tensor) -> None:
@@ -257,9 +289,3 @@ def _check_alike(support_x: Tensor, query_x: Tensor) -> None:
         value, got = getattr(support_x, attribute), getattr(query_x, attribute)
         if value != got:
             raise error(f"query_x: expected support_x's {attribute} {value}, got {got}")
-
-
-def _count_classes(support_y: Tensor) -> int:
-    if support_y.numel() == 0:
-        raise ValueError("num_classes: expected a number, as support_y is empty, got None")
-    return int(support_y.max()) + 1

@@ -258,8 +258,10 @@ def test_bodies_that_vmap_cannot_take(features):
             return x * x.max().item()
 
     tasks = tasks[:2]
-    with pytest.raises(RuntimeError, match="task_chunk=1 runs the tasks one at a time"):
-        fm.ANIL(Stubborn(), head).adapt_tasks(*tasks)
+    learner = fm.ANIL(Stubborn(), head)
+    with pytest.warns(RuntimeWarning, match="Stubborn runs one task at a time"):
+        learner.adapt_tasks(*tasks)
+    assert "without vmap, because Stubborn cannot be vmapped: vmap: It looks" in learner.explain()
     assert len(fm.ANIL(Stubborn(), head, task_chunk=1).adapt_tasks(*tasks)) == 3
 
 

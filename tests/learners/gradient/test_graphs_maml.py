@@ -50,7 +50,7 @@ def by_autograd(maml: fm.MAML, tasks: Tasks) -> list[Tensor]:
 
 
 def as_values(maml: fm.MAML, tasks: Tasks) -> list[Tensor]:
-    loss, outputs, grads, lr_grad, _ = maml.meta_gradient(*tasks)
+    loss, outputs, grads, lr_grad, *_ = maml.meta_gradient(*tasks)
     return [value for value in (loss, outputs, grads, lr_grad) if value is not None]
 
 

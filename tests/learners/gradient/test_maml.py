@@ -355,7 +355,7 @@ def test_explain_says_what_the_functional_engine_does(device):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"model": torch.relu}, TypeError, "module: expected an nn.Module, got builtin"),
+        ({"model": torch.relu}, TypeError, "model: expected an nn.Module, got builtin"),
         ({"model": nn.ReLU()}, ValueError, "no trainable parameter"),
         ({"lr": "fast"}, TypeError, "lr: expected a number or a tensor, got str"),
         ({"lr": float("nan")}, ValueError, "lr: expected a finite number, got nan"),

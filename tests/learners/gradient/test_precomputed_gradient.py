@@ -245,12 +245,29 @@ def test_imaml_takes_its_steps_by_a_rule(problem):
     assert torch.equal(found, fm.MAML(net, 0.1, K, rule=rule).adapt_tasks(*tasks[:2]).params)
 
 
+def test_imaml_under_negative_curvature_is_first_order_and_says_so():
+    """A loss with a maximum at 0: the gradient was 0 without a word."""
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return -5 * outputs.square().mean() + targets.mean()
+
+    net = nn.Linear(1, 1, bias=False).double()
+    x = torch.ones(2, 3, 1, dtype=torch.float64)
+    options = {"regularization": 2.0, "engine": "functional"}
+    learner = fm.IMAML(net, 0.01, 1, loss, **options)
+    with pytest.warns(RuntimeWarning, match="in 2 of 2 tasks, whose solution is the right-hand"):
+        found = gradient(learner, Tasks(x, x, x, x))
+    first_order = fm.IMAML(net, 0.01, 1, loss, cg_steps=0, **options)
+    assert relative_error(found, gradient(first_order, Tasks(x, x, x, x))) < EXACT
+
+
 def test_conjugate_gradients_stop_where_there_is_nothing_to_do():
     matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
     b = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     signs = torch.tensor([[1.0], [1.0], [-1.0]], dtype=torch.float64)
-    x = conjugate_gradients(lambda v: signs * (v @ matrix), b, 10)
-    expected = torch.tensor([[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="not positive along .* in 1 of 3 tasks"):
+        x = conjugate_gradients(lambda v: signs * (v @ matrix), b, 10)
+    expected = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-14)
 
 

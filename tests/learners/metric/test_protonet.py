@@ -105,9 +105,83 @@ def test_embeddings_of_any_shape_are_flattened(episode):
 
 def test_num_classes_adds_a_class_without_support(encoder, episode):
     learner = fm.ProtoNet(encoder)
-    assert learner.meta_loss(*episode, num_classes=N + 1)[1].shape[-1] == N + 1
+    loss, logits = learner.meta_loss(*episode, num_classes=N + 1)
+    assert torch.equal(logits[..., N], torch.full((T, N * QUERIES), -torch.inf).to(logits))
+    torch.testing.assert_close(loss, learner.meta_loss(*episode)[0], rtol=1e-12, atol=0)
     adapted = learner.adapt_tasks(*episode[:2], num_classes=N + 1)
     assert adapted.prototypes.shape == (T, N + 1, 5)
+
+
+@pytest.fixture
+def uneven(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tasks of 2, 5 and 3 ways; classes 0 and 2 are those of the first."""
+    generator = torch.Generator().manual_seed(0)
+    support_x, query_x = (
+        torch.randn(3, examples, 6, generator=generator, dtype=torch.float64)
+        for examples in (10, 8)
+    )
+    ways = torch.tensor([[0, 2, 0, 2, 0], [0, 1, 2, 3, 4], [1, 3, 4, 1, 3]])
+    episode = support_x, ways.repeat(1, 2), query_x, ways[:, [1, 0, 1, 2, 2, 0, 0, 1]]
+    return tuple(part.to(device) for part in episode)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_classes_that_a_task_lacks(encoder, uneven, metric):
+    """They were at the origin, and queries went there."""
+    twin = copy.deepcopy(encoder)
+    learner = fm.ProtoNet(encoder, metric, scale=0.7)
+    loss, logits = learner.meta_loss(*uneven)
+    loss.backward()
+    losses = []
+    for t, (support_x, support_y, query_x, query_y) in enumerate(zip(*uneven, strict=True)):
+        support, query, classes = twin(support_x), twin(query_x), support_y.unique()
+        centres = [support[support_y == n].mean(0) for n in classes]
+        rows = [[-0.7 * distance(metric, q, c) for c in centres] for q in query]
+        expected = torch.stack([torch.stack(row) for row in rows])
+        torch.testing.assert_close(logits[t][:, classes], expected.detach(), rtol=0, atol=1e-12)
+        assert logits[t].isinf().sum() == len(query) * (5 - len(classes))
+        losses.append(F.cross_entropy(expected, torch.searchsorted(classes, query_y)))
+    mean = torch.stack(losses).mean()
+    mean.backward()
+    torch.testing.assert_close(loss, mean, rtol=1e-12, atol=0)
+    for ours, theirs in zip(encoder.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+    adapted = learner.adapt_tasks(*uneven[:2])
+    torch.testing.assert_close(adapted(uneven[2]), logits, rtol=1e-12, atol=1e-12)
+
+
+def test_a_query_of_a_class_that_its_task_lacks(encoder, uneven):
+    support_x, support_y, query_x, query_y = uneven
+    query_y = query_y.clone()
+    query_y[2, 4] = 2
+    message = r"query_y\[2, 4\] is 2, a class without a support example in its task"
+    with pytest.raises(ValueError, match=message):
+        fm.ProtoNet(encoder).meta_loss(support_x, support_y, query_x, query_y)
+    with pytest.raises(ValueError, match=message):
+        fm.ProtoNet(encoder).meta_loss(support_x, support_y, query_x, query_y, relabel=True)
+
+
+def test_labels_with_gaps(encoder, uneven):
+    support_x, support_y, query_x, query_y = uneven
+    names = torch.tensor([3, 7, 12, 42, 999], device=support_y.device)
+    learner = fm.ProtoNet(encoder)
+    with pytest.raises(ValueError, match=r"got 5 classes up to 999, and none is 0; num_cl.*=1000"):
+        learner.meta_loss(support_x, names[support_y], query_x, names[query_y])
+    loss, logits = learner.meta_loss(
+        support_x, names[support_y], query_x, names[query_y], relabel=True
+    )
+    expected, all_logits = learner.meta_loss(*uneven)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    adapted = learner.adapt_tasks(support_x, names[support_y], relabel=True)
+    assert adapted.classes.tolist() == [
+        [3, 12, -1, -1, -1],
+        [3, 7, 12, 42, 999],
+        [7, 42, 999, -1, -1],
+    ]
+    assert torch.equal(adapted(query_x).isinf(), logits.isinf())
+    torch.testing.assert_close(logits[0, :, :2], all_logits[0][:, [0, 2]], rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="support_y: expected labels of at least 0, got -1"):
+        learner.adapt_tasks(support_x, support_y - 1, relabel=True)
 
 
 def test_adapt_tasks_gives_the_logits_of_meta_loss(encoder, episode):

@@ -1,0 +1,89 @@
+"""The classes of a batch of tasks: how many there are, and which ones a task has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def count_classes(labels: Tensor) -> int:
+    """N, the largest label ``[T, S]`` + 1.
+
+    Raises:
+        ValueError: there are no labels, or no task has some class between 0 and N - 1.
+    """
+    if labels.numel() == 0:
+        raise ValueError("num_classes: expected a number, as support_y is empty, got None")
+    found = labels.unique()
+    largest = int(found[-1])
+    # Negative labels are reported by the op that reads them.
+    if int(found[0]) >= 0 and len(found) <= largest:
+        first = next(n for n, label in enumerate(found.tolist()) if n != label)
+        raise ValueError(
+            f"support_y: expected labels 0 to N - 1 without gaps, got {len(found)} classes up to "
+            f"{largest}, and none is {first}; num_classes={largest + 1} takes them as they are, "
+            "relabel=True numbers the classes of each task from 0"
+        )
+    return largest + 1
+
+
+def classes_present(labels: Tensor, num_classes: int) -> Tensor | None:
+    """The classes with a label ``[T, S]``, bool ``[T, N]``; None if every task has all of them.
+
+    ``torch.compile`` knows no values, so it always gets the tensor.
+    """
+    present = torch.zeros(len(labels), num_classes, dtype=torch.bool, device=labels.device)
+    present = present.scatter(1, labels, True)
+    if torch.compiler.is_compiling() or not bool(present.all()):
+        return present
+    return None
+
+
+def check_present(query_labels: Tensor, present: Tensor) -> None:
+    """ValueError for a query of a class that its task lacks; out of range is the op's to report."""
+    if torch.compiler.is_compiling():
+        return
+    known = present.gather(1, query_labels.clamp(0, present.shape[1] - 1))
+    _refuse_unknown(query_labels, known)
+
+
+def number_classes(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Number the classes of each task from 0, in the order of their labels ``[T, S]``.
+
+    Returns:
+        The label of each class ``[T, N]``, -1 where a task has fewer than N; and the numbers
+        ``[T, S]``.
+
+    Raises:
+        ValueError: a negative label.
+    """
+    if labels.numel() and int(labels.min()) < 0:
+        raise ValueError(f"support_y: expected labels of at least 0, got {int(labels.min())}")
+    ordered, order = labels.sort(1)
+    is_new = torch.ones_like(ordered, dtype=torch.bool)
+    is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    number = is_new.cumsum(1) - 1
+    count = int(number[:, -1].max()) + 1 if labels.numel() else 0
+    classes = labels.new_full((len(labels), count), -1).scatter(1, number, ordered)
+    return classes, torch.empty_like(labels).scatter(1, order, number)
+
+
+def numbers_of(labels: Tensor, classes: Tensor) -> Tensor:
+    """The numbers ``[T, Q]`` of labels among a task's classes ``[T, N]``.
+
+    Raises:
+        ValueError: a label that its task lacks.
+    """
+    matches = labels.unsqueeze(2) == classes.unsqueeze(1)
+    _refuse_unknown(labels, matches.any(2))
+    return matches.int().argmax(2)
+
+
+def _refuse_unknown(labels: Tensor, known: Tensor) -> None:
+    unknown = (~known).nonzero()
+    if len(unknown):
+        task, query = unknown[0].tolist()
+        raise ValueError(
+            f"query_y[{task}, {query}] is {int(labels[task, query])}, a class without a support "
+            "example in its task"
+        )
