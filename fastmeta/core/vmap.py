@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.backends import cudnn, mha
 from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,6 +31,20 @@ def under_derivative(fn: Callable[[Any], Tensor], params: Any) -> Tensor:
     # Recurrent kernels have no batching rule. Under a derivative, PyTorch runs them in parts that
     # have one.
     return vjp(fn, params)[0]
+
+
+def call_twice_differentiable(
+    call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any
+) -> Any:
+    """``call(*args, **kwargs)``, the forward of a module whose steps are differentiated.
+
+    Flash attention and cuDNN's recurrent layers have no second derivative.
+    """
+    if not torch.is_grad_enabled():
+        return call(*args, **kwargs)
+    is_recurrent = any(isinstance(m, nn.RNNBase) for m in module.modules())
+    with differentiable_kernels(is_recurrent):
+        return call(*args, **kwargs)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmeta.core.vmap import call_twice_differentiable
 from fastmeta.learners.gradient._module_copy import copy_module
 
 Device = torch.device | str | None
@@ -33,6 +34,8 @@ class Functional(nn.Module):
         """
         if params is not None:
             self.update_params(params)
+        if self._tracked:
+            return call_twice_differentiable(super().forward, self, args, kwargs)
         return super().forward(*args, **kwargs)
 
     def parameters(  # type: ignore[override]

@@ -139,13 +139,9 @@ class ProgramCache:
         # Only the second time: preparing costs more than a call, and shapes may alternate.
         tables = self._lowering.tables() if before == self._signature else None
         if tables is not None:
+            names = self._lowering.names
             self._fast_path = CachedMetaGradient(
-                learner,
-                last.call,
-                last.step_sizes,
-                last.batch,
-                tables,
-                self._lowering.names_are_unchanged,
+                learner, last.call, last.step_sizes, last.batch, tables, names
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from fastmeta.core import backend
 from fastmeta.engines.base import TaskBatch
 from fastmeta.engines.program.call import Call
+from fastmeta.engines.program.names import NamesRead
 
 
 class CachedMetaGradient:
@@ -26,7 +26,7 @@ class CachedMetaGradient:
         step_sizes: as the ops take them, made from a number.
         batch: the batch of the last call.
         tables: the dictionaries on which the call's program depends.
-        names_are_unchanged: whether the globals on which it depends have their values.
+        names: the globals and attributes on which it depends.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class CachedMetaGradient:
         step_sizes: Tensor,
         batch: TaskBatch,
         tables: list[dict[str, Any]],
-        names_are_unchanged: Callable[[], bool],
+        names: NamesRead,
     ) -> None:
         program = call.program
         tables = [vars(learner), learner._modules, *tables]
@@ -44,7 +44,7 @@ class CachedMetaGradient:
         self._held = tuple((table, tuple(table), tuple(table.values())) for table in tables)
         self._learner, self._theta, self._frozen = vars(learner), program.adapted, program.frozen
         self._call, self._step_sizes = call, step_sizes
-        self._names_are_unchanged = names_are_unchanged
+        self._names = names if names else None  # most networks read none
         self._step = backend._C.CachedStep(
             # In the order of its constructor, which takes no names.
             program.code,
@@ -66,7 +66,7 @@ class CachedMetaGradient:
             torch.compiler.is_compiling()
             or learner.__dict__ is not self._learner  # a copy of the learner
             or backend._override is not None  # use_backend() is in force
-            or not self._names_are_unchanged()
+            or (self._names is not None and not self._names.are_unchanged())
         ):
             return None
         state = self._held, self._theta, self._frozen, *batch

@@ -106,6 +106,9 @@ class Lowering:
         loss: any loss.
         norm_statistics: as in ``FunctionalEngine``.
 
+    Attributes:
+        names: the globals and attributes that the forward mentions.
+
     Example:
         >>> lowering = Lowering(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), F.mse_loss)
         >>> lowering.program((3,)).layers
@@ -119,10 +122,10 @@ class Lowering:
         self._spec, self._loss_name = lower_loss(loss)
         self._programs: dict[tuple[int, ...], Program | str] = {}
         layout, self._snapshot = ParameterLayout.of(module), ModuleSnapshot(module)
-        self._names, leaves = NamesRead(), tuple(HANDLERS.layers)
+        self.names, leaves = NamesRead(), tuple(HANDLERS.layers)
         self._trace: Trace | str
         try:
-            self._trace = Trace(module, layout, leaves, self._snapshot, self._names)
+            self._trace = Trace(module, layout, leaves, self._snapshot, self.names)
         except LoweringError as error:
             self._trace = error.reason
         # Such a forward changes the state at every call: without this flag the cache would never
@@ -147,7 +150,7 @@ class Lowering:
         """Dictionaries of the module's and the loss's state, for the fast path to compare.
 
         The lowering is valid while they hold the same objects, tensors keep shape, dtype and
-        device, and ``names_are_unchanged()``. None if these comparisons are not enough.
+        device, and ``names`` are unchanged. None if these comparisons are not enough.
         """
         tables = self._snapshot.tables()
         if tables is None or isinstance(self._loss, FunctionType):
@@ -155,13 +158,6 @@ class Lowering:
         if isinstance(self._loss, nn.Module) and is_torch_layer(self._loss):
             return [*tables, *module_tables(self._loss)]
         return None
-
-    def names_are_unchanged(self) -> bool:
-        """Whether the globals and attributes that the forward mentions are unchanged."""
-        return self._names.are_unchanged()
-
-    def _is_unchanged(self) -> bool:
-        return self._snapshot.is_unchanged() and self._names.are_unchanged()
 
     def program(self, shape: tuple[int, ...] | None = None) -> Program | str:
         """The program for examples of a shape (None: any that fits), or the reason why not."""
@@ -172,6 +168,9 @@ class Lowering:
         if shape is None:
             return self._fitting(self._trace, self._spec)
         return self._cached(self._trace, self._spec, shape)
+
+    def _is_unchanged(self) -> bool:
+        return self._snapshot.is_unchanged() and self.names.are_unchanged()
 
     def _fitting(self, trace: Trace, loss: LossCode) -> Program | str:
         shapes = list(examples_that_fit(trace)) or [()]

@@ -48,6 +48,9 @@ class NamesRead:
         self._names: dict[tuple[int, str], _Name] = {}
         self._seen: dict[tuple[int, type], Any] = {}  # its values are held: no id is reused
 
+    def __len__(self) -> int:
+        return len(self._names)
+
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Record the names that the functions mention that are called in the context."""

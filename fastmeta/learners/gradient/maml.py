@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastmeta.core.checks import check_choice
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.plain_module import plain_module
+from fastmeta.core.vmap import call_twice_differentiable
 from fastmeta.engines.auto import AutoEngine
 from fastmeta.engines.base import Engine, Examples, InnerLoopOptions, MetaGradient, TaskBatch
 from fastmeta.engines.functional.engine import FunctionalEngine
@@ -128,6 +129,7 @@ class MAML(CompilableLearner):
     rule: Rule | None
     outer: tuple[Tensor, ...]
     _built_engine: Engine | None
+    _is_clone = False  # a clone's parameters have a graph
 
     def __init__(
         self,
@@ -180,6 +182,8 @@ class MAML(CompilableLearner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with its current parameters."""
+        if self._is_clone and not self.first_order:
+            return call_twice_differentiable(self.module, self.module, args, kwargs)
         return self.module(*args, **kwargs)
 
     @as_single_op
@@ -358,6 +362,7 @@ class MAML(CompilableLearner):
         learner._modules["module"] = clone_module(self.module)
         learner._programs = ProgramCache()
         learner._built_engine = None
+        learner._is_clone = True
         learner.first_order = _default(first_order, self.first_order)
         learner.allow_unused = _default(allow_unused, self.allow_unused)
         learner.allow_nograd = _default(allow_nograd, self.allow_nograd)

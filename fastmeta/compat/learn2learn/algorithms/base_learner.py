@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from fastmeta.core.vmap import call_twice_differentiable
+
 
 class BaseLearner(nn.Module):
     """A wrapper that calls its module, and has the module's attributes besides its own.
@@ -28,4 +30,7 @@ class BaseLearner(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with its current parameters."""
-        return self.module(*args, **kwargs)
+        first = next(self.module.parameters(), None)
+        if first is None or first.is_leaf:  # of a clone it has a graph
+            return self.module(*args, **kwargs)
+        return call_twice_differentiable(self.module, self.module, args, kwargs)
