@@ -18,10 +18,11 @@ PACKAGE := $(shell find fastmeta -name '*.py')
 demo: $(VENV)/.built
 	$(RUN) -m fastmeta demo --out demo
 
-# The tests without the examples, and a fourth of the tests in the emulator.
+# The tests without the examples, and a fourth of the tests in the emulator. With FULL=1 also what
+# the date of the commit leaves to other days, and all of the emulator.
 test: $(VENV)/.built lint
-	$(PYTEST) --ignore tests/test_examples.py
-	@$(MAKE) --no-print-directory cuda-test SHARE=$(or $(SHARE),4)
+	$(if $(FULL),FASTMETA_ALL_TESTS=1) $(PYTEST) --ignore tests/test_examples.py
+	@$(MAKE) --no-print-directory cuda-test $(if $(FULL),,SHARE=$(or $(SHARE),4))
 
 # The examples as a user runs them: fastmeta from its wheel, away from the sources, and from C++.
 test-examples: .venv-wheel/.installed

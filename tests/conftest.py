@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import zlib
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import fastmeta as fm
 pytest.register_assert_rewrite("tests.helpers", "tests.cuda_emulation.checks")
 
 from tests.helpers.skips import EMULATED  # noqa: E402
+from tools.commit_date import date_of_commit  # noqa: E402
 
 if not fm.build_info()["native"]:
     os.environ["FASTMETA_BACKEND"] = "torch"  # what there is, without a warning in every process
@@ -19,6 +21,24 @@ if not fm.build_info()["native"]:
 torch.backends.cudnn.allow_tf32 = False  # float32 is compared as IEEE float32
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+DAYS = 3
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip two thirds of the tests marked `rotating`: slow ones of many cases that are alike.
+
+    The date of the commit chooses the third that runs. FASTMETA_ALL_TESTS=1 runs all.
+    """
+    day = date_of_commit()
+    if EMULATED or not day or os.environ.get("FASTMETA_ALL_TESTS") == "1":
+        return
+    skip = pytest.mark.skip(reason="another day's; FASTMETA_ALL_TESTS=1 runs it")
+    for item in items:
+        other_day = zlib.crc32(f"{item.nodeid} {day}".encode()) % DAYS
+        if item.get_closest_marker("rotating") and other_day:
+            item.add_marker(skip)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ class ParameterLayout:
         names: names of the L parameters, in the module's order.
         shapes: their shapes.
         dtype, device: shared by all of them.
+        frozen_dtypes: floating-point dtypes of the parameters that are left out, which the module's
+            inputs may have as well.
 
     Example:
         >>> import torch
@@ -36,6 +38,7 @@ class ParameterLayout:
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
     device: torch.device
+    frozen_dtypes: frozenset[torch.dtype] = field(default=frozenset(), compare=False)
 
     @classmethod
     def of(cls, module: nn.Module) -> ParameterLayout:
@@ -66,7 +69,9 @@ class ParameterLayout:
         if len(devices) > 1:
             raise ValueError(f"module: expected trainable parameters on one device, got {devices}")
         shapes = tuple(p.shape for p in named.values())
-        return cls(tuple(named), shapes, dtypes.pop(), devices.pop())
+        frozen = {p.dtype for p in module.parameters() if not p.requires_grad}
+        floating = frozenset(dtype for dtype in frozen if dtype.is_floating_point)
+        return cls(tuple(named), shapes, dtypes.pop(), devices.pop(), floating)
 
     @property
     def sizes(self) -> tuple[int, ...]:

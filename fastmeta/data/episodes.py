@@ -1,4 +1,4 @@
-"""Few-shot episodes, their sources, and endless reproducible streams of them."""
+"""Few-shot episodes, their sources, and reproducible streams of them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Source(Protocol):
 
 
 class Episodes:
-    """Endless stream of episodes; ``episodes[i]`` depends only on the seed and on ``i``.
+    """Stream of episodes, endless or not; ``episodes[i]`` depends only on the seed and on ``i``.
 
     All random numbers come from numpy's counter-based Philox generator (Salmon et al. 2011) on the
     CPU, with the key (seed, i). A resumed run therefore continues with the same episodes as a run
@@ -63,6 +63,8 @@ class Episodes:
         tasks: T, tasks per episode; 0 gives empty tensors.
         seed: 0 to 2**64 - 1.
         device: device of the source and its episodes; the source is moved there once.
+        length: number of episodes, for ``len()`` and
+            ``torch.utils.data.DataLoader(episodes, batch_size=None)``; None: endless.
 
     Raises:
         TypeError: a count or the seed is not an integer, or ``source`` is not a source.
@@ -87,7 +89,9 @@ class Episodes:
         tasks: int,
         seed: int = 0,
         device: str | torch.device = "cpu",
+        length: int | None = None,
     ) -> None:
+        self.length = None if length is None else check_count("length", length, least=0)
         self.ways = check_count("ways", ways, least=1)
         self.shots = check_count("shots", shots, least=1)
         self.queries = check_count("queries", queries, least=0)
@@ -102,11 +106,22 @@ class Episodes:
 
     def __getitem__(self, index: int) -> Episode:
         counter = check_count("index", index, least=0, below=2**64)
+        if self.length is not None and counter >= self.length:
+            raise IndexError(f"index: expected below the length {self.length}, got {counter}")
         rng = np.random.Generator(np.random.Philox(_Key(self.seed, counter)))  # type: ignore[arg-type]
         return self.source.sample(rng, self.tasks, self.ways, self.shots, self.queries)
 
     def __iter__(self) -> Iterator[Episode]:
-        return map(self.__getitem__, itertools.count())
+        indices = itertools.count() if self.length is None else range(self.length)
+        return map(self.__getitem__, indices)
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError("length: expected a number of episodes for len(), got None: endless")
+        return self.length
+
+    def __bool__(self) -> bool:
+        return self.length != 0
 
 
 class _Key(ISeedSequence):

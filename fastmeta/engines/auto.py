@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fastmeta.engines.autograd import exclude_from_compile
+from fastmeta.engines.autograd import entry_point
 from fastmeta.engines.base import Examples, InnerLoopOptions, MetaGradient, TaskBatch
 from fastmeta.engines.functional.engine import FunctionalEngine
 from fastmeta.engines.program.engine import ProgramEngine
@@ -47,7 +47,7 @@ class AutoEngine:
         """The module's own trainable parameters as an arena ``[P]``, a differentiable copy."""
         return self.functional.parameters()
 
-    @exclude_from_compile
+    @entry_point
     def adapt(
         self,
         theta: Tensor | None,
@@ -61,7 +61,7 @@ class AutoEngine:
             return self.program.adapt(theta, lr, support, indices)
         return self.functional.adapt(theta, lr, support, indices)
 
-    @exclude_from_compile
+    @entry_point
     def meta_loss(
         self,
         theta: Tensor | None,
@@ -74,7 +74,7 @@ class AutoEngine:
             return self.program.meta_loss(theta, lr, batch, step_weights)
         return self.functional.meta_loss(theta, lr, batch, step_weights)
 
-    @exclude_from_compile
+    @entry_point
     def meta_gradient(
         self,
         lr: float | Tensor,
@@ -86,7 +86,7 @@ class AutoEngine:
             return self.program.meta_gradient(lr, batch, step_weights)
         return self.functional.meta_gradient(lr, batch, step_weights)
 
-    @exclude_from_compile
+    @entry_point
     def query_losses(
         self, theta: Tensor, query: Examples, gradient: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -95,7 +95,7 @@ class AutoEngine:
             return self.program.query_losses(theta, query, gradient)
         return self.functional.query_losses(theta, query, gradient)
 
-    @exclude_from_compile
+    @entry_point
     def hvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:
         """The Hessian of each task's loss times a vector, see ``FunctionalEngine.hvp``.
 
@@ -106,7 +106,7 @@ class AutoEngine:
             return self.program.hvp(theta, examples, vector)
         return self.functional.hvp(theta, examples, vector)
 
-    @exclude_from_compile
+    @entry_point
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
         """The module's outputs ``[T, B, ...]`` on x ``[T, B, ...]``, with parameters ``[T, P]``."""
         # The program engine falls back by itself here: adapted parameters may need a graph.

@@ -1,9 +1,10 @@
-"""Boundaries of the engines' derivatives: no tracing by torch.compile, no double backward."""
+"""Boundaries of the engines: threads take turns, no torch.compile, no double backward."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from threading import RLock
 from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
@@ -13,8 +14,12 @@ from torch.autograd.function import FunctionCtx
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def exclude_from_compile(method: Method) -> Method:
-    """Keep torch.compile from tracing a method.
+# Held during calls: they change the module's tables and switches of PyTorch, and restore them.
+TURN = RLock()
+
+
+def entry_point(method: Method) -> Method:
+    """Make a method an entry of an engine: threads take turns, and torch.compile does not trace it.
 
     Tracing would silently drop the derivatives of the ``autograd.Function`` classes inside.
     """
@@ -23,7 +28,8 @@ def exclude_from_compile(method: Method) -> Method:
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         # The wrapper of torch.compiler.disable costs microseconds, so eager calls go around it.
-        return (untraced if torch.compiler.is_compiling() else method)(*args, **kwargs)
+        with TURN:
+            return (untraced if torch.compiler.is_compiling() else method)(*args, **kwargs)
 
     return cast("Method", call)
 

@@ -89,7 +89,8 @@ def check_examples(layout: ParameterLayout, *sets: Examples) -> int:
                     f"got {list(tensor.shape)}"
                 )
         # Integer inputs, such as token ids of an embedding, have no dtype to agree on.
-        mixed = examples.x.is_floating_point() and examples.x.dtype != layout.dtype
+        dtypes = {layout.dtype, *layout.frozen_dtypes}
+        mixed = examples.x.is_floating_point() and examples.x.dtype not in dtypes
         # Under autocast the module itself brings its inputs to one dtype.
         if mixed and not torch.is_autocast_enabled(layout.device.type):
             raise TypeError(

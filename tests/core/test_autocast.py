@@ -113,6 +113,7 @@ def test_eager(name, dtype, device):
     within(name, dtype, errors(found, exact))
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("name", ["ProtoNet", "ANIL", "MAML"])
 def test_compiled_without_a_break(name, device):
     """The whole step is compiled, autocast and all, and agrees with float32 without compiling."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.machinery
 import importlib.util
 import sys
@@ -53,10 +52,6 @@ def pytest_collection_modifyitems(config, items) -> None:
         return
     included = [item for item in items if SETTINGS.includes(item.nodeid)]
     items[:] = included[SETTINGS.shard :: SETTINGS.shards]
-
-
-def pytest_collection_finish() -> None:
-    gc.freeze()  # or each full collection would walk through all of torch and of pytest
 
 
 @pytest.hookimpl(tryfirst=True)

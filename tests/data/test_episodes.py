@@ -285,3 +285,27 @@ def test_bad_sinusoid_ranges(arguments: dict, error: type[Exception], message: s
 def test_sinusoid_has_one_way() -> None:
     with pytest.raises(ValueError, match=r"ways: expected 1, .* got 5"):
         Episodes(Sinusoid(), ways=5, shots=1, queries=1, tasks=1)
+
+
+def test_a_length_makes_a_stream_finite() -> None:
+    options = {"ways": 3, "shots": 1, "queries": 2, "tasks": 2}
+    endless, finite = (Episodes(coded_source(), **options, length=n) for n in (None, 5))
+    assert len(finite) == 5 and len(list(finite)) == 5
+    assert all(map(torch.equal, finite[4], endless[4]))
+    assert endless and finite and not Episodes(coded_source(), **options, length=0)
+    with pytest.raises(IndexError, match="index: expected below the length 5, got 5"):
+        finite[5]
+    with pytest.raises(TypeError, match="length: expected a number of episodes"):
+        len(endless)
+    with pytest.raises(ValueError, match="length: expected an integer >= 0, got -1"):
+        Episodes(coded_source(), **options, length=-1)
+
+
+def test_a_data_loader_reads_episodes() -> None:
+    episodes = Episodes(coded_source(), ways=3, shots=1, queries=2, tasks=2, length=5)
+    loader = torch.utils.data.DataLoader(episodes, batch_size=None, num_workers=2)
+    found = list(loader)
+    assert len(found) == len(loader) == 5
+    for i, episode in enumerate(found):
+        assert isinstance(episode, Episode)
+        assert all(map(torch.equal, episode, episodes[i]))

@@ -102,6 +102,7 @@ def finite(x: Tensor) -> Tensor:
 OF_IMAGES = ("ANIL", "MAML", "MAML functional")
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize(
     ("name", "network"),
     [*((name, "mlp") for name in LEARNERS), *((name, "conv4") for name in OF_IMAGES)],

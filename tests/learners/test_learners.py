@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -272,3 +273,17 @@ def test_every_learner_trains(make, device):
             adapted = learner.adapt_tasks(*tasks[:2])(tasks.query_x)
         losses.append(F.mse_loss(adapted, tasks.query_y).item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("kind", ["program", "functional", "auto"])
+def test_threads_may_share_a_learner(kind):
+    """Calls of the functional engine put each task's parameters into the module."""
+    tasks = [classification("mlp", "cpu", tasks=count) for count in (2, 3, 5)]
+    learner = fm.MAML(build("mlp", "cpu"), 0.1, 2, engine=kind)
+    fresh = fm.MAML(build("mlp", "cpu"), 0.1, 2, engine=kind)
+    expected = [fresh.meta_gradient(*batch).grads for batch in tasks]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(10):
+            found = pool.map(lambda batch: learner.meta_gradient(*batch).grads, tasks)
+            for actual, value in zip(found, expected, strict=True):
+                torch.testing.assert_close(actual, value, rtol=1e-12, atol=1e-14)

@@ -257,6 +257,7 @@ def test_bad_input_is_named(name, good):
         call(good)
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("op", ["pairwise_distance", "inner_update", "prototypes"])
 def test_more_than_2_to_the_31_elements(op, backend, device):
     """Each writes or reads a tensor of that many bfloat16 numbers, 4.3 GB, given without copies."""

@@ -35,6 +35,7 @@ def test_value_and_gradient_match_the_float64_reference(case, backend, dtype, de
         assert_near(a, e, TOLERANCE[dtype])
 
 
+@pytest.mark.rotating
 @each_backend
 @each_small_case
 def test_derivatives_match_finite_differences(case, backend, device):

@@ -110,6 +110,7 @@ def grads_of(function, inputs: tuple) -> tuple:
     return torch.autograd.grad(scalar_of(function)(*leaves), leaves)
 
 
+@pytest.mark.rotating
 @each_small_case
 def test_compiled_whole_graph(case, device, fresh_dynamo):
     if OLD_DYNAMO and case.op == "linear_head" and "no_bias" in case.name:
@@ -120,6 +121,7 @@ def test_compiled_whole_graph(case, device, fresh_dynamo):
     close(grads_of(compiled, inputs), grads_of(function, inputs))
 
 
+@pytest.mark.rotating
 @each_small_case
 def test_compiled_transforms_are_right(case, device, fresh_dynamo):
     """torch.compile loses an autograd.Function's derivative inside torch.func; ours must not."""

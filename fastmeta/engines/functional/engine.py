@@ -14,7 +14,7 @@ from fastmeta.core.derivatives import central_difference, tangent
 from fastmeta.core.inner_step import inner_step
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines import adjoint
-from fastmeta.engines.autograd import exclude_from_compile
+from fastmeta.engines.autograd import entry_point
 from fastmeta.engines.base import Examples, InnerLoopOptions, Loss, MetaGradient, TaskBatch
 from fastmeta.engines.checks import check_arena, check_examples
 from fastmeta.engines.explain import describe_functional
@@ -65,11 +65,12 @@ class FunctionalEngine:
         """The same engine with another number of inner steps."""
         return replace(self, options=replace(self.options, steps=steps))
 
+    @entry_point
     def parameters(self) -> Tensor:
         """The module's own trainable parameters as an arena ``[P]``, a differentiable copy."""
         return ParameterLayout.of(self.module).flatten(dict(self.module.named_parameters()))
 
-    @exclude_from_compile
+    @entry_point
     def adapt(
         self,
         theta: Tensor | None,
@@ -103,7 +104,7 @@ class FunctionalEngine:
 
         return self._vmapped_if_possible(run)
 
-    @exclude_from_compile
+    @entry_point
     def meta_loss(
         self,
         theta: Tensor | None,
@@ -136,7 +137,7 @@ class FunctionalEngine:
 
         return self._vmapped_if_possible(run)
 
-    @exclude_from_compile
+    @entry_point
     def meta_gradient(
         self,
         lr: float | Tensor,
@@ -150,7 +151,7 @@ class FunctionalEngine:
         """
         return adjoint.meta_gradient(self, self.parameters(), lr, batch, step_weights)
 
-    @exclude_from_compile
+    @entry_point
     def query_losses(
         self, theta: Tensor, query: Examples, gradient: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -175,7 +176,7 @@ class FunctionalEngine:
 
         return self._vmapped_if_possible(run)
 
-    @exclude_from_compile
+    @entry_point
     def hvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:
         """The Hessian of each task's loss on the examples times a vector (Pearlmutter 1994).
 
@@ -215,7 +216,7 @@ class FunctionalEngine:
                 products.append(_product(total, theta[chunk], vector[chunk], self.options.hvp_mode))
         return torch.cat(products)
 
-    @exclude_from_compile
+    @entry_point
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
         """The module's outputs ``[T, B, ...]`` on x ``[T, B, ...]``, with parameters ``[T, P]``."""
         return self._vmapped_if_possible(lambda engine: engine._outputs(theta, x))

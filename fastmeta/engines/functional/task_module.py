@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastmeta.core.vmap import differentiable_kernels, map_tasks, under_derivative
+from fastmeta.engines.autograd import TURN
 from fastmeta.engines.base import Loss
 from fastmeta.engines.functional.layer_routing import RoutedLayers, widened
 from fastmeta.engines.functional.vmap_errors import vmap_errors
@@ -79,8 +80,11 @@ class TaskModule:
 
     @contextmanager
     def conditions(self) -> Iterator[None]:
-        """Context of calls: batch statistics, training flags, twice differentiable kernels."""
-        with ExitStack() as stack:
+        """Context of calls: batch statistics, training flags, twice differentiable kernels.
+
+        A backward enters it too, in a thread of autograd's.
+        """
+        with TURN, ExitStack() as stack:
             for m in self._norms:
                 # PyTorch normalises by the batch, in eval() too, if a norm has no statistics.
                 stack.enter_context(

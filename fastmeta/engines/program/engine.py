@@ -20,7 +20,7 @@ from fastmeta.core.cuda_graphs import DEVICE_TYPE, check_option
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.step_sizes import StepSizes
 from fastmeta.engines import adjoint
-from fastmeta.engines.autograd import exclude_from_compile, is_learned
+from fastmeta.engines.autograd import entry_point, is_learned
 from fastmeta.engines.base import Examples, InnerLoopOptions, Loss, MetaGradient, TaskBatch
 from fastmeta.engines.checks import check_arena, read_step_weights
 from fastmeta.engines.functional.engine import FunctionalEngine
@@ -129,7 +129,7 @@ class ProgramEngine:
         except LoweringError as error:
             return error.reason
 
-    @exclude_from_compile
+    @entry_point
     def adapt(
         self,
         theta: Tensor | None,
@@ -150,7 +150,7 @@ class ProgramEngine:
         arena = call.arena(start)
         return call.adapt(arena, call.frozen(arena), values, support.x, support.y)
 
-    @exclude_from_compile
+    @entry_point
     def meta_loss(
         self,
         theta: Tensor | None,
@@ -176,7 +176,7 @@ class ProgramEngine:
         loss, outputs, *_ = call.meta_gradient(arena, values, batch, RequiredGrads())
         return loss, call.shaped(outputs)
 
-    @exclude_from_compile
+    @entry_point
     def meta_gradient(
         self,
         lr: float | Tensor,
@@ -210,7 +210,7 @@ class ProgramEngine:
         lr_grad = torch.autograd.grad(values, leaf, to_values)[0]
         return MetaGradient(loss, outputs, grads, lr_grad, {})
 
-    @exclude_from_compile
+    @entry_point
     def query_losses(
         self, theta: Tensor, query: Examples, gradient: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -218,7 +218,7 @@ class ProgramEngine:
         passes, theta = self._passes(self._call(theta, [query]), theta, query)
         return adjoint.query_losses(passes, self.options, theta, query, gradient)
 
-    @exclude_from_compile
+    @entry_point
     def hvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:
         """The Hessian of each task's loss times a vector, see ``FunctionalEngine.hvp``.
 
@@ -235,7 +235,7 @@ class ProgramEngine:
         check_arena("vector", layout, vector, call.tasks)
         return call.hvp(theta, examples.x, examples.y, vector.expand(call.tasks, layout.numel))
 
-    @exclude_from_compile
+    @entry_point
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
         """The module's outputs ``[T, B, ...]`` on x ``[T, B, ...]``, with parameters ``[T, P]``.
 

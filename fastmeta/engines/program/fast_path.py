@@ -59,7 +59,7 @@ class CachedMetaGradient:
         )
 
     def __call__(
-        self, learner: nn.Module, batch: TaskBatch
+        self, learner: nn.Module, data: tuple[Tensor, Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Meta-loss, outputs and the gradient ``[P]``; None: take the slow path."""
         if (
@@ -69,10 +69,10 @@ class CachedMetaGradient:
             or (self._names is not None and not self._names.are_unchanged())
         ):
             return None
-        state = self._held, self._theta, self._frozen, *batch
+        state = self._held, self._theta, self._frozen, *data
         if self._call.graphs is None:
             return self._step(*state)
         # The graphs check the labels and copy the batch themselves; only validity is checked here.
         if not self._step.holds(*state):
             return None
-        return self._call.loss_and_gradient(self._step_sizes, batch)[:3]
+        return self._call.loss_and_gradient(self._step_sizes, TaskBatch(*data))[:3]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastmeta.core.checks import check_choice, check_integer, check_number
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.plain_module import plain_module
-from fastmeta.engines.autograd import exclude_from_compile, is_learned
+from fastmeta.engines.autograd import entry_point, is_learned
 from fastmeta.engines.base import NORM_STATISTICS, Examples, MetaGradient, TaskBatch
 from fastmeta.engines.checks import check_examples
 from fastmeta.engines.explain import describe_tasks
@@ -279,7 +279,7 @@ class ANIL(CompilableLearner):
     def _outputs(self, query_x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return task_linear(self._features(query_x), weight, bias)
 
-    @exclude_from_compile
+    @entry_point
     def _features(self, x: Tensor) -> Tensor:
         """``[T, B, ...]`` -> ``[T, B, D]``, in the head's dtype, also under autocast."""
         call = TaskModule(self.body, self.norm_statistics)

@@ -271,12 +271,12 @@ class MAML(CompilableLearner):
             >>> maml.module.weight.grad.shape
             torch.Size([2, 3])
         """
-        batch = TaskBatch(support_x, support_y, query_x, query_y)
-        replayed = self._programs.replay(self, batch) if step_weights is None else None
+        data = support_x, support_y, query_x, query_y
+        replayed = self._programs.replay(self, data) if step_weights is None else None
         if replayed is not None:
             loss, outputs, grads = replayed
             return MetaGradient(loss, outputs, grads, None, {})
-        engine = self._engine
+        engine, batch = self._engine, TaskBatch(*data)
         # With gradients enabled: the rows of a learned lr would otherwise lose their graph.
         with torch.enable_grad() if isinstance(self.lr, Tensor) else nullcontext():
             lr = self._step_size(self.steps)

@@ -346,3 +346,27 @@ def test_memory_is_that_of_a_chunk():
     net, tasks = convolutional(), image_tasks(tasks=8, queries=5)
     whole, chunked = (peak_of_meta_gradient(net, tasks, 1, task_chunk=c) for c in (None, 2))
     assert chunked < 0.5 * whole
+
+
+class Adapted(nn.Module):
+    """A frozen base in bfloat16, and an adapter in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = nn.Linear(3, 4).bfloat16().requires_grad_(False)
+        self.down, self.up = nn.Linear(3, 2, bias=False), nn.Linear(2, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x.bfloat16()).float() + self.up(self.down(x.float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_may_have_the_dtype_of_a_frozen_base(dtype, device):
+    net, tasks = Adapted().to(device), classification("mlp", device)
+    tasks = Tasks(*(x.to(dtype) if x.is_floating_point() else x for x in tasks))
+    lr = torch.tensor(0.1, device=device)
+    expected = meta_gradient(net, tasks, F.cross_entropy, lr, 2)
+    assert_equal(run(net, tasks, lr, steps=2), expected, 2e-2)  # bfloat16 has 8 bits
+    with pytest.raises(TypeError, match=r"support_x: expected dtype torch.float32, got torch.f"):
+        run(net, Tasks(*(x.half() if x.is_floating_point() else x for x in tasks)), lr, steps=2)

@@ -172,6 +172,7 @@ def test_random_numbers_are_those_of_an_unrolled_loop(first_order, device):
     assert_equal(actual._replace(logits=expected.logits), expected)
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("options", [{}, {"task_chunk": 1}, {"hvp_mode": "forward"}])
 def test_all_derivatives_pass_gradcheck(options, device):
     net, data = regressor(device), regression(device, tasks=2, examples=2)

@@ -65,6 +65,7 @@ def compare(pair: tuple[FunctionalEngine, ProgramEngine], tasks: Tasks, lr=0.1, 
     assert_equal(*results)
 
 
+@pytest.mark.rotating
 @each_network
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_meta_gradients_of_every_network(name, steps, backend):
@@ -130,6 +131,7 @@ def test_any_number_of_examples_and_tasks(support, tasks, backend):
     compare(engines(build("fused"), F.cross_entropy, 1), tasks_for("fused", **sizes))
 
 
+@pytest.mark.rotating
 @each_network
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("per_task", [False, True])
