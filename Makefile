@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # Tests run in several processes, each with one thread, or they would wait for each other's threads.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 PIP := PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/pip
-INSTALL := $(PIP) install --quiet --disable-pip-version-check --no-compile
+INSTALL := $(PIP) install --quiet --disable-pip-version-check
 # The extension compiles while what development needs is installed.
 ifeq ($(MAKELEVEL), 0)
 MAKEFLAGS += --jobs=2

@@ -61,6 +61,7 @@ class PeakBytes(TorchDispatchMode):
 def peak_bytes(run: Callable[[], object]) -> int:
     """Return the peak of the bytes alive among those that ``run`` allocates."""
     gc.collect()
+    gc.freeze()  # what is alive now: the next call would walk through all of it again
     with PeakBytes() as memory:
         run()
     return memory.peak
