@@ -45,12 +45,12 @@ class BlockChannel {
   }
 
   // Computes means[k], the mean of what add(place, sums) adds to sums[k]. Every thread gets them.
+  // Each caller's `add` has its own type, so `parts` is its own too, and nobody still reads it.
   template <int kCount, typename Add>
   __device__ void means(value_t (&means)[kCount], const Add& add) const {
     __shared__ value_t parts[kCount][kWarps];
     value_t sums[kCount] = {};
     each([&](int64_t place) { add(place, sums); });
-    __syncthreads();  // other warps may still read the last means
     for (int k = 0; k < kCount; ++k) {
       const value_t sum = warp_sum(sums[k]);
       if (threadIdx.x % kWarp == 0) parts[k][threadIdx.x / kWarp] = sum;
