@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     day = date_of_commit()
     if EMULATED or not day or os.environ.get("FASTMETA_ALL_TESTS") == "1":
         return
-    skip = pytest.mark.skip(reason="another day's; FASTMETA_ALL_TESTS=1 runs it")
+    skip = pytest.mark.skip(reason="runs on another day: `make test FULL=1` runs all")
     for item in items:
         other_day = zlib.crc32(f"{item.nodeid} {day}".encode()) % DAYS
         if item.get_closest_marker("rotating") and other_day:

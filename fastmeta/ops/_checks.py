@@ -43,24 +43,24 @@ def check_dims(name: str, x: Tensor, shape: str) -> None:
 
 def check_labels(name: str, labels: Tensor, shape: torch.Size, device: torch.device) -> None:
     """Raise unless ``labels`` are int64 of ``shape`` on ``device``; values are not read."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(labels).__name__}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{name}: expected dtype torch.int64, got {labels.dtype}")
-    check_shape(name, labels, shape)
-    if labels.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {labels.device}")
+    _check_exactly(name, labels, torch.int64, shape, device)
 
 
 def check_mask(name: str, mask: Tensor, shape: torch.Size, device: torch.device) -> None:
     """Raise unless ``mask`` is bool of ``shape`` on ``device``."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(mask).__name__}")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name}: expected dtype torch.bool, got {mask.dtype}")
-    check_shape(name, mask, shape)
-    if mask.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {mask.device}")
+    _check_exactly(name, mask, torch.bool, shape, device)
+
+
+def _check_exactly(
+    name: str, x: Tensor, dtype: torch.dtype, shape: torch.Size, device: torch.device
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}, got {x.dtype}")
+    check_shape(name, x, shape)
+    if x.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {x.device}")
 
 
 def check_rows(

@@ -123,7 +123,7 @@ def _is_called_by_torch(frame: FrameType | None) -> bool:
     """Whether the caller is PyTorch itself, which only chooses between kernels by these flags."""
     while frame is not None and frame.f_code.co_filename in _DISPATCH:
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename.startswith(_TORCH)
+    return frame is not None and frame.f_code.co_filename.startswith(f"{_TORCH}/")
 
 
 def _conv2d(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from fastmeta.engines.program.module_state import SCALARS, Identity, comparable
 
-_OWN_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
+# With the separator: torchvision is no part of torch.
+_OWN_CODE = tuple(f"{p}{os.sep}" for p in (Path(torch.__file__).parent, Path(__file__).parents[2]))
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 _LIBRARIES = ("torch", "fastmeta", "numpy", "builtins", *sys.stdlib_module_names)
 _NO_SETTINGS = ("torch", "fastmeta", "numpy")  # modules of classes whose attributes are not read
@@ -39,7 +41,7 @@ class NamesRead:
     Example:
         >>> names = NamesRead()
         >>> with names.recorded():
-        ...     pass  # run a forward
+        ...     outputs = torch.nn.Linear(3, 2)(torch.zeros(1, 3))
         >>> names.are_unchanged()
         True
     """
@@ -93,7 +95,7 @@ class NamesRead:
         if (id(owner), name) in self._names or value is _MISSING or isinstance(value, MethodType):
             return
         if isinstance(value, ModuleType):
-            if value.__name__.partition(".")[0] not in _LIBRARIES:
+            if _package(value.__name__) not in _LIBRARIES:
                 self._add_attributes(value, mentioned, depth - 1)
             return
         self._names[id(owner), name] = _Name(owner, name, _state(value))
@@ -101,7 +103,7 @@ class NamesRead:
 
     def _add_attributes(self, owner: Any, mentioned: tuple[str, ...], depth: int) -> None:
         kind = owner if isinstance(owner, type) else type(owner)
-        if depth == 0 or isinstance(owner, _LEAVES) or kind.__module__.startswith(_NO_SETTINGS):
+        if depth == 0 or isinstance(owner, _LEAVES) or _package(kind.__module__) in _NO_SETTINGS:
             return
         for name in mentioned:
             self._add(owner, name, mentioned, depth)
@@ -127,6 +129,10 @@ def _state(value: Any) -> Any:
 def _read(owner: Any, name: str) -> Any:
     """The value of a name; ``_MISSING`` if there is none."""
     return owner.get(name, _MISSING) if type(owner) is dict else getattr(owner, name, _MISSING)
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _is_library_file(path: str) -> bool:

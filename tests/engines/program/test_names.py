@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
+from fastmeta.engines.program import names
 from fastmeta.engines.program.lowering import Lowering, Program
 from tests.helpers.networks import relative_error
 
@@ -162,3 +164,9 @@ def test_a_trace_is_kept_while_nothing_that_it_reads_changes(kind, monkeypatch):
     monkeypatch.setitem(HERE, "UNRELATED", 1)
     monkeypatch.setattr(CONFIG, "unrelated", 1, raising=False)
     assert lowering.current(net, F.cross_entropy)
+
+
+def test_a_package_whose_name_begins_as_torchs_is_the_users():
+    folder = Path(torch.__file__).parent
+    assert names._is_library_file(str(folder / "nn" / "functional.py"))
+    assert not names._is_library_file(f"{folder}vision/ops.py")

@@ -114,7 +114,7 @@ def test_num_classes_adds_a_class_without_support(encoder, episode):
 
 @pytest.fixture
 def uneven(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tasks of 2, 5 and 3 ways; classes 0 and 2 are those of the first."""
+    """Tasks of 2, 5 and 3 ways. The first task has the classes 0 and 2."""
     generator = torch.Generator().manual_seed(0)
     support_x, query_x = (
         torch.randn(3, examples, 6, generator=generator, dtype=torch.float64)
