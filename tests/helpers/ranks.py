@@ -48,6 +48,8 @@ def _on_rank(
     torch.set_num_threads(1)
     options = {"rank": rank, "world_size": world_size}
     dist.init_process_group("gloo", init_method=f"file://{store}", **options)
+    # A rank that leaves before another has connected to all breaks that one's set-up.
+    dist.barrier()
     try:
         end.send(function(*arguments))
     except Exception as error:
