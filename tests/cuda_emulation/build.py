@@ -24,7 +24,7 @@ RULES = {
     "link": "g++ -shared -fsanitize=address,undefined -o $out $in $flags",
 }
 
-COMMON = ["-std=c++20", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+COMMON = ["-std=c++20", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror"]
 RUNTIME = [*COMMON, "-O2", "-fno-semantic-interposition", f"-I{EMULATOR}"]
 EMULATED = [
     *(*COMMON, "-O1", "-Wno-unknown-pragmas", "-Wno-unused-parameter"),
