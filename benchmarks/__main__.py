@@ -5,9 +5,11 @@
     python -m benchmarks report [--device cpu|cuda] [--out DIR] [--keep]
     python -m benchmarks regression --base REV [--only NAME ...] [--rounds N] [--seconds S]
                                     [--threads N] [--threshold R] [--out FILE]
+    python -m benchmarks busy [--only NAME ...] [--rounds N] [--seconds S] [--threads N]
 
 `run` measures fastmeta against its peers only, `report` draws and prints the results of a run,
-`regression` tells whether the working tree is slower than a revision.
+`regression` tells whether the working tree is slower than a revision, `busy` how much slower a
+meta-step is beside another process.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The commands `run`, `report` and `regression` of `python -m benchmarks`."""
+"""The commands `run`, `report`, `regression` and `busy` of `python -m benchmarks`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import busy
 from benchmarks.common.workloads import WORKLOADS
 from benchmarks.peers import first_screen, results, tables
 from benchmarks.peers.contenders import CONTENDERS, OURS
@@ -62,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, default=results.OUT, help="folder of the results")
     about = "compile an earlier revision and say whether the working tree is slower"
     regression.add_arguments(commands.add_parser("regression", help=about))
+    about = "time single meta-steps alone and beside another busy process"
+    busy.add_arguments(commands.add_parser("busy", help=about))
     return top
 
 
@@ -97,4 +100,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.command == "regression":
         return regression.main(options)
+    if options.command == "busy":
+        return busy.main(options)
     return report(options) if options.command == "report" else peers(options)

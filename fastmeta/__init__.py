@@ -8,11 +8,12 @@ rules       rules.SGD, rules.Adam, rules.RMSProp, rules.ClipNorm, rules.MetaCurv
 data        data.Omniglot, data.Glyphs, data.Sinusoid, data.Episodes
 processes   distributed.split_tasks, distributed.average_gradients, ...
 networks    models.Conv4, models.ResNet12, models.MLP, models.PerStepBatchNorm2d
-backends    backend_of, use_backend, build_info
+backends    backend_of, use_backend, build_info; release_memory
 """
 
 from fastmeta import data, distributed, models, rules
 from fastmeta.core.backend import backend_of, build_info, use_backend
+from fastmeta.core.memory import release_memory
 from fastmeta.core.version import VERSION
 from fastmeta.learners.gradient.anil import ANIL
 from fastmeta.learners.gradient.fomaml import FOMAML
@@ -60,6 +61,7 @@ __all__ = [
     "pairwise_distance",
     "prototype_loss",
     "prototypes",
+    "release_memory",
     "rules",
     "task_batch_norm",
     "task_conv2d",

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "common/check.h"
+#include "common/cpu/workspace.h"
 
 namespace fastmeta {
 namespace {
@@ -52,6 +53,8 @@ Result call(const Arguments&... arguments) {
 }  // namespace
 
 std::string_view isa() { return FASTMETA_ISA; }
+
+int64_t release_memory() { return release_workspaces(); }
 
 Tensor inner_update(const Tensor& params, const Tensor& grads, const Tensor& lr) {
   return call<"inner_update", Tensor>(params, grads, lr);

@@ -27,6 +27,10 @@ namespace fastmeta {
 // The vector instructions that the CPU kernels were compiled for: "avx512", "avx2" or "portable".
 FASTMETA_API std::string_view isa();
 
+// Gives back the memory that CPU kernels keep for their next calls: bytes. FASTMETA_WORKSPACE_MB,
+// 1024 unless set, limits what each thread keeps.
+FASTMETA_API int64_t release_memory();
+
 // params - lr * grads: one step of gradient descent of every task.
 //   params, grads [T, P]; lr [T or 1, P or 1], wide -> [T, P]
 FASTMETA_API at::Tensor inner_update(const at::Tensor& params, const at::Tensor& grads,

@@ -1,6 +1,5 @@
 // CPU implementation of batch norm. A thread takes channels; each stays in its cache from pass to
 // pass.
-#include <ATen/Parallel.h>
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
@@ -161,7 +160,7 @@ struct OnCpu {
   static void run_as(const BatchNormShape& shape, double eps, const Pass& pass) {
     // Small channels: several make a thread's work.
     const int64_t grain = std::max<int64_t>(1, kGrain / shape.count());
-    at::parallel_for(0, shape.all_channels(), grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, shape.all_channels(), grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         run_channel(Channel<value_t>(shape, i, pass.x, eps), i, pass);
       }

@@ -1,7 +1,6 @@
 // CPU kernels of inner_update. They are memory bound: one pass over blocks that stay in the L1
 // cache.
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -30,7 +29,7 @@ template <typename Body>
 void for_each_block(const InnerUpdateShape& shape, const Body& body) {
   const int64_t per_row = blocks_of(shape.parameters);
   const int64_t grain = std::max<int64_t>(1, kGrain / kBlock);
-  at::parallel_for(0, shape.tasks * per_row, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, shape.tasks * per_row, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % per_row * kBlock;
       body(i / per_row, first, std::min(kBlock, shape.parameters - first));
@@ -137,7 +136,7 @@ void update_backward_cpu(const scalar_t* grad_out, const scalar_t* grads, const 
   std::vector<double> partial(shape.lr_parameter_stride == 0 ? rows * columns : 0);
   // A column is the work of all tasks.
   const int64_t grain = std::max<int64_t>(1, kGrain / (kBlock * shape.tasks));
-  at::parallel_for(0, columns, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, columns, grain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       backward_column(grad_out, grads, lr, grad_grads, grad_lr, partial.data(), shape, block);
     }

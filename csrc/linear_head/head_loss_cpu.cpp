@@ -1,7 +1,6 @@
 // CPU implementation of linear_head_loss. A thread owns a task: it takes the inner steps, the loss
 // on the queries and all gradients while the task's examples are in its cache.
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -10,6 +9,7 @@
 #include <tuple>
 
 #include "common/cpu/denormals.h"
+#include "common/cpu/parallel.h"
 #include "linear_head/arguments_cpu.h"
 
 namespace fastmeta {
@@ -91,7 +91,7 @@ Tensors linear_head_loss_cpu(const at::Tensor& x, const at::Tensor& targets,
       at::kHalf, at::kBFloat16, x.scalar_type(), "linear_head_loss", [&] {
         using value_t = acc_t<scalar_t>;
         const value_t scale = value_t(1) / static_cast<value_t>(s.tasks);
-        at::parallel_for(0, s.tasks, 1, [&](int64_t begin, int64_t end) {
+        parallel_for(0, s.tasks, 1, [&](int64_t begin, int64_t end) {
           const FlushDenormals flush;
           LossWorker<scalar_t> worker(inner, outer);
           HeadOutputs<scalar_t> wide(s, has_x), wide_query(outer.shape, input_grad);

@@ -1,6 +1,5 @@
 // CPU implementation of linear_head: a thread a task.
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -9,6 +8,7 @@
 #include <tuple>
 
 #include "common/cpu/denormals.h"
+#include "common/cpu/parallel.h"
 #include "linear_head/arguments_cpu.h"
 
 namespace fastmeta {
@@ -38,7 +38,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_head_cpu(
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "linear_head", [&] {
     auto* weights = out_weight.mutable_data_ptr<scalar_t>();
     auto* biases = out_bias.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, s.tasks, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, s.tasks, 1, [&](int64_t begin, int64_t end) {
       const FlushDenormals flush;
       using value_t = acc_t<scalar_t>;
       CpuHead<value_t> head(s, a.options);
@@ -77,7 +77,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_he
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, x.scalar_type(), "linear_head_backward", [&] {
         using value_t = acc_t<scalar_t>;
-        at::parallel_for(0, s.tasks, 1, [&](int64_t begin, int64_t end) {
+        parallel_for(0, s.tasks, 1, [&](int64_t begin, int64_t end) {
           const FlushDenormals flush;
           CpuHead<value_t> head(s, a.options);
           HeadInputs<scalar_t> inputs(s);

@@ -6,7 +6,6 @@
 // own columns of grad_y. Every sum has one owner and one order, for any number of threads.
 #pragma once
 
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -59,7 +58,7 @@ class PairwiseGradient {
       : metric_(metric),
         shape_(shape),
         blocks_at_once_(
-            std::min(blocks(shape.queries, kRows), std::max<int64_t>(4, at::get_num_threads()))),
+            std::min(blocks(shape.queries, kRows), std::max<int64_t>(4, thread_count()))),
         center_(shape.features),
         inverse_norm_(shape.classes),
         y_(blocks(shape.features, kPanel) * kPanel * shape.classes),
@@ -95,7 +94,7 @@ class PairwiseGradient {
   // Calls body(first, count) for blocks of `size` of n things, in parallel, denormals flushed.
   template <typename Body>
   static void for_each_block(int64_t n, int64_t size, const Body& body) {
-    at::parallel_for(0, blocks(n, size), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, blocks(n, size), 1, [&](int64_t begin, int64_t end) {
       const FlushDenormals flush;
       for (int64_t b = begin; b < end; ++b) body(b * size, std::min(size, n - b * size));
     });

@@ -1,6 +1,5 @@
 // CPU implementation of pairwise_distance: threads own rows of x.
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -26,7 +25,7 @@ void distance_task(Metric metric, const scalar_t* x, const Panels<acc_t<scalar_t
                    scalar_t* out, const PairwiseShape& shape) {
   using value_t = acc_t<scalar_t>;
   const int64_t blocks = (shape.queries + kRowBlock - 1) / kRowBlock;
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     Buffer<value_t> rows(kRowBlock * shape.features);
     Buffer<value_t> wide(is_reduced<scalar_t> ? kRowBlock * shape.classes : 0);
     for (int64_t b = begin; b < end; ++b) {

@@ -74,7 +74,7 @@ class Panels {
   template <typename scalar_t>
   void pack(Metric metric, const scalar_t* y) {
     const int64_t grain = std::max<int64_t>(1, kGrain / (kPanel * std::max<int64_t>(1, features_)));
-    at::parallel_for(0, count(), grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, count(), grain, [&](int64_t begin, int64_t end) {
       Buffer<value_t> rows(kPanel * features_);
       for (int64_t p = begin; p < end; ++p) pack_panel(metric, y, p, rows.data());
     });

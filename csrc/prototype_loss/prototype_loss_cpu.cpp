@@ -1,6 +1,5 @@
 // CPU implementation of prototype_loss: threads own blocks of queries, or tasks if there are many.
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -65,7 +64,7 @@ void loss_task(const Task<scalar_t>& task, const Panels<acc_t<scalar_t>>& protot
   using value_t = acc_t<scalar_t>;
   const auto& shape = task.shape;
   const int64_t blocks = (shape.queries + kRowBlock - 1) / kRowBlock;
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     // Per thread: the flag is a register of the core.
     const FlushDenormals flush;
     Buffer<value_t> rows(kRowBlock * shape.features), distances(kRowBlock * shape.classes);

@@ -1,6 +1,5 @@
 // CPU kernels of prototypes: one owner a (task, slice of features), so sums need no atomics.
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -33,7 +32,7 @@ void for_each_slice(const int64_t* labels, const PrototypesShape& shape, const B
   // Additions of a slice, which decide how many repay a thread.
   const int64_t work = std::max<int64_t>(1, shape.support * std::min(kSlice, shape.features));
   const int64_t grain = std::max<int64_t>(1, kGrain / work);
-  at::parallel_for(0, shape.tasks * slices, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, shape.tasks * slices, grain, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> counts;
     for (int64_t i = begin; i < end; ++i) {
       // Counts labels once a task, not once a slice.

@@ -119,7 +119,29 @@ class CachedStep {
     return run(unpacked(parameters), unpacked(frozen), data);
   }
 
+  // Returns (loss, outputs); autograd knows the gradient of the loss.
+  py::object meta_loss(const py::tuple& tables, const py::tuple& parameters,
+                       const py::tuple& frozen, const Data& data) const {
+    if (!holds(tables, parameters, frozen, data)) return py::none();
+    const auto inputs = tensors_of(data);
+    Tensor loss, outputs;
+    {
+      const auto own = unpacked(parameters), others = unpacked(frozen);
+      const py::gil_scoped_release no_gil;
+      std::tie(loss, outputs) = meta_loss_op().call(
+          code_, own, others.empty() ? no_frozen_ : joined(others), lr_, inputs[0], inputs[1],
+          inputs[2], inputs[3], at::ArrayRef<double>(), steps_, first_order_, keep_);
+      if (output_shape_.size() != 1) outputs = outputs.view(shape_of(outputs));
+    }
+    return py::make_tuple(std::move(loss), std::move(outputs));
+  }
+
  private:
+  static std::array<Tensor, 4> tensors_of(const Data& data) {
+    return {THPVariable_Unpack(data[0]), THPVariable_Unpack(data[1]), THPVariable_Unpack(data[2]),
+            THPVariable_Unpack(data[3])};
+  }
+
   bool fits(const Data& data) const {
     for (size_t i = 0; i < data.size(); ++i) {
       if (!data_[i].is_of(data[i])) return false;
@@ -148,8 +170,7 @@ class CachedStep {
   // Returns (loss, outputs, gradient [P]).
   py::tuple run(const std::vector<Tensor>& parameters, const std::vector<Tensor>& frozen,
                 const Data& data) const {
-    const std::array<Tensor, 4> inputs{THPVariable_Unpack(data[0]), THPVariable_Unpack(data[1]),
-                                       THPVariable_Unpack(data[2]), THPVariable_Unpack(data[3])};
+    const auto inputs = tensors_of(data);
     Tensor loss, outputs, grads;
     {
       const py::gil_scoped_release no_gil;
@@ -181,25 +202,31 @@ class CachedStep {
 
 }  // namespace
 
+// A method of CachedStep for Python: (tables, parameters, frozen, the four tensors of a batch).
+template <auto method>
+auto bound() {
+  return [](const CachedStep& step, const py::tuple& tables, const py::tuple& parameters,
+            const py::tuple& frozen, const py::object& support_x, const py::object& support_y,
+            const py::object& query_x, const py::object& query_y) {
+    const Data data{support_x.ptr(), support_y.ptr(), query_x.ptr(), query_y.ptr()};
+    const auto taken = [&]() -> py::object {
+      HANDLE_TH_ERRORS  // as torch.ops reports errors
+          return (step.*method)(tables, parameters, frozen, data);
+      END_HANDLE_TH_ERRORS_RET({})
+    }();
+    if (!taken) throw py::error_already_set();
+    return taken;
+  };
+}
+
 void bind_prepared_step(py::module_& m) {
   py::class_<CachedStep>(m, "CachedStep", "A meta-gradient, to be taken again on other values.")
       .def(py::init<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
                     std::vector<int64_t>, int64_t, bool, bool>())
-      .def(
-          "__call__",
-          [](const CachedStep& step, const py::tuple& tables, const py::tuple& parameters,
-             const py::tuple& frozen, const py::object& support_x, const py::object& support_y,
-             const py::object& query_x, const py::object& query_y) {
-            const Data data{support_x.ptr(), support_y.ptr(), query_x.ptr(), query_y.ptr()};
-            const auto taken = [&]() -> py::object {
-              HANDLE_TH_ERRORS  // as torch.ops reports errors
-                  return step(tables, parameters, frozen, data);
-              END_HANDLE_TH_ERRORS_RET({})
-            }();
-            if (!taken) throw py::error_already_set();
-            return taken;
-          },
-          "(loss, outputs, gradient), or None where something else has changed.")
+      .def("__call__", bound<&CachedStep::operator()>(),
+           "(loss, outputs, gradient), or None where something else has changed.")
+      .def("meta_loss", bound<&CachedStep::meta_loss>(),
+           "(loss, outputs) with a graph, or None where something else has changed.")
       .def(
           "holds",
           [](const CachedStep& step, const py::tuple& tables, const py::tuple& parameters,

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include "common/cpu/workspace.h"
 #include "python/fast_path.h"
 
 namespace {
@@ -27,5 +28,7 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Loads the fastmeta ops into torch.ops.fastmeta.";
   m.def("build_info", &build_info, "How this extension was compiled.");
+  m.def("release_workspaces", &fastmeta::release_workspaces,
+        "Gives back the memory that CPU kernels keep; returns the number of bytes.");
   fastmeta::bind_prepared_step(m);
 }

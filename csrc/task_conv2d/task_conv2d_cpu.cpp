@@ -1,11 +1,10 @@
 // CPU implementation of convolution: a thread a task, or all threads on one task if tasks are few.
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include "common/cpu/parallel.h"
-#include "common/cpu/thread_local_workspace.h"
 #include "common/cpu/widen.h"
+#include "common/cpu/workspace.h"
 #include "convolution/cpu/convolution.h"
 #include "task_conv2d/task_conv2d_ops.h"
 
@@ -47,7 +46,7 @@ void run_map(MapTo to, const CpuConvolution<value_t>& convolution, const OneTask
 
 template <typename from_t, typename to_t>
 void convert(const from_t* source, to_t* target, int64_t count) {
-  at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
     at::vec::convert(source + begin, target + begin, end - begin);
   });
 }
@@ -99,15 +98,15 @@ class WideTask {
 template <typename scalar_t>
 void run_as(const TaskConvCall& call) {
   using value_t = acc_t<scalar_t>;
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = thread_count();
   // As for_each_task_range() decides: with fewer tasks than threads it calls once, for all.
   const bool shares_threads = call.tasks < threads;
   const WideTask<scalar_t> copies(call);
   for_each_task_range(call.tasks, [&](int64_t begin, int64_t end) {
     const CpuConvolution<value_t> convolution(call.shape, call.examples, shares_threads);
     const int64_t elements = convolution.scratch(call.shape) * (shares_threads ? threads : 1);
-    const auto memory = thread_local_workspace((copies.scratch() + elements) *
-                                               static_cast<int64_t>(sizeof(value_t)));
+    const auto memory =
+        workspace((copies.scratch() + elements) * static_cast<int64_t>(sizeof(value_t)));
     auto* scratch = static_cast<value_t*>(memory.mutable_data_ptr());
     for (int64_t t = begin; t < end; ++t) {
       const auto task = one_task<scalar_t>(call, t);
@@ -122,7 +121,7 @@ void run_as(const TaskConvCall& call) {
 void transpose_images(const at::Tensor& from, int64_t rows, int64_t columns, at::Tensor& to) {
   const auto transpose_as = [&]<typename scalar_t>(scalar_t* target) {
     const auto* source = from.const_data_ptr<scalar_t>();
-    at::parallel_for(0, from.size(0) * from.size(1), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, from.size(0) * from.size(1), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin * rows * columns; i < end * rows * columns; i += rows * columns) {
         transpose(rows, columns, source + i, columns, target + i, rows);
       }

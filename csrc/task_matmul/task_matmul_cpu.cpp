@@ -1,13 +1,13 @@
 // Matrix product of each task, on a CPU: forward, input gradient and weight gradient of a linear
 // layer. A thread a task.
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "common/check.h"
 #include "common/cpu/denormals.h"
+#include "common/cpu/parallel.h"
 #include "common/cpu/register_gemm.h"
 #include "common/cpu/row_dots.h"
 
@@ -46,7 +46,7 @@ at::Tensor task_product_cpu(const at::Tensor& a, const at::Tensor& b, bool trans
     const auto* data_a = from_a.const_data_ptr<scalar_t>();
     const auto* data_b = from_b.const_data_ptr<scalar_t>();
     auto* data = out.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       const FlushDenormals flush;
       for (int64_t t = begin; t < end; ++t) {
         product(m, n, depth, data_a + t * m * depth, transpose_a, data_b + t * depth * n,

@@ -47,4 +47,16 @@ inline auto meta_gradient_op() {
   return op;
 }
 
+// The meta-loss op, which autograd knows, typed.
+inline auto meta_loss_op() {
+  using at::Tensor;
+  using Op = std::tuple<Tensor, Tensor>(const Tensor&, at::TensorList, const Tensor&, const Tensor&,
+                                        const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                        at::ArrayRef<double>, int64_t, bool, bool);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastmeta::task_program_meta_loss", "")
+                             .typed<Op>();
+  return op;
+}
+
 }  // namespace fastmeta

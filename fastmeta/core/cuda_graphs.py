@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -26,6 +27,15 @@ Function = Callable[..., Sequence[Tensor]]
 
 # Graphs whose capture failed. The allocator may still ask them whether they are being captured.
 _FAILED: list[torch.cuda.CUDAGraph] = []
+
+
+_ALL: WeakSet[Graphs] = WeakSet()
+
+
+def clear_all() -> None:
+    """Drop the graphs of all learners, with their memory."""
+    for graphs in list(_ALL):
+        graphs.clear()
 
 
 def check_option(cuda_graph: bool | str) -> None:
@@ -105,6 +115,7 @@ class Graphs:
         self._stream: torch.cuda.Stream | None = None
         self._done: Any = None  # an event, once the stream exists
         self._lock = threading.Lock()
+        _ALL.add(self)
 
     def __len__(self) -> int:
         return sum(isinstance(kept, Captured) for kept in self._kept.values())
@@ -115,8 +126,9 @@ class Graphs:
 
     def clear(self) -> None:
         """Drop all graphs, with their memory."""
-        self._kept.clear()
-        self._latest = self._stream = self._done = None
+        with self._lock:
+            self._kept.clear()
+            self._latest = self._stream = self._done = None
 
     def run(
         self,

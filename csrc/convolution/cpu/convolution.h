@@ -7,11 +7,10 @@
 // run over the pieces in order: the bits do not depend on the number of threads.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <array>
 
-#include "convolution/cpu/blas_threads.h"
+#include "common/cpu/blas_threads.h"
+#include "common/cpu/parallel.h"
 #include "convolution/cpu/winograd.h"
 
 namespace fastmeta {
@@ -27,7 +26,7 @@ class CpuConvolution {
   CpuConvolution(const ConvShape& shape, int64_t examples, bool shares_threads)
       : shape_(shape),
         examples_(examples),
-        threads_(shares_threads ? at::get_num_threads() : 1),
+        threads_(shares_threads ? thread_count() : 1),
         winograd_(shape, examples, threads_),
         by_winograd_(winograd_.takes(shape) && winograd_.pays()),
         weights_(shape),
@@ -191,7 +190,7 @@ class CpuConvolution {
   template <typename Body>
   void for_each_part(int64_t count, value_t* scratch, const Body& body) const {
     const int64_t parts = std::min(threads_, count);
-    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       const OneBlasThread one;
       for (int64_t p = begin; p < end; ++p) {
         body(Interval{count * p / parts, count * (p + 1) / parts},

@@ -12,9 +12,8 @@
 // Tiles are computed a block of lines at a time, cut at the same places for any number of threads.
 #pragma once
 
-#include <ATen/Parallel.h>
-
-#include "convolution/cpu/blas_threads.h"
+#include "common/cpu/blas_threads.h"
+#include "common/cpu/parallel.h"
 #include "convolution/cpu/kernels.h"
 #include "convolution/cpu/winograd_tiles.h"
 
@@ -131,7 +130,7 @@ class CpuWinograd {
 
   template <typename Body>
   void in_parts(int64_t parts, const Body& body) const {
-    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       const OneBlasThread one;
       for (int64_t p = begin; p < end; ++p) body(p);
     });

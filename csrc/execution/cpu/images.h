@@ -1,13 +1,13 @@
 // Steps over channels-last images on the CPU: vectors run along the channels of a position.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 
 #include <algorithm>
 #include <type_traits>
 
 #include "common/ceil_div.h"
+#include "common/cpu/parallel.h"
 #include "execution/executor.h"
 
 namespace fastmeta {
@@ -197,7 +197,7 @@ class CpuImages {
       for (int64_t i = begin; i < end; ++i) body(i);
     };
     if (shares_threads_) {
-      at::parallel_for(0, n, std::max<int64_t>(1, grain), part);
+      parallel_for(0, n, std::max<int64_t>(1, grain), part);
     } else {
       part(0, n);
     }

@@ -1,7 +1,7 @@
 // CPU implementation of the task program.
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include "common/cpu/parallel.h"
 #include "task_program/cpu/run.h"
 #include "task_program/labels.h"
 #include "task_program/ops.h"
@@ -17,7 +17,7 @@ struct OnCpu {
 
   // Whether each task has one thread.
   static bool has_fused_bands(const OpArguments& args) {
-    return args.tasks >= at::get_num_threads();
+    return args.tasks >= thread_count();
   }
 
   static void run(const OpArguments& args, const at::Tensor&) {

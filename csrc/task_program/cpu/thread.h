@@ -2,7 +2,6 @@
 // does matrix products. If tasks are fewer than threads, large steps share the threads.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 
 #include <algorithm>
@@ -71,7 +70,7 @@ class CpuThread {
       most = std::max(most, CpuConvolution<value_t>::scratch(i.conv));
       if (i.is_fused) most = std::max(most, CpuBands<value_t>::scratch(i.conv));
     }
-    return most * (shares_threads ? at::get_num_threads() : 1);
+    return most * (shares_threads ? thread_count() : 1);
   }
 
   template <typename F>
@@ -82,7 +81,7 @@ class CpuThread {
       if (i < end) f(VectorAccessor<value_t, false>{i, static_cast<int>(end - i)});
     };
     if (shares_threads_) {
-      at::parallel_for(0, n, kGrain, part);
+      parallel_for(0, n, kGrain, part);
     } else {
       part(0, n);
     }

@@ -2,7 +2,6 @@
 // lanes.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 
 #include <algorithm>
@@ -10,7 +9,8 @@
 
 #include "common/ceil_div.h"
 #include "common/cpu/denormals.h"
-#include "common/cpu/thread_local_workspace.h"
+#include "common/cpu/parallel.h"
+#include "common/cpu/workspace.h"
 #include "task_program/cpu/worker.h"
 
 namespace fastmeta {
@@ -23,7 +23,7 @@ inline constexpr int64_t kMostParametersInLanes = 4096;
 template <typename value_t>
 bool pays_in_lanes(const OpArguments& args) {
   constexpr int64_t kLanes = CpuKind<value_t, true>::kLanes;
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = thread_count();
   const int64_t groups = ceil_div(args.tasks, kLanes);
   return !args.program.has_images &&
          args.program.parameters + args.program.frozen <= kMostParametersInLanes &&
@@ -41,14 +41,14 @@ template <typename value_t, bool in_lanes>
 void run_workers(const OpArguments& args) {
   using Worker = CpuWorker<value_t, in_lanes>;
   const int64_t groups = ceil_div(args.tasks, Worker::kLanes);
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = thread_count();
   const int64_t workers = groups < threads ? 1 : threads;
   const bool shares_threads = workers < threads;
   const int64_t bytes = ceil_div(Worker::bytes(args, shares_threads), 64) * 64;
-  const auto memory = thread_local_workspace(bytes * workers);
+  const auto memory = workspace(bytes * workers);
   auto* base = static_cast<char*>(memory.mutable_data_ptr());
   std::vector<const value_t*> sums_theta(workers), sums_lr(workers);
-  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
     for (int64_t w = begin; w < end; ++w) {
       Worker worker(args, base + w * bytes, shares_threads);

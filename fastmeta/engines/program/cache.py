@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastmeta.core.checks import check_dense
 from fastmeta.core.cuda_graphs import Graphs
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.base import Examples, Loss, TaskBatch
@@ -45,7 +46,7 @@ class Plan(NamedTuple):
 
 
 class LastCall(NamedTuple):
-    """Arguments of the last meta-gradient, which decide whether the next may take the fast path.
+    """Arguments of the last meta-gradient or loss: whether the next may take the fast path.
 
     Recorded only if ``lr`` is a number.
     """
@@ -104,7 +105,8 @@ class ProgramCache:
         for examples in sets:
             for name, tensor in (("x", examples.x), ("y", examples.y)):
                 # The exact check inline: check_plain is called for what may have to raise.
-                if type(tensor) is not Tensor or tensor.layout is not torch.strided:
+                plain = type(tensor) is Tensor and tensor.layout is torch.strided
+                if not plain or tensor.is_nested:
                     check_plain(examples.x_name if name == "x" else examples.y_name, tensor)
                 key += (tensor.shape, tensor.dtype, tensor.device)
             key.append(examples.role)
@@ -132,8 +134,17 @@ class ProgramCache:
             self._signature = ()
         return result
 
+    def replay_loss(
+        self, learner: nn.Module, data: tuple[Tensor, Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
+        """The learner's meta-loss and outputs, as ``replay``."""
+        result = None if self._fast_path is None else self._fast_path.meta_loss(learner, data)
+        if result is not None:
+            self._signature = ()
+        return result
+
     def prepare(self, learner: nn.Module) -> None:
-        """Prepare the fast path if the learner's last two meta-gradients had the same signature.
+        """Prepare the fast path if the learner's last two such calls had the same signature.
 
         Does nothing unless the last one was one compiled call with a number as step size.
         """
@@ -152,10 +163,9 @@ class ProgramCache:
 
 def check_plain(name: str, tensor: Any) -> None:
     """Raise unless compiled code can read the tensor's memory."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
-        raise LoweringError(f"{name} is a {type(tensor).__name__} that is no plain dense tensor")
+    check_dense(name, tensor)
+    if type(tensor) not in _PLAIN:
+        raise LoweringError(f"{name} is a {type(tensor).__name__} that is no plain tensor")
 
 
 def _plan(lowering: Lowering, module: nn.Module, sets: Sequence[Examples]) -> Plan | str:

@@ -164,13 +164,16 @@ class ProgramEngine:
             ValueError: also if ``cuda_graph=True`` and the program cannot have a CUDA graph.
             RuntimeError: also if ``cuda_graph=True`` and the capture of the graph failed.
         """
-        call = self._meta_call(theta, batch, read_step_weights(step_weights, self.options.steps))
+        weights = read_step_weights(step_weights, self.options.steps)
+        call = self._meta_call(theta, batch, weights)
         if not self.options.is_plain:
             passes, theta = self._passes(call, theta, batch.support, batch.query)
             return adjoint.meta_loss(passes, self.options, theta, lr, batch, step_weights)
         values = self._step_sizes(call, lr)
         start = call.program.adapted if theta is None else (theta,)
         if torch.is_grad_enabled():
+            if theta is None:
+                self._remember(call, lr, values, batch, weights)
             return call.meta_loss(start, values, batch)
         arena = call.arena(start)
         loss, outputs, *_ = call.meta_gradient(arena, values, batch, RequiredGrads())
@@ -195,10 +198,7 @@ class ProgramEngine:
         if not is_learned(lr):
             values = self._step_sizes(call, lr)
             loss, outputs, grads, _ = call.loss_and_gradient(values, batch)
-            # The fast path would not notice that the rule has changed.
-            repeatable = self.options.rule is None and not weights
-            if call.is_one_compiled and repeatable and not isinstance(lr, Tensor):
-                self.cache.last_call = LastCall(lr, call, values, batch)
+            self._remember(call, lr, values, batch, weights)
             return MetaGradient(loss, outputs, grads, None, {})
         # The op gives the gradient to the step sizes in its own shape; autograd brings it to lr's.
         with torch.enable_grad():
@@ -275,6 +275,20 @@ class ProgramEngine:
         if self.program_options.cuda_graph == "auto" and one_launch and not program.has_images:
             return "the program is a few launches, which take no longer than a graph's copies"
         return ""
+
+    def _remember(
+        self,
+        call: Call,
+        lr: float | Tensor,
+        values: Tensor,
+        batch: TaskBatch,
+        weights: Sequence[float],
+    ) -> None:
+        """Record a call that may be repeated on other values, for the fast path."""
+        # The fast path would not notice that the rule has changed.
+        repeatable = self.options.rule is None and not weights and call.is_one_compiled
+        if repeatable and not isinstance(lr, Tensor):
+            self.cache.last_call = LastCall(lr, call, values, batch)
 
     @property
     def _functional(self) -> FunctionalEngine:

@@ -62,12 +62,7 @@ class CachedMetaGradient:
         self, learner: nn.Module, data: tuple[Tensor, Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Meta-loss, outputs and the gradient ``[P]``; None: take the slow path."""
-        if (
-            torch.compiler.is_compiling()
-            or learner.__dict__ is not self._learner  # a copy of the learner
-            or backend._override is not None  # use_backend() is in force
-            or (self._names is not None and not self._names.are_unchanged())
-        ):
+        if not self._is_possible(learner):
             return None
         state = self._held, self._theta, self._frozen, *data
         if self._call.graphs is None:
@@ -76,3 +71,25 @@ class CachedMetaGradient:
         if not self._step.holds(*state):
             return None
         return self._call.loss_and_gradient(self._step_sizes, TaskBatch(*data))[:3]
+
+    def meta_loss(
+        self, learner: nn.Module, data: tuple[Tensor, Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Meta-loss with a graph, and outputs; None: take the slow path."""
+        # Without gradients the slow path has less to do.
+        if not (self._is_possible(learner) and torch.is_grad_enabled()):
+            return None
+        state = self._held, self._theta, self._frozen, *data
+        if self._call.graphs is None:
+            return self._step.meta_loss(*state)
+        if not self._step.holds(*state):
+            return None
+        return self._call.meta_loss(self._theta, self._step_sizes, TaskBatch(*data))
+
+    def _is_possible(self, learner: nn.Module) -> bool:
+        return not (
+            torch.compiler.is_compiling()
+            or learner.__dict__ is not self._learner  # a copy of the learner
+            or backend._override is not None  # use_backend() is in force
+            or (self._names is not None and not self._names.are_unchanged())
+        )

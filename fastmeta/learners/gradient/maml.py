@@ -216,8 +216,14 @@ class MAML(CompilableLearner):
         Raises:
             TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
         """
-        batch = TaskBatch(support_x, support_y, query_x, query_y)
-        return self._engine.meta_loss(None, self._step_size(self.steps), batch, step_weights)
+        data = support_x, support_y, query_x, query_y
+        replayed = self._programs.replay_loss(self, data) if step_weights is None else None
+        if replayed is not None:
+            return replayed
+        lr, batch = self._step_size(self.steps), TaskBatch(*data)
+        result = self._engine.meta_loss(None, lr, batch, step_weights)
+        self._programs.prepare(self)
+        return result
 
     def adapt_tasks(
         self, support_x: Tensor, support_y: Tensor, steps: int | None = None
