@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from fastmeta.data.episodes import Episode, Episodes, Source
+from fastmeta.data.episode import Episode, Origin, Source
+from fastmeta.data.episodes import Episodes
 from fastmeta.data.glyphs import Glyphs
 from fastmeta.data.image_folder import ImageFolder
 from fastmeta.data.images import ClassImages
+from fastmeta.data.labelled import ClassDataset, ClassTensors
 from fastmeta.data.omniglot import Omniglot
 from fastmeta.data.sinusoid import Sinusoid
 from fastmeta.data.specs import from_spec
 
 __all__ = [
+    "ClassDataset",
     "ClassImages",
+    "ClassTensors",
     "Episode",
     "Episodes",
     "Glyphs",
     "ImageFolder",
     "Omniglot",
+    "Origin",
     "Sinusoid",
     "Source",
     "from_spec",

@@ -1,10 +1,10 @@
-"""Few-shot episodes, their sources, and reproducible streams of them."""
+"""Reproducible streams of few-shot episodes."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,40 +12,12 @@ from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 from fastmeta.core.checks import check_count, check_device
+from fastmeta.data.class_examples import ClassExamples
+from fastmeta.data.episode import Episode, Origin, Source
+from fastmeta.data.labelled import ClassDataset, ClassTensors
 
-
-class Episode(NamedTuple):
-    """T few-shot tasks as four tensors, each with the task dimension first.
-
-    Classification: ``support_x`` [T, S, ...] with ``support_y`` [T, S] int64 labels in 0..N-1,
-    ``query_x`` [T, Q, ...] with ``query_y`` [T, Q]; S = N * shots, Q = N * queries, in class-major
-    order. Regression: ``support_y`` [T, S, 1] and ``query_y`` [T, Q, 1] in the dtype of x.
-    """
-
-    support_x: Tensor
-    support_y: Tensor
-    query_x: Tensor
-    query_y: Tensor
-
-    def to(self, device: str | torch.device) -> Episode:
-        """Copy the episode to another device."""
-        return Episode(*(tensor.to(device) for tensor in self))
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Source of episodes: the three methods that your own data set needs."""
-
-    def to(self, device: str | torch.device) -> Source:
-        """Source with the same data whose episodes are on ``device``."""
-
-    def check(self, ways: int, shots: int, queries: int) -> None:
-        """Raise ValueError if the source has too few classes or examples for such tasks."""
-
-    def sample(
-        self, rng: np.random.Generator, tasks: int, ways: int, shots: int, queries: int
-    ) -> Episode:
-        """Draw tasks that depend only on the arguments and on the state of ``rng``."""
+# A generator's key is (seed, index). Its counter says for what: the second of four words.
+_EPISODE, _TASK, _ORDER, _TRANSFORM = range(4)
 
 
 class Episodes:
@@ -56,7 +28,9 @@ class Episodes:
     without interruption, and all devices get the same ones.
 
     Args:
-        source: an :class:`Omniglot`, :class:`Glyphs`, :class:`Sinusoid`, or any :class:`Source`.
+        source: an :class:`Omniglot`, :class:`ImageFolder`, :class:`Sinusoid`, or any
+            :class:`Source`; or a pair ``(features, labels)``, see :class:`ClassTensors`; or a data
+            set of PyTorch with items ``(x, label)``, see :class:`ClassDataset`.
         ways: N, classes per task, at least 1 (1 for regression).
         shots: support examples per class, at least 1.
         queries: query examples per class; 0 gives empty query tensors.
@@ -65,6 +39,11 @@ class Episodes:
         device: device of the source and its episodes; the source is moved there once.
         length: number of episodes, for ``len()`` and
             ``torch.utils.data.DataLoader(episodes, batch_size=None)``; None: endless.
+        num_tasks: number of different tasks that the stream has. Each is seen once before any is
+            seen again, in a new random order each time; None: every task is a new draw.
+        transform: function of an :class:`Episode` that returns one, for example
+            ``lambda episode: episode.map_inputs(normalise)``. Random numbers that it takes from
+            PyTorch follow the seed, too.
 
     Raises:
         TypeError: a count or the seed is not an integer, or ``source`` is not a source.
@@ -82,7 +61,7 @@ class Episodes:
 
     def __init__(
         self,
-        source: Source,
+        source: Source | tuple[Any, Any] | Any,
         ways: int,
         shots: int,
         queries: int,
@@ -90,6 +69,8 @@ class Episodes:
         seed: int = 0,
         device: str | torch.device = "cpu",
         length: int | None = None,
+        num_tasks: int | None = None,
+        transform: Callable[[Episode], Episode] | None = None,
     ) -> None:
         self.length = None if length is None else check_count("length", length, least=0)
         self.ways = check_count("ways", ways, least=1)
@@ -97,19 +78,49 @@ class Episodes:
         self.queries = check_count("queries", queries, least=0)
         self.tasks = check_count("tasks", tasks, least=0)
         self.seed = check_count("seed", seed, least=0, below=2**64)
-        if not isinstance(source, Source):
-            raise TypeError(
-                f"source: expected methods to, check and sample, got {type(source).__name__}"
-            )
+        self.num_tasks = None if num_tasks is None else check_count("num_tasks", num_tasks, least=1)
+        if transform is not None and not callable(transform):
+            raise TypeError(f"transform: expected a function, got {type(transform).__name__}")
+        self.transform = transform
+        source = as_source(source)
         source.check(self.ways, self.shots, self.queries)
         self.source = source.to(check_device(device))
 
     def __getitem__(self, index: int) -> Episode:
-        counter = check_count("index", index, least=0, below=2**64)
-        if self.length is not None and counter >= self.length:
-            raise IndexError(f"index: expected below the length {self.length}, got {counter}")
-        rng = np.random.Generator(np.random.Philox(_Key(self.seed, counter)))  # type: ignore[arg-type]
-        return self.source.sample(rng, self.tasks, self.ways, self.shots, self.queries)
+        index = self._check(index)
+        shape = self.ways, self.shots, self.queries
+        if self.num_tasks is None:
+            episode = self.source.sample(self._rng(index), self.tasks, *shape)
+        else:
+            drawn = [
+                self.source.sample(self._rng(task, _TASK), 1, *shape)
+                for task in self._fixed_tasks(index)
+            ]
+            nothing = [] if drawn else [self.source.sample(self._rng(0), 0, *shape)]
+            episode = Episode(*map(torch.cat, zip(*drawn, *nothing, strict=True)))
+        return episode if self.transform is None else self._transformed(episode, index)
+
+    def origin(self, index: int) -> Origin:
+        """Names of the classes and of the examples of ``episodes[index]``.
+
+        Raises:
+            TypeError: the source has no classes of examples, or the argument is not an integer.
+            ValueError: the index is out of range.
+        """
+        index = self._check(index)
+        if not isinstance(self.source, ClassExamples):
+            raise TypeError(
+                "source: expected classes of examples, which have names, got "
+                f"{type(self.source).__name__}"
+            )
+        shape = self.ways, self.shots, self.queries
+        if self.num_tasks is None:
+            return self.source.origin(self._rng(index), self.tasks, *shape)
+        origins = [
+            self.source.origin(self._rng(task, _TASK), 1, *shape)
+            for task in self._fixed_tasks(index)
+        ]
+        return Origin(*([task for (task,) in column] for column in zip(*origins, strict=True)))
 
     def __iter__(self) -> Iterator[Episode]:
         indices = itertools.count() if self.length is None else range(self.length)
@@ -122,6 +133,62 @@ class Episodes:
 
     def __bool__(self) -> bool:
         return self.length != 0
+
+    def _check(self, index: int) -> int:
+        counter = check_count("index", index, least=0, below=2**64)
+        if self.length is not None and counter >= self.length:
+            raise IndexError(f"index: expected below the length {self.length}, got {counter}")
+        return counter
+
+    def _rng(self, index: int, purpose: int = _EPISODE) -> np.random.Generator:
+        key: Any = _Key(self.seed, index)
+        counter = [0, purpose, 0, 0] if purpose else None
+        return np.random.Generator(np.random.Philox(key, counter=counter))
+
+    def _fixed_tasks(self, index: int) -> list[int]:
+        """Numbers of the tasks of an episode, of the ``num_tasks`` that there are."""
+        assert self.num_tasks is not None
+        places = [divmod(index * self.tasks + t, self.num_tasks) for t in range(self.tasks)]
+        orders = {
+            turn: self._rng(turn, _ORDER).permutation(self.num_tasks) for turn in dict(places)
+        }
+        return [int(orders[turn][place]) for turn, place in places]
+
+    def _transformed(self, episode: Episode, index: int) -> Episode:
+        assert self.transform is not None
+        cuda = episode.support_x.device.type == "cuda"
+        with torch.random.fork_rng(devices=[episode.support_x.device] if cuda else []):
+            torch.manual_seed(int(self._rng(index, _TRANSFORM).integers(2**63)))
+            changed = self.transform(episode)
+        if not (
+            isinstance(changed, tuple)
+            and len(changed) == len(Episode._fields)
+            and all(isinstance(part, Tensor) for part in changed)
+        ):
+            raise TypeError(
+                f"transform: expected it to return an Episode, got {type(changed).__name__}"
+            )
+        return Episode(*changed)
+
+
+def as_source(source: Any) -> Source:
+    """Source of what people have: a source, a pair ``(features, labels)``, or a data set.
+
+    Raises:
+        TypeError: it is none of them. Errors of :class:`ClassTensors` and :class:`ClassDataset`
+            pass through.
+    """
+    if isinstance(source, Source):
+        return source
+    if isinstance(source, tuple) and len(source) == 2:
+        return ClassTensors(*source)
+    is_other = isinstance(source, (Tensor, np.ndarray, str, dict))
+    if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not is_other:
+        return ClassDataset(source)
+    raise TypeError(
+        "source: expected a source, with methods to, check and sample, a pair (features, labels) "
+        f"or a data set with items (x, label), got {type(source).__name__}"
+    )
 
 
 class _Key(ISeedSequence):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from fastmeta.core.checks import check_count
 from fastmeta.core.optional import require
 from fastmeta.data._cache import Arrays, cached, fingerprint
+from fastmeta.data.class_examples import warn_of_small
 from fastmeta.data.images import ClassImages
 
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -28,24 +28,28 @@ class ImageFolder(ClassImages):
         size: height and width in pixels; the middle square of each image is resized to it with
             antialiasing. None: the images keep their size, which must be the same for all.
         cache: folder for the decoded images; None: ``$FASTMETA_CACHE``, or ``~/.cache/fastmeta``.
+        min_images: classes with fewer images are left out, and a warning names them.
 
-    The images are uint8 [C, E, channels, H, W], turned upright by their EXIF orientation. They have
+    The images are uint8 [M, channels, H, W] in ``flat``, class by class, and [C, E, channels, H, W]
+    in ``images`` if every class has E. They are turned upright by their EXIF orientation. They have
     one channel if none of them has colour, else three. ``class_names`` are the sorted paths of the
-    folders below ``root``. E is the number of images in the smallest class; of larger classes the
-    first E by name are used. Files whose names begin with a dot are ignored.
+    folders below ``root``. Links are followed. Files and folders whose names begin with a dot are
+    ignored.
 
     Raises:
         FileNotFoundError: ``root`` is not a folder.
-        ValueError: no folder below it holds images; an image cannot be decoded; images differ in
-            size and no size is given; or the size is not positive.
+        ValueError: no folder below it holds (enough) images; an image cannot be decoded; images
+            differ in size and no size is given; or a number is not positive.
 
     Warns:
-        UserWarning: some images are not used, because classes differ in their number.
+        UserWarning: folders have no images, or fewer than ``min_images``.
 
     Example::
 
-        source = fastmeta.data.ImageFolder("birds/train", size=84)
-        source.images.shape                                  # [100, 60, 3, 84, 84]
+        source = fastmeta.data.ImageFolder("birds/train", size=84, min_images=20)
+        source.flat.shape                                    # [5994, 3, 84, 84]
+        episodes = fastmeta.data.Episodes(source, ways=5, shots=1, queries=15, tasks=4)
+        episodes.origin(0).support[0]                        # files of the first task's support
     """
 
     def __init__(
@@ -53,44 +57,74 @@ class ImageFolder(ClassImages):
         root: str | os.PathLike[str],
         size: int | None = None,
         cache: str | os.PathLike[str] | None = None,
+        min_images: int = 1,
     ) -> None:
         if size is not None:
             size = check_count("size", size, least=1)
+        min_images = check_count("min_images", min_images, least=1)
         root = Path(root)
-        classes = _equal(_by_class(root), root)
+        classes = _large(_by_class(root), min_images, root)
         files = [file for images in classes.values() for file in images]
         key = {"format": _FORMAT, "size": size, "files": fingerprint(files, root)}
         arrays = cached("images", key, lambda: _decode(files, root, size), cache)
-        images = torch.from_numpy(arrays["images"])
-        super().__init__(images.unflatten(0, (len(classes), -1)), list(classes))
+        counts = [len(images) for images in classes.values()]
+        super().__init__(torch.from_numpy(arrays["images"]), list(classes), counts)
+        self._files = [file.relative_to(root).as_posix() for file in files]
+
+    @property
+    def files(self) -> list[str]:
+        """File of each image of ``flat``, as a path below ``root``."""
+        return list(self._files or [])
 
 
 def _by_class(root: Path) -> dict[str, list[Path]]:
+    """Images of each folder that holds some, and of each that holds neither images nor folders."""
     if not root.is_dir():
         raise FileNotFoundError(f"root: {root} is not a folder")
-    classes: dict[str, list[Path]] = defaultdict(list)
-    for file in sorted(root.rglob("*")):
-        is_image = file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
-        if is_image and file.parent != root and file.is_file():
-            classes[file.parent.relative_to(root).as_posix()].append(file)
-    if not classes:
+    classes: dict[str, list[Path]] = {}
+    for folder, folders, names in _walk(root):
+        images = [folder / name for name in sorted(names) if _is_image(name)]
+        for image in images:
+            if not image.exists():
+                raise ValueError(f"root: {image} is a link to nothing")
+        if folder != root and (images or not folders):
+            classes[folder.relative_to(root).as_posix()] = images
+    return {name: classes[name] for name in sorted(classes)}
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Like ``os.walk``, through links and without what is hidden; a link to an ancestor ends it."""
+    for place, folders, files in os.walk(root, followlinks=True):
+        here = os.path.realpath(place)
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".")
+            and not f"{here}/".startswith(os.path.realpath(os.path.join(place, name)) + "/")
+        ]
+        yield Path(place), folders, files
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in _SUFFIXES and not name.startswith(".")
+
+
+def _large(classes: dict[str, list[Path]], least: int, root: Path) -> dict[str, list[Path]]:
+    """Classes with ``least`` images; a warning names the others."""
+    small = {name: len(images) for name, images in classes.items() if len(images) < least}
+    if len(small) == len(classes):
+        if any(classes.values()):
+            most = max(map(len, classes.values()))
+            raise ValueError(
+                f"root: expected a folder below {root} with at least {least} images, the largest "
+                f"has {most}"
+            )
         found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
         raise ValueError(
             f"root: expected {root} to hold a folder of images for each class; found {found}"
         )
-    return {name: classes[name] for name in sorted(classes)}
-
-
-def _equal(classes: dict[str, list[Path]], root: Path) -> dict[str, list[Path]]:
-    """Keep the same number of images of each class, the first ones."""
-    smallest = min(classes, key=lambda name: len(classes[name]))
-    each = len(classes[smallest])
-    if any(len(images) != each for images in classes.values()):
-        warnings.warn(
-            f"the first {each} images of every class in {root} are used, {smallest} has no more",
-            stacklevel=3,
-        )
-    return {name: images[:each] for name, images in classes.items()}
+    warn_of_small(small, len(classes), least, "images")
+    return {name: images for name, images in classes.items() if name not in small}
 
 
 def _decode(files: list[Path], root: Path, size: int | None) -> Arrays:

@@ -5,29 +5,36 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastmeta.core.checks import check_count
-from fastmeta.data.episodes import Episode
+from fastmeta.data.class_examples import ClassExamples
+
+_Self = TypeVar("_Self", bound="ClassImages")
 
 
-class ClassImages:
-    """C classes of E images each. Base of the image sources; takes your own images too.
+class ClassImages(ClassExamples):
+    """C classes of images. Base of the image sources; takes your own images too.
 
     Args:
-        images: uint8 [C, E, channels, H, W], on any device.
+        images: uint8, on any device: [C, E, channels, H, W], E of each class; or, with ``counts``,
+            [M, channels, H, W], class by class.
         class_names: C names, or None for "0", "1", ...
+        counts: number of images of each class, with the sum M; None: E of each.
+
+    The images of an episode are float32 in [0, 1].
 
     Attributes:
-        images: the given tensor, contiguous.
         class_names: list of C strings.
 
     Raises:
         TypeError: ``images`` is not a uint8 tensor.
-        ValueError: ``images`` does not have five dimensions, or the number of names is not C.
+        ValueError: ``images`` has other dimensions, the counts are not those of M images, or the
+            number of names is not C.
 
     Example::
 
@@ -38,108 +45,72 @@ class ClassImages:
         torch.Size([3, 10, 3, 8, 8])
     """
 
-    def __init__(self, images: Tensor, class_names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        class_names: Sequence[str] | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> None:
         if not isinstance(images, Tensor) or images.dtype != torch.uint8:
             came = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"images: expected a uint8 tensor, got {came}")
-        if images.ndim != 5:
-            raise ValueError(
-                f"images: expected [C, E, channels, H, W], got shape {tuple(images.shape)}"
-            )
-        names = map(str, range(len(images))) if class_names is None else class_names
-        self.images = images.contiguous()
-        self.class_names = list(names)
-        if len(self.class_names) != len(images):
-            raise ValueError(
-                f"class_names: expected {len(images)} names, got {len(self.class_names)}"
-            )
+        if images.ndim != (5 if counts is None else 4):
+            wanted = "[C, E, channels, H, W]" if counts is None else "[M, channels, H, W]"
+            raise ValueError(f"images: expected {wanted}, got shape {tuple(images.shape)}")
+        if counts is None:
+            counts = [images.shape[1]] * images.shape[0]
+            images = images.flatten(0, 1)
+        counts = [check_count("counts", count, least=0) for count in counts]
+        if sum(counts) != len(images):
+            raise ValueError(f"counts: expected the sum {len(images)}, got {sum(counts)}")
+        names = list(map(str, range(len(counts))) if class_names is None else class_names)
+        if len(names) != len(counts):
+            raise ValueError(f"class_names: expected {len(counts)} names, got {len(names)}")
+        super().__init__(np.arange(len(images)), np.array(counts, dtype=np.int64), names)
+        self._images = images.contiguous()
+        self._files: list[str] | None = None
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes C."""
-        return self.images.shape[0]
-
-    @property
-    def num_examples(self) -> int:
-        """Number of images per class E."""
-        return self.images.shape[1]
-
-    def to(self, device: str | torch.device) -> ClassImages:
-        """Source with the same images on ``device``."""
-        moved = copy.copy(self)
-        moved.images = self.images.to(device)
-        return moved
-
-    def check(self, ways: int, shots: int, queries: int) -> None:
-        """Raise ValueError if there are too few classes, or too few images per class."""
-        ways = check_count("ways", ways, least=1)
-        shots = check_count("shots", shots, least=1)
-        queries = check_count("queries", queries, least=0)
-        if ways > self.num_classes:
-            raise ValueError(
-                f"ways: expected at most the {self.num_classes} classes of the source, got {ways}"
-            )
-        if shots + queries > self.num_examples:
-            raise ValueError(
-                f"shots + queries: expected at most the {self.num_examples} examples of a class, "
-                f"got {shots} + {queries}"
-            )
-
-    def sample(
-        self, rng: np.random.Generator, tasks: int, ways: int, shots: int, queries: int
-    ) -> Episode:
-        """Draw T tasks of N classes, with ``shots`` support and ``queries`` query images of each.
-
-        The classes of a task are distinct, in random order, and labelled 0..N-1 in this order. No
-        image is drawn twice. Images are float32 in [0, 1], labels int64, both class-major.
-
-        Returns:
-            Episode with x [T, N * shots, channels, H, W] and [T, N * queries, channels, H, W].
+    def images(self) -> Tensor:
+        """All images: uint8 [C, E, channels, H, W].
 
         Raises:
-            ValueError: as :meth:`check`; or ``tasks`` is negative.
+            ValueError: the classes have different numbers of images; :attr:`flat` has them.
         """
-        self.check(ways, shots, queries)
-        tasks = check_count("tasks", tasks, least=0)
-        classes = draw_distinct(rng, (tasks,), self.num_classes, ways)
-        examples = draw_distinct(rng, (tasks, ways), self.num_examples, shots + queries)
-        rows = torch.from_numpy(classes[..., None] * self.num_examples + examples)
-        rows = rows.to(self.images.device)
-        support_x, support_y = self._gather(rows[:, :, :shots])
-        query_x, query_y = self._gather(rows[:, :, shots:])
-        return Episode(support_x, support_y, query_x, query_y)
+        if len(set(self.counts)) > 1:
+            raise ValueError(
+                f"images: expected equally many of each class, got {min(self.counts)} to "
+                f"{max(self.counts)}; flat has them, [M, channels, H, W], class by class"
+            )
+        return self._images.view(self.num_classes, self.num_examples, *self._images.shape[1:])
 
-    def _gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        tasks, ways, each = rows.shape
-        flat = self.images.flatten(0, 1)
+    @property
+    def flat(self) -> Tensor:
+        """All images, class by class: uint8 [M, channels, H, W]."""
+        return self._images
+
+    def subset(self: _Self, classes: Sequence[int]) -> _Self:
+        """Source of the classes with these numbers, in this order, and of no others."""
+        part = super().subset(classes)
+        rows = part._rows
+        part._images = self._images[torch.from_numpy(rows).to(self._images.device)]
+        part._files = self._files and [self._files[row] for row in rows]
+        part._rows = np.arange(len(rows))
+        return part
+
+    def to(self: _Self, device: str | torch.device) -> _Self:
+        """Source with the same images on ``device``."""
+        moved = copy.copy(self)
+        moved._images = self._images.to(device)
+        return moved
+
+    def _example_name(self, row: int) -> str:
+        return self._files[row] if self._files else super()._example_name(row)
+
+    def _inputs(self, rows: np.ndarray, rng: np.random.Generator) -> Tensor:
+        chosen = torch.from_numpy(rows).to(self._images.device)
         # Division rounds differently on CPU and CUDA; this product does not, and maps 255 to 1.
-        x = flat.index_select(0, rows.reshape(-1)).to(torch.float32).mul_(1 / 255)
-        labels = torch.arange(ways, device=rows.device).repeat_interleave(each)
-        return (
-            x.view(tasks, ways * each, *flat.shape[1:]),
-            labels.expand(tasks, ways * each).contiguous(),
-        )
-
-
-def draw_distinct(
-    rng: np.random.Generator, shape: tuple[int, ...], population: int, draws: int
-) -> np.ndarray:
-    """For each entry of ``shape``, ``draws`` distinct indices below ``population`` in random order.
-
-    Every index gets a random 64-bit key, and the smallest keys are chosen. The low bits of a key
-    are the index itself. So keys never tie, and ``np.partition`` suffices, which is faster than
-    ``np.argpartition``.
-
-    Returns:
-        int64 array of shape [*shape, draws]; uniform over ordered draws.
-    """
-    mask = np.uint64((1 << (population - 1).bit_length()) - 1)
-    keys = rng.integers(1 << 64, size=(*shape, population), dtype=np.uint64)
-    keys &= ~mask
-    keys |= np.arange(population, dtype=np.uint64)
-    chosen = np.partition(keys, draws - 1, axis=-1)[..., :draws]
-    chosen.sort(axis=-1)
-    return (chosen & mask).astype(np.int64)
+        return self._images.index_select(0, chosen).to(torch.float32).mul_(1 / 255)
 
 
 def stable_fraction(name: str, salt: str) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fastmeta.core.checks import check_count
-from fastmeta.data.episodes import Episode
+from fastmeta.data.episode import Episode
 
 
 class Sinusoid:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from fastmeta.core.checks import check_choice
-from fastmeta.data.episodes import Source
+from fastmeta.data.episode import Source
 from fastmeta.data.glyphs import Glyphs
 from fastmeta.data.image_folder import ImageFolder
 from fastmeta.data.omniglot import Omniglot
@@ -30,6 +30,7 @@ def from_spec(
     protocol: str = "official",
     *,
     cache: str | os.PathLike[str] | None = None,
+    min_images: int = 1,
 ) -> Source:
     """Make the source that a short text names.
 
@@ -40,6 +41,7 @@ def from_spec(
         protocol: split of Omniglot. "official": the published parts, background for training and
             evaluation for evaluation; "paper": 1028 and 423 characters.
         cache: cache folder of images; None: the default of the source.
+        min_images: folders of images with fewer are left out, and a warning names them.
 
     Raises:
         ValueError: the spec, split or protocol is unknown. Errors of the source pass through.
@@ -55,7 +57,7 @@ def from_spec(
     if name == "omniglot" and argument:
         return Omniglot(Path(argument).expanduser(), _OMNIGLOT_SPLITS[protocol, split], cache=cache)
     if name == "images" and argument:
-        return image_folder(argument, split, cache=cache)
+        return image_folder(argument, split, cache=cache, min_images=min_images)
     if spec == "glyphs":
         return Glyphs(_GLYPH_SPLITS[split], cache=cache)
     if spec == "sinusoid":
@@ -64,7 +66,11 @@ def from_spec(
 
 
 def image_folder(
-    argument: str, split: str, *, cache: str | os.PathLike[str] | None = None
+    argument: str,
+    split: str,
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    min_images: int = 1,
 ) -> ImageFolder:
     """Classes of a split of your own images: of the folder ``train``, ``val`` or ``test``.
 
@@ -72,6 +78,7 @@ def image_folder(
         argument: "PATH", or "PATH@SIZE" to resize the images to SIZE pixels in height and width.
         split: "train", "validation" (the folder ``val``) or "evaluation" (``test``).
         cache: cache folder of the images; None: the default.
+        min_images: classes with fewer images are left out, and a warning names them.
 
     Raises:
         FileNotFoundError: the folder is missing.
@@ -86,7 +93,7 @@ def image_folder(
         raise FileNotFoundError(
             f"data: expected {root} to hold a folder of images for each class; there is no {root}"
         )
-    return ImageFolder(root, size, cache)
+    return ImageFolder(root, size, cache, min_images)
 
 
 def has_image_folder(argument: str, split: str) -> bool:

@@ -210,7 +210,8 @@ def evaluate_run(
     shots = config.shots if shots is None else shots
     queries = config.queries if queries is None else queries
     steps = config.eval_steps if steps is None else steps
-    source = from_spec(data, "evaluation", config.protocol)
+    least = shots + queries
+    source = from_spec(data, "evaluation", config.protocol, min_images=least)
     evaluator = Evaluator(source, ways, shots, queries, tasks, seed, device=config.device)
     found = RunEvaluation(
         **asdict(evaluator(run.learner, steps)),

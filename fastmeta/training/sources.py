@@ -21,7 +21,9 @@ def training_sources(config: TrainConfig, source: Source | None) -> tuple[Source
     Returns:
         The source, and the evaluator; None if ``eval_every`` is 0.
     """
-    training = source or from_spec(config.data, "train", config.protocol)
+    training = source or from_spec(
+        config.data, "train", config.protocol, min_images=config.shots + config.queries
+    )
     if config.eval_every == 0:
         return training, None
     held_out = None if source else validation_source(config)
@@ -48,7 +50,7 @@ def validation_source(config: TrainConfig) -> Source | None:
     if name == "omniglot" and config.protocol == "paper":
         return Omniglot(root, "validation")
     if name == "images" and has_image_folder(root, "validation"):
-        return image_folder(root, "validation")
+        return image_folder(root, "validation", min_images=config.shots + config.queries)
     return None
 
 
@@ -63,6 +65,6 @@ def hold_out(source: ClassImages, ways: int) -> tuple[ClassImages, ClassImages]:
 
     def part(wanted: bool) -> ClassImages:
         rows = [i for i, name in enumerate(characters) if (name in held_out) is wanted]
-        return ClassImages(source.images[rows], [source.class_names[i] for i in rows])
+        return source.subset(rows)
 
     return part(False), part(True)

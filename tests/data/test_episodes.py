@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmeta.data import ClassImages, Episode, Episodes, Sinusoid
-from fastmeta.data.images import draw_distinct
+from fastmeta.data.class_examples import draw_distinct
 
 DEVICES = [
     "cpu",

@@ -12,7 +12,7 @@ from PIL import Image
 from fastmeta import cli
 from fastmeta.data import Episodes, ImageFolder, from_spec
 from fastmeta.training.config import TrainConfig
-from fastmeta.training.sources import validation_source
+from fastmeta.training.sources import training_sources, validation_source
 
 
 @pytest.fixture(autouse=True)
@@ -80,14 +80,81 @@ def test_images_stand_as_the_camera_says(tmp_path):
     assert upright[0].min() > 250 and upright[-1].max() < 5
 
 
-def test_classes_of_different_sizes_keep_their_first_images(tmp_path):
+def test_classes_of_different_sizes_keep_all_their_images(tmp_path):
     write_classes(tmp_path)
     write(tmp_path / "class1" / "more.png", 99)
-    with pytest.warns(
-        UserWarning, match=r"the first 2 images of every class .* class0 has no more"
-    ):
-        source = ImageFolder(tmp_path)
-    assert source.images[:, :, 0, -1, -1].tolist() == [[0, 1], [10, 11], [20, 21]]
+    source = ImageFolder(tmp_path)
+    assert source.counts == [2, 3, 2] and source.num_examples == 2
+    assert source.flat[:, 0, -1, -1].tolist() == [0, 1, 10, 11, 99, 20, 21]
+    with pytest.raises(ValueError, match="images: expected equally many of each class, got 2 to 3"):
+        _ = source.images
+    drawn = {name for i in range(20) for name in Episodes(source, 3, 1, 1, 4).origin(i).query[0]}
+    assert drawn == set(source.files)
+
+
+def test_small_classes_are_left_out_and_named(tmp_path):
+    write_classes(tmp_path, images=3)
+    write(tmp_path / "lone" / "1.png", 1)
+    (tmp_path / "empty").mkdir()
+    with pytest.warns(UserWarning, match=r"1 of 5 classes .* fewer than 1 images .* empty \(0\)"):
+        assert ImageFolder(tmp_path).counts == [3, 3, 3, 1]
+    expected = r"2 of 5 classes have fewer than 2 images and are left out: empty \(0\), lone \(1\)"
+    with pytest.warns(UserWarning, match=expected):
+        source = ImageFolder(tmp_path, min_images=2)
+    assert source.class_names == ["class0", "class1", "class2"]
+    with pytest.raises(ValueError, match="with at least 4 images, the largest has 3"):
+        ImageFolder(tmp_path, min_images=4)
+
+
+def test_too_small_a_class_is_named_with_the_way_out(tmp_path):
+    write_classes(tmp_path, images=4)
+    write(tmp_path / "lone" / "1.png", 1)
+    source = ImageFolder(tmp_path)
+    with pytest.raises(ValueError) as refused:
+        Episodes(source, 2, 1, 3, tasks=1)
+    assert str(refused.value) == (
+        "shots + queries: expected at most 1, the size of the smallest class, lone, got 1 + 3; "
+        "source.at_least(4) leaves small classes out"
+    )
+    with pytest.warns(UserWarning, match=r"1 of 4 .* left out: lone \(1\)"):
+        Episodes(source.at_least(4), 2, 1, 3, tasks=1)
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    write_classes(tmp_path / "images", classes=2)
+    write(tmp_path / "images" / ".ipynb_checkpoints" / "1.png", 1)
+    write(tmp_path / "images" / "class0" / ".ipynb_checkpoints" / "1.png", 1)
+    assert ImageFolder(tmp_path / "images").class_names == ["class0", "class1"]
+
+
+def test_links_are_followed(tmp_path):
+    write_classes(tmp_path / "elsewhere", classes=2)
+    write(tmp_path / "one.png", 77)
+    root = tmp_path / "images"
+    (root / "own").mkdir(parents=True)
+    (root / "linked").symlink_to(tmp_path / "elsewhere" / "class1")
+    (root / "own" / "1.png").symlink_to(tmp_path / "one.png")
+    (root / "own" / "back").symlink_to(root)  # which holds itself
+    source = ImageFolder(root)
+    assert source.class_names == ["linked", "own"] and source.counts == [2, 1]
+    assert source.files == ["linked/0.png", "linked/1.png", "own/1.png"]
+    (root / "own" / "2.png").symlink_to(tmp_path / "nothing.png")
+    with pytest.raises(ValueError, match=r"own/2.png is a link to nothing"):
+        ImageFolder(root)
+
+
+def test_an_episode_tells_its_classes_and_files(tmp_path):
+    write_classes(tmp_path, classes=5, images=4)
+    source = ImageFolder(tmp_path)
+    episodes = Episodes(source, 3, 2, 1, tasks=2, seed=5)
+    origin, episode = episodes.origin(3), episodes[3]
+    for names, images in ((origin.support, episode.support_x), (origin.query, episode.query_x)):
+        values = (images[:, :, 0, -1, -1] * 255).round().int().tolist()
+        files = [[f"class{value // 10}/{value % 10}.png" for value in task] for task in values]
+        assert names == files
+    assert origin.class_names == [
+        [task[0][:6], task[2][:6], task[4][:6]] for task in origin.support
+    ]
 
 
 def test_changed_images_are_read_again(tmp_path):
@@ -155,10 +222,21 @@ def test_a_missing_split_is_named(tmp_path):
 
 def test_the_folder_val_is_for_validation(tmp_path):
     write_classes(tmp_path / "train")
-    config = TrainConfig("maml", f"images:{tmp_path}", str(tmp_path / "out"))
+    config = TrainConfig("maml", f"images:{tmp_path}", str(tmp_path / "out"), queries=1)
     assert validation_source(config) is None
     write_classes(tmp_path / "val", classes=2)
     assert validation_source(config).num_classes == 2
+
+
+def test_training_leaves_out_classes_too_small_for_its_tasks(tmp_path):
+    write_classes(tmp_path / "train", classes=4, images=3)
+    write(tmp_path / "train" / "lone" / "1.png", 1)
+    config = TrainConfig(
+        "maml", f"images:{tmp_path}", str(tmp_path / "out"), ways=2, queries=2, eval_every=0
+    )
+    with pytest.warns(UserWarning, match=r"1 of 5 classes .* fewer than 3 images .*: lone \(1\)"):
+        source, _ = training_sources(config, None)
+    assert source.class_names == [f"class{c}" for c in range(4)]
 
 
 def test_own_images_from_training_to_evaluation(tmp_path, capsys):

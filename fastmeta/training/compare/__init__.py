@@ -216,7 +216,8 @@ def _check_folders(
 
 
 def _check_training(configs: Sequence[TrainConfig]) -> None:
-    source = from_spec(configs[0].data, "train", configs[0].protocol)
+    first, most = configs[0], max(config.shots + config.queries for config in configs)
+    source = from_spec(first.data, "train", first.protocol, min_images=most)
     for config in configs:
         with learner_named_in_errors(config.algorithm):
             source.check(config.train_ways or config.ways, config.shots, config.queries)
@@ -224,8 +225,10 @@ def _check_training(configs: Sequence[TrainConfig]) -> None:
 
 def _check_scoring(configs: Sequence[TrainConfig], tasks: int, queries: int | None = None) -> None:
     first = configs[0]
-    source = from_spec(first.data, "evaluation", first.protocol)
-    for many in {config.queries if queries is None else queries for config in configs}:
+    queried = {config.queries if queries is None else queries for config in configs}
+    least = first.shots + max(queried)
+    source = from_spec(first.data, "evaluation", first.protocol, min_images=least)
+    for many in queried:
         Evaluator(source, first.ways, first.shots, many, tasks)
 
 
