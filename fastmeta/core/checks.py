@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 _INTEGERS = (int, torch.SymInt)
 
@@ -89,6 +90,20 @@ def check_device(device: object, usable: bool = False) -> torch.device:
         reason = f": {str(error).splitlines()[0]}" if usable else ""
         raise ValueError(f"device: expected {expected}, got {device!r}{reason}") from error
     return found
+
+
+def check_dense(name: str, value: object) -> None:
+    """TypeError unless ``value`` is a tensor of one shape with a memory of its own."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.is_nested:
+        raise TypeError(
+            f"{name}: expected a tensor of one shape, got a nested one; pad its examples, for "
+            "instance with torch.nested.to_padded_tensor(x, 0), and let the module mask the padding"
+        )
+    if value.layout is not torch.strided:
+        layout = str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: expected a dense tensor, got a {layout} one; use to_dense()")
 
 
 def refuse_inference_mode(reason: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import FunctionCtx
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -18,16 +19,28 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 TURN = RLock()
 
 
-def entry_point(method: Method) -> Method:
-    """Make a method an entry of an engine: threads take turns, and torch.compile does not trace it.
+_NO_TRANSFORMS = (
+    "a learner was called inside a transform of torch.func (grad, vmap, jvp, ...), which cannot "
+    "see its derivative. Take it by loss.backward() or torch.autograd.grad, and give all tasks to "
+    "one call instead of vmapping it. The ops, such as fm.hvp and fm.inner_update, can be "
+    "transformed"
+)
 
-    Tracing would silently drop the derivatives of the ``autograd.Function`` classes inside.
+
+def entry_point(method: Method) -> Method:
+    """Make a method an entry of an engine: threads take turns, and nothing traces or transforms it.
+
+    Tracing by torch.compile would silently drop the derivatives of the ``autograd.Function``
+    classes inside. A transform of torch.func raises a RuntimeError.
     """
-    untraced = torch.compiler.disable(method)
+    # torch.compiler.disable would import torch.compile's tracer, which takes longer than torch.
+    untraced = _disable_dynamo(method)
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        # The wrapper of torch.compiler.disable costs microseconds, so eager calls go around it.
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(_NO_TRANSFORMS)
+        # The wrapper costs microseconds, so eager calls go around it.
         with TURN:
             return (untraced if torch.compiler.is_compiling() else method)(*args, **kwargs)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmeta.core.checks import check_dense
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.base import Examples
 
@@ -100,8 +101,7 @@ def check_examples(layout: ParameterLayout, *sets: Examples) -> int:
 
 
 def _check_tensor(name: str, tensor: Tensor, layout: ParameterLayout) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    check_dense(name, tensor)
     if tensor.ndim < 2 or 0 in tensor.shape[:2]:
         raise ValueError(
             f"{name}: expected shape [T, examples, ...] with at least one task and one "

@@ -80,10 +80,12 @@ class CompilableLearner(nn.Module):
     The op looks the learner up by its ``id``, since ops take tensors and numbers only.
     """
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _register(self) -> None:
-        # The decorator makes torch.compile call this while it traces instead of tracing it.
         _LEARNERS[id(self)] = self
+
+    # Makes torch.compile call it while it traces instead of tracing it. This is all that
+    # torch.compiler.assume_constant_result does after importing the tracer, which takes a second.
+    _register._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _tensors(learner: nn.Module) -> list[Tensor]:

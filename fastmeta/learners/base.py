@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from fastmeta.core.checks import check_dense
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.base import Engine
 
@@ -85,7 +86,6 @@ class AdaptedTasks:
 
 def check_queries(query_x: Tensor, tasks: int) -> None:
     """Raise unless ``query_x`` is a tensor ``[T, Q, ...]`` of the adapted tasks."""
-    if not isinstance(query_x, Tensor):
-        raise TypeError(f"query_x: expected a tensor, got {type(query_x).__name__}")
+    check_dense("query_x", query_x)
     if query_x.ndim < 2 or len(query_x) != tasks:
         raise ValueError(f"query_x: expected shape [{tasks}, Q, ...], got {list(query_x.shape)}")

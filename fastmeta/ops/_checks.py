@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmeta.core.checks import check_dense
 from fastmeta.core.dtypes import accumulation_dtype
 
 METRICS = ("sqeuclidean", "euclidean", "cosine", "dot")
 
 
 def check_floating(name: str, x: Tensor) -> None:
-    """TypeError unless ``x`` is a floating-point tensor."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    """TypeError unless ``x`` is a dense floating-point tensor."""
+    check_dense(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
 
@@ -57,8 +57,11 @@ def _check_exactly(
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype != dtype:
-        raise TypeError(f"{name}: expected dtype {dtype}, got {x.dtype}")
-    check_shape(name, x, shape)
+        way = "; use long()" if dtype == torch.int64 else ""
+        raise TypeError(f"{name}: expected dtype {dtype}, got {x.dtype}{way}")
+    if x.shape != shape:
+        way = "; use squeeze(-1)" if x.shape == (*shape, 1) else ""
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}{way}")
     if x.device != device:
         raise ValueError(f"{name}: expected device {device}, got {x.device}")
 

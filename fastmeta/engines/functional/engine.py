@@ -211,7 +211,7 @@ class FunctionalEngine:
                 # The default binds the chunk now: a closure would see the loop's last one.
                 def total(theta: Tensor, part: Examples = part) -> Tensor:
                     params = layout.views(theta)
-                    return task_module.losses(params, part.x, part.y, loss)[0].sum()
+                    return task_module.losses(params, part.x, part.y, loss, part.x_name)[0].sum()
 
                 products.append(_product(total, theta[chunk], vector[chunk], self.options.hvp_mode))
         return torch.cat(products)
@@ -225,7 +225,7 @@ class FunctionalEngine:
         layout, task_module = ParameterLayout.of(self.module), self._task_module()
         with task_module.conditions(), inner_step(self.options.steps):
             outputs = [
-                task_module.outputs(layout.views(theta[chunk]), x[chunk])
+                task_module.outputs(layout.views(theta[chunk]), x[chunk], "query_x")
                 for chunk in self.options.chunks(len(x))
             ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

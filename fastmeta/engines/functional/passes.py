@@ -164,7 +164,7 @@ class ModulePasses:
         def total(params: Tensors, inputs: Tensors) -> Tensor:
             x = inputs.get(examples.x_name, examples.x)
             y = inputs.get(examples.y_name, examples.y)
-            losses, outputs = self.task_module.losses(params, x, y, loss)
+            losses, outputs = self.task_module.losses(params, x, y, loss, examples.x_name)
             if record is not None:
                 record[0].append(losses.detach())
                 record[1].append(outputs.detach())

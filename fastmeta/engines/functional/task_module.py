@@ -6,19 +6,28 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from fastmeta.core.module_errors import described
 from fastmeta.core.vmap import differentiable_kernels, map_tasks, under_derivative
 from fastmeta.engines.autograd import TURN
 from fastmeta.engines.base import Loss
 from fastmeta.engines.functional.layer_routing import RoutedLayers, widened
-from fastmeta.engines.functional.vmap_errors import vmap_errors
+from fastmeta.engines.functional.vmap_errors import VmapError, vmap_errors
 
 _RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 # Caches of its weights that a recurrent module writes at each call. Under vmap it would keep one
 # task's weights there.
 _RECURRENT_CACHE = ("_flat_weights", "_flat_weight_refs")
+
+_KINDS = (
+    IndexError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+)  # of a forward that cannot take its input
 
 
 class TaskModule:
@@ -104,17 +113,18 @@ class TaskModule:
             stack.enter_context(differentiable_kernels(recurrent=bool(self._recurrent)))
             yield
 
-    def outputs(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def outputs(self, params: Mapping[str, Tensor], x: Tensor, name: str = "x") -> Tensor:
         """The outputs ``[T, S, ...]`` for parameters ``[T, *shape]`` and x ``[T, S, ...]``.
 
-        Parameters that ``params`` lacks are the module's own, the same for every task.
+        Parameters that ``params`` lacks are the module's own, the same for every task. ``name`` is
+        the argument's in errors.
         """
-        return self._mapped(lambda call, x: call(x), params, x)
+        return self._mapped(lambda call, x: call(x), name, params, x)
 
     def losses(
-        self, params: Mapping[str, Tensor], x: Tensor, y: Tensor, loss: Loss
+        self, params: Mapping[str, Tensor], x: Tensor, y: Tensor, loss: Loss, name: str = "x"
     ) -> tuple[Tensor, Tensor]:
-        """Each task's loss ``[T]`` and outputs ``[T, S, ...]``."""
+        """Each task's loss ``[T]`` and outputs ``[T, S, ...]``; ``name`` is x's in errors."""
         tasks = len(x)
 
         def task_loss(call: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Any:
@@ -128,9 +138,11 @@ class TaskModule:
                 )
             return value, outputs
 
-        return self._mapped(task_loss, params, x, y)
+        return self._mapped(task_loss, name, params, x, y)
 
-    def _mapped(self, fn: Callable[..., Any], params: Mapping[str, Tensor], *inputs: Tensor) -> Any:
+    def _mapped(
+        self, fn: Callable[..., Any], name: str, params: Mapping[str, Tensor], *inputs: Tensor
+    ) -> Any:
         tasks = inputs[0].shape[0]
         buffers = {
             name: b.expand(tasks, *b.shape).clone() for name, b in self._task_buffers.items()
@@ -148,7 +160,10 @@ class TaskModule:
             def call(x: Tensor) -> Tensor:
                 def run(params: dict[str, Tensor]) -> Tensor:
                     tensors = {**self._trainable, **params, **buffers, **shared}
-                    return self._call(tensors, x, routing)
+                    try:
+                        return self._call(tensors, x, routing)
+                    except _KINDS as error:
+                        raise _ForwardError from error
 
                 # PyTorch's recurrent kernels have no batching rule; under a derivative they
                 # decompose into ops that have one.
@@ -161,8 +176,33 @@ class TaskModule:
 
             return fn(call, *inputs)
 
-        with vmap_errors(type(self.module).__name__, tasks):
-            return map_tasks(one_task, dict(params), buffers, *inputs)
+        try:
+            with vmap_errors(type(self.module).__name__, tasks):
+                return map_tasks(one_task, dict(params), buffers, *inputs)
+        except _ForwardError as failed:
+            first = {n: tensor[0] for n, tensor in {**params, **buffers}.items()}
+            error = failed.__cause__
+            raise self._told(error, name, inputs[0], {**first, **shared}) from error
+
+    def _told(self, error: Any, name: str, x: Tensor, first: dict[str, Tensor]) -> Exception:
+        """The error to raise for an error of the forward; ``first``: tensors of the first task."""
+        if len(x) > 1:
+            # PyTorch's message for one task speaks of the user's shapes, and there may be none.
+            plain = self._plain_error(x[0], first)
+            if plain is None:
+                return VmapError(type(self.module).__name__, error)
+            error = plain
+        return described(error, self.module, name, x[0])
+
+    def _plain_error(self, x: Tensor, tensors: dict[str, Tensor]) -> Exception | None:
+        """The error of the forward for one task without vmap, if there is one."""
+        cuda = [x.device] if x.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            try:
+                self._call({**self._trainable, **tensors}, x, RoutedLayers(False, x.device, True))
+            except _KINDS as error:
+                return error
+        return None
 
     def _call(self, tensors: dict[str, Tensor], x: Tensor, routing: RoutedLayers) -> Tensor:
         with ExitStack() as stack:
@@ -171,6 +211,10 @@ class TaskModule:
                 values = {key: tensors[name] for key, name in names.items()}
                 stack.enter_context(_temporarily(table, values))
             return self.module(x)
+
+
+class _ForwardError(Exception):
+    """Carries an error of the module's forward out of vmap, as its cause."""
 
 
 @contextmanager

@@ -173,7 +173,7 @@ class ANIL(CompilableLearner):
         lr = step_sizes(self._step_sizes(self.steps), self.steps, features)
         kernel_form = uses_kernel_form(self.form, head, self.steps)
         options = HeadOptions(self._inner_loss, self.weight_decay, self.first_order, kernel_form)
-        return head_loss(head, lr, self._features(query_x), query_targets, options)
+        return head_loss(head, lr, self._features(query_x, "query_x"), query_targets, options)
 
     def adapt_tasks(
         self, support_x: Tensor, support_y: Tensor, steps: int | None = None
@@ -274,21 +274,24 @@ class ANIL(CompilableLearner):
     def _support_features(self, x: Tensor) -> Tensor:
         # To first order the support features get no gradient, so no graph of them is kept.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.first_order):
-            return self._features(x)
+            return self._features(x, "support_x")
 
     def _outputs(self, query_x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return task_linear(self._features(query_x), weight, bias)
+        return task_linear(self._features(query_x, "query_x"), weight, bias)
 
     @entry_point
-    def _features(self, x: Tensor) -> Tensor:
-        """``[T, B, ...]`` -> ``[T, B, D]``, in the head's dtype, also under autocast."""
+    def _features(self, x: Tensor, name: str) -> Tensor:
+        """``[T, B, ...]`` -> ``[T, B, D]``, in the head's dtype, also under autocast.
+
+        ``name`` is the argument's in errors.
+        """
         call = TaskModule(self.body, self.norm_statistics)
 
         def outputs(chunk: int | None) -> Tensor:
             # Not split if one chunk is all: the backward of a split copies the gradient.
             if chunk is None or chunk >= len(x):
-                return call.outputs({}, x)
-            return torch.cat([call.outputs({}, part) for part in x.split(chunk)])
+                return call.outputs({}, x, name)
+            return torch.cat([call.outputs({}, part, name) for part in x.split(chunk)])
 
         with call.conditions():
             features = vmapped_if_possible(self.body, self.task_chunk, outputs)

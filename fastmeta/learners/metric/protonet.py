@@ -8,7 +8,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from fastmeta.core.checks import check_choice
+from fastmeta.core.checks import check_choice, check_dense
+from fastmeta.core.module_errors import described
 from fastmeta.learners.metric._classes import (
     check_present,
     classes_present,
@@ -73,7 +74,7 @@ class ProtoNet(nn.Module):
         Raises:
             ValueError: the encoder does not return a tensor with one row an example.
         """
-        embedding = self.encoder(x)
+        embedding = self._encode(x)
         if not isinstance(embedding, Tensor) or embedding.shape[:1] != x.shape[:1]:
             got = getattr(embedding, "shape", None) or type(embedding).__name__
             raise ValueError(f"encoder: expected an output [{len(x)}, ...], got {got}")
@@ -222,6 +223,15 @@ class ProtoNet(nn.Module):
         """``[T, B, ...] -> [T, B, D]`` in one encoder call."""
         return self(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
+    def _encode(self, x: Tensor) -> Tensor:
+        """The encoder's output; an error of it names the layer and the shape that came."""
+        if torch.compiler.is_compiling():
+            return self.encoder(x)
+        try:
+            return self.encoder(x)
+        except (IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise described(error, self.encoder, "x", x) from error
+
     def _logits(self, query: Tensor, centres: Tensor, present: Tensor | None) -> Tensor:
         logits = -self.scale * pairwise_distance(query, centres, metric=self.metric)
         return masked_logits(logits, present)
@@ -251,8 +261,7 @@ class AdaptedProtoNet:
             TypeError: ``query_x`` is not a tensor.
             ValueError: ``query_x`` has another number of tasks.
         """
-        if not isinstance(query_x, Tensor):
-            raise TypeError(f"query_x: expected a tensor, got {type(query_x).__name__}")
+        check_dense("query_x", query_x)
         if query_x.ndim < 3 or len(query_x) != len(self.prototypes):
             shape = list(query_x.shape)
             raise ValueError(
@@ -264,17 +273,16 @@ class AdaptedProtoNet:
 
 def _check_examples(name: str, x: Tensor, y: Tensor) -> None:
     for argument, value in ((f"{name}_x", x), (f"{name}_y", y)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{argument}: expected a tensor, got {type(value).__name__}")
+        check_dense(argument, value)
     if x.ndim < 3:
         raise ValueError(f"{name}_x: expected shape [T, examples, ...], got {list(x.shape)}")
     if y.shape != x.shape[:2]:
         raise ValueError(
             f"{name}_y: expected shape {list(x.shape[:2])}, one label an example of {name}_x, "
-            f"got {list(y.shape)}"
+            f"got {list(y.shape)}{'; use squeeze(-1)' if y.shape == (*x.shape[:2], 1) else ''}"
         )
     if y.dtype != torch.int64:
-        raise TypeError(f"{name}_y: expected int64 labels, got {y.dtype}")
+        raise TypeError(f"{name}_y: expected int64 labels, got {y.dtype}; use long()")
 
 
 def _check_alike(support_x: Tensor, query_x: Tensor) -> None:
