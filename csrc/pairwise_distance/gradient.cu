@@ -238,15 +238,16 @@ struct Plan {
 };
 
 Plan plan_of(const PairwiseShape& shape) {
-  constexpr int64_t kChunk = FASTMETA_CHUNK, kSplitRows = 512;
+  constexpr int64_t kSplitRows = 512;
+  const int64_t most = FASTMETA_CHUNK;
   using Tile = LargeGradientTile;
   const int64_t row = std::max({shape.classes, shape.features, int64_t(1)});
   // A chunk has whole rows of tiles: a tile decides for all its distances how they are summed.
-  const int64_t rows_of_tiles = std::max<int64_t>(kChunk / row / LargeTile::kRows, 1);
+  const int64_t rows_of_tiles = std::max<int64_t>(most / row / LargeTile::kRows, 1);
   Plan plan{1, std::min(shape.queries, rows_of_tiles * LargeTile::kRows), 1};
   // A chunk has several tasks only if it has all their rows.
   if (plan.rows == shape.queries) {
-    plan.tasks = std::clamp<int64_t>(kChunk / (row * shape.queries), 1, shape.tasks);
+    plan.tasks = std::clamp<int64_t>(most / (row * shape.queries), 1, shape.tasks);
   }
   const int64_t tiles = count_tiles<Tile>(plan.tasks, shape.classes, shape.features);
   plan.splits = std::max<int64_t>(

@@ -37,8 +37,9 @@ EMULATED = [
 BINDING = [*EMULATED, "-O0", "-g0"]
 KERNEL = [
     *(*EMULATED, "-include", "cuda_runtime.h"),
-    "-DFASTMETA_CHUNK=8192",  # so small that gradients are made in several
-    "-DFASTMETA_TASK_BYTES=16384",  # and that tens of small tasks are done in several turns
+    # So small, unless a test says otherwise, that work is done in several turns.
+    "-DFASTMETA_CHUNK=::emulator::chunk()",
+    "-DFASTMETA_TASK_BYTES=::emulator::task_bytes()",
     # Statics of templates stay a library's own: several libraries have a block_sum.
     "-fno-gnu-unique",
     *("-fsanitize=thread,undefined", "-fno-sanitize-recover=all"),

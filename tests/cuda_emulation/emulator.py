@@ -15,8 +15,10 @@ import pytest
 
 from tests.cuda_emulation.build import BUILD
 from tests.cuda_emulation.settings import ORDERS
+from tools.cuda_check import readable
 
 SLOT = 64 * 1024  # alignment of a __shared__ array, as in shared_memory.h
+INVALID_VALUE = 1  # cudaErrorInvalidValue
 ORDER_OF = pytest.StashKey[str]()  # the order of threads of a test, where it is given
 
 
@@ -29,6 +31,21 @@ class Launch:
     shared_bytes: int
     device: int
     stream: int
+    place: int  # of the kernel in `library`
+    library: str
+    facts: dict[str, int]  # of its arguments; see launch_facts.h
+
+    @property
+    def kernel(self) -> str:
+        """Its name as `tools.cuda_check` shows it."""
+        return kernels_of(self.library)[self.place]
+
+
+@cache
+def kernels_of(library: str) -> dict[int, str]:
+    """The names of the kernels of a library, by their places in it."""
+    symbols = _symbols(Path(library), ".text")
+    return {place: readable(name) for place, _, name in symbols if "_kernel" in name}
 
 
 @cache
@@ -44,6 +61,10 @@ def runtime() -> ctypes.CDLL:
     library.emulator_add_shared.argtypes = [ctypes.c_void_p, *sizes, ctypes.c_char_p]
     library.emulator_fail_after.argtypes = [ctypes.c_int64]
     library.emulator_launch.argtypes = [ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)]
+    for name in ("library", "facts"):
+        text = getattr(library, f"emulator_launch_{name}")
+        text.restype, text.argtypes = ctypes.c_char_p, [ctypes.c_int64]
+    library.emulator_set_turns.argtypes = [ctypes.c_int64] * 2
     return library
 
 
@@ -52,7 +73,7 @@ def load_kernels(path: Path) -> ctypes.CDLL:
     """Loads a library of kernels and tells the emulator of its __shared__ arrays."""
     runtime()
     library = ctypes.CDLL(str(path))
-    arrays = _objects_in_bss(path)
+    arrays = _symbols(path, ".bss")  # what starts as zero: __shared__ arrays, and others
     end = max((offset + size for offset, size, _ in arrays), default=0)
     end = -(-end // mmap.PAGESIZE) * mmap.PAGESIZE  # nothing else shares the last page
     for offset, size, name in arrays:
@@ -61,11 +82,11 @@ def load_kernels(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _objects_in_bss(path: Path) -> list[tuple[int, int, str]]:
-    """Offset, size and name of each variable that starts as zero: __shared__ arrays, and others."""
+def _symbols(path: Path, section: str) -> list[tuple[int, int, str]]:
+    """Offset, size and name of each symbol of a section of a library."""
     command = ["nm", "--defined-only", "--format=sysv", "--demangle", str(path)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    lines = [line.rsplit("|", 6) for line in output.splitlines() if line.endswith("|.bss")]
+    lines = [line.rsplit("|", 6) for line in output.splitlines() if line.endswith(f"|{section}")]
     return [
         (int(offset, 16), int(size, 16), name.strip())
         for name, offset, _, _, size, _, _ in lines
@@ -95,9 +116,14 @@ def launches() -> Iterator[list[Launch]]:
     seen: list[Launch] = []
     yield seen
     for i in range(runtime().emulator_launch_count()):
-        fields = (ctypes.c_int64 * 5)()
+        fields = (ctypes.c_int64 * 6)()
         runtime().emulator_launch(i, fields)
-        seen.append(Launch(*fields))
+        library, facts = (
+            text(i).decode()
+            for text in (runtime().emulator_launch_library, runtime().emulator_launch_facts)
+        )
+        numbers = (word.split("=") for word in facts.split())
+        seen.append(Launch(*fields, library, {name: int(number) for name, number in numbers}))
 
 
 # Each of these holds inside of a `with` block.
@@ -148,9 +174,27 @@ def shared_memory(bytes: int) -> AbstractContextManager[None]:
     return _during("emulator_set_shared_memory", (bytes,), (227 * 1024,))
 
 
+def long_turns() -> AbstractContextManager[None]:
+    """As much is done at a time as without the emulator; 16 KiB of tasks, 8192 distances otherwise.
+
+    See FASTMETA_TASK_BYTES and FASTMETA_CHUNK.
+    """
+    return _during("emulator_set_turns", (4 << 30, 1 << 26), (16384, 8192))
+
+
 def current_stream(device: int, stream: int) -> AbstractContextManager[None]:
     """The current stream of a device."""
     return _during("emulator_set_stream", (device, stream), (device, 0))
+
+
+def leave_error(code: int) -> None:
+    """Make it what the next cudaGetLastError() returns, as of somebody else's launch."""
+    runtime().emulator_leave_error(code)
+
+
+def take_error() -> int:
+    """What cudaGetLastError() returns; 0 if there is none."""
+    return runtime().emulator_take_error()
 
 
 def current_device() -> int:

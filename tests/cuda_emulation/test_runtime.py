@@ -76,6 +76,22 @@ def test_every_launch_is_checked(case):
         assert torch.equal(a, e)
 
 
+@each_case
+def test_an_error_that_another_library_left_is_not_ours(case):
+    """cudaGetLastError() returns it to whoever asks first, so nobody asks."""
+    expected = run(case)
+    emulator.leave_error(emulator.INVALID_VALUE)
+    for a, e in zip(run(case), expected, strict=True):
+        assert torch.equal(a, e)
+    assert emulator.take_error() == emulator.INVALID_VALUE
+
+
+def test_an_error_of_ours_is_not_left_to_others():
+    with emulator.failing_launch(0), pytest.raises(RuntimeError, match="too many resources"):
+        run(CASES[0])
+    assert emulator.take_error() == 0
+
+
 @pytest.mark.parametrize(
     "case",
     [

@@ -15,10 +15,18 @@ __device__ value_t* dynamic_shared() {
   return reinterpret_cast<value_t*>(fastmeta_dynamic_shared);
 }
 
+// Returns the error of this launch: cudaGetLastError() after <<<>>> would also tell of one that
+// another library left behind.
 template <typename... Parameters>
-void call_kernel(void (*kernel)(Parameters...), unsigned blocks, int threads, size_t shared_bytes,
-                 cudaStream_t stream, Parameters... arguments) {
-  kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...);
+cudaError_t call_kernel(void (*kernel)(Parameters...), unsigned blocks, int threads,
+                        size_t shared_bytes, cudaStream_t stream, Parameters... arguments) {
+  void* addresses[] = {&arguments...};
+  const cudaError_t error =
+      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks),
+                       dim3(static_cast<unsigned>(threads)), addresses, shared_bytes, stream);
+  // Our caller reports it; whoever asks next must not find it again.
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
 }
 
 }  // namespace fastmeta

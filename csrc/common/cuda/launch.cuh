@@ -24,11 +24,13 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // as in call_kernel()
+      return error;
+    }
   }
-  call_kernel<Parameters...>(kernel, static_cast<unsigned>(blocks), threads, shared_bytes, stream,
-                             arguments...);
-  return cudaGetLastError();
+  return call_kernel<Parameters...>(kernel, static_cast<unsigned>(blocks), threads, shared_bytes,
+                                    stream, arguments...);
 }
 
 }  // namespace fastmeta

@@ -18,10 +18,8 @@ namespace {
 constexpr int kDevices = 2, kStreams = 2;
 constexpr int kSharedWithoutConsent = 48 * 1024;
 
-struct Launch {
-  int64_t blocks;
-  int64_t threads;
-  int64_t shared_bytes;
+struct Record {
+  Launch launch;
   int64_t device;  // that was current
   int64_t stream;  // of the device; -1 where it belongs to another one
 };
@@ -34,10 +32,12 @@ struct Runtime {
   bool is_capturing = false;
   int multiprocessors = 2;                        // few, so that small tensors are enough for them
   int shared_memory = SharedMemory::kMaxDynamic;  // bytes that a block can have
+  // Few, so that tens of tasks, and small gradients, take several turns.
+  int64_t task_bytes = 16384, chunk = 8192;
   cudaError_t error = cudaSuccess;
   int64_t launches_until_failure = -1;  // -1: none fails
   std::map<const void*, int> consents;  // bytes of dynamic shared memory
-  std::vector<Launch> launches;
+  std::vector<Record> launches;
   std::string report = "unspecified launch failure";
 } runtime;
 
@@ -49,28 +49,29 @@ int index_of(cudaStream_t stream) {
   return -1;
 }
 
-cudaError_t refusal(const void* kernel, int threads, size_t shared_bytes) {
+cudaError_t refusal(const Launch& launch) {
+  if (launch.blocks == 0) return cudaErrorInvalidConfiguration;
   if (runtime.launches_until_failure == 0) return cudaErrorLaunchOutOfResources;
-  if (threads < 1 || threads > kMaxThreads) return cudaErrorInvalidConfiguration;
-  const auto consent = runtime.consents.find(kernel);
+  if (launch.threads < 1 || launch.threads > kMaxThreads) return cudaErrorInvalidConfiguration;
+  const auto consent = runtime.consents.find(launch.kernel);
   const int allowed = consent == runtime.consents.end() ? kSharedWithoutConsent : consent->second;
-  return shared_bytes > static_cast<size_t>(allowed) ? cudaErrorInvalidValue : cudaSuccess;
+  return launch.shared_bytes > static_cast<size_t>(allowed) ? cudaErrorInvalidValue : cudaSuccess;
 }
+
+// As CUDA does: the error is returned, and the next cudaGetLastError() returns it too.
+cudaError_t failed(cudaError_t error) { return runtime.error = error; }
 
 }  // namespace
 
-void launch(const void* kernel, unsigned blocks, int threads, size_t shared_bytes,
-            cudaStream_t stream, const std::function<void()>& thread) {
-  runtime.error =
-      blocks == 0 ? cudaErrorInvalidConfiguration : refusal(kernel, threads, shared_bytes);
+cudaError_t launch(const Launch& launch, const std::function<void()>& thread) {
+  const cudaError_t refused = refusal(launch);
   if (runtime.launches_until_failure >= 0) --runtime.launches_until_failure;
-  if (runtime.error != cudaSuccess) return;
-  runtime.launches.push_back(
-      {blocks, threads, static_cast<int64_t>(shared_bytes), runtime.device, index_of(stream)});
-  const auto report = run(blocks, threads, shared_bytes, thread);
-  if (report.empty()) return;
+  if (refused != cudaSuccess) return failed(refused);
+  runtime.launches.push_back({launch, runtime.device, index_of(launch.stream)});
+  const auto report = run(launch.blocks, launch.threads, launch.shared_bytes, thread);
+  if (report.empty()) return cudaSuccess;
   runtime.report = report;
-  runtime.error = cudaErrorLaunchFailure;
+  return failed(cudaErrorLaunchFailure);
 }
 
 cudaStream_t current_stream() {
@@ -80,6 +81,10 @@ cudaStream_t current_stream() {
 int device_of_tensors() { return runtime.device_of_tensors; }
 
 bool is_capturing() { return runtime.is_capturing; }
+
+int64_t task_bytes() { return runtime.task_bytes; }
+
+int64_t chunk() { return runtime.chunk; }
 
 }  // namespace emulator
 
@@ -106,7 +111,7 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
-  if (value < 0 || value > runtime.shared_memory) return cudaErrorInvalidValue;
+  if (value < 0 || value > runtime.shared_memory) return emulator::failed(cudaErrorInvalidValue);
   runtime.consents[kernel] = value;
   return cudaSuccess;
 }
@@ -171,19 +176,44 @@ void emulator_set_multiprocessors(int count) { runtime.multiprocessors = count; 
 
 void emulator_set_shared_memory(int bytes) { runtime.shared_memory = bytes; }
 
+void emulator_set_turns(int64_t task_bytes, int64_t chunk) {
+  runtime.task_bytes = task_bytes;
+  runtime.chunk = chunk;
+}
+
+// The error that the next cudaGetLastError() returns.
+void emulator_leave_error(int error) { runtime.error = static_cast<cudaError_t>(error); }
+
+int emulator_take_error() { return cudaGetLastError(); }
+
 // The launch after `launches` more fails; -1: none does.
 void emulator_fail_after(int64_t launches) { runtime.launches_until_failure = launches; }
 
 int64_t emulator_launch_count() { return static_cast<int64_t>(runtime.launches.size()); }
 
-// Blocks, threads, bytes of dynamic shared memory, device and stream of a launch.
+// Blocks, threads, bytes of dynamic shared memory, device and stream of a launch, and the offset of
+// its kernel in its library.
 void emulator_launch(int64_t index, int64_t* fields) {
-  const auto& launch = runtime.launches[index];
+  const auto& [launch, device, stream] = runtime.launches[index];
+  Dl_info library{};
+  dladdr(launch.kernel, &library);
   fields[0] = launch.blocks;
   fields[1] = launch.threads;
-  fields[2] = launch.shared_bytes;
-  fields[3] = launch.device;
-  fields[4] = launch.stream;
+  fields[2] = static_cast<int64_t>(launch.shared_bytes);
+  fields[3] = device;
+  fields[4] = stream;
+  fields[5] = static_cast<const char*>(launch.kernel) - static_cast<char*>(library.dli_fbase);
+}
+
+// The path of the kernel's library, and what is known of its arguments.
+const char* emulator_launch_library(int64_t index) {
+  Dl_info library{};
+  dladdr(runtime.launches[index].launch.kernel, &library);
+  return library.dli_fname;
+}
+
+const char* emulator_launch_facts(int64_t index) {
+  return runtime.launches[index].launch.facts.c_str();
 }
 
 void emulator_forget_launches() { runtime.launches.clear(); }

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <string>
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -35,12 +36,22 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 
 namespace emulator {
 
-// What `kernel<<<...>>>` does.
-void launch(const void* kernel, unsigned blocks, int threads, size_t shared_bytes,
-            cudaStream_t stream, const std::function<void()>& thread);
+struct Launch {
+  const void* kernel;
+  unsigned blocks;
+  int threads;
+  size_t shared_bytes;
+  cudaStream_t stream;
+  std::string facts;  // of the arguments, for the record
+};
+
+// What cudaLaunchKernel() does.
+cudaError_t launch(const Launch& launch, const std::function<void()>& thread);
 
 cudaStream_t current_stream();  // of the current device
 int device_of_tensors();        // the device whose memory the CPU's tensors are taken for
 bool is_capturing();
+int64_t task_bytes();  // of all tasks that a program runs at a time
+int64_t chunk();       // numbers in an array of a gradient of distances, at a time
 
 }  // namespace emulator

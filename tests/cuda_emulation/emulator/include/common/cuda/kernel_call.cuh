@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include "launch_facts.h"
+
 namespace fastmeta {
 
 template <typename value_t>
@@ -11,10 +13,14 @@ value_t* dynamic_shared() {
 }
 
 template <typename... Parameters>
-void call_kernel(void (*kernel)(Parameters...), unsigned blocks, int threads, size_t shared_bytes,
-                 cudaStream_t stream, Parameters... arguments) {
-  emulator::launch(reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes, stream,
-                   [&] { kernel(arguments...); });
+cudaError_t call_kernel(void (*kernel)(Parameters...), unsigned blocks, int threads,
+                        size_t shared_bytes, cudaStream_t stream, Parameters... arguments) {
+  const cudaError_t error =
+      emulator::launch({reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes,
+                        stream, (emulator::facts_of(arguments) + ...)},
+                       [&] { kernel(arguments...); });
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
 }
 
 }  // namespace fastmeta
