@@ -1,4 +1,5 @@
-"""Compile the CUDA sources with all warnings as errors; fail if a kernel spills registers.
+"""Compile the CUDA sources with all warnings as errors; fail if a kernel spills registers, or if
+a kernel that benchmarks/gpu/kernels.txt names is not compiled.
 
     python -m tools.cuda_check               # every source for every architecture
     python -m tools.cuda_check --arch sm_90
@@ -7,7 +8,8 @@
 nvcc compiles every .cu and g++ checks every *_cuda.cpp; neither needs a GPU or a torch with CUDA.
 The date of the commit and the name of a source choose its architecture of the day.
 
-Exit status: 0 all is well; 1 a source does not compile or a kernel spills; 3 there is no nvcc.
+Exit status: 0 all is well; 1 a source does not compile, a kernel spills or is missing; 3 there is
+no nvcc.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from tools.ninja_build import BuildError, Edge, run_ninja
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ["sm_80", "sm_90", "sm_120"]
+SOURCES = ROOT / "csrc"
+LISTED = ROOT / "benchmarks" / "gpu" / "kernels.txt"  # what `make gpu` looks for
 DEFAULT_TOOLKIT = "/usr/local/cuda"
 NO_NVCC = 3
 
@@ -205,7 +209,7 @@ def parse_ptxas(report: str) -> list[Usage]:
 
 def readable(name: str) -> str:
     """A demangled name without return type, project namespaces and parameter list."""
-    for noise in ("(anonymous namespace)::", "fastmeta::"):
+    for noise in ("(anonymous namespace)::", "<unnamed>::", "fastmeta::"):
         name = name.replace(noise, "")
     start, depth = 0, 0
     for i, letter in enumerate(name):
@@ -215,7 +219,7 @@ def readable(name: str) -> str:
         if depth == 0 and letter == "(":
             name = name[:i]
             break
-    return name[start:].replace("> >", ">>")
+    return re.sub("> (?=>)", ">", name[start:])
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -258,6 +262,23 @@ def judge(rows: list[Row]) -> int:
     return 1 if spilling else 0
 
 
+def missing(rows: list[Row], listed: list[str]) -> list[str]:
+    """The listed kernels that no source has; none without c++filt, which makes names readable."""
+    if not shutil.which("c++filt"):
+        return []
+    compiled = demangled([row.usage.name for row in rows])
+    return sorted(set(listed) - set(compiled))
+
+
+def judge_names(rows: list[Row], listed: list[str]) -> int:
+    """Print the listed kernels that were not compiled; returns 1 if there are any."""
+    names = missing(rows, listed)
+    if names:
+        print(f"fastmeta: nvcc compiled none of {LISTED.name}'s", file=sys.stderr)
+        print(*names, sep="\n", file=sys.stderr)
+    return 1 if names else 0
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.cuda_check", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -265,7 +286,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--daily", action="store_true", help="one architecture for each source")
     parser.add_argument("--jobs", type=int, help="compilations at once (default: as ninja chooses)")
     parser.add_argument("--build-dir", type=Path, default=ROOT / "build" / "cuda_check")
-    parser.add_argument("--sources", type=Path, default=ROOT / "csrc", help="default: csrc")
+    parser.add_argument("--sources", type=Path, default=SOURCES, help="default: csrc")
     return parser.parse_args(arguments)
 
 
@@ -285,6 +306,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     status = judge(rows)
+    if options.sources.resolve() == SOURCES:
+        status = max(status, judge_names(rows, LISTED.read_text().splitlines()))
     print(f"{toolkit.nvcc}: {summary}")
     return status
 

@@ -4,12 +4,15 @@
 
 compute-sanitizer watches this program. Inputs are copied from the host and the ops are called
 directly, so that no kernel of PyTorch runs: an error is then fastmeta's. Copying a result back
-makes initcheck look at every entry of it. `--profile` fails if a kernel of csrc/ was not launched.
+makes initcheck look at every entry of it. float32 comes twice: IEEE, and rounded to TF32 where
+convolutions and task programs may. `--profile` fails if a kernel of csrc/, or one of kernels.txt by
+its full name, was not launched.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -18,14 +21,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import fastmeta as fm
-from benchmarks.common.agreement import TOLERANCE, relative_error
+from benchmarks.common.agreement import TF32_TOLERANCE, TOLERANCE, relative_error
+from benchmarks.gpu import kernel_list
 from benchmarks.gpu.machine import ROOT
 from benchmarks.gpu.outcomes import NOT_AVAILABLE
+from benchmarks.gpu.precision import convolutions, float32_products
 from fastmeta.core.backend import CONVOLUTION, KERNELS, WIDE_DTYPES
 from fastmeta.core.dtypes import accumulation_dtype
 from fastmeta.engines.program.lowering import Lowering
+from tools.cuda_check import readable
 
 METRICS = ("euclidean", "cosine")  # differences with a root, and products with norms
 # T, Q, N, D: odd sizes; one tile of prototypes, in whole accesses; large tiles; a split sum.
@@ -33,19 +40,66 @@ PAIRS = ((2, 7, 65, 17), (1, 20, 3, 32), (256, 3, 65, 5), (1, 1100, 65, 8))
 UPDATES = ((3, 1023), (2, 64))  # T, P: single values, and whole accesses
 SUPPORTS = ((2, 40, 5, 33), (2, 40, 5, 64))  # T, S, N, D, likewise
 HEADS = (("cross_entropy", 5), ("mse", 5), ("logistic", 1))  # losses and ways
-# T, B, C, O, H, W, groups, of 3 x 3 kernels: large tiles, narrow ones, small ones and split sums;
-# a small number of channels; depthwise.
+# T, B, C, O, H, W, groups, of 3 x 3 kernels: large tiles, large ones of the gradient of images,
+# narrow ones, small ones and split sums; a small number of channels; depthwise.
 CONVOLUTIONS = (
-    *((33, 2, 8, 70, 9, 8, 1), (66, 2, 12, 20, 9, 8, 1), (2, 3, 6, 7, 6, 7, 1)),
-    *((2, 3, 3, 5, 6, 7, 1), (2, 3, 5, 10, 6, 7, 5)),
+    *((33, 2, 8, 70, 9, 8, 1), (66, 2, 36, 8, 9, 8, 1), (66, 2, 12, 20, 9, 8, 1)),
+    *((2, 3, 6, 7, 6, 7, 1), (2, 3, 3, 5, 6, 7, 1), (2, 3, 5, 10, 6, 7, 5)),
 )
 NORMS = ((2, 3, 5, 99), (1, 70, 3, 1))  # T, B, C, P
-# A network, the shape of its examples, and the scale of its parameters: one that a block has in its
-# shared memory, one too large for that, and one of images.
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network, the shape of its examples, the scale of its parameters, and sizes of a call.
+
+    A smooth one has no ReLU and no maximum, whose gradients jump where TF32 rounds across 0.
+    """
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    scale: float
+    smooth: bool = False
+    loss: Callable[..., torch.Tensor] = F.mse_loss
+    tasks: int = 2
+    examples: int = 5
+    steps: int = 1
+
+
+def large_products() -> nn.Module:
+    """All of 64 x 128 at least, and long; with 66 tasks they fill the multiprocessors."""
+    return nn.Sequential(nn.Linear(96, 256), nn.Tanh(), nn.Linear(256, 3))
+
+
+def normed_examples() -> nn.Module:
+    return nn.Sequential(nn.Linear(400, 40), nn.Tanh(), nn.LayerNorm(40), nn.Linear(40, 3))
+
+
+def smooth_images() -> nn.Module:
+    first = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Tanh(), nn.AvgPool2d(2)
+    second = nn.Conv2d(8, 8, 3, padding=1), nn.Softplus(), nn.Flatten(), nn.Linear(8 * 4 * 4, 3)
+    return nn.Sequential(*first, *second)
+
+
+def layers_of_images() -> nn.Module:
+    """Those that Conv4 has not: norms without a pool, depthwise convolutions, both pools."""
+    first = nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+    depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.GroupNorm(2, 8), nn.Tanh()
+    last = nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 6, 3), nn.LeakyReLU(0.1), nn.AvgPool2d(2, 1)
+    return nn.Sequential(*first, *depthwise, *last, nn.Flatten(), nn.Linear(6 * 2 * 2, 3))
+
+
+# Two that a block has in its shared memory, the second with a long list of steps; some too large
+# for that; and networks of images.
 NETWORKS = (
-    (lambda: fm.models.MLP([3, 8, 2]), (3,), 0.35),
-    (lambda: fm.models.MLP([40, 300, 300, 3]), (40,), 0.06),
-    (lambda: fm.models.Conv4(3, 3, 1, 16), (1, 16, 16), 0.3),
+    Net(lambda: fm.models.MLP([3, 8, 2]), (3,), 0.35),
+    Net(lambda: fm.models.MLP([3, 8, 8, 2]), (3,), 0.35, steps=5),
+    Net(lambda: fm.models.MLP([40, 300, 300, 3]), (40,), 0.06),
+    Net(large_products, (96,), 0.1, smooth=True, tasks=66, examples=64),
+    Net(normed_examples, (400,), 0.1, smooth=True, loss=F.cross_entropy, examples=20),
+    Net(lambda: fm.models.Conv4(3, 3, 1, 16), (1, 16, 16), 0.3),
+    Net(layers_of_images, (2, 9, 9), 0.3, loss=F.cross_entropy),
+    Net(smooth_images, (3, 8, 8), 0.3, smooth=True, loss=F.cross_entropy),
 )
 
 Call = tuple[str, tuple[Any, ...]]  # an op of torch.ops.fastmeta and its arguments
@@ -73,13 +127,37 @@ class Draws:
         return self.rows(t, b, h, w, c).permute(0, 1, 4, 2, 3)  # as the kernels read them
 
 
-def calls(dtype: torch.dtype, device: str) -> Iterator[Call]:
-    """Arguments of every op that `device` has, in memory of the host."""
-    draw = Draws(dtype)
-    yield from metric_calls(draw)
-    yield from head_calls(draw)
-    yield from layer_calls(draw, device)
-    yield from program_calls(draw)
+@dataclass(frozen=True)
+class Inputs:
+    """Calls in one precision, and how far a result may be from the CPU's, which has no TF32."""
+
+    dtype: torch.dtype
+    tolerance: float
+    tf32: bool = False
+
+    def __str__(self) -> str:
+        return "TF32" if self.tf32 else str(self.dtype)
+
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
+        with convolutions(self.tf32), float32_products("high" if self.tf32 else "highest"):
+            yield
+
+    def calls(self, device: str) -> Iterator[Call]:
+        """Arguments of every op that `device` has in this precision, in memory of the host."""
+        draw = Draws(self.dtype)
+        if not self.tf32:
+            yield from metric_calls(draw)
+            yield from head_calls(draw)
+            yield from norm_calls(draw)
+        yield from convolution_calls(draw, device)
+        yield from program_calls(draw, only_smooth=self.tf32)
+
+
+ALL_INPUTS = (
+    *(Inputs(dtype, tolerance) for dtype, tolerance in TOLERANCE.items()),
+    Inputs(torch.float32, TF32_TOLERANCE, tf32=True),
+)
 
 
 def metric_calls(draw: Draws) -> Iterator[Call]:
@@ -116,8 +194,8 @@ def head_calls(draw: Draws) -> Iterator[Call]:
             yield "linear_head_backward", (*adapted, *head, *kept, *rest, False, True)
 
 
-def layer_calls(draw: Draws, device: str) -> Iterator[Call]:
-    """Convolutions and batch norms with weights of each task."""
+def convolution_calls(draw: Draws, device: str) -> Iterator[Call]:
+    """Convolutions with weights of each task."""
     has_convolution = draw.dtype in KERNELS.get((CONVOLUTION, device), ())
     for t, b, c, o, h, w, groups in CONVOLUTIONS if has_convolution else ():
         x, weight = draw.images(t, b, c, h, w), draw.rows(t, o, c // groups, 3, 3)
@@ -126,6 +204,10 @@ def layer_calls(draw: Draws, device: str) -> Iterator[Call]:
         yield "task_conv2d", (x, weight, draw.rows(t, o), *options)
         yield "task_conv2d_input", (z, weight, [h, w], *options)
         yield "task_conv2d_weight", (z, x, [3, 3], *options)
+
+
+def norm_calls(draw: Draws) -> Iterator[Call]:
+    """Batch norms with weights of each task."""
     for t, b, c, p in NORMS if draw.dtype in WIDE_DTYPES else ():
         v, g, x = draw.rows(t, b, c, p), draw.rows(t, b, c, p), draw.rows(t, b, c, p)
         weight, bias = draw.rows(t, c), draw.rows(t, c)
@@ -134,23 +216,23 @@ def layer_calls(draw: Draws, device: str) -> Iterator[Call]:
         yield "task_batch_norm_backward_backward", (v, bias, weight, g, x, weight, 1e-5)
 
 
-def program_calls(draw: Draws) -> Iterator[Call]:
+def program_calls(draw: Draws, only_smooth: bool) -> Iterator[Call]:
     """Meta-gradients of the task programs of every network."""
-    for make, shape, scale in NETWORKS if draw.dtype in WIDE_DTYPES else ():
-        program = Lowering(make(), F.mse_loss).program(shape)
-        theta = draw.rows(program.layout.numel) * scale
-        lr, examples = (
-            torch.full((1, 1, 1), 0.1, dtype=draw.dtype),
-            (draw.rows(2, 5, *shape), draw.rows(2, 5, *program.output_shape)),
-        )
-        options = ([], 1, *(False, True, True, True, True, True))
-        yield (
-            "task_program_meta_gradient",
-            (
-                *(program.code, theta, theta.new_empty(0), lr, *examples, *examples),
-                *options,
-            ),
-        )
+    for net in NETWORKS if draw.dtype in WIDE_DTYPES else ():
+        if net.smooth or not only_smooth:
+            yield "task_program_meta_gradient", meta_step(draw, net)
+
+
+def meta_step(draw: Draws, net: Net) -> tuple[Any, ...]:
+    program = Lowering(net.make(), net.loss).program(net.shape)
+    theta = draw.rows(program.layout.numel) * net.scale
+    lr = torch.full((1, 1, 1), 0.1, dtype=draw.dtype)
+    sizes, outputs = (net.tasks, net.examples), program.output_shape
+    x = draw.rows(*sizes, *net.shape)
+    has_labels = net.loss is F.cross_entropy
+    y = draw.labels(*outputs, *sizes) if has_labels else draw.rows(*sizes, *outputs)
+    options = ([], net.steps, *(False, True, True, True, True, True))
+    return program.code, theta, theta.new_empty(0), lr, x, y, x, y, *options
 
 
 def results(op: str, arguments: tuple[Any, ...], device: str) -> list[torch.Tensor]:
@@ -160,19 +242,28 @@ def results(op: str, arguments: tuple[Any, ...], device: str) -> list[torch.Tens
     return [x.cpu() for x in ([out] if isinstance(out, torch.Tensor) else out)]
 
 
+def wrong_results(inputs: Inputs, call: Call, device: str) -> Iterator[str]:
+    """What is wrong with each result that differs from the CPU's."""
+    op, arguments = call
+    on_cpu = results(op, arguments, "cpu")
+    with inputs.precision():
+        on_device = results(op, arguments, device)
+    for actual, e in zip(on_device, on_cpu, strict=True):
+        error, most = relative_error(actual, e), inputs.tolerance
+        if not error <= most:
+            shapes = [list(a.shape) for a in arguments if isinstance(a, torch.Tensor)]
+            yield f"{op} {inputs} {shapes}: error {error:.1e}, at most {most:.0e}"
+
+
 def run(device: str, report: Callable[[str], None] = print) -> int:
     """Call every op; returns how many results differ from the CPU's."""
     wrong = count = 0
-    for dtype, tolerance in TOLERANCE.items():
-        for op, arguments in calls(dtype, device):
+    for inputs in ALL_INPUTS:
+        for call in inputs.calls(device):
             count += 1
-            on_cpu = results(op, arguments, "cpu")
-            for actual, e in zip(results(op, arguments, device), on_cpu, strict=True):
-                error = relative_error(actual, e)
-                if not error <= tolerance:
-                    shapes = [list(a.shape) for a in arguments if isinstance(a, torch.Tensor)]
-                    report(f"{op} {dtype} {shapes}: error {error:.1e}, at most {tolerance:.0e}")
-                    wrong += 1
+            for line in wrong_results(inputs, call, device):
+                report(line)
+                wrong += 1
     report(f"{count} calls on {device}, {wrong} wrong results")
     return wrong
 
@@ -182,19 +273,29 @@ def kernels_of_sources() -> set[str]:
     return set(re.findall(r"__global__[^{;]*?(\w+_kernel)\(", text))
 
 
+def missing(names: set[str], multiprocessors: int) -> list[str]:
+    """The kernels of csrc/ and of kernels.txt that are not among `names`, by their full names."""
+    launched = {readable(name) for name in names}
+    short = {name.partition("<")[0] for name in launched}
+    wanted = kernels_of_sources() | kernel_list.expected(multiprocessors)
+    return sorted(wanted - launched - short)
+
+
 def profiled(device: str) -> int:
-    """Run under the profiler and compare the kernels that it saw with the kernels of csrc/."""
+    """Run under the profiler and look for every kernel among what it saw."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         wrong = run(device)
-    seen = " ".join(event.key for event in profile.key_averages())
-    expected = kernels_of_sources()
-    launched = {name for name in expected if re.search(rf"\b{name}\b", seen)}
+    seen = {event.key for event in profile.key_averages()}
+    launched = {name for name in seen if "fastmeta::" in name}
     if not launched:
         print("the profiler recorded no kernel")
         return 1 if wrong else NOT_AVAILABLE
-    if missing := sorted(expected - launched):
-        print(f"not launched: {', '.join(missing)}")
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    if names := missing(launched, multiprocessors):
+        print("seen:", *sorted(map(readable, launched)), sep="\n  ")
+        print("not launched:", *names, sep="\n  ")
+        print(f"{len(names)} kernels were not launched, {wrong} results were wrong")
         return 1
     print(f"{len(launched)} kernels of csrc/ were launched, {wrong} results were wrong")
     return 1 if wrong else 0

@@ -18,12 +18,11 @@ in the cache. float32 is IEEE float32; tf32 is float32 whose convolutions may be
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ import fastmeta as fm
 from benchmarks.common.agreement import relative_error
 from benchmarks.common.timers import Call, CudaTimer, Seconds, Spread, Timer
 from benchmarks.gpu.measure import OURS, Contender, Inputs, Measure, Sizes, in_torch
+from benchmarks.gpu.precision import convolutions, float32_products
 from benchmarks.gpu.runner import write_json
 from benchmarks.gpu.workloads import all_measures
 from benchmarks.memory.meta import peak
@@ -40,28 +40,6 @@ from fastmeta.training.timing import ratio
 
 COPY = "copy"
 Row = dict[str, Any]
-
-
-@contextlib.contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """Precision of float32 matrix products: "highest" is IEEE float32, "high" allows TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextlib.contextmanager
-def convolutions(tf32: bool) -> Iterator[None]:
-    """Whether PyTorch allows TF32 for float32 convolutions."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def copy_call(timer: Timer, size: int) -> Call:

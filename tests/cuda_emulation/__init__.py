@@ -22,5 +22,8 @@ to the emulator (hooks.cpp), which reports, with the line at fault,
 UndefinedBehaviorSanitizer stops the process at an index out of an array's bounds, an access that is
 not aligned, an overflow. Workspaces and outputs are full of NaN before a kernel writes them.
 
+Every launch is on record, with its kernel's name. If no block is run, the record of a whole
+workload takes a second (test_launches.py).
+
 Not seen: races between blocks, or on global memory; what compute-sanitizer finds on a GPU.
 """

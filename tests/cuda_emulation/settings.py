@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 VARIABLE = "FASTMETA_EMULATOR"
 ORDERS = ("natural", "reversed", "shuffled")
 MIXED = "mixed"  # each test in one of the orders
-# Tests of values, by their files and names. Where orders are mixed, the others run in the natural
-# order or not at all: they call the same kernels for layouts, repeated bits and edges.
+# Tests of values and of launches, by their files and names. Where orders are mixed, the others run
+# in the natural order or not at all: they call these kernels for layouts, repeated bits and edges.
 OF_VALUES = re.compile(
     "float64_reference|boundaries|large_tiles|runtime|task_program|task_conv|task_batch_norm"
-    "|grid_steps|test_emulator|test_mutants"
+    "|grid_steps|test_emulator|test_mutants|test_launches|block_plans|checked_labels"
 )
 
 

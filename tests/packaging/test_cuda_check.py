@@ -56,6 +56,7 @@ def test_report_in_an_unknown_form_is_refused(report):
             "weigh<float, Tile<4, 2>>",
         ),
         ("void fastmeta::pick<(fastmeta::Metric)2, false>(long)", "pick<(Metric)2, false>"),
+        ("void fastmeta::<unnamed>::sum<A<B<int> > >(B<int>)", "sum<A<B<int>>>"),
         ("fastmeta::label_range_kernel(long const*, int*)", "label_range_kernel"),
         ("plain", "plain"),
     ],
@@ -156,6 +157,17 @@ def test_a_second_check_compiles_nothing_and_prints_the_same_table(nvcc, tmp_pat
     *second_table, second_summary = capsys.readouterr().out.splitlines()
     assert len(first_table) == 2 and second_table == first_table
     assert "1 ran now" in first_summary and "0 ran now" in second_summary
+
+
+def test_a_listed_kernel_that_is_not_compiled_is_named(capsys):
+    if not shutil.which("c++filt"):
+        pytest.skip("c++filt is not on PATH")
+    rows = [Row("sm_90", "a.cu", usage) for usage in parse_ptxas(REPORT)]
+    compiled = ["weigh_kernel<float, 4>", "plain"]
+    assert cuda_check.judge_names(rows, compiled) == 0
+    assert capsys.readouterr().err == ""
+    assert cuda_check.judge_names(rows, [*compiled, "weigh_kernel<float, 8>"]) == 1
+    assert capsys.readouterr().err.splitlines()[1:] == ["weigh_kernel<float, 8>"]
 
 
 OBJECT = {"object": "g++ $flags -c -MD -MF $out.d -o $out $in"}

@@ -15,8 +15,9 @@ from benchmarks.common.agreement import relative_error
 from benchmarks.common.networks import MLP, Conv4
 from benchmarks.common.timers import CudaTimer, HostTimer, Spread
 from benchmarks.common.workloads import Workload
-from benchmarks.gpu import every_kernel, ops, outcomes, results
+from benchmarks.gpu import every_kernel, kernel_list, ops, outcomes, results
 from benchmarks.gpu.measure import OURS, Measure, Sizes
+from benchmarks.gpu.precision import float32_products
 from benchmarks.gpu.workloads import all_measures
 
 TINY = Sizes(
@@ -154,7 +155,7 @@ def test_where_gradients_jump_plain_pytorch_says_how_far(monkeypatch):
 
 def test_the_precision_of_products_is_put_back():
     before = torch.get_float32_matmul_precision()
-    with pytest.raises(KeyError), ops.float32_products("high"):
+    with pytest.raises(KeyError), float32_products("high"):
         assert torch.get_float32_matmul_precision() == "high"
         raise KeyError
     assert torch.get_float32_matmul_precision() == before
@@ -266,11 +267,60 @@ def test_every_op_of_the_kernel_check_runs_and_is_right():
     said = []
     assert every_kernel.run("cpu", said.append) == 0
     assert len(said) == 1 and said[0].endswith("calls on cpu, 0 wrong results")
-    ops = {op for op, _ in every_kernel.calls(torch.float32, "cpu")}
+    ops = {op for op, _ in every_kernel.ALL_INPUTS[1].calls("cpu")}
     pairs = {f"{op}{suffix}" for op in fm.core.backend.OPS for suffix in ("", "_backward")}
     convolutions = {f"task_conv2d{suffix}" for suffix in ("", "_input", "_weight")}
     norms = {f"task_batch_norm{suffix}" for suffix in ("", "_backward", "_backward_backward")}
     assert ops == {*pairs, *convolutions, *norms, "task_program_meta_gradient"}
+
+
+def test_float32_is_checked_as_ieee_and_as_tf32():
+    """TF32 is PyTorch's default for convolutions, and near 3e-4."""
+    of_float32 = [x for x in every_kernel.ALL_INPUTS if x.dtype == torch.float32]
+    assert [(x.tf32, x.tolerance) for x in of_float32] == [(False, 1e-4), (True, 2e-3)]
+    ieee, tf32 = of_float32
+    assert (str(ieee), str(tf32)) == ("torch.float32", "TF32")
+    ops = {op for op, _ in tf32.calls("cpu")}
+    convolutions = {f"task_conv2d{suffix}" for suffix in ("", "_input", "_weight")}
+    assert ops == {*convolutions, "task_program_meta_gradient"}
+
+
+def test_networks_in_tf32_have_no_gradient_that_jumps():
+    """Rounding across 0 of a ReLU changes a gradient by percents."""
+    jumping = (torch.nn.ReLU, torch.nn.LeakyReLU, torch.nn.MaxPool2d)
+    for net in every_kernel.NETWORKS:
+        jumps = any(isinstance(layer, jumping) for layer in net.make().modules())
+        assert not (net.smooth and jumps), net
+    steps = [call for call in every_kernel.ALL_INPUTS[-1].calls("cpu") if "program" in call[0]]
+    assert len(steps) == sum(net.smooth for net in every_kernel.NETWORKS) >= 3
+
+
+def settings() -> tuple[bool, str]:
+    return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+
+@pytest.mark.parametrize("tf32, inside", [(False, (False, "highest")), (True, (True, "high"))])
+def test_the_device_computes_in_the_precision_of_the_inputs(tf32, inside, monkeypatch):
+    """And the CPU, which it is compared with, in the precision of before."""
+    seen = {}
+
+    def results(op, arguments, device):
+        seen[device] = settings()
+        return []
+
+    monkeypatch.setattr(every_kernel, "results", results)
+    before = settings()
+    inputs = every_kernel.Inputs(torch.float32, 1e-4, tf32)
+    assert list(every_kernel.wrong_results(inputs, ("op", ()), "other")) == []
+    assert seen == {"cpu": before, "other": inside} and settings() == before
+
+
+@pytest.mark.parametrize("error, tf32, wrong", [(3e-4, False, 1), (3e-4, True, 0), (1, True, 1)])
+def test_an_error_of_tf32_is_allowed_in_tf32_only(error, tf32, wrong, monkeypatch):
+    scale = {"cpu": 1.0, "other": 1 + error}
+    monkeypatch.setattr(every_kernel, "results", lambda op, a, d: [torch.full((3,), scale[d])])
+    inputs = next(x for x in every_kernel.ALL_INPUTS[1:] if x.tf32 == tf32)
+    assert len(list(every_kernel.wrong_results(inputs, ("op", ()), "other"))) == wrong
 
 
 @needs_native
@@ -295,25 +345,54 @@ def test_the_kernels_of_the_sources_are_found():
     assert all(name.endswith("_kernel") for name in found)
 
 
-def test_kernels_that_the_profiler_saw_are_compared_with_the_sources(monkeypatch, capsys):
-    names = [f"void fastmeta::{name}<float>()" for name in every_kernel.kernels_of_sources()]
+def test_the_list_of_kernels_has_every_kernel_of_the_sources():
+    """And both forms of the sums of convolutions and of the largest product."""
+    listed = kernel_list.listed()
+    assert {name.partition("<")[0] for name in listed} == every_kernel.kernels_of_sources()
+    for start in ("convolution_kernel<(MapTo)0, {}<float, ", "product_kernel<{}<float, "):
+        for sums in ("ThreadSums", "TensorSums"):
+            assert any(name.startswith(start.format(sums)) for name in listed)
+    large = "product_kernel<ThreadSums<float, ProductTile<64, 128, 8, 8, 8, 1>>"
+    assert any(name.startswith(large) for name in listed)
+
+
+def as_profiled(names: set[str]) -> set[str]:
+    """As the profiler writes them: with a return type, namespaces and parameters."""
+    return {f"void fastmeta::(anonymous namespace)::{name}(long, float*)" for name in names}
+
+
+def test_an_instance_of_a_template_that_did_not_run_is_noticed():
+    listed = kernel_list.listed()
+    other_tile = next(name for name in sorted(listed) if name.startswith("convolution_kernel"))
+    assert every_kernel.missing(as_profiled(listed), 132) == []
+    assert every_kernel.missing(as_profiled(listed - {other_tile}), 132) == [other_tile]
+    # Another device chooses other tiles.
+    assert every_kernel.missing(as_profiled(listed - {other_tile}), 108) == []
+    without = {name for name in listed if not name.startswith("update_kernel")}
+    assert every_kernel.missing(as_profiled(without), 108) == ["update_kernel"]
+
+
+def test_kernels_that_the_profiler_saw_are_compared_with_the_list(monkeypatch, capsys):
+    names = sorted(as_profiled(kernel_list.listed()))
 
     class Profile(Played):
         def __enter__(self):
             return self
 
         def key_averages(self):
-            return [SimpleNamespace(key=name) for name in self.done]
+            return [SimpleNamespace(key=name) for name in ["Memcpy HtoD", *self.done]]
 
     wrong = 0
     monkeypatch.setattr(every_kernel, "run", lambda device: wrong)
+    h200 = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
     for seen, code, said in (
-        (names, 0, f"{len(names)} kernels of csrc/ were launched"),
-        (names[1:], 1, "not launched: "),
+        (names, 0, f"{len(names)} kernels of csrc/ were launched, 0 results were wrong"),
+        (names[1:], 1, "1 kernels were not launched, 0 results were wrong"),
         ([], outcomes.NOT_AVAILABLE, "the profiler recorded no kernel"),
     ):
         monkeypatch.setattr(torch.profiler, "profile", Profile(seen))
         assert every_kernel.profiled("cuda") == code
-        assert capsys.readouterr().out.startswith(said)
+        assert capsys.readouterr().out.splitlines()[-1] == said
     wrong = 2
     assert every_kernel.profiled("cuda") == 1
