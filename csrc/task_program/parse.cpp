@@ -6,6 +6,8 @@
 #include <bit>
 #include <set>
 
+#include "common/ceil_div.h"
+
 namespace fastmeta {
 namespace {
 
@@ -46,6 +48,7 @@ bool has_parameters(const Instruction& i) {
 }
 
 constexpr int64_t kMost = 1 << 20;
+constexpr int64_t kValueAlign = 4;  // numbers that a kernel reads at once
 
 // Whether sizes, strides and dilations are at least 1 and paddings at least 0, none so large that
 // products overflow.
@@ -294,7 +297,8 @@ void ParsedProgram::fuse_norms() {
 }
 
 // Gives each value memory of its own, except outputs of ReLU and LeakyReLU: their sign is the
-// input's sign, so they overwrite the input if nothing else reads it.
+// input's sign, so they overwrite the input if nothing else reads it. Values begin at multiples of
+// kValueAlign, and so do the arenas behind one another: kernels then read several numbers at once.
 void ParsedProgram::lay_out_values() {
   program_.example_elements = 0;
   for (const auto& i : instructions_) {
@@ -304,7 +308,7 @@ void ParsedProgram::lay_out_values() {
       y.offset = values_[i.x].offset;
     } else {
       y.offset = program_.example_elements;
-      program_.example_elements += y.elements + y.extra;
+      program_.example_elements += ceil_div(y.elements + y.extra, kValueAlign) * kValueAlign;
     }
   }
 }

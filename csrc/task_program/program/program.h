@@ -124,7 +124,7 @@ struct Program {
   int instruction_count, value_count, output;
   int64_t parameters, frozen;  // P, F
   int64_t first_step;          // theta on entry is theta after so many steps
-  int64_t example_elements;    // offset behind the last value: of an example, without the input
+  int64_t example_elements;    // numbers of all values of an example, without the input
   bool covers_theta;           // the backward pass writes every element of the gradient,
   bool writes_once;            // and none twice
   bool has_images;             // convolutions, norms, pools: not for executors of small networks
