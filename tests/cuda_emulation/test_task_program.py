@@ -12,7 +12,7 @@ from torch import nn
 
 from fastmeta.ops.task_program import COMPILED, NAMES, reference
 from tests.cuda_emulation import emulator
-from tests.cuda_emulation.checks import rounded_to_tf32
+from tests.cuda_emulation.checks import fresh, rounded_to_tf32
 from tests.helpers.program_checks import STEP_SIZES, Setting, assert_same, check
 from tests.helpers.programs import Raw
 
@@ -190,7 +190,7 @@ def test_every_launch_is_checked(way):
     for after in range(0, len(launches), 1 if way == "block" else 5):
         message = r"^(task_program|(support|query)_y): too many resources requested"
         with emulator.failing_launch(after), pytest.raises(RuntimeError, match=message):
-            COMPILED.meta_gradient(*args)
+            COMPILED.meta_gradient(*fresh(args))
     for a, e in zip(COMPILED.meta_gradient(*args), expected, strict=True):
         assert torch.equal(a, e)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastmeta.ops.task_program import COMPILED, NAMES, reference
 from tests.cuda_emulation import emulator
-from tests.cuda_emulation.checks import ieee, no_fill, rounded_to_tf32  # noqa: F401 (a fixture)
+from tests.cuda_emulation.checks import fresh, ieee, no_fill, rounded_to_tf32  # noqa: F401 (a fixture)
 from tests.helpers.program_checks import Setting, assert_same, results
 from tests.helpers.programs import IMAGES, LOSSES, Raw, build, shape_of, with_running_statistics
 
@@ -41,7 +41,7 @@ def test_every_launch_of_a_program_of_images_is_checked():
     for after in range(0, len(launches), 5):
         message = "^(task_program|(support|query)_y): too many resources requested"
         with emulator.failing_launch(after), pytest.raises(RuntimeError, match=message):
-            COMPILED.meta_gradient(*args)
+            COMPILED.meta_gradient(*fresh(args))
     for a, e in zip(COMPILED.meta_gradient(*args), expected, strict=True):
         assert torch.equal(a, e)
 

@@ -7,8 +7,10 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "common/check.h"
+#include "common/cuda/checked_labels.h"
 #include "common/cuda/label_range.h"
 #include "common/labels.h"
 
@@ -30,11 +32,9 @@ inline bool is_being_captured() {
 }
 
 // Whether an entry of labels [T, E], contiguous, is outside 0 <= label < classes. Waits for the
-// answer. A stream being captured cannot wait: there the kernels treat such a label as their header
-// says.
+// answer.
 inline bool has_cuda_label_out_of_range(const at::Tensor& labels, int64_t classes,
                                         const char* name) {
-  if (labels.numel() == 0 || is_being_captured()) return false;
   const auto bad = at::empty({kLabelRangeParts}, labels.options().dtype(at::kInt));
   check_launch(launch_label_range(labels.const_data_ptr<int64_t>(), labels.numel(), classes,
                                   bad.mutable_data_ptr<int>(), current_stream()),
@@ -44,11 +44,27 @@ inline bool has_cuda_label_out_of_range(const at::Tensor& labels, int64_t classe
   return std::any_of(part, part + answer.numel(), [](int found) { return found != 0; });
 }
 
-// Raises ValueError for the first such entry.
+// Calls check(), which raises for labels [T, E] out of range, unless these labels have passed it
+// before. A stream being captured cannot wait for an answer: there the kernels treat such a label
+// as their header says.
+template <typename Check>
+void check_cuda_labels_once(const at::Tensor& labels, const LabelRange& range, const Check& check) {
+  if (labels.numel() == 0 || is_being_captured()) return;
+  if (!LabelsInRange::can_be_known(labels)) return check();
+  LabelsInRange now(labels, range);  // before the check: a write during it is a later version
+  auto& checked = CheckedLabels::instance();
+  if (checked.has(now)) return;
+  check();
+  checked.add(std::move(now));
+}
+
+// Raises ValueError for the first entry of labels [T, E], contiguous, outside 0 <= label < classes.
 inline void check_cuda_label_range(const at::Tensor& labels, int64_t classes, const char* name) {
-  if (has_cuda_label_out_of_range(labels, classes, name)) {
-    check_label_range(labels.cpu(), classes, name);
-  }
+  check_cuda_labels_once(labels, {classes}, [&] {
+    if (has_cuda_label_out_of_range(labels, classes, name)) {
+      check_label_range(labels.cpu(), classes, name);
+    }
+  });
 }
 
 }  // namespace fastmeta

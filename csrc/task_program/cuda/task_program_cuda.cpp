@@ -57,11 +57,13 @@ struct OnCuda {
   static void check_labels(const at::Tensor& labels, int64_t classes, int64_t ignored,
                            const char* name) {
     const c10::cuda::CUDAGuard guard(labels.device());
-    if (is_being_captured()) return;  // before any part of the check joins the graph
-    const auto counted = labels.masked_fill(labels.eq(ignored), 0).contiguous();
-    if (has_cuda_label_out_of_range(counted, classes, name)) {
-      check_class_labels(labels.cpu(), classes, ignored, name);
-    }
+    // No part of the check joins a graph that is being captured.
+    check_cuda_labels_once(labels, {classes, ignored}, [&] {
+      const auto counted = labels.masked_fill(labels.eq(ignored), 0).contiguous();
+      if (has_cuda_label_out_of_range(counted, classes, name)) {
+        check_class_labels(labels.cpu(), classes, ignored, name);
+      }
+    });
   }
 
   static bool has_fused_bands(const OpArguments&) { return false; }
