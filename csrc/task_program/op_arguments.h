@@ -34,6 +34,8 @@ struct OpArguments {
   Dtype dtype;
   int64_t tasks = 0;
   Program program;
+  const int64_t* code = nullptr;  // the words that the program was read from
+  int64_t code_words = 0;
   MetaOptions options{};
   bool keeps_states = false, gradient = false;
   Tf32 tf32;  // on CUDA
@@ -63,6 +65,10 @@ struct OpArguments {
   int64_t lr_row() const { return lr_per_parameter ? program.parameters : 1; }
   int64_t lr_dense_stride() const { return lr_step_stride == 0 ? 0 : lr_row(); }
   int64_t lr_elements() const { return lr_row() * (lr_step_stride == 0 ? 1 : options.steps); }
+  bool has_labels() const { return program.loss.kind == LossKind::kCrossEntropy; }
+  bool has_loss() const { return kind != OpKind::kForward; }
+  // Targets of an example: its label, or a number for each output.
+  int64_t target_elements() const { return has_labels() ? 1 : program.output_elements(); }
   TaskNeeds needs() const {
     TaskNeeds needs{};
     needs.options = options;

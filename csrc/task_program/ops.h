@@ -37,6 +37,8 @@ class Call {
     args.kind = kind;
     args.dtype = type == at::kFloat ? Dtype::kFloat : Dtype::kDouble;
     args.program = parsed_.program();
+    args.code = code.const_data_ptr<int64_t>();
+    args.code_words = code.numel();
     TORCH_CHECK(theta.dim() == 1 || theta.dim() == 2, "theta: expected [P] or [T, P], got ",
                 theta.sizes());
     TORCH_CHECK(theta.size(-1) == args.program.parameters, "theta: expected ",

@@ -50,7 +50,7 @@ KERNEL_TESTS = [
 # one: test_runtime.py has its own way. Finite differences call the kernels of the other tests,
 # hundreds of times.
 TESTS = [*KERNEL_TESTS, "tests/ops/test_edges.py", f"{HERE}/test_emulator.py"]
-TESTS += [f"{HERE}/{name}.py" for name in ("test_checked_labels",)]
+TESTS += [f"{HERE}/{name}.py" for name in ("test_checked_labels", "test_block_plans")]
 TESTS += [f"{HERE}/test_launches.py", f"{HERE}/test_mutants.py"]
 TESTS += ["-k", "not 2_to_the_31_e and not finite_differences"]
 TESTS_OF_ORDER = [

@@ -94,17 +94,14 @@ class CpuWorker {
   }
 
   bool sums_lr() const { return args_.grad_lr != nullptr && args_.lr_task_stride == 0; }
-  bool has_labels() const { return args_.program.loss.kind == LossKind::kCrossEntropy; }
-  bool has_loss() const { return args_.kind != OpKind::kForward; }
-  int64_t target_elements() const { return has_labels() ? 1 : args_.program.output_elements(); }
 
   void allocate_examples(BumpAllocator<storage_t>& allocator, const ExampleSet& set,
                          Examples<storage_t>& examples, Array<storage_t>& room) {
     examples.count = set.count;
     if (set.count == 0) return;
     examples.norm = allocator.take(1);
-    if (has_loss() && (in_lanes || has_labels())) {
-      examples.targets = allocator.take(set.count * target_elements());
+    if (args_.has_loss() && (in_lanes || args_.has_labels())) {
+      examples.targets = allocator.take(set.count * args_.target_elements());
     }
     if (in_lanes) room = allocator.take(set.count * args_.program.values[0].elements);
   }
@@ -158,8 +155,8 @@ class CpuWorker {
     const int64_t elements = set.count * args_.program.values[0].elements;
     const bool is_support = &set == &args_.support;
     examples.x = loaded(set.x, set.x_stride, elements, is_support ? support_room_ : query_room_);
-    if (!has_loss()) return;
-    if (has_labels()) {
+    if (!args_.has_loss()) return;
+    if (args_.has_labels()) {
       load_labels(set, examples);
       return;
     }

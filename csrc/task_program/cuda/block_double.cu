@@ -5,16 +5,12 @@ namespace fastmeta {
 
 template <>
 int64_t block_workspace<double>(const OpArguments& args) {
-  int64_t bytes = -1;
-  with_block_run<double>(args, nullptr, [&](auto& run) { bytes = run.workspace_bytes(); });
-  return bytes;
+  return workspace_of_blocks<double>(args);
 }
 
 template <>
 int launch_blocks<double>(const OpArguments& args, void* workspace, void* stream) {
-  int error = cudaErrorInvalidValue;
-  with_block_run<double>(args, workspace, [&](auto& run) { error = run.run(stream); });
-  return error;
+  return run_blocks<double>(args, workspace, stream);
 }
 
 }  // namespace fastmeta

@@ -80,10 +80,8 @@ class GridRun {
                          Examples<value_t>& examples) {
     examples.count = set.count;
     examples.norm = allocator.take(1);
-    if (has_labels()) examples.targets = allocator.take(set.count);
+    if (args_.has_labels()) examples.targets = allocator.take(set.count);
   }
-
-  bool has_labels() const { return args_.program.loss.kind == LossKind::kCrossEntropy; }
 
   // View of row `first` and the following rows of an input or result.
   static Numbers rows_of(const void* data, int64_t first, int64_t stride) {
@@ -121,7 +119,7 @@ class GridRun {
     examples.x = rows_of(set.x, first, set.x_stride);
     if (args_.kind == OpKind::kForward) return;
     const auto& loss = args_.program.loss;
-    if (has_labels()) {
+    if (args_.has_labels()) {
       const auto* labels = static_cast<const int64_t*>(set.targets) + first * set.targets_stride;
       executor.rows(1, LoadLabels<value_t>{labels, set.targets_stride, set.count,
                                            static_cast<int64_t>(loss.b), loss.mean, loss.scale,

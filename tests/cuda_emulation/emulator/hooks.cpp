@@ -32,5 +32,14 @@ void __tsan_read_range(void* address, size_t bytes) {
 void __tsan_write_range(void* address, size_t bytes) {
   check_access(address, bytes, Access::kWrite, __builtin_return_address(0));
 }
+// Of the host's code only: virtual functions, reference counts, the guards of statics.
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+int __tsan_atomic32_fetch_add(int* number, int value, int) {
+  return __atomic_fetch_add(number, value, __ATOMIC_SEQ_CST);
+}
+unsigned char __tsan_atomic8_load(const unsigned char* number, int) {
+  return __atomic_load_n(number, __ATOMIC_SEQ_CST);
+}
 void __tsan_init() {}
 }
