@@ -1,1 +1,1 @@
-"""`make gpu`: builds, tests, checks and measures fastmeta on a machine with a GPU."""
+"""`make gpu`: builds, checks, measures and tests fastmeta on a machine with a GPU."""

@@ -1,4 +1,4 @@
-"""Builds, tests, checks and measures fastmeta on a machine with a GPU.
+"""Builds, checks, measures and tests fastmeta on a machine with a GPU.
 
     python -m benchmarks.gpu          runs everything; what `make gpu` does
     python -m benchmarks.gpu keep     copies its results to benchmarks/results/<gpu>/

@@ -1,6 +1,6 @@
 """The ops on a GPU: time against plain PyTorch, and against the peak of the device.
 
-    python -m benchmarks.gpu.ops [--json FILE] [--seconds 85]
+    python -m benchmarks.gpu.ops [--json FILE] [--seconds 110]
 
 Times are of CUDA events around several calls; contenders take turns, and the ratio of two is the
 median over rounds. Before anything is timed each contender is compared with plain PyTorch in
@@ -231,7 +231,7 @@ def run(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="file for the rows")
-    parser.add_argument("--seconds", type=float, default=85, help="time after which none is begun")
+    parser.add_argument("--seconds", type=float, default=110, help="time after which none is begun")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu.ops: torch finds no CUDA device")

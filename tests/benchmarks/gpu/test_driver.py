@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import machine, steps
+from benchmarks.gpu import machine, outcomes, steps
 from benchmarks.gpu.runner import Outcome, Step, is_good, run_steps, seconds_for, write_json
 from tests.benchmarks.gpu.stub_steps import FAIL, PASS, stub
 
@@ -135,11 +135,46 @@ def test_a_run_that_is_told_to_end_takes_its_steps_along(tmp_path):
 
 def test_the_steps_fit_the_budget_and_the_files_are_few(tmp_path):
     table = steps.all_steps(tmp_path, "9.0")
-    assert sum(step.share for step in table) <= steps.BUDGET < 9 * 60
+    assert sum(step.share for step in table) <= steps.BUDGET < 8 * 60
     assert table[0].name == "build" and table[0].needed
     files = {step.output for step in table} | {"report.json", "tests.xml", "ops.json"}
     assert len(files) <= 8 and not any("/" in name for name in files)
     assert table[0].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
+
+
+def test_what_is_worth_most_comes_first(tmp_path):
+    names = [step.name for step in steps.all_steps(tmp_path, "9.0")]
+    checks = ["racecheck", "memcheck", "initcheck"]
+    assert names == ["build", "kernels", "benchmarks", *checks, "tests"]
+
+
+def test_a_build_as_slow_as_it_may_be_leaves_every_step_its_share(tmp_path):
+    table = steps.all_steps(tmp_path, "9.0")
+    left = steps.BUDGET
+    for number, step in enumerate(table):
+        assert seconds_for(table, number, left) >= step.share
+        left -= seconds_for(table, number, left)
+    assert left >= 0
+
+
+def test_a_part_that_fails_or_hangs_costs_no_earlier_result(tmp_path):
+    """Nor what the part itself had found."""
+    rows = {"ceilings": {}, "rows": [{"op": "x"}]}
+    measured = tmp_path / "ops.json"
+    measure = f"open({str(measured)!r}, 'w').write({json.dumps(rows)!r})"
+    parts = (
+        ("kernels", "print('14 kernels')", outcomes.of_kernels),
+        ("benchmarks", measure, outcomes.of_benchmarks(measured)),
+        ("racecheck", "raise SystemExit(9)", outcomes.of_sanitizer),
+        ("tests", HANG, outcomes.of_tests(tmp_path / "tests.xml")),
+    )
+    table = [stub(name, code, share=1.0, read=read) for name, code, read in parts]
+    run_steps(table, tmp_path, {}, 5)
+    kept = json.loads((tmp_path / "report.json").read_text())
+    assert list(statuses(kept).values()) == ["passed", "passed", "failed", "timed out"]
+    assert kept["steps"]["kernels"]["reason"] == "14 kernels"
+    assert kept["steps"]["benchmarks"]["rows"] == rows["rows"]
+    assert "begun" in (tmp_path / "tests.txt").read_text()
 
 
 def test_the_sanitizers_watch_our_kernels_but_initcheck_all(monkeypatch):

@@ -79,6 +79,17 @@ def test_all_rows_of_the_table_are_measured():
     assert shown <= measured
 
 
+def test_what_decides_about_most_is_measured_first():
+    measures = list(all_measures(Sizes()))
+    order = list(dict.fromkeys(measure.workload for measure in measures))
+    small = ["sin1", "sin5", "anil", "proto_small, T = 1", "proto_small, T = 32"]
+    networks = ["omni_paper", "omni_20w", "mini_conv5", "omni_mlp", "hvp_mlp_t1"]
+    assert order[: len(small) + len(networks)] == [*small, *networks]
+    assert order[len(small) + len(networks) + 2] == "proto_big"
+    precisions = [m.precision for m in measures if m.workload == "omni_paper"]
+    assert precisions == ["tf32", "float32"]
+
+
 def test_a_contender_that_differs_gets_no_ratio():
     measure = only("inner_update")
     off = {**measure.contenders, "off": lambda p, g, lr: (p - 1.01 * lr * g,)}
