@@ -114,7 +114,8 @@ def test_each_source_has_every_architecture_on_some_day():
     assert cuda_check.chosen(source, archs, day="") == archs
     days = [f"2026-01-{day:02}" for day in range(1, 29)]
     found = [cuda_check.chosen(source, archs, day) for day in days]
-    assert {len(some) for some in found} == {1}
+    assert {len(some) for some in found} == {0, 1}
+    assert 9 <= sum(map(len, found)) <= 19
     assert {arch for some in found for arch in some} == set(archs)
 
 
