@@ -188,7 +188,7 @@ def draw_distinct(
         int64 array of shape [*shape, draws]; uniform over ordered draws.
     """
     sizes = np.asarray(population)
-    largest = int(sizes.max(initial=1))
+    largest = int(sizes.max(initial=draws))  # there may be no entry
     mask = np.uint64((1 << (largest - 1).bit_length()) - 1)
     keys = rng.integers(1 << 64, size=(*shape, largest), dtype=np.uint64)
     keys &= ~mask

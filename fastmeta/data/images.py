@@ -33,7 +33,7 @@ class ClassImages(ClassExamples):
 
     Raises:
         TypeError: ``images`` is not a uint8 tensor.
-        ValueError: ``images`` has other dimensions, the counts are not those of M images, or the
+        ValueError: ``images`` has other dimensions, the counts do not sum to M, or the
             number of names is not C.
 
     Example::

@@ -74,7 +74,7 @@ class ClassDataset(ClassExamples):
     Raises:
         TypeError: ``dataset`` is not of this kind, or an item is not a pair, or the labels are not
             integers or strings.
-        ValueError: the number of labels is not that of the items. When an episode is drawn: an item
+        ValueError: there is not one label an item. When an episode is drawn: an item
             has another label than ``labels`` says, or examples differ in shape.
 
     Example::

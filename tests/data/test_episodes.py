@@ -177,7 +177,7 @@ BAD = [
     ({"seed": 2**64}, ValueError, f"seed: .* got {2**64}"),
     ({"seed": 0.5}, TypeError, "seed: .* got 0.5"),
     ({"device": "toaster"}, ValueError, "device: .* got 'toaster'"),
-    ({"source": "glyphs"}, TypeError, "source: expected methods to, check and sample, got str"),
+    ({"source": "glyphs"}, TypeError, "source: expected a source, .* or a data set .*, got str"),
 ]
 
 

@@ -53,7 +53,7 @@ bool spin(microseconds time, const Done& done) {
   return done();
 }
 
-// Makes this thread's loops, PyTorch's, OpenMP's and the BLAS's run on it alone, for a scope.
+// Makes this thread's loops, PyTorch's, OpenMP's and the BLAS's use no other thread, for a scope.
 class OneThread {
  public:
   OneThread() : threads_(at::get_num_threads()) {
