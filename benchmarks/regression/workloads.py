@@ -34,6 +34,24 @@ def _of_peers(build: Build, name: str) -> Step:
     return build(_problem(name)).run
 
 
+def _iteration() -> Step:
+    """A whole iteration of a training loop: loss, backward, and a step of PyTorch's Adam."""
+    setting = TorchProblem(_problem("sin1"))
+    sizes = setting.workload
+    learner = fm.MAML(setting.loaded(), sizes.lr, sizes.steps, loss=setting.loss)
+    optimizer = torch.optim.Adam(learner.parameters(), 1e-3)
+    tasks = [setting.data[name] for name in TASKS]
+
+    def run() -> Tensor:
+        optimizer.zero_grad()
+        loss, _ = learner.meta_loss(*tasks)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return run
+
+
 def _adapt_tasks() -> Step:
     """The adaptation to the support and the outputs on the queries, without a meta-gradient."""
     setting = TorchProblem(_problem("omni_mlp"))
@@ -114,6 +132,7 @@ def _inner_update() -> Step:
 WORKLOADS: dict[str, Callable[[], Step]] = {
     "sin1_t1": partial(_of_peers, fastmeta_steps.chosen, "sin1_t1"),
     "sin1": partial(_of_peers, fastmeta_steps.chosen, "sin1"),
+    "sin1_iteration": _iteration,
     "sin1_backward": partial(_of_peers, fastmeta_steps.autograd, "sin1"),
     "sin1_functional": partial(_of_peers, fastmeta_steps.functional, "sin1"),
     "omni_mlp": partial(_of_peers, fastmeta_steps.chosen, "omni_mlp"),
