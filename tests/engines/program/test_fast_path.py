@@ -321,6 +321,111 @@ def test_a_prepared_learner_is_collected(answered, device):
     assert gone() is None
 
 
+# The meta-loss, which autograd knows
+
+
+@pytest.fixture
+def answered_losses(monkeypatch) -> list[bool]:
+    """Whether each meta-loss was a prepared one."""
+    found: list[bool] = []
+    call = CachedMetaGradient.meta_loss
+
+    def recorded(*args: object) -> object:
+        result = call(*args)
+        found.append(result is not None)
+        return result
+
+    monkeypatch.setattr(CachedMetaGradient, "meta_loss", recorded)
+    return found
+
+
+def with_losses(device, answered_losses: list[bool], **options: object) -> fm.MAML:
+    """A learner whose next meta-loss would be a prepared one."""
+    maml = learner(device, **options)
+    for _ in range(3):
+        maml.meta_loss(*tasks(device))
+    assert answered_losses == [True]
+    return maml
+
+
+def assert_loss_as_fresh(maml: fm.MAML, data: list[Tensor]) -> None:
+    found, expected = [], []
+    for which, results in ((maml, found), (copy.deepcopy(maml), expected)):
+        which.zero_grad()
+        loss, outputs = which.meta_loss(*data)
+        (2 * loss).backward()
+        results += [loss.detach(), outputs, *(p.grad for p in which.parameters())]
+    for a, e in zip(found, expected, strict=True):
+        assert (a is None and e is None) or torch.equal(a, e)
+
+
+@pytest.mark.parametrize("change", VALUES)
+def test_a_loss_reads_values_at_each_call(change, answered_losses, device):
+    maml = with_losses(device, answered_losses)
+    VALUES[change](maml)
+    assert_loss_as_fresh(maml, tasks(device))
+    assert answered_losses[1:] == [True]
+
+
+@pytest.mark.parametrize("change", STATE)
+def test_a_loss_after_a_change_of_state_takes_the_ordinary_way(change, answered_losses, device):
+    maml = with_losses(device, answered_losses)
+    STATE[change](maml)
+    assert_loss_as_fresh(maml, tasks(device))
+    assert not any(answered_losses[1:])
+
+
+def test_losses_and_gradients_prepare_each_other(answered, answered_losses, device):
+    maml = learner(device)
+    maml.meta_loss(*tasks(device))
+    maml.meta_gradient(*tasks(device))
+    loss, _ = maml.meta_loss(*tasks(device))
+    result = maml.meta_gradient(*tasks(device))
+    assert answered == answered_losses == [True]
+    assert loss == result.loss
+    grads = torch.autograd.grad(loss, list(maml.parameters()))
+    assert torch.equal(torch.cat([g.flatten() for g in grads]), result.grads)
+
+
+def test_a_prepared_loss_gives_inputs_their_gradients(answered_losses, device):
+    maml = with_losses(device, answered_losses)
+    gradients = []
+    for which in (maml, copy.deepcopy(maml)):
+        data = tasks(device)
+        data[0].requires_grad_()
+        data[2].requires_grad_()
+        which.meta_loss(*data)[0].backward()
+        gradients.append([data[0].grad, data[2].grad])
+    assert answered_losses[1:] == [True]
+    assert all(map(torch.equal, *gradients)) and gradients[0][0].any()
+
+
+def test_a_prepared_loss_is_differentiable_once(answered_losses, device):
+    maml = with_losses(device, answered_losses)
+    loss, outputs = maml.meta_loss(*tasks(device))
+    assert loss.requires_grad and not outputs.requires_grad
+    grads = torch.autograd.grad(loss, list(maml.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        grads[0].sum().backward()
+
+
+def test_losses_that_take_the_ordinary_way(answered_losses, device):
+    maml = with_losses(device, answered_losses)
+    expected = maml.meta_loss(*tasks(device))[0].detach()
+    with torch.no_grad():
+        loss, _ = maml.meta_loss(*tasks(device))
+    assert not loss.requires_grad and loss == expected
+    weighted, _ = maml.meta_loss(*tasks(device), [1.0, 1.0])
+    assert weighted > loss
+    data = tasks(device)
+    data[3].requires_grad_()
+    maml.meta_loss(*data)[0].backward()
+    assert data[3].grad.any()
+    with fm.use_backend("torch"):
+        assert maml.meta_loss(*tasks(device))[0] == pytest.approx(float(expected))
+    assert answered_losses[1:] == [True, False, False, False]
+
+
 @pytest.mark.parametrize("change", ["buffer", "order"])
 def test_the_watch_sees_other_buffers_and_another_order(change):
     net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Tanh())
