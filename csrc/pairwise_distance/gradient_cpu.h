@@ -6,7 +6,6 @@
 // own columns of grad_y. Every sum has one owner and one order, for any number of threads.
 #pragma once
 
-
 #include <algorithm>
 #include <cstdint>
 

@@ -16,9 +16,7 @@ struct OnCpu {
   }
 
   // Whether each task has one thread.
-  static bool has_fused_bands(const OpArguments& args) {
-    return args.tasks >= thread_count();
-  }
+  static bool has_fused_bands(const OpArguments& args) { return args.tasks >= thread_count(); }
 
   static void run(const OpArguments& args, const at::Tensor&) {
     if (args.dtype == Dtype::kFloat) {

@@ -1,4 +1,4 @@
-"""The globals and attributes that a forward reads, and the check that they are unchanged."""
+"""The variables and attributes that a forward reads, and the check that they are unchanged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, FunctionType, MethodType, ModuleType
+from types import CellType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,11 +32,11 @@ _LEAVES = (*_BY_VALUE, FunctionType, MethodType, Tensor, nn.Module)
 
 
 class NamesRead:
-    """The names of globals and attributes that the user's code mentions while it runs.
+    """The variables and attributes that the user's code mentions while it runs.
 
-    A trace keeps the values that they had. Attributes are of modules, classes and plain
-    objects; ``ModuleSnapshot`` compares layers. The code of a function lists the names that it
-    mentions, so some may not have been read. Variables of enclosing functions are not followed.
+    A trace keeps the values that they had. Variables are globals and what enclosing functions define.
+    Attributes are of modules, classes and plain objects; ``ModuleSnapshot`` compares layers. The
+    code of a function lists the names that it mentions, so some may not have been read.
 
     Example:
         >>> names = NamesRead()
@@ -86,6 +86,8 @@ class NamesRead:
         for name in code.co_names:
             if name in frame.f_globals:
                 self._add(frame.f_globals, name, code.co_names, _DEPTH)
+        for cell in _cells(frame):
+            self._add(cell, "cell_contents", code.co_names, _DEPTH)
         owner = type(receiver) if isinstance(receiver, nn.Module) else receiver
         self._add_attributes(owner, code.co_names, _DEPTH)
 
@@ -110,7 +112,7 @@ class NamesRead:
 
 
 class _Name(NamedTuple):
-    """A name of an owner, a dictionary of globals or an object, and the state of its value."""
+    """A name of an owner (globals, a cell or another object), and the state of its value."""
 
     owner: Any
     name: str
@@ -126,8 +128,30 @@ def _state(value: Any) -> Any:
     return comparable(value) if type(value) in _BY_VALUE else Identity(value)
 
 
+def _cells(frame: FrameType) -> list[CellType]:
+    """The variables of enclosing functions that a frame's function mentions."""
+    code, values = frame.f_code, frame.f_locals
+    names = set(code.co_freevars) - {"__class__"}  # which super() reads
+    if not names:
+        return []
+    # A frame does not know its function. Several may have its code, each with its own variables.
+    found = []
+    for function in gc.get_referrers(code):
+        if isinstance(function, FunctionType):
+            cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+            own = {name: cells[name] for name in names}
+            if all(_read(own[n], "cell_contents") is values.get(n, _MISSING) for n in names):
+                found += own.values()
+    return found
+
+
 def _read(owner: Any, name: str) -> Any:
     """The value of a name; ``_MISSING`` if there is none."""
+    if type(owner) is CellType:
+        try:
+            return owner.cell_contents
+        except ValueError:  # it was deleted
+            return _MISSING
     return owner.get(name, _MISSING) if type(owner) is dict else getattr(owner, name, _MISSING)
 
 

@@ -1,4 +1,4 @@
-"""A kept trace is not used after a global or a class attribute that it read has changed."""
+"""A kept trace is not used after a variable or a class attribute that it read has changed."""
 
 from __future__ import annotations
 
@@ -124,6 +124,72 @@ def batch() -> tuple[Tensor, ...]:
 
 def grads(learner: fm.MAML) -> Tensor:
     return learner.meta_gradient(*batch()).grads
+
+
+def of_variable() -> tuple[Base, Callable[[], None]]:
+    """A network that reads a variable of this function, and a function that flips it."""
+    flag = False
+
+    class Net(Base):
+        def __init__(self) -> None:
+            super().__init__()
+
+        def activation(self, x: Tensor) -> Tensor:
+            return chosen(flag, x)
+
+    def flip() -> None:
+        nonlocal flag
+        flag = True
+
+    return Net(), flip
+
+
+def of_list_in_a_lambda() -> tuple[Base, Callable[[], None]]:
+    flags = [False]
+
+    class Net(Base):
+        def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.function = [function]
+
+        def activation(self, x: Tensor) -> Tensor:
+            return self.function[0](x)
+
+    def flip() -> None:
+        flags[0] = True
+
+    return Net(lambda x: chosen(flags[0], x)), flip
+
+
+def of_two_with_one_code() -> tuple[Base, Callable[[], None]]:
+    """The variable of the network's own forward, and of no other with the same code."""
+    first, flip_first = of_variable()
+    second, _ = of_variable()
+    grads(fm.MAML(second.double(), 0.1, engine="program"))
+    return first, flip_first
+
+
+@pytest.mark.parametrize("calls", [1, 4], ids=["first call", "fast path"])
+@pytest.mark.parametrize("make", [of_variable, of_list_in_a_lambda, of_two_with_one_code])
+def test_a_variable_of_an_enclosing_function(make, calls):
+    torch.manual_seed(0)
+    net, flip = make()
+    learner = fm.MAML(net.double(), 0.1, engine="program")
+    before = [grads(learner) for _ in range(calls)][-1]
+    flip()
+    expected = grads(fm.MAML(net, 0.1, engine="functional"))
+    assert relative_error(grads(learner), expected) < 1e-12
+    assert relative_error(before, expected) > 1e-3
+
+
+@pytest.mark.parametrize("make", [of_variable, of_list_in_a_lambda])
+def test_a_trace_is_kept_while_variables_are_unchanged(make):
+    net, flip = make()
+    lowering = Lowering(net, F.cross_entropy)
+    assert isinstance(lowering.program((3,)), Program)
+    assert lowering.current(net, F.cross_entropy)
+    flip()
+    assert not lowering.current(net, F.cross_entropy)
 
 
 @pytest.mark.parametrize("calls", [1, 4], ids=["first call", "fast path"])
