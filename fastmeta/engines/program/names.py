@@ -34,9 +34,9 @@ _LEAVES = (*_BY_VALUE, FunctionType, MethodType, Tensor, nn.Module)
 class NamesRead:
     """The variables and attributes that the user's code mentions while it runs.
 
-    A trace keeps the values that they had. Variables are globals and what enclosing functions define.
-    Attributes are of modules, classes and plain objects; ``ModuleSnapshot`` compares layers. The
-    code of a function lists the names that it mentions, so some may not have been read.
+    A trace keeps the values that they had. Variables are globals and what enclosing functions
+    define. Attributes are of modules, classes and plain objects; ``ModuleSnapshot`` compares
+    layers. The code of a function lists the names that it mentions, so some may not have been read.
 
     Example:
         >>> names = NamesRead()
@@ -135,7 +135,7 @@ def _cells(frame: FrameType) -> list[CellType]:
     if not names:
         return []
     # A frame does not know its function. Several may have its code, each with its own variables.
-    found = []
+    found: list[CellType] = []
     for function in gc.get_referrers(code):
         if isinstance(function, FunctionType):
             cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
