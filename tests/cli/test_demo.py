@@ -20,7 +20,7 @@ def small_images(monkeypatch):
     for module in (demo, sources):
         monkeypatch.setattr(module, "Glyphs", lambda split: ClassImages(images))
     for module in (sources, evaluation):
-        monkeypatch.setattr(module, "from_spec", lambda *spec: ClassImages(images))
+        monkeypatch.setattr(module, "from_spec", lambda *_, **__: ClassImages(images))
 
 
 @pytest.fixture

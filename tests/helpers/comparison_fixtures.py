@@ -18,7 +18,7 @@ from tests.helpers.runs import images
 def from_memory(monkeypatch):
     """Take data from memory, whatever data set is named."""
     for module in (sources, evaluation, comparing):
-        monkeypatch.setattr(module, "from_spec", lambda *_: images())
+        monkeypatch.setattr(module, "from_spec", lambda *_, **__: images())
 
 
 @pytest.fixture

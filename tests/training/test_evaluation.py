@@ -49,7 +49,7 @@ def asked(monkeypatch) -> list[tuple]:
     """Data come from memory; the specs asked for are kept."""
     specs = []
 
-    def from_spec(spec, split, protocol):
+    def from_spec(spec, split, protocol, min_images):
         specs.append((spec, split, protocol))
         return Sinusoid() if spec == "sinusoid" else images()
 

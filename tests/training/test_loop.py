@@ -178,7 +178,7 @@ def test_threads_are_set_while_training(tmp_path, monkeypatch):
 def test_data_and_protocol_choose_the_source(tmp_path, monkeypatch):
     asked = []
 
-    def from_spec(*spec):
+    def from_spec(*spec, min_images):
         asked.append(spec)
         return images()
 

@@ -116,7 +116,7 @@ def test_a_run_is_evaluated(algorithm, tmp_path, monkeypatch):
     from fastmeta.training import evaluation
     from tests.helpers.runs import images
 
-    monkeypatch.setattr(evaluation, "from_spec", lambda *_: images())
+    monkeypatch.setattr(evaluation, "from_spec", lambda *_, **__: images())
     result = run(relative(algorithm, tmp_path))
     found = evaluate_run(tmp_path, tasks=4)
     assert (found.steps, found.tasks) == (2, 4)
