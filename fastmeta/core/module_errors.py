@@ -6,7 +6,8 @@ import traceback
 
 from torch import Tensor, nn
 
-_KINDS = (IndexError, ValueError, TypeError, RuntimeError)  # an error keeps its kind
+# Of a forward that cannot take its input. An error keeps its kind.
+KINDS = (IndexError, ValueError, TypeError, RuntimeError)
 _LONGEST = 90  # characters of a layer's description
 
 # Words of an error, and the way out.
@@ -29,9 +30,9 @@ def described(error: Exception, module: nn.Module, name: str, x: Tensor) -> Exce
         name: of the argument.
         x: what the module got: examples of one task, or of all.
     """
-    if type(error) not in _KINDS:
-        return error
     kind = type(error)
+    if kind not in KINDS:
+        return error
     sentence = " ".join(str(error).split()).rstrip(".")
     ways = [way for words, way in _WAYS_OUT.items() if words in sentence]
     way = f". {ways[0][0].upper()}{ways[0][1:]}" if ways else ""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmeta.core.module_errors import described
+from fastmeta.core.module_errors import KINDS, described
 from fastmeta.core.vmap import differentiable_kernels, map_tasks, under_derivative
 from fastmeta.engines.autograd import TURN
 from fastmeta.engines.base import Loss
@@ -21,13 +21,6 @@ _RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # Caches of its weights that a recurrent module writes at each call. Under vmap it would keep one
 # task's weights there.
 _RECURRENT_CACHE = ("_flat_weights", "_flat_weight_refs")
-
-_KINDS = (
-    IndexError,
-    ValueError,
-    TypeError,
-    RuntimeError,
-)  # of a forward that cannot take its input
 
 
 class TaskModule:
@@ -162,7 +155,7 @@ class TaskModule:
                     tensors = {**self._trainable, **params, **buffers, **shared}
                     try:
                         return self._call(tensors, x, routing)
-                    except _KINDS as error:
+                    except KINDS as error:
                         raise _ForwardError from error
 
                 # PyTorch's recurrent kernels have no batching rule; under a derivative they
@@ -200,7 +193,7 @@ class TaskModule:
         with torch.random.fork_rng(devices=cuda):
             try:
                 self._call({**self._trainable, **tensors}, x, RoutedLayers(False, x.device, True))
-            except _KINDS as error:
+            except KINDS as error:
                 return error
         return None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.core.checks import check_choice, check_dense
-from fastmeta.core.module_errors import described
+from fastmeta.core.module_errors import KINDS, described
 from fastmeta.learners.metric._classes import (
     check_present,
     classes_present,
@@ -229,7 +229,7 @@ class ProtoNet(nn.Module):
             return self.encoder(x)
         try:
             return self.encoder(x)
-        except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        except KINDS as error:
             raise described(error, self.encoder, "x", x) from error
 
     def _logits(self, query: Tensor, centres: Tensor, present: Tensor | None) -> Tensor:

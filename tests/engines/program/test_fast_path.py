@@ -36,19 +36,24 @@ def learner(device, loss=F.mse_loss, **options: object) -> fm.MAML:
     return fm.MAML(net, 0.05, K, loss=loss, **options)
 
 
-@pytest.fixture
-def answered(monkeypatch) -> list[bool]:
-    """Whether each meta-gradient was a prepared one."""
+def answers_of(method: str, monkeypatch) -> list[bool]:
+    """Whether each call of a method of the fast path had a result, from now on."""
     found: list[bool] = []
-    call = CachedMetaGradient.__call__
+    call = getattr(CachedMetaGradient, method)
 
     def recorded(*args: object) -> object:
         result = call(*args)
         found.append(result is not None)
         return result
 
-    monkeypatch.setattr(CachedMetaGradient, "__call__", recorded)
+    monkeypatch.setattr(CachedMetaGradient, method, recorded)
     return found
+
+
+@pytest.fixture
+def answered(monkeypatch) -> list[bool]:
+    """Whether each meta-gradient was a prepared one."""
+    return answers_of("__call__", monkeypatch)
 
 
 def prepared(device, answered: list[bool], **options: object) -> fm.MAML:
@@ -327,16 +332,7 @@ def test_a_prepared_learner_is_collected(answered, device):
 @pytest.fixture
 def answered_losses(monkeypatch) -> list[bool]:
     """Whether each meta-loss was a prepared one."""
-    found: list[bool] = []
-    call = CachedMetaGradient.meta_loss
-
-    def recorded(*args: object) -> object:
-        result = call(*args)
-        found.append(result is not None)
-        return result
-
-    monkeypatch.setattr(CachedMetaGradient, "meta_loss", recorded)
-    return found
+    return answers_of("meta_loss", monkeypatch)
 
 
 def with_losses(device, answered_losses: list[bool], **options: object) -> fm.MAML:
