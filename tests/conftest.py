@@ -23,13 +23,13 @@ torch.backends.cudnn.allow_tf32 = False  # float32 is compared as IEEE float32
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-DAYS = 3
+DAYS = 4
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip two thirds of the tests marked `rotating`: slow ones of many cases that are alike.
+    """Skip three quarters of the tests marked `rotating`: slow ones of many cases that are alike.
 
-    The date of the commit chooses the third that runs. FASTMETA_ALL_TESTS=1 runs all.
+    The date of the commit chooses the quarter that runs. FASTMETA_ALL_TESTS=1 runs all.
     """
     day = date_of_commit()
     if EMULATED or not day or os.environ.get("FASTMETA_ALL_TESTS") == "1":

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <span>
 #include <tuple>
 #include <vector>
 
@@ -57,6 +58,17 @@ variable_list differentiable_once(variable_list grads) {
   return grads;
 }
 
+// Views of the arena in the parameters' shapes, which say their number of dimensions first.
+void split(const Tensor& arena, at::IntArrayRef shapes, std::span<Tensor> views) {
+  int64_t offset = 0;
+  for (auto& view : views) {
+    const auto shape = shapes.slice(1, shapes.front());
+    view = arena.as_strided(shape, c10::contiguous_strides(shape), offset);
+    offset += c10::multiply_integers(shape);
+    shapes = shapes.slice(1 + shape.size());
+  }
+}
+
 struct MetaLoss : torch::autograd::Function<MetaLoss> {
   enum Input : size_t { kLr, kSupportX, kSupportY, kQueryX, kQueryY, kParameters };
 
@@ -73,31 +85,32 @@ struct MetaLoss : torch::autograd::Function<MetaLoss> {
         theta || lr || query || support, lr, support, query);
     ctx->save_for_backward({theta ? to_theta : Tensor(), lr ? to_lr : Tensor(),
                             support ? to_support : Tensor(), query ? to_query : Tensor()});
-    std::vector<std::vector<int64_t>> shapes;
-    for (const auto& p : parameters) shapes.push_back(p.sizes().vec());
+    std::vector<int64_t> shapes;  // of each parameter: its number of dimensions and its sizes
+    for (const auto& p : parameters) {
+      shapes.push_back(p.dim());
+      shapes.insert(shapes.end(), p.sizes().begin(), p.sizes().end());
+    }
     ctx->saved_data["shapes"] = std::move(shapes);
+    ctx->saved_data["parameters"] = static_cast<int64_t>(parameters.size());
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({outputs});
     return {loss, outputs};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    const auto shapes = ctx->saved_data["shapes"].to<std::vector<std::vector<int64_t>>>();
-    variable_list grads(kParameters + shapes.size() + 1);  // and one for the options
+    const size_t count = ctx->saved_data["parameters"].toInt();
+    variable_list grads(kParameters + count + 1);  // and one for the options
     if (!grad_outputs[0].defined()) return grads;
-    const Tensor scale = grad_outputs[0].detach();  // a graph under create_graph ends here
-    const auto saved = ctx->get_saved_variables();
-    const Input places[] = {kParameters, kLr, kSupportX, kQueryX};
-    for (size_t i = 0; i < saved.size(); ++i) {
-      if (saved[i].defined()) grads[places[i]] = saved[i].detach().mul(scale);
-    }
-    if (const Tensor arena = grads[kParameters]; arena.defined()) {
-      int64_t offset = 0;
-      for (size_t i = 0; i < shapes.size(); ++i) {
-        const int64_t count = c10::multiply_integers(shapes[i]);
-        grads[kParameters + i] =
-            arena.as_strided(shapes[i], c10::contiguous_strides(shapes[i]), offset);
-        offset += count;
+    {
+      const at::AutoDispatchBelowADInplaceOrView below;  // a graph under create_graph ends here
+      const auto saved = ctx->get_saved_variables();
+      const Input places[] = {kParameters, kLr, kSupportX, kQueryX};
+      for (size_t i = 0; i < saved.size(); ++i) {
+        if (saved[i].defined()) grads[places[i]] = saved[i].mul(grad_outputs[0]);
+      }
+      if (const Tensor arena = grads[kParameters]; arena.defined()) {
+        const auto shapes = ctx->saved_data["shapes"].toIntVector();
+        split(arena, shapes, {grads.data() + kParameters, count});
       }
     }
     return differentiable_once(std::move(grads));

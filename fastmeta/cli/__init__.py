@@ -61,10 +61,10 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_parser(commands)
     summary = "print what a bug report needs: versions, build, machine, backends"
     add_command(commands, "info", _info, summary)
-    summary = "meta-train two learners and compare the speed of the ops, in 2.5 minutes"
+    summary = "meta-train two learners and compare the speed of the ops, in two minutes"
     demo = add_command(commands, "demo", _demo, summary)
     demo.add_argument("--out", metavar="DIR", required=True, help="folder of runs and picture")
-    seconds = "training time of each learner (default: 45)"
+    seconds = "training time of each learner (default: 30)"
     demo.add_argument("--seconds", type=float, metavar="X", help=seconds)
     return parser
 

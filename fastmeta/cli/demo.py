@@ -24,7 +24,7 @@ from fastmeta.training.timing import interleave, ratio
 _ENDLESS = 10**9  # iterations: the time limit ends the training
 
 
-def demo(out: Path, seconds: float = 45.0, tasks: int = 600, rounds: int = 15) -> None:
+def demo(out: Path, seconds: float = 30.0, tasks: int = 600, rounds: int = 15) -> None:
     """Meta-train ProtoNet and MAML, print accuracies and speeds, draw both learning curves.
 
     Args:

@@ -112,6 +112,7 @@ def test_the_time_limit_is_no_failure(tmp_path, capsys):
     assert f"Continue with: python -m fastmeta train maml --out {tmp_path} --resume" in out
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_training_with_a_checkpoint_and_a_message(tmp_path, number):
     process = subprocess.Popen(

@@ -90,6 +90,7 @@ def check_equal_to_one_process(
     assert (as_tensor(together[0]) - alone).abs().max() <= tolerance
 
 
+@pytest.mark.rotating
 @each_number
 @pytest.mark.parametrize("tasks", [8, 5])
 def test_sinusoid_s_meta_gradient(tmp_path, ranks, tasks):
@@ -113,6 +114,7 @@ def test_a_protonet_s_meta_gradient_in_float32(tmp_path):
     check_equal_to_one_process(protonet(tmp_path), 2, 3, tolerance=2e-5)
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("algorithm", LEARNERS)
 def test_a_learner_s_meta_gradient(tmp_path, algorithm):
     check_equal_to_one_process(relative(algorithm, tmp_path), 2, 3)
@@ -131,6 +133,7 @@ def reptile(out: Path, **options: Any) -> TrainConfig:
     return relative("reptile", out, **options)
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("make", [sinusoid, maml, reptile])
 def test_a_run_is_that_of_one_process(tmp_path, make):
     options = {"meta_batch": 5, "eval_every": 2, "eval_tasks": 2}

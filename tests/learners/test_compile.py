@@ -160,6 +160,7 @@ def test_a_graph_that_changes_the_parameters_first(name, device):
     hold_together(list(learner.parameters()), list(twin.parameters()), EXACT)
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("name", ["ANIL", "MAML", "MAML functional", "ProtoNet"])
 def test_gradients_reach_what_the_examples_come_from(name, device):
     """A network in front of the learner, in the same graph."""
@@ -284,6 +285,7 @@ OPS: dict[str, tuple[Callable[[int], tuple[Tensor, ...]], Callable[..., Any]]] =
 }
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_makes_no_new_graph_for_another_number_of_tasks(op, device):
     make, call = OPS[op]

@@ -158,6 +158,7 @@ def test_half_types_on_a_cpu_are_float32_rounded_once(case, dtype):
         assert ((a.float() - e).abs() <= rounding).all()
 
 
+@pytest.mark.rotating
 @needs_kernels
 @pytest.mark.parametrize("op", ["task_conv2d", "task_conv2d_input", "task_conv2d_weight"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])

@@ -149,6 +149,7 @@ def test_compiled_graph_keeps_the_native_kernel(op, device, fresh_dynamo):
     assert f"fastmeta.{op}" in graphs[0].print_readable(print_output=False)
 
 
+@pytest.mark.rotating
 @each_op
 def test_compiled_by_inductor_with_any_number_of_tasks(op, device, fresh_dynamo):
     require_kernels(device)

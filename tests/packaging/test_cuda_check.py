@@ -132,6 +132,7 @@ def nvcc() -> None:
         pytest.skip(str(error))
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize(
     "name, source, message",
     [

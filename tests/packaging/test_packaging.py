@@ -46,6 +46,7 @@ def test_the_kernels_headers_compile_without_torch(tmp_path):
     assert compiled.returncode == 0, compiled.stderr
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize(
     "environment, message",
     [

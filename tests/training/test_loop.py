@@ -112,6 +112,7 @@ def test_protonet_options_change_the_weights(tmp_path, option, value):
     assert not equal(usual, changed)
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize(
     ("option", "value"),
     [("steps", 3), ("inner_lr", 0.1), ("first_order", True), ("learn_lr", True)],

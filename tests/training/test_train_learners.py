@@ -77,6 +77,7 @@ def test_anil_s_body_is_the_network_without_its_last_layer(tmp_path):
     assert torch.equal(regression(x), maml(x))
 
 
+@pytest.mark.rotating
 @each
 def test_a_resumed_run_is_the_same_run(algorithm, tmp_path):
     options = {"eval_every": 4, "eval_tasks": 2}
@@ -111,6 +112,7 @@ def test_the_outer_step_size_falls_by_a_cosine(tmp_path):
     assert [m["lr"] for m in seen] == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.rotating
 @each
 def test_a_run_is_evaluated(algorithm, tmp_path, monkeypatch):
     from fastmeta.training import evaluation

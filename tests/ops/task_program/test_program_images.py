@@ -89,6 +89,7 @@ def test_meta_gradients_are_those_of_an_unrolled_loop(name, backend):
     )
 
 
+@pytest.mark.rotating
 @each_network
 def test_adapted_parameters_and_their_gradient(name, backend):
     tasks, lr = tasks_for(name, tasks=2), torch.tensor(0.1, dtype=torch.float64)
@@ -102,6 +103,7 @@ def test_adapted_parameters_and_their_gradient(name, backend):
     assert_equal(*results)
 
 
+@pytest.mark.rotating
 @each_network
 def test_hessian_vector_products(name, backend):
     functional, program = engines(build(name), F.cross_entropy)
