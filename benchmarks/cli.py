@@ -1,4 +1,4 @@
-"""The commands `run`, `report`, `regression` and `busy` of `python -m benchmarks`."""
+"""The commands `run`, `report`, `regression`, `busy` and `functional` of `python -m benchmarks`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import busy
 from benchmarks.common.workloads import WORKLOADS
+from benchmarks.functional import command as functional
 from benchmarks.peers import first_screen, results, tables
 from benchmarks.peers.contenders import CONTENDERS, OURS
 from benchmarks.peers.run import run
@@ -65,6 +66,8 @@ def parser() -> argparse.ArgumentParser:
     regression.add_arguments(commands.add_parser("regression", help=about))
     about = "time single meta-steps alone and beside another busy process"
     busy.add_arguments(commands.add_parser("busy", help=about))
+    about = "compare the functional engine with plain PyTorch on networks of today"
+    functional.add_arguments(commands.add_parser("functional", help=about))
     return top
 
 
@@ -102,4 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return regression.main(options)
     if options.command == "busy":
         return busy.main(options)
+    if options.command == "functional":
+        return functional.main(options)
     return report(options) if options.command == "report" else peers(options)

@@ -45,12 +45,12 @@ def unrolled_loss(problem: TorchProblem) -> Any:
     return lambda params, *tasks: of_all(params, *tasks).mean()
 
 
-def _unrolled(problem: TorchProblem) -> Meta:
+def unrolled_of(problem: TorchProblem) -> Meta:
     """Differentiate the unrolled loss."""
     return grad_and_value(unrolled_loss(problem))
 
 
-def _adjoint(problem: TorchProblem) -> Meta:
+def adjoint_of(problem: TorchProblem) -> Meta:
     """The adjoint: one Hessian-vector product a step, reverse over reverse, no unrolled graph."""
     workload, tasks = problem.workload, problem.workload.tasks
 
@@ -92,22 +92,22 @@ def compiled(function: Any) -> Any:
 
 def unrolled(problem: Problem) -> Step:
     setting = TorchProblem(problem)
-    return _meta_step(setting, _unrolled(setting))
+    return _meta_step(setting, unrolled_of(setting))
 
 
 def unrolled_compiled(problem: Problem) -> Step:
     setting = TorchProblem(problem)
-    return _meta_step(setting, compiled(_unrolled(setting)))
+    return _meta_step(setting, compiled(unrolled_of(setting)))
 
 
 def adjoint(problem: Problem) -> Step:
     setting = TorchProblem(problem)
-    return _meta_step(setting, torch.no_grad()(_adjoint(setting)))
+    return _meta_step(setting, torch.no_grad()(adjoint_of(setting)))
 
 
 def adjoint_compiled(problem: Problem) -> Step:
     setting = TorchProblem(problem)
-    return _meta_step(setting, compiled(_adjoint(setting)))
+    return _meta_step(setting, compiled(adjoint_of(setting)))
 
 
 def by_task_loss(problem: TorchProblem, params: Params) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ Tensors = dict[str, Tensor]
 
 # The summed loss of all tasks. Tasks do not mix, so its derivatives are each task's own.
 Total = Callable[[Tensors, Tensors], Tensor]
+
+# Gets the total with its graph, and the tensors to which the gradient is taken; may raise.
+Check = Callable[[Tensor, list[Tensor]], None]
 
 
 def curvature(
@@ -46,13 +50,13 @@ def curvature(
         ``(H vector, d<g, vector>/d inputs and captured)``, each by name.
     """
     if mode == "reverse":
-        return _reverse_over_reverse(total, params, vector, inputs, captured or {})
+        return Linearized.of(total, params, inputs, captured).product(vector)
     if captured:
         # Only autograd reaches a tensor that is no argument; both passes draw the same numbers.
         random = RandomState(next(iter(params.values())).device)
         product, mixed = curvature(total, params, vector, inputs, mode)
         with random.replay():
-            _, more = _reverse_over_reverse(total, params, vector, {}, captured)
+            _, more = Linearized.of(total, params, {}, captured).product(vector)
         return product, {**mixed, **more}
     if mode == "forward":
         gradients = grad(total, argnums=(0, 1))
@@ -65,7 +69,7 @@ def gradient(
     params: Tensors,
     inputs: Tensors,
     captured: Tensors | None = None,
-    check: Callable[[Tensor, list[Tensor]], None] | None = None,
+    check: Check | None = None,
 ) -> tuple[Tensors, Tensors]:
     """Gradient of the summed loss to parameters, and to inputs and captured tensors; no graph.
 
@@ -78,6 +82,55 @@ def gradient(
     if check is not None:
         check(value, sources)
     return _split(derivative([value], [torch.ones_like(value)], sources), params, inputs)
+
+
+@dataclass(frozen=True)
+class Linearized:
+    """The gradient of the summed loss with its graph, for one product with the Hessian.
+
+    Attributes:
+        params, inputs: the tensors that the graph starts from, by name.
+        grads: name -> gradient ``[T, ...]`` to the parameter, with the graph.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[1.0, 2.0]])
+        >>> linear = Linearized.of(lambda params, _: params["x"].pow(3).sum(), {"x": x}, {})
+        >>> linear.grads["x"].detach()
+        tensor([[ 3., 12.]])
+        >>> linear.product({"x": torch.ones(1, 2)})[0]
+        {'x': tensor([[ 6., 12.]])}
+    """
+
+    params: Tensors
+    inputs: Tensors
+    grads: Tensors
+
+    @classmethod
+    def of(
+        cls,
+        total: Total,
+        params: Tensors,
+        inputs: Tensors,
+        captured: Tensors | None = None,
+        check: Check | None = None,
+    ) -> Linearized:
+        """Take the gradient at ``params``; the arguments are those of ``gradient``."""
+        params, inputs = _leaves(params), {**_leaves(inputs), **(captured or {})}
+        sources = list(params.values())
+        with torch.enable_grad():
+            value = total(params, inputs)
+            if check is not None:
+                check(value, [*sources, *inputs.values()])
+            grads = derivative([value], [torch.ones_like(value)], sources, create_graph=True)
+        return cls(params, inputs, dict(zip(params, grads, strict=True)))
+
+    def product(self, vector: Tensors) -> tuple[Tensors, Tensors]:
+        """``H vector`` and ``d<grad, vector>/d inputs``, as ``curvature``; the graph is freed."""
+        sources = [*self.params.values(), *self.inputs.values()]
+        cotangents = [vector[name] for name in self.grads]
+        second = derivative(list(self.grads.values()), cotangents, sources)
+        return _split(second, self.params, self.inputs)
 
 
 def derivative(
@@ -134,19 +187,6 @@ def central_difference(
         below = gradients(shifted(-1.0))
     middle = tree_map(lambda a, b: (a + b) / 2, above, below)
     return middle, tree_map(lambda a, b: (a - b) / (2 * _per_task(shift, a)), above, below)
-
-
-def _reverse_over_reverse(
-    total: Total, params: Tensors, vector: Tensors, inputs: Tensors, captured: Tensors
-) -> tuple[Tensors, Tensors]:
-    params, inputs = _leaves(params), {**_leaves(inputs), **captured}
-    parameters = list(params.values())
-    with torch.enable_grad():
-        value = total(params, inputs)
-        grads = derivative([value], [torch.ones_like(value)], parameters, create_graph=True)
-    cotangents = [vector[name] for name in params]
-    second = derivative(grads, cotangents, [*parameters, *inputs.values()])
-    return _split(second, params, inputs)
 
 
 def _leaves(tensors: Tensors) -> Tensors:

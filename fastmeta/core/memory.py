@@ -1,6 +1,10 @@
-"""Memory that fastmeta keeps between calls."""
+"""Memory that fastmeta keeps between calls, and how much a call may take."""
 
 from __future__ import annotations
+
+import os
+
+import torch
 
 from fastmeta.core import cuda_graphs
 from fastmeta.core.backend import _C
@@ -28,3 +32,32 @@ def release_memory() -> int:
     """
     cuda_graphs.clear_all()
     return 0 if _C is None else _C.release_workspaces()
+
+
+def memory_limit(device: torch.device) -> int:
+    """Bytes that the activations of tasks that run together may take on a device.
+
+    The environment variable ``FASTMETA_MEMORY_LIMIT`` gives them in MiB; without it, a quarter of
+    what is free now.
+
+    Raises:
+        ValueError: the variable is no number of at least 0.
+    """
+    asked = os.environ.get("FASTMETA_MEMORY_LIMIT", "")
+    if not asked:
+        return _free_memory(device) // 4
+    if not asked.isdecimal():
+        raise ValueError(f"FASTMETA_MEMORY_LIMIT: expected a number of MiB, got {asked!r}")
+    return int(asked) << 20
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            found = dict(line.split(":") for line in lines)
+        return int(found["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError):  # no Linux: all of the memory that the system has
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

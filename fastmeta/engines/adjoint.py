@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fastmeta.core.autocast import AutocastState
 from fastmeta.core.checks import refuse_inference_mode
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.pieces import joined
 from fastmeta.core.step_sizes import StepSizes
 from fastmeta.engines.autograd import is_learned, once_differentiable
 from fastmeta.engines.base import Engine, Examples, InnerLoopOptions, MetaGradient, TaskBatch
@@ -167,8 +168,8 @@ def query_losses(
             part = query.of_tasks(tasks)
             # Norms with a row of parameters a step use the row of the last step.
             parts.append(passes.query(options.steps, theta[tasks], part, requires, 1.0))
-    losses, outputs, grads = zip(*parts, strict=True)
-    to_theta = torch.cat([g["theta"] for g in grads]) if gradient else None
+    losses, outputs, grads, _ = zip(*parts, strict=True)
+    to_theta = torch.cat([joined(g) for g in grads]) if gradient else None
     return torch.cat(losses), torch.cat(outputs), to_theta
 
 
@@ -200,7 +201,8 @@ class _Adapt(torch.autograd.Function):
         loop, tape = ctx.loop, Tape(thetas, grads, states, ctx.randoms)
         # A backward runs outside the caller's autocast, but takes the passes again as they ran.
         with torch.no_grad(), ctx.autocast.restored():
-            to_inputs = loop.adjoint(tape, {loop.options.steps: v}, sources, ctx.requires)
+            to_theta, to_inputs = loop.adjoint(tape, {loop.options.steps: v}, sources, ctx.requires)
+        to_inputs["theta"] = joined(to_theta)
         # A tensor that all tasks share, such as theta [P], gets the sum over the tasks.
         shaped = [
             to_inputs[name].sum_to_size(tensor.shape)

@@ -17,6 +17,7 @@ from fastmeta.rules.sgd import PLAIN
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 NORM_STATISTICS = ("batch", "running")
+MEMORY = ("auto", "recompute", "keep")
 
 
 class Examples(NamedTuple):
@@ -128,6 +129,11 @@ class InnerLoopOptions:
         norm_statistics: what batch and instance norms with running statistics normalise by.
             ``"batch"``: always the batch. ``"running"``: in ``eval()`` the running statistics,
             as in any module. Running statistics are never updated.
+        memory: ``"keep"`` the activations of all steps for the adjoint, ``"recompute"`` them step
+            by step, or ``"auto"``. A task program then keeps them if they take at most twice the
+            memory of the K parameter vectors, or at most 512 MiB for the tasks computed at a time.
+            The functional engine keeps those of as many steps as ``core.memory.memory_limit``
+            allows; it recomputes them for ``adapt``, and if ``hvp_mode`` is not ``"reverse"``.
         rule: the inner update rule, see ``fastmeta.rules``; None: plain descent.
         outer: tensors that the module or the loss reads by itself and that get a gradient, such as
             the parameters of a learned loss. All tasks share them.
@@ -141,6 +147,7 @@ class InnerLoopOptions:
     hvp_mode: str = "reverse"
     task_chunk: int | None = None
     norm_statistics: str = "batch"
+    memory: str = "auto"
     rule: Rule | None = None
     outer: tuple[Tensor, ...] = field(default=(), compare=False)
 
@@ -152,6 +159,7 @@ class InnerLoopOptions:
             raise TypeError(f"first_order: expected a bool, got {self.first_order!r}")
         check_choice("hvp_mode", self.hvp_mode, MODES)
         check_choice("norm_statistics", self.norm_statistics, NORM_STATISTICS)
+        check_choice("memory", self.memory, MEMORY)
         if not (self.rule is None or isinstance(self.rule, Rule)):
             raise TypeError(f"rule: expected a fastmeta.rules.Rule, got {type(self.rule).__name__}")
         for tensor in self.outer:

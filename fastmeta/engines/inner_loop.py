@@ -17,14 +17,18 @@ from torch import Tensor
 
 from fastmeta.core.derivatives import Tensors
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.pieces import Gradient, Pieces, add_gradients, joined, may_stay_in_pieces
 from fastmeta.core.random_state import RandomState
 from fastmeta.core.step_sizes import StepSizes
 from fastmeta.engines.base import Examples, InnerLoopOptions
-from fastmeta.rules.base import PREFIX, Pullback, Rule, State, Step
+from fastmeta.rules.base import PREFIX, Rule, State, Step
 
 SUPPORT_NAMES = ("support_x", "support_y")
 QUERY_NAMES = ("query_x", "query_y")
 OUTER = "outer."  # then a number: tensors of ``InnerLoopOptions.outer``
+
+# direction -> H_k direction, and the gradient of <g_k, direction> to the support.
+Product = Callable[[Gradient], tuple[Gradient, Tensors]]
 
 _LEFT_OUT = cast("Tensor", None)  # on the tape of a plain step, whose derivative does not read it
 
@@ -60,28 +64,37 @@ class Passes(Protocol):
         """Random state before the next gradient, for ``curvature`` to draw the same numbers."""
         ...
 
-    def gradient(self, k: int, theta: Tensor, support: Examples) -> Tensor:
+    def gradient(self, k: int, theta: Tensor, support: Examples) -> Gradient:
         """g_k ``[T, P]``, the gradient of the support loss at theta_k."""
+        ...
+
+    def linearize(
+        self, k: int, theta: Tensor, support: Examples, requires: set[str]
+    ) -> tuple[Gradient, Product] | None:
+        """g_k, and ``curvature`` as a function of the direction, which keeps the activations.
+
+        None if they are not kept: ``gradient`` and ``curvature`` compute them twice.
+        """
         ...
 
     def curvature(
         self,
         k: int,
         theta: Tensor,
-        direction: Tensor,
+        direction: Gradient,
         support: Examples,
         requires: set[str],
         random: Any,
-    ) -> tuple[Tensor, Tensors]:
+    ) -> tuple[Gradient, Tensors]:
         """``H_k direction`` ``[T, P]``, and the gradient of ``<g_k, direction>`` to the support."""
         ...
 
     def query(
         self, k: int, theta: Tensor, query: Examples, requires: set[str], weight: float
-    ) -> tuple[Tensor, Tensor, Tensors]:
+    ) -> tuple[Tensor, Tensor, Gradient | None, Tensors]:
         """The query losses ``[T]`` at theta_k, the outputs, and the gradient of weighted losses.
 
-        If anything is required, the gradient has ``theta`` ``[T, P]`` and the required tensors.
+        If anything is required, the gradient is to theta ``[T, P]`` and to the required tensors.
         """
         ...
 
@@ -136,13 +149,15 @@ class Tape:
         thetas: theta_0 .. theta_{K-1} ``[T, P]``, for the second order and for the rule.
         grads: g_0 .. g_{K-1} ``[T, P]``, for the step sizes and for the rule.
         states: the rule's state before each step.
-        randoms: random state before each step, for the second order.
+        randoms: step -> random state before it, for the second order, unless it is in products.
+        products: step -> its ``curvature``, for steps whose activations are kept.
     """
 
     thetas: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
-    randoms: list[RandomState | None] = field(default_factory=list)
+    randoms: dict[int, RandomState | None] = field(default_factory=dict)
+    products: dict[int, Product] = field(default_factory=dict)
 
     def at(self, k: int, step_sizes: Tensor) -> Step:
         """The inputs of step k."""
@@ -181,10 +196,12 @@ class InnerLoop:
         inputs: LoopInputs,
         requires: set[str],
         on_step: Callable[[int, Tensor], None] | None = None,
+        may_keep: bool = False,
     ) -> tuple[Tensor, Tape]:
         """Take the K steps; returns theta_K ``[T, P]`` and the tape of the steps.
 
-        ``on_step(k, theta_k)`` is called before each step, for k = 0 .. K - 1.
+        ``on_step(k, theta_k)`` is called before each step, for k = 0 .. K - 1. ``may_keep``: the
+        adjoint follows at once, so that activations of steps may be kept for it.
         """
         first_order, plain, tape = self.options.first_order, self.rule.is_plain, Tape()
         # A view without a copy: steps make new tensors and never write into theta_0.
@@ -196,29 +213,42 @@ class InnerLoop:
             for k in range(self.options.steps):
                 if on_step is not None:
                     on_step(k, theta)
-                # Before the gradient draws: the curvature pass replays its dropout masks.
-                if taped and not first_order:
-                    tape.randoms.append(self.passes.random_state(theta.device))
-                grads = self.passes.gradient(k, theta, inputs.support)
+                kept = None
+                if may_keep and taped and not first_order:
+                    mixed = self._mixed(requires)
+                    kept = self.passes.linearize(k, theta, inputs.support, mixed)
+                if kept is not None:
+                    grads, tape.products[k] = kept
+                else:
+                    # Before the gradient draws: the curvature pass replays its dropout masks.
+                    if taped and not first_order:
+                        tape.randoms[k] = self.passes.random_state(theta.device)
+                    grads = self.passes.gradient(k, theta, inputs.support)
+                is_taped = taped and (not plain or "lr" in requires)
+                in_pieces = plain and not is_taped and may_stay_in_pieces(grads)
+                grads = grads if in_pieces else joined(grads)
                 # To first order a plain step is the identity in theta, so theta_k is not read.
                 if taped and not (plain and first_order):
                     tape.thetas.append(theta)
-                if taped and (not plain or "lr" in requires):
-                    tape.grads.append(grads)
+                if is_taped:
+                    tape.grads.append(cast("Tensor", grads))
                 if taped and state:
                     tape.states.append(state)
-                # Step in place: a name would keep theta_k alive during the next gradient.
-                theta, state = self.rule.step(Step(k, theta, grads, inputs.step_sizes.at(k), state))
+                lr = inputs.step_sizes.at(k)
+                if isinstance(grads, Pieces):
+                    theta = grads.descend(theta, lr)
+                else:
+                    theta, state = self.rule.step(Step(k, theta, grads, lr, state))
         self.rule.finish(state, self.options.steps)
         return theta, tape
 
     def adjoint(
         self,
         tape: Tape,
-        query_grads: dict[int, Tensor],
+        query_grads: dict[int, Gradient],
         inputs: LoopInputs,
         requires: set[str],
-    ) -> Tensors:
+    ) -> tuple[Gradient, Tensors]:
         """Go back through the K steps by the adjoint recursion.
 
         Args:
@@ -228,13 +258,13 @@ class InnerLoop:
             inputs, requires: as for ``run``.
 
         Returns:
-            name -> gradient: ``theta`` ``[T, P]``; ``lr`` in the shape of the step sizes; and the
-            required parameters of the rule, outer tensors and tensors of the support. First order
-            has no gradient to the support, nor to an outer tensor by way of the inner steps.
+            The gradient to theta ``[T, P]``; and name -> gradient: ``lr`` in the shape of the step
+            sizes, and the required parameters of the rule, outer tensors and tensors of the
+            support. First order has no gradient to the support, nor to an outer tensor by way of
+            the inner steps.
         """
         named = {**inputs.named(), **self.rule_parameters, **self.passes.outer}
-        reached = set() if self.options.first_order else {*SUPPORT_NAMES, *self.passes.outer}
-        mixed = requires & reached
+        mixed = self._mixed(requires)
         hyperparameters = requires.intersection({"lr", *self.rule_parameters})
         result = {name: torch.zeros_like(named[name]) for name in mixed | hyperparameters}
         # In first order v_{k+1} reaches theta_k directly, not through g_k.
@@ -242,38 +272,52 @@ class InnerLoop:
         v = query_grads[self.options.steps]
         # Zeros: nothing differentiable reads the last state. Not the rule's own start, which may be
         # a remembered state.
-        state_v = Rule.start(self.rule, v)
+        plain = self.rule.is_plain and not hyperparameters and may_stay_in_pieces(v)
+        state_v = () if plain else Rule.start(self.rule, joined(v))
         with self.passes.conditions():
             for k in reversed(range(self.options.steps)):
                 at = tape.at(k, inputs.step_sizes.at(k))
-                back = self.rule.vjp(at, v, state_v, of_step)
+                if plain and isinstance(v, Pieces):
+                    direction = None if self.options.first_order else v.times(-at.lr)
+                    curved = self._curvature(tape, k, direction, inputs.support, mixed, result)
+                    v = _sum_of(v, curved, query_grads.get(k))
+                    continue
+                back = self.rule.vjp(at, joined(v), state_v, of_step)
                 for name, tensor in back.named.items():
                     # Step sizes that all steps share have one row, in which the steps add up.
                     row = inputs.step_sizes.row(k)
                     target = result["lr"][row] if name == "lr" else result[name]
                     target += tensor  # in place: target is a view of the result
-                v, state_v = back.theta, back.state
-                curved = self._curvature(tape, k, back, inputs.support, mixed, result)
-                for term in (curved, query_grads.get(k)):
-                    v = v if term is None else v + term
-        return {**result, "theta": v}
+                state_v = back.state
+                curved = self._curvature(tape, k, back.grads, inputs.support, mixed, result)
+                v = _sum_of(back.theta, curved, query_grads.get(k))
+        return v, result
+
+    def _mixed(self, requires: set[str]) -> set[str]:
+        """The required tensors that H_k's mixed term reaches; in first order there is none."""
+        if self.options.first_order:
+            return set()
+        return requires & {*SUPPORT_NAMES, *self.passes.outer}
 
     def _curvature(
         self,
         tape: Tape,
         k: int,
-        back: Pullback,
+        direction: Gradient | None,
         support: Examples,
         requires: set[str],
         result: Tensors,
-    ) -> Tensor | None:
+    ) -> Gradient | None:
         """H_k times the gradient to g_k; adds the support's share to ``result``."""
-        # A first-order step has no g_k in its pullback: there is no product to take.
-        if back.grads is None:
+        # A first-order step has no gradient to g_k: there is no product to take.
+        if direction is None:
             return None
-        product, mixed = self.passes.curvature(
-            k, tape.thetas[k], back.grads, support, requires, tape.randoms[k]
-        )
+        if k in tape.products:
+            product, mixed = tape.products.pop(k)(direction)  # its activations are freed
+        else:
+            product, mixed = self.passes.curvature(
+                k, tape.thetas[k], direction, support, requires, tape.randoms[k]
+            )
         for name, tensor in mixed.items():
             result[name] += tensor
         return product
@@ -300,14 +344,17 @@ class InnerLoop:
         for chunk in self.options.chunks(tasks):
             part = inputs.of_tasks(chunk)
             queries = _WeightedQueries(self.passes, cast("Examples", part.query), requires, weights)
-            adapted, tape = self.run(part, requires, queries.add)
+            adapted, tape = self.run(part, requires, queries.add, may_keep=True)
             queries.add(self.options.steps, adapted)
             losses.append(queries.losses)
             outputs.append(queries.outputs)
             grads = queries.input_grads
             # A gradient of the queries only is complete without the adjoint.
             if requires.difference(QUERY_NAMES):
-                for name, grad in self.adjoint(tape, queries.theta_grads, part, requires).items():
+                to_theta, others = self.adjoint(tape, queries.theta_grads, part, requires)
+                if "theta" in result:
+                    _add(to_theta, of_tasks("theta", result["theta"], chunk))
+                for name, grad in others.items():
                     # The query losses read the outer tensors too.
                     grads[name] = grad + grads[name] if name in grads else grad
             for name in result.keys() & grads.keys():
@@ -316,6 +363,20 @@ class InnerLoop:
                 target += grads[name].sum_to_size(target.shape)
         means = {name: total.div_(tasks) for name, total in result.items()}
         return torch.cat(losses).mean(), torch.cat(outputs), means
+
+
+def _sum_of(first: Gradient, *others: Gradient | None) -> Gradient:
+    for other in others:
+        first = first if other is None else add_gradients(first, other)
+    return first
+
+
+def _add(gradient: Gradient, target: Tensor) -> None:
+    """Add a gradient ``[T, P]`` to a target ``[T, P]``, or its sum over the tasks to ``[P]``."""
+    if isinstance(gradient, Pieces):
+        gradient.add_to(target)
+    else:
+        target += gradient.sum_to_size(target.shape)
 
 
 @dataclass
@@ -339,7 +400,7 @@ class _WeightedQueries:
     weights: Mapping[int, float]
     losses: Tensor | None = None
     outputs: Tensor | None = None
-    theta_grads: dict[int, Tensor] = field(default_factory=dict)
+    theta_grads: dict[int, Gradient] = field(default_factory=dict)
     input_grads: Tensors = field(default_factory=dict)
 
     def add(self, k: int, theta: Tensor) -> None:
@@ -348,11 +409,13 @@ class _WeightedQueries:
             return
         weight = self.weights[k]
         requires = self.requires if weight else set()
-        losses, self.outputs, grads = self.passes.query(k, theta, self.query, requires, weight)
+        losses, self.outputs, to_theta, grads = self.passes.query(
+            k, theta, self.query, requires, weight
+        )
         # A weight of 0 excludes the loss: 0 times an infinite loss would be NaN.
         weighted = weight * losses if weight else torch.zeros_like(losses)
         self.losses = weighted if self.losses is None else self.losses + weighted
-        self.theta_grads[k] = grads.pop("theta") if requires else torch.zeros_like(theta)
+        self.theta_grads[k] = torch.zeros_like(theta) if to_theta is None else to_theta
         for name, grad in grads.items():
             total = self.input_grads.get(name)
             self.input_grads[name] = grad if total is None else total + grad
@@ -374,18 +437,18 @@ class Minibatches:
         # Everything that does not read the support is the same for minibatches.
         return getattr(self.passes, name)
 
-    def gradient(self, k: int, theta: Tensor, support: Examples) -> Tensor:
+    def gradient(self, k: int, theta: Tensor, support: Examples) -> Gradient:
         return self.passes.gradient(k, theta, self._seen(k, support))
 
     def curvature(
         self,
         k: int,
         theta: Tensor,
-        direction: Tensor,
+        direction: Gradient,
         support: Examples,
         requires: set[str],
         random: Any,
-    ) -> tuple[Tensor, Tensors]:
+    ) -> tuple[Gradient, Tensors]:
         seen = self._seen(k, support)
         product, mixed = self.passes.curvature(k, theta, direction, seen, requires, random)
         tensors = {support.x_name: support.x, support.y_name: support.y}
@@ -394,6 +457,9 @@ class Minibatches:
             complete = torch.zeros_like(tensors[name])
             mixed[name] = complete.index_add_(1, self.indices[k], mixed[name])
         return product, mixed
+
+    def linearize(self, *_: Any) -> None:
+        """None: minibatches are for ``adapt``, whose backward comes later."""
 
     def _seen(self, k: int, support: Examples) -> Examples:
         indices = self.indices[k]

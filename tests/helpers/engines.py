@@ -77,9 +77,8 @@ ERRORS = [
 
 
 def engines(net: nn.Module, loss, *options, **more) -> tuple[FunctionalEngine, ProgramEngine]:
-    memory = ProgramOptions(memory=more.pop("memory", "auto"))
     inner = InnerLoopOptions(*options, **more)
-    return FunctionalEngine(net, loss, inner), ProgramEngine(net, loss, inner, memory)
+    return FunctionalEngine(net, loss, inner), ProgramEngine(net, loss, inner)
 
 
 def auto_engine(net: nn.Module, loss, options: InnerLoopOptions | None = None) -> AutoEngine:

@@ -12,12 +12,14 @@ from torch.func import grad, vjp
 from fastmeta.core.checks import refuse_inference_mode
 from fastmeta.core.derivatives import central_difference, tangent
 from fastmeta.core.inner_step import inner_step
+from fastmeta.core.memory import memory_limit
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines import adjoint
 from fastmeta.engines.autograd import entry_point
 from fastmeta.engines.base import Examples, InnerLoopOptions, Loss, MetaGradient, TaskBatch
 from fastmeta.engines.checks import check_arena, check_examples
 from fastmeta.engines.explain import describe_functional
+from fastmeta.engines.functional.footprint import footprint
 from fastmeta.engines.functional.label_checks import with_checked_labels
 from fastmeta.engines.functional.passes import ModulePasses
 from fastmeta.engines.functional.task_module import TaskModule
@@ -257,7 +259,26 @@ class FunctionalEngine:
         # The checks come before the labels are read, which may wait for the device.
         adjoint.check_loop(layout, self.options, theta, *sets)
         task_module = self._task_module()
-        return ModulePasses.of(layout, task_module, self.loss, self.options, support, query)
+        passes = ModulePasses.of(layout, task_module, self.loss, self.options, support, query)
+        if support is None or query is None or not self._may_keep():
+            return passes
+        keeping = replace(passes, kept_from=0)
+        if self.options.memory == "keep":
+            return keeping
+        # The last steps: the adjoint takes them first and frees what they keep.
+        together = min(self.options.task_chunk or len(support.x), len(support.x))
+        kept = together * footprint(keeping, theta, support).kept
+        fits = memory_limit(layout.device) // max(kept, 1)
+        kept_from = max(0, self.options.steps - fits)
+        # The queries' activations are not more than those of a step of as many examples.
+        limit = max(passes.query_limit or 0, support.x.shape[1] * (fits - self.options.steps))
+        return replace(passes, kept_from=kept_from, query_limit=limit)
+
+    def _may_keep(self) -> bool:
+        """Whether the adjoint can use activations of the steps."""
+        options = self.options
+        second_order = options.steps > 0 and not options.first_order and torch.is_grad_enabled()
+        return second_order and options.hvp_mode == "reverse" and options.memory != "recompute"
 
 
 def _product(total: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor, mode: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Routing of a vmapped module's image layers to the kernels of the ops."""
+"""Routing of a vmapped module's layers to what is fast for the weights of many tasks."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class RoutedLayers(TorchFunctionMode):
             self._routes[F.embedding] = _embedding
         # If the tasks share the weights, PyTorch convolves the images of all tasks as one batch.
         if vmapped and own_weights:
-            self._routes[F.conv2d] = _conv2d
+            self._routes |= {F.conv2d: _conv2d, F.linear: _linear}
         self._device = device
 
     def __torch_function__(
@@ -142,6 +142,15 @@ def _conv2d(
         return NotImplemented
     # The op keeps the layout of its input; modules may call view() on contiguous images only.
     return task_conv2d(input.contiguous(), weight, bias, stride, padding, dilation, groups)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # Of W x' the gradient to W comes in W's own layout, of x W' transposed: a copy to the arena
+    # then reads it column by column. The outputs are transposed instead, so they must be smaller.
+    if input.dim() != 2 or weight.shape[-1] <= len(input):
+        return NotImplemented
+    outputs = torch.mm(weight, input.mT).mT
+    return outputs if bias is None else outputs + bias
 
 
 def _embedding(

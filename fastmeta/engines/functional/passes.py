@@ -9,15 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastmeta.core.derivatives import Tensors, Total, curvature, gradient
+from fastmeta.core.derivatives import Linearized, Tensors, Total, curvature, gradient
 from fastmeta.core.inner_step import inner_step
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.pieces import Gradient, Pieces
 from fastmeta.core.random_state import RandomState
 from fastmeta.engines.base import Examples, InnerLoopOptions, Loss
 from fastmeta.engines.functional.captured import CapturedNames, would_lose_gradients
 from fastmeta.engines.functional.label_checks import with_checked_labels
 from fastmeta.engines.functional.task_module import TaskModule
-from fastmeta.engines.inner_loop import OUTER
+from fastmeta.engines.inner_loop import OUTER, Product
 
 # Activations that a reverse Hessian-vector product keeps, as a multiple of the activations that a
 # gradient keeps: measured 2.9 on Conv4-64 and 2.8 on an MLP.
@@ -38,6 +39,7 @@ class ModulePasses:
         query_limit: query examples of each task that one pass over all tasks may take; None: any
             number.
         outer: as in ``Passes``.
+        kept_from: the first step whose activations are kept for the adjoint.
         refuse: raises for a tensor that the loss reads and that is no input of the loop.
     """
 
@@ -48,6 +50,7 @@ class ModulePasses:
     hvp_mode: str
     query_limit: int | None
     outer: Tensors
+    kept_from: int
     refuse: Callable[[Tensor, list[Tensor]], None] | None
 
     @classmethod
@@ -81,6 +84,7 @@ class ModulePasses:
             query_loss=query_loss,
             hvp_mode=options.hvp_mode,
             query_limit=query_limit,
+            kept_from=options.steps,
         )
 
     @property
@@ -93,35 +97,54 @@ class ModulePasses:
     def random_state(self, device: torch.device) -> RandomState:
         return RandomState(device)
 
-    def gradient(self, k: int, theta: Tensor, support: Examples) -> Tensor:
+    def gradient(self, k: int, theta: Tensor, support: Examples) -> Pieces:
         total = self._total(support, self.support_loss)
         check = self._check if k == 0 else None  # every step runs the same code
         with inner_step(k):
             grads, _ = gradient(total, self.layout.views(theta), {}, check=check)
-        return self.layout.flatten(grads)
+        return Pieces(self.layout, grads)
+
+    def linearize(
+        self, k: int, theta: Tensor, support: Examples, requires: set[str]
+    ) -> tuple[Pieces, Product] | None:
+        if k < self.kept_from:
+            return None
+        total = self._total(support, self.support_loss)
+        inputs, captured = _required(support, requires), self._outer(requires)
+        check = self._check if k == 0 else None
+        with inner_step(k):
+            linear = Linearized.of(total, self.layout.views(theta), inputs, captured, check)
+
+        def product(direction: Gradient) -> tuple[Pieces, Tensors]:
+            along, mixed = linear.product(self._tensors(direction))
+            return Pieces(self.layout, along), mixed
+
+        detached = {name: grad.detach() for name, grad in linear.grads.items()}
+        return Pieces(self.layout, detached), product
 
     def curvature(
         self,
         k: int,
         theta: Tensor,
-        direction: Tensor,
+        direction: Gradient,
         support: Examples,
         requires: set[str],
         random: RandomState,
-    ) -> tuple[Tensor, Tensors]:
+    ) -> tuple[Pieces, Tensors]:
         total = self._total(support, self.support_loss)
-        params, along = self.layout.views(theta), self.layout.views(direction)
+        params, along = self.layout.views(theta), self._tensors(direction)
         inputs, captured = _required(support, requires), self._outer(requires)
         # The Hessian belongs to the function that step k saw, so to the same dropout masks.
         with random.replay(), inner_step(k):
             product, mixed = curvature(total, params, along, inputs, self.hvp_mode, captured)
-        return self.layout.flatten(product), mixed
+        return Pieces(self.layout, product), mixed
 
     def query(
         self, k: int, theta: Tensor, query: Examples, requires: set[str], weight: float
-    ) -> tuple[Tensor, Tensor, Tensors]:
+    ) -> tuple[Tensor, Tensor, Gradient | None, Tensors]:
         losses: list[Tensor] = []
         outputs: list[Tensor] = []
+        to_theta: list[Tensors] = []
         grads: list[Tensors] = []
         with self.conditions(), inner_step(k):
             for group in self._query_groups(query):
@@ -131,7 +154,8 @@ class ModulePasses:
                 if requires:
                     inputs, captured = _required(part, requires), self._outer(requires)
                     to_params, others = gradient(total, params, inputs, captured, self._check)
-                    grads.append({**others, "theta": self.layout.flatten(to_params)})
+                    to_theta.append(to_params)
+                    grads.append(others)
                 else:
                     total(params, {})  # records the losses and the outputs
         joined = {
@@ -140,7 +164,19 @@ class ModulePasses:
             for name in (grads[0] if grads else ())
             for parts in [[group[name] for group in grads]]
         }
-        return torch.cat(losses), torch.cat(outputs), joined
+        pieces = {
+            name: to_theta[0][name]
+            if len(to_theta) == 1
+            else torch.cat([g[name] for g in to_theta])
+            for name in (self.layout.names if requires else ())
+        }
+        found = Pieces(self.layout, pieces) if requires else None
+        return torch.cat(losses), torch.cat(outputs), found, joined
+
+    def _tensors(self, gradient: Gradient) -> Tensors:
+        if isinstance(gradient, Pieces):
+            return dict(gradient.tensors)
+        return self.layout.views(gradient)
 
     def _outer(self, requires: set[str]) -> Tensors:
         return {name: tensor for name, tensor in self.outer.items() if name in requires}
@@ -179,6 +215,13 @@ class ModulePasses:
         if self.query_limit is not None:
             size = max(1, tasks * self.query_limit // queries)
         return [slice(start, start + size) for start in range(0, tasks, size)]
+
+
+def _of_all_groups(parts: list[Tensors]) -> Tensors:
+    """Tensors of groups of tasks as those of all tasks."""
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _required(examples: Examples, requires: set[str]) -> Tensors:

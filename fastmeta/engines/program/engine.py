@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmeta.core.checks import check_choice
 from fastmeta.core.cuda_graphs import DEVICE_TYPE, check_option
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.step_sizes import StepSizes
@@ -38,8 +37,6 @@ from fastmeta.engines.program.passes import ProgramPasses
 from fastmeta.engines.program.trace import LoweringError
 from fastmeta.ops import task_program
 
-MEMORY = ("auto", "recompute", "keep")
-
 _MOST_KEPT = 512 << 20  # bytes of activations that "auto" keeps
 _MOST_SHARED = 227 << 10  # bytes of shared memory that a block may have on sm_90
 
@@ -49,9 +46,6 @@ class ProgramOptions:
     """Options that only task programs have.
 
     Args:
-        memory: ``"keep"`` the activations of all steps for the backward, ``"recompute"`` them step
-            by step, or ``"auto"``: keep them if they take at most twice the memory of the K
-            parameter vectors, or at most 512 MiB for the tasks computed at a time.
         cuda_graph: whether meta-gradients are replayed from CUDA graphs, see ``fastmeta.MAML``.
         compiled_only: raise LoweringError instead of running the program's ops in plain PyTorch.
 
@@ -59,12 +53,10 @@ class ProgramOptions:
         ValueError: an option out of range.
     """
 
-    memory: str = "auto"
     cuda_graph: bool | str = "auto"
     compiled_only: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("memory", self.memory, MEMORY)
         check_option(self.cuda_graph)
 
 
@@ -348,7 +340,7 @@ class ProgramEngine:
         return self._call_of(plan, theta is None, weights)
 
     def _call_of(self, plan: Plan, own_parameters: bool, weights: Sequence[float]) -> Call:
-        memory = self.program_options.memory
+        memory = self.options.memory
         return Call(
             ops=self._implementation(plan.program.layout),
             program=plan.program,
@@ -378,7 +370,7 @@ class ProgramEngine:
             return None
 
     def _keeps(self, plan: Plan) -> bool:
-        """Whether ``memory="auto"`` keeps the activations, see ``ProgramOptions``."""
+        """Whether ``memory="auto"`` keeps the activations, see ``InnerLoopOptions``."""
         options, layout = self.options, plan.program.layout
         together = min(plan.tasks, options.task_chunk or plan.tasks)
         # On a CPU each thread works on one task; on a GPU all tasks of a chunk run at a time.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmeta.core.derivatives import Tensors
+from fastmeta.core.pieces import Gradient, joined
 from fastmeta.engines.base import Examples
 from fastmeta.engines.program.call import Call
 from fastmeta.ops.task_program.bytecode import at_step
@@ -42,11 +44,14 @@ class ProgramPasses:
         _, _, grads, _ = ops.gradient(code, theta, self._frozen, support.x, support.y, False)
         return grads
 
+    def linearize(self, *_: Any) -> None:
+        """None: compiled calls keep nothing for one another."""
+
     def curvature(
         self,
         k: int,
         theta: Tensor,
-        direction: Tensor,
+        direction: Gradient,
         support: Examples,
         requires: set[str],
         random: None,
@@ -54,21 +59,24 @@ class ProgramPasses:
         ops, code = self._call.ops, self._code(k)
         # Targets never require a gradient: the engine has no program for them.
         x_grad = support.x_name in requires
-        product, mixed = ops.hvp(code, theta, self._frozen, support.x, support.y, direction, x_grad)
+        product, mixed = ops.hvp(
+            code, theta, self._frozen, support.x, support.y, joined(direction), x_grad
+        )
         return product, {support.x_name: mixed} if x_grad else {}
 
     def query(
         self, k: int, theta: Tensor, query: Examples, requires: set[str], weight: float
-    ) -> tuple[Tensor, Tensor, Tensors]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensors]:
         ops, code = self._call.ops, self._code(k)
         x_grad = query.x_name in requires
         losses, outputs, to_theta, to_x = ops.gradient(
             code, theta, self._frozen, query.x, query.y, x_grad
         )
-        grads = {"theta": to_theta, **({query.x_name: to_x} if x_grad else {})}
+        grads = {query.x_name: to_x} if x_grad else {}
         if weight != 1:
+            to_theta = weight * to_theta
             grads = {name: weight * grad for name, grad in grads.items()}
-        return losses, self._call.shaped(outputs), grads if requires else {}
+        return losses, self._call.shaped(outputs), to_theta if requires else None, grads
 
     def _code(self, k: int) -> Tensor:
         """The program's code at theta_k: norms of each step read their row k."""

@@ -92,10 +92,12 @@ class MAML(CompilableLearner):
             if the module, the loss, the dtype or the device does not lower to one.
             ``"functional"`` takes any module. ``"auto"`` is the program if the module lowers to
             one, else the functional engine.
-        memory: how the task program's backward gets the activations of the K inner steps:
-            ``"keep"`` keeps them, ``"recompute"`` computes them again. ``"auto"`` keeps them if
-            they take at most twice the memory of the K parameter vectors, or at most 512 MiB for
-            the tasks computed at a time. The functional engine always recomputes them.
+        memory: how the backward gets the activations of the K inner steps: ``"keep"`` keeps them,
+            ``"recompute"`` computes them again. ``"auto"`` keeps them in a task program if they
+            take at most twice the memory of the K parameter vectors, or at most 512 MiB for the
+            tasks computed at a time; in the functional engine those of as many steps as fit in a
+            quarter of the free memory, or in ``FASTMETA_MEMORY_LIMIT`` MiB of the environment.
+            ``adapt_tasks`` always recomputes them, and so do other modes than ``"reverse"``.
         norm_statistics: what batch and instance norms with running statistics normalise by.
             ``"batch"``: the current batch, in training and in evaluation (Finn 2017).
             ``"running"``: as in any module, the current batch in ``train()``, and ``running_mean``
@@ -436,14 +438,11 @@ class MAML(CompilableLearner):
             hvp_mode=self.hvp_mode,
             task_chunk=self.task_chunk,
             norm_statistics=self.norm_statistics,
+            memory=self.memory,
             rule=self.rule,
             outer=self.outer_tensors,
         )
-        program_options = ProgramOptions(
-            memory=self.memory,
-            cuda_graph=self.cuda_graph,
-            compiled_only=self.engine == "auto",
-        )
+        program_options = ProgramOptions(self.cuda_graph, compiled_only=self.engine == "auto")
         functional = FunctionalEngine(self.module, self.loss, options)
         program = ProgramEngine(self.module, self.loss, options, program_options, self._programs)
         engines: dict[str, Engine] = {

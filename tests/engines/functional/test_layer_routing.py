@@ -75,7 +75,7 @@ def engine_and_batch(first, device, dtype=torch.float64, **options):
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
 @pytest.mark.parametrize("first", FIRSTS)
 def test_the_gradient_is_that_of_torchs_convolutions(first, mode, device, calls):
-    engine, batch = engine_and_batch(first, device, hvp_mode=mode)
+    engine, batch = engine_and_batch(first, device, hvp_mode=mode, memory="recompute")
     loss, outputs, grads, *_ = engine.meta_gradient(*batch)
     forwards, rest = divmod(calls.count("task_conv2d"), 2 if first == "grouped" else 3)
     assert forwards >= 5 and rest == 0  # two steps, there and back, and the queries
@@ -123,7 +123,8 @@ def test_with_weights_that_the_tasks_share_norms_alone_are_routed(device, calls)
 
 
 def test_norms_by_running_statistics_are_not_routed(device, calls):
-    engine, batch = engine_and_batch("dense", device, norm_statistics="running")
+    options = {"norm_statistics": "running", "memory": "recompute"}
+    engine, batch = engine_and_batch("dense", device, **options)
     engine.module.norm.running_var.fill_(4.0)
     engine.module.eval()
     assert engine.module.norm.weight.numel() == 16

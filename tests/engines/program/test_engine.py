@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 import fastmeta as fm
 from fastmeta.engines.base import Examples, InnerLoopOptions, TaskBatch
 from fastmeta.engines.functional.engine import FunctionalEngine
-from fastmeta.engines.program.engine import ProgramEngine, ProgramOptions
+from fastmeta.engines.program.engine import ProgramEngine
 from tests.helpers.engines import ERRORS, auto_engine, engines, leaves
 from tests.helpers.networks import Tasks, relative_error
 from tests.helpers.networks import build as build_network
@@ -314,7 +314,7 @@ def test_the_backend_of_the_program(device):
 
 def test_an_option_that_is_not_there():
     with pytest.raises(ValueError, match=r"memory: expected one of .*, got 'all'"):
-        ProgramEngine(nn.Linear(3, 3), F.mse_loss, program_options=ProgramOptions(memory="all"))
+        InnerLoopOptions(memory="all")
 
 
 @pytest.mark.parametrize(("change", "error", "message"), ERRORS)

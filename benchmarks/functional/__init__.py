@@ -1,0 +1,1 @@
+"""The functional engine against the same algorithm in plain PyTorch, on networks of today."""
