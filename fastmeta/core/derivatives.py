@@ -115,7 +115,7 @@ class Linearized:
         captured: Tensors | None = None,
         check: Check | None = None,
     ) -> Linearized:
-        """Take the gradient at ``params``; the arguments are those of ``gradient``."""
+        """Take the gradient at ``params``; its arguments are as for ``gradient``."""
         params, inputs = _leaves(params), {**_leaves(inputs), **(captured or {})}
         sources = list(params.values())
         with torch.enable_grad():

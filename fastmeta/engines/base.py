@@ -125,14 +125,15 @@ class InnerLoopOptions:
         hvp_mode: ``"reverse"``, ``"forward"`` or ``"finite_difference"``, as in ``fastmeta.hvp``.
         task_chunk: tasks that run together; None: all of them. Memory grows with it. Results do
             not depend on it beyond rounding, except for random numbers, as in dropout. 1 runs
-            each task by itself, without vmap, for modules that vmap cannot take.
+            each task by itself, without vmap, for modules that vmap cannot take. ``"auto"``: as
+            many as their activations suggest, in the functional engine; all of them in a program.
         norm_statistics: what batch and instance norms with running statistics normalise by.
             ``"batch"``: always the batch. ``"running"``: in ``eval()`` the running statistics,
             as in any module. Running statistics are never updated.
         memory: ``"keep"`` the activations of all steps for the adjoint, ``"recompute"`` them step
             by step, or ``"auto"``. A task program then keeps them if they take at most twice the
             memory of the K parameter vectors, or at most 512 MiB for the tasks computed at a time.
-            The functional engine keeps those of as many steps as ``core.memory.memory_limit``
+            The functional engine keeps them for as many steps as ``core.memory.memory_limit``
             allows; it recomputes them for ``adapt``, and if ``hvp_mode`` is not ``"reverse"``.
         rule: the inner update rule, see ``fastmeta.rules``; None: plain descent.
         outer: tensors that the module or the loss reads by itself and that get a gradient, such as
@@ -145,7 +146,7 @@ class InnerLoopOptions:
     steps: int = 1
     first_order: bool = False
     hvp_mode: str = "reverse"
-    task_chunk: int | None = None
+    task_chunk: int | str | None = None
     norm_statistics: str = "batch"
     memory: str = "auto"
     rule: Rule | None = None
@@ -153,8 +154,8 @@ class InnerLoopOptions:
 
     def __post_init__(self) -> None:
         check_integer("steps", self.steps, 0)
-        if self.task_chunk is not None:
-            check_integer("task_chunk", self.task_chunk, 1)
+        if self.task_chunk is not None and self.task_chunk != "auto":
+            check_integer("task_chunk", cast("int", self.task_chunk), 1)
         if not isinstance(self.first_order, bool):
             raise TypeError(f"first_order: expected a bool, got {self.first_order!r}")
         check_choice("hvp_mode", self.hvp_mode, MODES)
@@ -176,9 +177,14 @@ class InnerLoopOptions:
         """Whether the inner steps are plain descent."""
         return self.rule is None or self.rule.is_plain
 
+    @property
+    def chunk_size(self) -> int | None:
+        """``task_chunk`` as a number; None: all tasks, unless an engine chooses another."""
+        return self.task_chunk if isinstance(self.task_chunk, int) else None
+
     def chunks(self, tasks: int) -> list[slice]:
         """Slices of the tasks that run together."""
-        size = self.task_chunk or tasks
+        size = self.chunk_size or tasks
         return [slice(start, start + size) for start in range(0, tasks, size)]
 
 

@@ -9,14 +9,20 @@ from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.base import InnerLoopOptions
 
 
-def describe_functional(module: nn.Module, options: InnerLoopOptions, not_vmapped: str) -> str:
+def describe_functional(
+    module: nn.Module,
+    options: InnerLoopOptions,
+    not_vmapped: str,
+    chosen: tuple[int, int] | None = None,
+) -> str:
     """Describe how the functional engine runs a module.
 
     ``not_vmapped`` is the reason why the tasks run one at a time although the options do not ask
-    for that; empty if there is none.
+    for that; empty if there is none. ``chosen``: the tasks that ran together when
+    ``task_chunk="auto"`` last chose their number, and the bytes of each.
     """
     layout = ParameterLayout.of(module)
-    tasks = describe_tasks(options.task_chunk, not_vmapped)
+    tasks = describe_tasks(options.task_chunk, not_vmapped, chosen)
     norms = "Norms in evaluation mode go by the running statistics that they track. "
     return (
         f"Functional engine, which takes any nn.Module (here {type(module).__name__}, "
@@ -26,13 +32,22 @@ def describe_functional(module: nn.Module, options: InnerLoopOptions, not_vmappe
     )
 
 
-def describe_tasks(chunk: int | None, not_vmapped: str) -> str:
+def describe_tasks(
+    chunk: int | str | None, not_vmapped: str, chosen: tuple[int, int] | None = None
+) -> str:
     """Describe how many tasks run together, as for ``describe_functional``."""
     one_by_one = "tasks one at a time, without vmap"
-    if chunk is None and not_vmapped:
+    if not isinstance(chunk, int) and not_vmapped:
         return f"{one_by_one}, because {not_vmapped}"
-    together = {None: "all tasks vmapped together", 1: one_by_one}
-    return together.get(chunk, f"tasks vmapped {chunk} at a time")
+    if chunk == "auto":
+        if chosen is None:
+            return "tasks vmapped, as many at a time as the size of their activations suggests"
+        size, peak = chosen
+        how = one_by_one if size == 1 else f"tasks vmapped, up to {size} at a time"
+        return f"{how}, because a step of one takes {peak / 2**20:.1f} MiB"
+    if chunk is None:
+        return "all tasks vmapped together"
+    return one_by_one if chunk == 1 else f"tasks vmapped {chunk} at a time"
 
 
 def describe_steps(options: InnerLoopOptions, products: str) -> str:

@@ -12,14 +12,13 @@ from torch.func import grad, vjp
 from fastmeta.core.checks import refuse_inference_mode
 from fastmeta.core.derivatives import central_difference, tangent
 from fastmeta.core.inner_step import inner_step
-from fastmeta.core.memory import memory_limit
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines import adjoint
 from fastmeta.engines.autograd import entry_point
 from fastmeta.engines.base import Examples, InnerLoopOptions, Loss, MetaGradient, TaskBatch
 from fastmeta.engines.checks import check_arena, check_examples
 from fastmeta.engines.explain import describe_functional
-from fastmeta.engines.functional.footprint import footprint
+from fastmeta.engines.functional.footprint import last_choice, with_sizes
 from fastmeta.engines.functional.label_checks import with_checked_labels
 from fastmeta.engines.functional.passes import ModulePasses
 from fastmeta.engines.functional.task_module import TaskModule
@@ -101,8 +100,8 @@ class FunctionalEngine:
         theta = self.parameters() if theta is None else theta
 
         def run(engine: FunctionalEngine) -> Tensor:
-            passes = engine._checked_passes(theta, support=support)
-            return adjoint.adapt(passes, engine.options, theta, lr, support, indices)
+            passes, options = engine._prepared(theta, support=support)
+            return adjoint.adapt(passes, options, theta, lr, support, indices)
 
         return self._vmapped_if_possible(run)
 
@@ -134,8 +133,8 @@ class FunctionalEngine:
         theta = self.parameters() if theta is None else theta
 
         def run(engine: FunctionalEngine) -> tuple[Tensor, Tensor]:
-            passes = engine._checked_passes(theta, support=batch.support, query=batch.query)
-            return adjoint.meta_loss(passes, engine.options, theta, lr, batch, step_weights)
+            passes, options = engine._prepared(theta, support=batch.support, query=batch.query)
+            return adjoint.meta_loss(passes, options, theta, lr, batch, step_weights)
 
         return self._vmapped_if_possible(run)
 
@@ -173,8 +172,8 @@ class FunctionalEngine:
         """
 
         def run(engine: FunctionalEngine) -> tuple[Tensor, Tensor, Tensor | None]:
-            passes = engine._checked_passes(theta, query=query)
-            return adjoint.query_losses(passes, engine.options, theta, query, gradient)
+            passes, options = engine._prepared(theta, query=query)
+            return adjoint.query_losses(passes, options, theta, query, gradient)
 
         return self._vmapped_if_possible(run)
 
@@ -238,12 +237,13 @@ class FunctionalEngine:
 
     def describe(self) -> str:
         """Describe how this engine runs, but not why."""
-        return describe_functional(self.module, self.options, why_not_vmapped(self.module))
+        chosen = last_choice(self.module)
+        return describe_functional(self.module, self.options, why_not_vmapped(self.module), chosen)
 
     def _vmapped_if_possible(self, run: Callable[[FunctionalEngine], Result]) -> Result:
         """The result of ``run`` with the tasks vmapped, or one at a time if that is impossible."""
 
-        def with_chunk(chunk: int | None) -> Result:
+        def with_chunk(chunk: int | str | None) -> Result:
             return run(replace(self, options=replace(self.options, task_chunk=chunk)))
 
         return vmapped_if_possible(self.module, self.options.task_chunk, with_chunk)
@@ -251,34 +251,20 @@ class FunctionalEngine:
     def _task_module(self) -> TaskModule:
         return TaskModule(self.module, self.options.norm_statistics)
 
-    def _checked_passes(
+    def _prepared(
         self, theta: Tensor, support: Examples | None = None, query: Examples | None = None
-    ) -> ModulePasses:
+    ) -> tuple[ModulePasses, InnerLoopOptions]:
+        """The passes for checked inputs, and the options with the size of chunks."""
         layout = ParameterLayout.of(self.module)
         sets = [examples for examples in (support, query) if examples is not None]
         # The checks come before the labels are read, which may wait for the device.
         adjoint.check_loop(layout, self.options, theta, *sets)
         task_module = self._task_module()
         passes = ModulePasses.of(layout, task_module, self.loss, self.options, support, query)
-        if support is None or query is None or not self._may_keep():
-            return passes
-        keeping = replace(passes, kept_from=0)
-        if self.options.memory == "keep":
-            return keeping
-        # The last steps: the adjoint takes them first and frees what they keep.
-        together = min(self.options.task_chunk or len(support.x), len(support.x))
-        kept = together * footprint(keeping, theta, support).kept
-        fits = memory_limit(layout.device) // max(kept, 1)
-        kept_from = max(0, self.options.steps - fits)
-        # The queries' activations are not more than those of a step of as many examples.
-        limit = max(passes.query_limit or 0, support.x.shape[1] * (fits - self.options.steps))
-        return replace(passes, kept_from=kept_from, query_limit=limit)
-
-    def _may_keep(self) -> bool:
-        """Whether the adjoint can use activations of the steps."""
-        options = self.options
-        second_order = options.steps > 0 and not options.first_order and torch.is_grad_enabled()
-        return second_order and options.hvp_mode == "reverse" and options.memory != "recompute"
+        # With queries the adjoint follows in the same call.
+        keeps = len(sets) > 1 and self.options.steps > 0 and not self.options.first_order
+        keeps = keeps and torch.is_grad_enabled()
+        return with_sizes(passes, self.options, theta, sets[0], keeps)
 
 
 def _product(total: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor, mode: str) -> Tensor:

@@ -218,7 +218,7 @@ class ModulePasses:
 
 
 def _of_all_groups(parts: list[Tensors]) -> Tensors:
-    """Tensors of groups of tasks as those of all tasks."""
+    """Join the tensors of groups of tasks."""
     if len(parts) == 1:
         return parts[0]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -67,18 +67,18 @@ def why_not_vmapped(module: nn.Module) -> str:
 
 
 def vmapped_if_possible(
-    module: nn.Module, chunk: int | None, run: Callable[[int | None], Result]
+    module: nn.Module, chunk: int | str | None, run: Callable[[Any], Result]
 ) -> Result:
     """``run(chunk)``, or ``run(1)`` if the tasks may run together and the module cannot be vmapped.
 
-    The first time, a RuntimeWarning gives the reason.
+    The first time, a RuntimeWarning gives the reason. ``chunk`` may be None or ``"auto"``.
     """
-    if chunk is not None:
+    if isinstance(chunk, int):
         return run(chunk)
     reason = why_not_vmapped(module)
     if not reason:
         try:
-            return run(None)
+            return run(chunk)
         except VmapError as error:
             reason = _found[module] = error.reason
     if _warned.get(module) != reason:

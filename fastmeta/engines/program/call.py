@@ -265,7 +265,8 @@ class Call(NamedTuple):
         return self._runs_together() and hasattr(self.ops, "loss_and_gradient")
 
     def _runs_together(self) -> bool:
-        return self.options.task_chunk is None or self.options.task_chunk >= self.tasks
+        size = self.options.chunk_size
+        return size is None or size >= self.tasks
 
 
 class Adapt(torch.autograd.Function):

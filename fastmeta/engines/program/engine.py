@@ -372,7 +372,7 @@ class ProgramEngine:
     def _keeps(self, plan: Plan) -> bool:
         """Whether ``memory="auto"`` keeps the activations, see ``InnerLoopOptions``."""
         options, layout = self.options, plan.program.layout
-        together = min(plan.tasks, options.task_chunk or plan.tasks)
+        together = min(plan.tasks, options.chunk_size or plan.tasks)
         # On a CPU each thread works on one task; on a GPU all tasks of a chunk run at a time.
         if layout.device.type == "cpu":
             together = min(together, torch.get_num_threads())

@@ -17,7 +17,7 @@ def describe_program(
 ) -> str:
     """Describe how a program runs; ``why_no_graph`` is empty if CUDA graphs may replay it."""
     *layers, loss = program.layers  # the last entry is the name of the loss
-    size = options.task_chunk
+    size = options.chunk_size
     tasks = "all tasks together" if size is None else f"{size} tasks at a time"
     calls = "one call for all steps" if options.is_plain else "one call a step"
     if cuda_graph is True and why_no_graph:

@@ -87,6 +87,9 @@ class MAML(CompilableLearner):
             other such tensor raises a ValueError.
         task_chunk: tasks that run together, None for all; bounds the memory. 1 runs them one by
             one, without vmap, which a module that vmap cannot take does by itself, with a warning.
+            ``"auto"``: all of them in a task program; in the functional engine as many as suit
+            the size of their activations, which a module's first call of a kind measures on two
+            tasks. ``explain()`` says how many.
         hvp_mode: ``"reverse"``, ``"forward"`` or ``"finite_difference"``, see ``fastmeta.hvp``.
         engine: ``"program"`` is the compiled task program; it raises a ValueError with the reason
             if the module, the loss, the dtype or the device does not lower to one.
@@ -95,7 +98,7 @@ class MAML(CompilableLearner):
         memory: how the backward gets the activations of the K inner steps: ``"keep"`` keeps them,
             ``"recompute"`` computes them again. ``"auto"`` keeps them in a task program if they
             take at most twice the memory of the K parameter vectors, or at most 512 MiB for the
-            tasks computed at a time; in the functional engine those of as many steps as fit in a
+            tasks computed at a time; in the functional engine for as many steps as fit in a
             quarter of the free memory, or in ``FASTMETA_MEMORY_LIMIT`` MiB of the environment.
             ``adapt_tasks`` always recomputes them, and so do other modes than ``"reverse"``.
         norm_statistics: what batch and instance norms with running statistics normalise by.
@@ -144,7 +147,7 @@ class MAML(CompilableLearner):
         learn_lr: bool = False,
         rule: Rule | None = None,
         outer: Sequence[Tensor] = (),
-        task_chunk: int | None = None,
+        task_chunk: int | str | None = "auto",
         hvp_mode: str = "reverse",
         engine: str = "auto",
         memory: str = "auto",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,6 +115,92 @@ def test_the_limit_is_a_quarter_of_what_is_free(monkeypatch):
     monkeypatch.setenv(LIMIT, "-3")
     with pytest.raises(ValueError, match="FASTMETA_MEMORY_LIMIT: expected a number of MiB, got"):
         memory_limit(torch.device("cpu"))
+
+
+class Wide(nn.Module):
+    """A step of one task takes tens of MiB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x)).repeat(1, 30_000).sin()
+        return self.second(x.unflatten(1, (30_000, 4)).mean(1))
+
+
+def chosen(learner: fm.MAML, batch: TaskBatch) -> str:
+    learner.meta_gradient(*batch)
+    return learner.explain()
+
+
+def test_the_number_of_tasks_that_run_together_is_chosen_by_their_size(monkeypatch):
+    torch.manual_seed(0)
+    _, batch = counted("cpu", tasks=8)
+    small = fm.MAML(nn.Linear(3, 4), 0.1, 2, engine="functional")
+    assert "up to 8 at a time, because a step of one takes 0.0 MiB" in chosen(small, batch)
+    wide = fm.MAML(Wide(), 0.1, 2, engine="functional")
+    found = re.search(
+        r"up to (\d) at a time, because a step of one takes (.*) MiB", chosen(wide, batch)
+    )
+    assert int(found[1]) == int(128 / float(found[2])) < 8
+    monkeypatch.setenv(LIMIT, "20")
+    assert "one at a time, without vmap, because a step of one takes" in chosen(wide, batch)
+
+
+@pytest.mark.parametrize("limit", ["", "0", "20"])
+def test_the_chosen_number_changes_nothing_beyond_rounding(limit, monkeypatch):
+    torch.manual_seed(0)
+    net, (_, batch) = Wide().double(), counted("cpu", tasks=5)
+    batch = TaskBatch(*(t.double() if t.is_floating_point() else t for t in batch))
+    monkeypatch.setenv(LIMIT, limit)
+    found, *expected = (
+        fm.MAML(net, 0.1, 2, engine="functional", task_chunk=chunk).meta_gradient(*batch)
+        for chunk in ("auto", None, 1)
+    )
+    for other in expected:
+        torch.testing.assert_close(found.grads, other.grads, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found.outputs, other.outputs, rtol=1e-12, atol=1e-14)
+
+
+def test_adaptation_and_evaluation_choose_too(monkeypatch):
+    _, batch = counted("cpu", tasks=5)
+    wide = fm.MAML(Wide(), 0.1, 2, engine="functional")
+    monkeypatch.setenv(LIMIT, "20")
+    wide.adapt_tasks(batch.support_x, batch.support_y)
+    assert "one at a time, without vmap, because" in wide.explain()
+
+
+def test_first_order_needs_no_second_derivative_to_choose(device):
+    class Once(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output) -> None:
+            pass
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad: Tensor) -> Tensor:
+            return grad * 2
+
+    class Net(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return Once.apply(super().forward(x))
+
+    _, batch = counted(device)
+    learner = fm.MAML(Net(3, 4).to(device), 0.1, 2, first_order=True, engine="functional")
+    assert learner.meta_gradient(*batch).grads.isfinite().all()
+
+
+@pytest.mark.parametrize("chunk", ["all", 0, True])
+def test_a_chunk_that_is_none(chunk):
+    with pytest.raises((TypeError, ValueError), match="task_chunk: expected"):
+        InnerLoopOptions(task_chunk=chunk)
 
 
 def test_minibatches_and_learners_take_the_option(device):

@@ -342,7 +342,8 @@ def test_explain_says_what_the_functional_engine_does(device):
     text = explained(0.1, 3)
     for part in ("Functional engine", "Sequential", "83 adapted parameters", "6 tensors"):
         assert part in text
-    assert "all tasks vmapped together" in text
+    assert "tasks vmapped, as many at a time as the size of their activations suggests" in text
+    assert "all tasks vmapped together" in explained(task_chunk=None)
     assert "Inner steps: 3, second order by the adjoint, one reverse" in text
     assert fm.backend_of("inner_update", device, torch.float64) in text
     assert f"on {device} in float64" in text
