@@ -4,8 +4,9 @@
 
 Conv4 on 28x28 images, 5-way 1-shot with 75 queries, float32, K = 2 and K = 10. Compared are
 
-- fastmeta: the adjoint of the functional engine, all tasks together (the default), and with
-  ``task_chunk=1``; of task programs ``benchmarks.memory.program`` gives the memory;
+- fastmeta: the adjoint of the functional engine with ``memory="recompute"``, the least that it can
+  take, all tasks together and with ``task_chunk=1``; of task programs
+  ``benchmarks.memory.program`` gives the memory;
 - unrolled: ``create_graph=True`` through all K steps, vmapped over all tasks; the strongest
   ordinary way to run the tasks together;
 - unrolled, task by task: ``backward`` after each task, the least memory that unrolling takes.
@@ -52,7 +53,8 @@ def ways(net: nn.Module, tasks: Tasks) -> dict[str, Callable[[int], None]]:
 
     def adjoint(task_chunk: int | None) -> Callable[[int], None]:
         def run(steps: int) -> None:
-            maml = fm.MAML(net, INNER_LR, steps, task_chunk=task_chunk, engine="functional")
+            options = {"task_chunk": task_chunk, "memory": "recompute", "engine": "functional"}
+            maml = fm.MAML(net, INNER_LR, steps, **options)
             maml.meta_loss(*tasks)[0].backward()
 
         return run

@@ -9,9 +9,12 @@ backward takes one Hessian-vector product a step (Maclaurin 2015, Franceschi 201
     d x_s += -d<grad L_s(theta_k), lr v_{k+1}> / d x_s
 
 So memory is K P a task and the activations of one step; an unrolled graph keeps K times the
-activations. With a query loss at every step, ``sum_k w_k L_q(theta_k)`` (MAML++: Antoniou 2019),
-the recursion starts from ``w_K grad L_q(theta_K)`` and adds ``w_k grad L_q(theta_k)`` to v_k. Each
-weight other than 0 takes another P a task.
+activations. If they fit (``memory``), so does the meta-gradient, whose adjoint follows in the same
+call: then no activation is computed twice.
+
+With a query loss at every step, ``sum_k w_k L_q(theta_k)`` (MAML++: Antoniou 2019), the recursion
+starts from ``w_K grad L_q(theta_K)`` and adds ``w_k grad L_q(theta_k)`` to v_k. Each weight other
+than 0 takes another P a task.
 
 A rule other than plain descent, ``theta_{k+1}, s_{k+1} = U(theta_k, g_k, s_k)``, replaces ``lr`` by
 its own derivative. With ``(a, b, d s_k, c)`` the vector-Jacobian product of U on

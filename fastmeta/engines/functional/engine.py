@@ -24,6 +24,7 @@ from fastmeta.engines.functional.passes import ModulePasses
 from fastmeta.engines.functional.task_module import TaskModule
 from fastmeta.engines.functional.vmap_errors import (
     Result,
+    memory_errors,
     vmapped_if_possible,
     why_not_vmapped,
 )
@@ -246,7 +247,8 @@ class FunctionalEngine:
         def with_chunk(chunk: int | str | None) -> Result:
             return run(replace(self, options=replace(self.options, task_chunk=chunk)))
 
-        return vmapped_if_possible(self.module, self.options.task_chunk, with_chunk)
+        with memory_errors(self.options):
+            return vmapped_if_possible(self.module, self.options.task_chunk, with_chunk)
 
     def _task_module(self) -> TaskModule:
         return TaskModule(self.module, self.options.norm_statistics)

@@ -8,8 +8,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from torch.nn.modules import module as every_module
+
+from fastmeta.engines.base import InnerLoopOptions
 
 # PyTorch has no public way to ask for hooks.
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -17,6 +20,9 @@ _GLOBAL_BACKWARD_HOOKS = (
     every_module._global_backward_hooks,
     every_module._global_backward_pre_hooks,
 )
+
+# Words of errors of allocators, on a GPU and on a CPU.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 # Words of errors that PyTorch raises for ops without a batching rule; it has no class for them.
 _WORDS = ("vmap", "batching rule", "functorch", "batchedtensor")
@@ -53,6 +59,21 @@ def vmap_errors(subject: str, tasks: int) -> Iterator[None]:
         if tasks == 1 or isinstance(error, VmapError) or not of_vmap:
             raise
         raise VmapError(subject, error) from error
+
+
+@contextmanager
+def memory_errors(options: InnerLoopOptions) -> Iterator[None]:
+    """Context in which an error of a full memory names the options that need less."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        raise torch.OutOfMemoryError(
+            f"the tasks that run together do not fit in memory. task_chunk=N runs N tasks at a "
+            f"time (now {options.task_chunk!r}), memory='recompute' keeps no activations (now "
+            f'{options.memory!r}), and FASTMETA_MEMORY_LIMIT bounds what "auto" takes. {error}'
+        ) from error
 
 
 def why_not_vmapped(module: nn.Module) -> str:

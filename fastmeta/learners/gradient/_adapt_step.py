@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fastmeta.core.dtypes import HALF
 from fastmeta.learners.gradient._module_copy import replace_tensors
 
 
@@ -74,6 +75,8 @@ def _descended(parameter: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
     # inner_update pays only with many tasks: for one task and the six parameters of a small MLP it
     # takes ten times as long on one core as these ops.
     if not isinstance(lr, Tensor):
+        if parameter.dtype in HALF:  # torch.add would round the step size to their dtype
+            return (parameter.float() - lr * grad.float()).to(parameter.dtype)
         return torch.add(parameter, grad, alpha=-lr)
     # A step size of higher precision is used in full; the result keeps the parameter's dtype.
     return torch.addcmul(parameter, lr.to(parameter.device), grad, value=-1).to(parameter.dtype)

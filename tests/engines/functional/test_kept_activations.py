@@ -197,6 +197,18 @@ def test_first_order_needs_no_second_derivative_to_choose(device):
     assert learner.meta_gradient(*batch).grads.isfinite().all()
 
 
+def test_a_full_memory_names_the_options():
+    class Huge(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.zeros(1 << 55, 4)[: len(x)]
+
+    _, batch = counted("cpu")
+    learner = fm.MAML(Huge(3, 4), 0.1, 2, engine="functional", memory="keep")
+    message = "do not fit in memory. task_chunk=N runs N tasks at a time .now 'auto'., memory='rec"
+    with pytest.raises(torch.OutOfMemoryError, match=message):
+        learner.meta_gradient(*batch)
+
+
 @pytest.mark.parametrize("chunk", ["all", 0, True])
 def test_a_chunk_that_is_none(chunk):
     with pytest.raises((TypeError, ValueError), match="task_chunk: expected"):
