@@ -50,8 +50,8 @@ def _joined(grads: Any) -> Tensor:
     return torch.cat([grad.flatten() for grad in grads])
 
 
-def adjoint(problem: Problem) -> Callable[[], Gradient]:
-    function = torch.no_grad()(adjoint_of(problem))
+def _by_name(problem: Problem, function: Any) -> Callable[[], Gradient]:
+    """A step of a function of parameters by name and tasks."""
     params = {name: p.detach() for name, p in problem.params.items()}
 
     def run() -> Gradient:
@@ -59,17 +59,14 @@ def adjoint(problem: Problem) -> Callable[[], Gradient]:
         return loss, _joined(grads.values())
 
     return run
+
+
+def adjoint(problem: Problem) -> Callable[[], Gradient]:
+    return _by_name(problem, torch.no_grad()(adjoint_of(problem)))
 
 
 def unrolled(problem: Problem) -> Callable[[], Gradient]:
-    function = unrolled_of(problem)
-    params = {name: p.detach() for name, p in problem.params.items()}
-
-    def run() -> Gradient:
-        grads, loss = function(params, *problem.tasks)
-        return loss, _joined(grads.values())
-
-    return run
+    return _by_name(problem, unrolled_of(problem))
 
 
 def task_loop(problem: Problem) -> Callable[[], Gradient]:

@@ -102,7 +102,8 @@ struct MetaLoss : torch::autograd::Function<MetaLoss> {
     variable_list grads(kParameters + count + 1);  // and one for the options
     if (!grad_outputs[0].defined()) return grads;
     {
-      const at::AutoDispatchBelowADInplaceOrView below;  // a graph under create_graph ends here
+      // Neither the products nor the views are recorded, not even under create_graph.
+      const at::AutoDispatchBelowADInplaceOrView unrecorded;
       const auto saved = ctx->get_saved_variables();
       const Input places[] = {kParameters, kLr, kSupportX, kQueryX};
       for (size_t i = 0; i < saved.size(); ++i) {

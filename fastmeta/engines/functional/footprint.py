@@ -89,7 +89,10 @@ def _footprint(
     # Two tasks: a module that cannot be vmapped is then found here, as in the loop.
     tasks = min(2, len(examples.x), options.chunk_size or 2)
     tensors = (examples.x, examples.y)
-    kind = (module.training, keeps, tasks, *((t.shape[1:], t.dtype, t.device) for t in tensors))
+    # Inference mode keeps no graph, and autocast halves what is kept.
+    modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(examples.x.device.type)
+    shapes = ((t.shape[1:], t.dtype, t.device) for t in tensors)
+    kind = (module.training, keeps, tasks, *modes, *shapes)
     known = _known.setdefault(module, {})
     if kind not in known:
         kept, peak = _measured(passes, theta, examples.of_tasks(slice(tasks)), keeps)
