@@ -85,6 +85,14 @@ TORCH_LIBRARY(fastmeta, m) {
       " Tensor grad_grad_bias, Tensor grad, Tensor x, Tensor weight, float eps)"
       " -> (Tensor grad_grad, Tensor grad_x, Tensor grad_weight)");
 
+  // Elementwise: y, the gradient, and the gradient of the gradient, see activation/activation.h; the
+  // kinds and their numbers a, b: execution/activation.h
+  m.def("activation(Tensor x, int kind, float a, float b) -> Tensor");
+  m.def("activation_backward(Tensor grad, Tensor x, int kind, float a, float b) -> Tensor");
+  m.def(
+      "activation_backward_backward(Tensor grad_grad_x, Tensor grad, Tensor x, int kind, float a,"
+      " float b) -> (Tensor grad_grad, Tensor grad_x)");
+
   // A network and its loss as a list of instructions: code, see task_program/program/program.h.
   // theta [P] or [T, P]; frozen [F]; lr [K or 1, T or 1, P or 1]; x [T, B, ...]; y [T, B] int64
   // labels, or [T, B, ...]; n elements in an example's output. A gradient has the shape of its

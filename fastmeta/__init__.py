@@ -1,7 +1,7 @@
 """fastmeta: meta-learning for PyTorch, batched over tasks, on compiled kernels.
 
 ops         inner_update, prototypes, pairwise_distance, prototype_loss, task_conv2d,
-            task_batch_norm, task_linear, linear_head, linear_head_hvp, hvp
+            task_batch_norm, task_linear, linear_head, linear_head_hvp, hvp, activation
 learners    MAML, FOMAML, ANIL, Reptile, MetaSGD, MAMLPlusPlus, MetaCurvature, IMAML,
             ProtoNet: `meta_loss` and `adapt_tasks`
 rules       rules.SGD, rules.Adam, rules.RMSProp, rules.ClipNorm, rules.MetaCurvature, ...
@@ -25,6 +25,7 @@ from fastmeta.learners.gradient.meta_sgd import MetaSGD
 from fastmeta.learners.gradient.reptile import Reptile
 from fastmeta.learners.metric.protonet import ProtoNet
 from fastmeta.ops import (
+    activation,
     inner_update,
     linear_head,
     linear_head_hvp,
@@ -49,6 +50,7 @@ __all__ = [
     "MetaSGD",
     "ProtoNet",
     "Reptile",
+    "activation",
     "backend_of",
     "build_info",
     "data",

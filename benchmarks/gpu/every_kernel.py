@@ -32,6 +32,7 @@ from benchmarks.gpu.precision import convolutions, float32_products
 from fastmeta.core.backend import CONVOLUTION, KERNELS, WIDE_DTYPES
 from fastmeta.core.dtypes import accumulation_dtype
 from fastmeta.engines.program.lowering import Lowering
+from fastmeta.ops.activation import KINDS
 from tools.cuda_check import readable
 
 METRICS = ("euclidean", "cosine")  # differences with a root, and products with norms
@@ -150,6 +151,7 @@ class Inputs:
             yield from metric_calls(draw)
             yield from head_calls(draw)
             yield from norm_calls(draw)
+            yield from activation_calls(draw)
         yield from convolution_calls(draw, device)
         yield from program_calls(draw, only_smooth=self.tf32)
 
@@ -214,6 +216,16 @@ def norm_calls(draw: Draws) -> Iterator[Call]:
         yield "task_batch_norm", (x, weight, bias, 1e-5)
         yield "task_batch_norm_backward", (g, x, weight, 1e-5)
         yield "task_batch_norm_backward_backward", (v, bias, weight, g, x, weight, 1e-5)
+
+
+def activation_calls(draw: Draws) -> Iterator[Call]:
+    """Activations of more numbers than a block has threads."""
+    for kind in KINDS.values() if draw.dtype in WIDE_DTYPES else ():
+        v, g, x = draw.rows(3, 100), draw.rows(3, 100), draw.rows(3, 100)
+        code = (int(kind), 1.0, 20.0)
+        yield "activation", (x, *code)
+        yield "activation_backward", (g, x, *code)
+        yield "activation_backward_backward", (v, g, x, *code)
 
 
 def program_calls(draw: Draws, only_smooth: bool) -> Iterator[Call]:

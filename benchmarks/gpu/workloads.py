@@ -244,6 +244,28 @@ def norms(sizes: Sizes) -> Iterator[Measure]:
     yield Measure("task_batch_norm", name, what, dtype, contenders, draw, sizes.rounds, calls=2)
 
 
+def activations(sizes: Sizes) -> Iterator[Measure]:
+    """Mish of the outputs of the same layer, with the second derivative."""
+    t, b, channels, size = sizes.images
+
+    def draw(generator: torch.Generator) -> Inputs:
+        shape = (t, b, channels, size, size)
+        return tuple(torch.randn(shape, generator=generator, device=generator.device) for _ in "xg")
+
+    def by(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Inputs]:
+        def second(x: torch.Tensor, upstream: torch.Tensor) -> Inputs:
+            x = x.detach().requires_grad_()
+            slope = torch.autograd.grad(function(x), x, upstream, create_graph=True)[0]
+            return slope.detach(), *torch.autograd.grad(slope, x, upstream)
+
+        return second
+
+    name = f"mish, T = {t}, B = {b}, {channels} channels, {size} x {size}"
+    contenders = {OURS: by(lambda x: fm.activation(x, "mish")), "torch": by(F.mish)}
+    what, dtype = "second derivative", torch.float32
+    yield Measure("activation", name, what, dtype, contenders, draw, sizes.rounds, calls=3)
+
+
 def heads(sizes: Sizes) -> Iterator[Measure]:
     """anil: the inner steps, the loss on the queries, and its gradients."""
     t, steps, s, q, n, d = sizes.head
@@ -286,5 +308,6 @@ def all_measures(sizes: Sizes) -> Iterator[Measure]:
     yield from big_losses(sizes)
     yield from convolutions(sizes)
     yield from norms(sizes)
+    yield from activations(sizes)
     yield from means(sizes)
     yield from distances(sizes)

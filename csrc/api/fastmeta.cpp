@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "common/check.h"
+#include "common/cpu/kept_pages.h"
 #include "common/cpu/workspace.h"
 
 namespace fastmeta {
@@ -54,7 +55,7 @@ Result call(const Arguments&... arguments) {
 
 std::string_view isa() { return FASTMETA_ISA; }
 
-int64_t release_memory() { return release_workspaces(); }
+int64_t release_memory() { return release_workspaces() + release_pages(); }
 
 Tensor inner_update(const Tensor& params, const Tensor& grads, const Tensor& lr) {
   return call<"inner_update", Tensor>(params, grads, lr);

@@ -1,8 +1,10 @@
 // Python module: loads the ops into torch.ops.fastmeta, and tells how they were built.
 #include <pybind11/pybind11.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/version.h>
 
-#include "common/cpu/workspace.h"
+#include "api/fastmeta.h"
+#include "common/cpu/kept_pages.h"
 #include "python/fast_path.h"
 
 namespace {
@@ -26,9 +28,13 @@ pybind11::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  // Wrapped where an error may come: the limit that the environment gives may be no number.
   m.doc() = "Loads the fastmeta ops into torch.ops.fastmeta.";
   m.def("build_info", &build_info, "How this extension was compiled.");
-  m.def("release_workspaces", &fastmeta::release_workspaces,
-        "Gives back the memory that CPU kernels keep; returns the number of bytes.");
+  m.def("release_memory", torch::wrap_pybind_function(&fastmeta::release_memory),
+        "Gives back the host memory that fastmeta keeps; returns the number of bytes.");
+  m.def("begin_keeping_pages", torch::wrap_pybind_function(&fastmeta::begin_keeping_pages),
+        "From here on, large CPU tensors of this thread take memory that earlier ones gave back.");
+  m.def("end_keeping_pages", &fastmeta::end_keeping_pages, "Ends the last such scope.");
   fastmeta::bind_prepared_step(m);
 }

@@ -157,9 +157,7 @@ void ParsedProgram::read_instruction(const int64_t* words) {
              x / i.inputs * i.outputs == y && words[4] != kNoParameter;
       break;
     case Opcode::kActivation:
-      TORCH_CHECK(
-          arguments[0] >= 0 && arguments[0] <= static_cast<int64_t>(ActivationKind::kSoftplus),
-          "unknown activation ", arguments[0]);
+      TORCH_CHECK(is_activation(arguments[0]), "unknown activation ", arguments[0]);
       i.activation = static_cast<ActivationKind>(arguments[0]);
       i.a = number(arguments[1]);
       i.b = number(arguments[2]);

@@ -69,6 +69,8 @@ CONVOLUTION = "task_conv2d"
 
 BATCH_NORM = "task_batch_norm"
 
+ACTIVATION = "activation"
+
 PROGRAM = "task_program"
 
 # Kernels of CPUs only. Other devices run a composition of ops instead.
@@ -92,10 +94,10 @@ def _has_kernel(op: str, device: str) -> bool:
 
 
 # torch.compile traces the code below, and guards on its globals: plain tables and strings.
-NAMES = (*OPS, CONVOLUTION, BATCH_NORM, PROGRAM)
+NAMES = (*OPS, CONVOLUTION, BATCH_NORM, ACTIVATION, PROGRAM)
 
 KERNELS = {
-    (op, device): WIDE_DTYPES if op in (BATCH_NORM, PROGRAM, PRODUCT) else DTYPES
+    (op, device): WIDE_DTYPES if op in (BATCH_NORM, ACTIVATION, PROGRAM, PRODUCT) else DTYPES
     for op in (*NAMES, PRODUCT, HEAD_LOSS)
     for device in ("cpu", "cuda")
     if _has_kernel(op, device)
@@ -182,7 +184,7 @@ def backend_of(
 
     Args:
         op: "inner_update", "prototypes", "pairwise_distance", "prototype_loss", "linear_head",
-            "task_conv2d", "task_batch_norm" or "task_program".
+            "task_conv2d", "task_batch_norm", "activation" or "task_program".
         device: the tensors' device or its name.
         dtype: the tensors' dtype.
 

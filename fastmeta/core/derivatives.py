@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, jvp
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fastmeta.core.random_state import RandomState
@@ -161,8 +164,35 @@ def tangent(gradients: Callable[[Any], Any], params: Any, vector: Any) -> tuple[
     # Under vmap(jvp(grad)) PyTorch 2.13 writes into immutable zero tangents, and jvp(vmap(grad))
     # silently drops the tangent of the statistics that a normalisation layer saves.
     dense = tree_map(Tensor.contiguous, (params, vector))
-    value, along, *_ = jvp(gradients, dense[:1], dense[1:])
+    # Dynamo traces no mode here, and has no such tangents.
+    with nullcontext() if torch.compiler.is_compiling() else _MseInSteps():
+        value, along, *_ = jvp(gradients, dense[:1], dense[1:])
     return value, along
+
+
+class _MseInSteps(TorchFunctionMode):
+    """Mode for forward derivatives, in which the mean squared error is a chain of plain ops.
+
+    The tangent of PyTorch's own gradient of it writes into an immutable zero, and raises.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        is_mse = func is F.mse_loss
+        result: Any = _mse_in_steps(*args, **(kwargs or {})) if is_mse else NotImplemented
+        return func(*args, **(kwargs or {})) if result is NotImplemented else result
+
+
+def _mse_in_steps(
+    input: Tensor, target: Tensor, *args: Any, reduction: str = "mean", **others: Any
+) -> Tensor:
+    # Weights and old names of the reduction stay with PyTorch, and what it warns of or refuses.
+    is_plain = not args and all(value is None for value in others.values())
+    if not is_plain or input.shape != target.shape or reduction not in ("none", "mean", "sum"):
+        return NotImplemented
+    squares = (input - target).square()
+    return squares if reduction == "none" else getattr(squares, reduction)()
 
 
 def central_difference(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -14,7 +16,8 @@ def release_memory() -> int:
     """Give back the memory that fastmeta keeps for its next calls; they take it again.
 
     On the CPU, each thread that has run a kernel keeps its largest workspace, up to the MiB that
-    the environment variable ``FASTMETA_WORKSPACE_MB`` allows (1024 unless it is set; 0: none).
+    the environment variable ``FASTMETA_WORKSPACE_MB`` allows (1024 unless it is set; 0: none), and
+    the functional engine keeps as many MiB of its tensors' memory for all threads together.
     On CUDA, learners keep up to four CUDA graphs each; their memory returns to PyTorch's cache,
     which ``torch.cuda.empty_cache()`` gives back.
 
@@ -31,7 +34,24 @@ def release_memory() -> int:
         (True, 0)
     """
     cuda_graphs.clear_all()
-    return 0 if _C is None else _C.release_workspaces()
+    return 0 if _C is None else _C.release_memory()
+
+
+@contextmanager
+def kept_pages() -> Iterator[None]:
+    """Context in which large CPU tensors take memory that earlier ones of such contexts gave back.
+
+    Pages new to the process take longer than the arithmetic on them. The memory is kept up to the
+    bound of ``release_memory``, which gives it back. Contexts nest, and are of one thread.
+    """
+    if _C is None:
+        yield
+        return
+    _C.begin_keeping_pages()
+    try:
+        yield
+    finally:
+        _C.end_keeping_pages()
 
 
 def memory_limit(device: torch.device) -> int:

@@ -48,6 +48,12 @@ class Pieces:
         rates = self._rates(lr)
         return Pieces(self.layout, {n: rates[n] * x for n, x in self.tensors.items()})
 
+    def minus(self, lr: Tensor, other: Pieces) -> Pieces:
+        """``self - lr * other``."""
+        rates, rest = self._rates(lr), other.tensors
+        pieces = {n: torch.addcmul(x, rates[n], rest[n], value=-1) for n, x in self.tensors.items()}
+        return Pieces(self.layout, pieces)
+
     def plus(self, other: Pieces) -> Pieces:
         """``self + other``."""
         return Pieces(self.layout, {n: x + other.tensors[n] for n, x in self.tensors.items()})

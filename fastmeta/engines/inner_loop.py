@@ -278,9 +278,8 @@ class InnerLoop:
             for k in reversed(range(self.options.steps)):
                 at = tape.at(k, inputs.step_sizes.at(k))
                 if plain and isinstance(v, Pieces):
-                    direction = None if self.options.first_order else v.times(-at.lr)
-                    curved = self._curvature(tape, k, direction, inputs.support, mixed, result)
-                    v = _sum_of(v, curved, query_grads.get(k))
+                    v = self._plain_adjoint(tape, at, v, inputs.support, mixed, result)
+                    v = _sum_of(v, query_grads.get(k))
                     continue
                 back = self.rule.vjp(at, joined(v), state_v, of_step)
                 for name, tensor in back.named.items():
@@ -292,6 +291,25 @@ class InnerLoop:
                 curved = self._curvature(tape, k, back.grads, inputs.support, mixed, result)
                 v = _sum_of(back.theta, curved, query_grads.get(k))
         return v, result
+
+    def _plain_adjoint(
+        self,
+        tape: Tape,
+        at: Step,
+        v: Pieces,
+        support: Examples,
+        mixed: set[str],
+        result: Tensors,
+    ) -> Gradient:
+        """``v - H_k (lr v)`` of a plain step; adds the support's share to ``result``."""
+        if self.options.first_order:
+            return v
+        # One step size for all of a task's parameters can wait for the product: a pass less.
+        if at.lr.shape[-1] == 1 and not mixed:
+            curved = self._curvature(tape, at.k, v, support, mixed, result)
+            return v.minus(at.lr, cast("Pieces", curved))  # passes that give pieces always do
+        direction = v.times(-at.lr)
+        return _sum_of(v, self._curvature(tape, at.k, direction, support, mixed, result))
 
     def _mixed(self, requires: set[str]) -> set[str]:
         """The required tensors that H_k's mixed term reaches; in first order there is none."""

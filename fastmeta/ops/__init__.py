@@ -1,6 +1,7 @@
 """The ops: one function, one contract, three implementations (C++, CUDA, plain PyTorch)."""
 
 from fastmeta.core.backend import backend_of, build_info, use_backend
+from fastmeta.ops.activation import activation
 from fastmeta.ops.inner_update import inner_update
 from fastmeta.ops.linear_head import linear_head
 from fastmeta.ops.linear_head_hvp import linear_head_hvp
@@ -12,6 +13,7 @@ from fastmeta.ops.task_conv2d import task_conv2d
 from fastmeta.ops.task_linear import task_linear
 
 __all__ = [
+    "activation",
     "backend_of",
     "build_info",
     "inner_update",

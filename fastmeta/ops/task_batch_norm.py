@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.utils._pytree import tree_map
 
 from fastmeta.ops import reference
 from fastmeta.ops._checks import check_dims, check_floating, check_shape, check_together
+from fastmeta.ops._derivatives import pullback, save, tangent
 from fastmeta.ops._registration import as_function, contiguous_like, folding, is_native, register
-
-Formula = Callable[..., Any]
 
 
 def _gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -28,26 +25,8 @@ def _plain_gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tupl
 
 def _plain_second(*inputs: Any) -> tuple[Tensor, ...]:
     *directions, grad, x, weight, eps = inputs
-    pullback = torch.func.vjp(lambda g, x, w: _plain_gradient(g, x, w, eps), grad, x, weight)[1]
-    return pullback(tuple(directions))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-
-
-def _tangent(formula: Formula, ctx: Any, dots: tuple[Any, ...]) -> Any:
-    """Tangent of ``formula``, in plain PyTorch; None stands for a tangent of zeros."""
-    inputs = ctx.saved_tensors
-    pairs = zip(dots, inputs, strict=False)  # eps has a dot and is no tensor
-    tangents = tuple(torch.zeros_like(x) if dot is None else dot for dot, x in pairs)
-    # Forward mode does not nest inside ``jvp``. The pullback is linear, and its derivative is the
-    # tangent, whatever the cotangent at which it is taken.
-    outputs, pullback, *_ = torch.func.vjp(lambda *p: formula(*p, ctx.eps), *inputs)
-    zeros = tree_map(torch.zeros_like, outputs)
-    return torch.func.vjp(pullback, zeros)[1](tangents)[0]
+    back = torch.func.vjp(lambda g, x, w: _plain_gradient(g, x, w, eps), grad, x, weight)[1]
+    return back(tuple(directions))
 
 
 class BatchNorm(Function):
@@ -59,18 +38,18 @@ class BatchNorm(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _save(ctx, inputs)
+        save(ctx, inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         # torch.compile has no second derivatives, and loses track of a nested Function.
         gradient = _gradient if torch.compiler.is_compiling() else _backward
         x, weight, _ = ctx.saved_tensors
-        return *gradient(grad, x, weight, ctx.eps), None
+        return *gradient(grad, x, weight, ctx.setting), None
 
     @staticmethod
     def jvp(ctx: Any, *dots: Any) -> Tensor:
-        return _tangent(reference.task_batch_norm, ctx, dots)
+        return tangent(reference.task_batch_norm, ctx, dots)
 
 
 class BatchNormBackward(Function):
@@ -82,15 +61,15 @@ class BatchNormBackward(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        _save(ctx, inputs)
+        save(ctx, inputs)
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor) -> tuple[Any, ...]:
-        return *_second(*directions, *ctx.saved_tensors, ctx.eps), None
+        return *_second(*directions, *ctx.saved_tensors, ctx.setting), None
 
     @staticmethod
     def jvp(ctx: Any, *dots: Any) -> tuple[Any, ...]:
-        return _tangent(_plain_gradient, ctx, dots)
+        return tangent(_plain_gradient, ctx, dots)
 
 
 class BatchNormSecond(Function):
@@ -112,17 +91,15 @@ class BatchNormSecond(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        _save(ctx, inputs)
+        save(ctx, inputs)
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor) -> tuple[Any, ...]:
-        inputs = ctx.saved_tensors
-        pullback = torch.func.vjp(lambda *p: _plain_second(*p, ctx.eps), *inputs)[1]
-        return *pullback(directions), None
+        return pullback(_plain_second, ctx, directions)
 
     @staticmethod
     def jvp(ctx: Any, *dots: Any) -> tuple[Any, ...]:
-        return _tangent(_plain_second, ctx, dots)
+        return tangent(_plain_second, ctx, dots)
 
 
 _apply = as_function(BatchNorm)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.functional import command
-from benchmarks.functional.contenders import CONTENDERS, OURS, Problem, task_loop
+from benchmarks.functional.contenders import CONTENDERS, LEAST_MEMORY, OURS, Problem, task_loop
 from benchmarks.functional.networks import CASES
 
 
@@ -18,7 +19,7 @@ from benchmarks.functional.networks import CASES
 def test_the_gradient_is_the_task_loops(name):
     case = replace(CASES[name], tasks=2, support=5, queries=5)
     expected = task_loop(Problem(case, torch.float64))()
-    for contender in (OURS, "task loop"):
+    for contender in (OURS, LEAST_MEMORY):
         loss, grads = CONTENDERS[contender](Problem(case, torch.float64))()
         assert command.relative_error(grads, expected[1]) < command.MOST
         assert loss.item() == pytest.approx(expected[0].item(), rel=1e-10)
@@ -35,25 +36,47 @@ def small(monkeypatch) -> None:
     monkeypatch.setitem(command.CASES, "siren", case)
 
 
-def test_the_table_has_a_line_for_each_contender(monkeypatch, capsys):
+def cells(capsys) -> list[str]:
+    """Of the last row that was printed."""
+    return [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")[1:-1]]
+
+
+def test_the_row_has_a_cell_for_each_contender(monkeypatch, capsys):
     small(monkeypatch)
     assert command.main(options(only=["siren"], threads=torch.get_num_threads())) == 0
-    lines = capsys.readouterr().out.splitlines()[2:]
-    assert [line[12:24].strip() for line in lines] == list(CONTENDERS)
-    assert not [line for line in lines if "WRONG" in line]
-    assert lines[0].split()[3:5] == ["ms", "1.00"]
+    name, ours, *others, fastest = cells(capsys)
+    assert name == "siren"
+    number = r"[\d,.]+"
+    assert re.fullmatch(rf"{number} \w+, {number} MiB", ours)
+    times = [re.fullmatch(rf"{number} \w+ \(([\d.]+)\), {number} MiB", cell) for cell in others]
+    assert len(times) == len(CONTENDERS) - 1
+    assert min(float(t.group(1)) for t in times[1:] if t) == float(fastest)
 
 
-def test_a_wrong_gradient_is_told(monkeypatch, capsys):
+def test_the_command_line_changes_a_case():
+    case = command.changed(CASES["mish"], options(tasks=64, steps=5))
+    assert (case.tasks, case.steps) == (64, 5)
+    assert command.changed(CASES["mish"], options()) == CASES["mish"]
+
+
+def doubled(problem: Problem):
+    step = task_loop(problem)
+    return lambda: (step()[0], 2 * step()[1])
+
+
+@pytest.mark.parametrize(("name", "status"), [("adjoint", 0), (OURS, 1)])
+def test_a_wrong_gradient_is_told(name, status, monkeypatch, capsys):
     small(monkeypatch)
+    monkeypatch.setitem(command.CONTENDERS, name, doubled)
+    assert command.main(options(only=["siren"], threads=torch.get_num_threads())) == status
+    wrong = [i for i, cell in enumerate(cells(capsys)) if "WRONG: relative error 1.0e+00" in cell]
+    assert wrong == [command.COLUMNS.index(name)]
 
-    def doubled(problem: Problem):
-        step = task_loop(problem)
-        return lambda: (step()[0], 2 * step()[1])
 
-    monkeypatch.setitem(command.CONTENDERS, "adjoint", doubled)
-    command.main(options(only=["siren"], threads=torch.get_num_threads()))
-    wrong = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
-    assert len(wrong) == 1
-    assert "adjoint" in wrong[0]
-    assert "relative error 1.0e+00" in wrong[0]
+def test_a_wrong_contender_is_not_the_fastest(monkeypatch):
+    small(monkeypatch)
+    errors = dict.fromkeys(CONTENDERS, 0.0)
+    monkeypatch.setitem(command.CONTENDERS, "adjoint", lambda _: lambda: None)  # takes no time
+    case = command.CASES["siren"]
+    assert float(command.row("siren", case, 2, errors)[-1]) < 0.1
+    assert float(command.row("siren", case, 2, {**errors, "adjoint": 1.0})[-1]) > 0.1

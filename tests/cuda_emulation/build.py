@@ -77,7 +77,7 @@ def objects(
 
 def is_cpu(source: Path) -> bool:
     """Whether a C++ source holds CPU kernels, which are not emulated."""
-    if source.name == "workspace.cpp":  # the Python module releases workspaces
+    if source.name in ("workspace.cpp", "kept_pages.cpp"):  # the Python module releases both
         return False
     return source.name.endswith("_cpu.cpp") or source.parent.name == "cpu"
 

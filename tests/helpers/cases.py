@@ -7,6 +7,7 @@ columns of a tile, 48 and 128 rows of a block, 256 features of a slice, 1024 par
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -170,6 +171,14 @@ def norm_case(
     return Case("task_batch_norm", name, build, small=t * b * c * size[0] * size[1] <= 40)
 
 
+def activation_case(kind: str, *shape: int, **options: Any) -> Case:
+    def build(make: CaseFactory) -> Arguments:
+        return (make.randn(*shape), kind), options
+
+    name = f"{kind}-{'x'.join(map(str, shape))}{'-options' if options else ''}"
+    return Case("activation", name, build, small=math.prod(shape) <= 30)
+
+
 def unbatched(case: Case) -> Case:
     def build(make: CaseFactory) -> Arguments:
         args, options = case.build(make)
@@ -286,6 +295,15 @@ TASK_BATCH_NORM = [
     norm_case("large", 2, 3, 2, (31, 33), eps=1e-3),
 ]
 
+# Past a vector, a block of 256 threads and a thread's 4096 numbers.
+ACTIVATION = [
+    *(activation_case(kind, 2, 3) for kind in ("gelu", "gelu_tanh", "mish", "silu", "softplus")),
+    activation_case("softplus", 7, beta=1.5, threshold=0.3),
+    *(activation_case(kind, 3, 5, 281) for kind in ("gelu", "mish", "softplus")),
+    activation_case("silu", 2, 2500),
+    activation_case("gelu_tanh"),
+]
+
 CASES = [
     *INNER_UPDATE,
     *PROTOTYPES,
@@ -295,6 +313,7 @@ CASES = [
     *TASK_LINEAR,
     *LINEAR_HEAD,
     *TASK_BATCH_NORM,
+    *ACTIVATION,
 ]
 SMALL_CASES = [case for case in CASES if case.small]
 

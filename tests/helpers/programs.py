@@ -26,6 +26,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
     "softplus": lambda: nn.Softplus(1.5, 2.0),
+    "mish": nn.Mish,
 }
 
 

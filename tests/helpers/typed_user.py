@@ -28,6 +28,7 @@ def ops() -> None:
     maps, filters = torch.randn(2, 3, 4, 8, 8), torch.randn(2, 5, 4, 3, 3)
     images = assert_type(fm.task_conv2d(maps, filters, padding="same"), Tensor)
     assert_type(fm.task_batch_norm(images), Tensor)
+    assert_type(fm.activation(images, "mish"), Tensor)
 
 
 def trees() -> None:

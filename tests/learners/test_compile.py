@@ -282,6 +282,7 @@ OPS: dict[str, tuple[Callable[[int], tuple[Tensor, ...]], Callable[..., Any]]] =
         lambda t: (torch.rand(t, 7, 4, 9, 9), torch.rand(t, 4)),
         fm.task_batch_norm,
     ),
+    "activation": (lambda t: (torch.randn(t, 7),), lambda x: fm.activation(x, "mish")),
 }
 
 

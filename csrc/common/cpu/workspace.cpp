@@ -2,10 +2,6 @@
 
 #include <ATen/ops/empty.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -13,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "common/ceil_div.h"
+#include "common/cpu/huge_pages.h"
 
 namespace fastmeta {
 namespace {
@@ -55,6 +51,8 @@ std::shared_ptr<Kept> of_new_thread() {
   return own;
 }
 
+}  // namespace
+
 int64_t most_kept() {
   const char* text = std::getenv("FASTMETA_WORKSPACE_MB");
   if (text == nullptr || *text == '\0') return int64_t{1} << 30;
@@ -63,20 +61,6 @@ int64_t most_kept() {
   TORCH_CHECK_VALUE(is_number, "FASTMETA_WORKSPACE_MB: expected a number of MiB, got ", value);
   return std::stoll(value) << 20;
 }
-
-// Asks for huge pages: the kernel's first touch of each small page costs time.
-void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = ceil_div(begin, kHugePage) * kHugePage;
-  const uintptr_t end = (begin + bytes) / kHugePage * kHugePage;
-  // The kernel may ignore the hint; then the pages are small.
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
-}
-
-}  // namespace
 
 at::Tensor workspace(int64_t bytes) {
   static const int64_t most = most_kept();

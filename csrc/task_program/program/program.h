@@ -20,6 +20,7 @@
 #include <cstdint>
 
 #include "common/host_device.h"
+#include "execution/activation.h"
 #include "execution/conv_shape.h"
 
 namespace fastmeta {
@@ -36,18 +37,6 @@ enum class Opcode : int64_t {
   kNorm,  // of channels, over the batch or within an example
   kPool,
   kTranspose,  // of each example
-};
-
-enum class ActivationKind : int64_t {
-  kRelu,
-  kLeakyRelu,  // a: slope
-  kElu,        // a: alpha
-  kGelu,
-  kGeluTanh,
-  kSilu,
-  kTanh,
-  kSigmoid,
-  kSoftplus,  // a: beta, b: threshold
 };
 
 enum class LossKind : int64_t {

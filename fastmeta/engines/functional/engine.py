@@ -12,6 +12,7 @@ from torch.func import grad, vjp
 from fastmeta.core.checks import refuse_inference_mode
 from fastmeta.core.derivatives import central_difference, tangent
 from fastmeta.core.inner_step import inner_step
+from fastmeta.core.memory import kept_pages
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines import adjoint
 from fastmeta.engines.autograd import entry_point
@@ -247,7 +248,7 @@ class FunctionalEngine:
         def with_chunk(chunk: int | str | None) -> Result:
             return run(replace(self, options=replace(self.options, task_chunk=chunk)))
 
-        with memory_errors(self.options):
+        with memory_errors(self.options), kept_pages():
             return vmapped_if_possible(self.module, self.options.task_chunk, with_chunk)
 
     def _task_module(self) -> TaskModule:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from fastmeta.core.autocast import autocast_dtype
 from fastmeta.core.backend import backend_of
 from fastmeta.core.dtypes import HALF
+from fastmeta.ops.activation import activation
 from fastmeta.ops.task_batch_norm import task_batch_norm
 from fastmeta.ops.task_conv2d import task_conv2d
 
@@ -50,12 +51,13 @@ def widened(x: Tensor) -> Tensor:
 
 
 class RoutedLayers(TorchFunctionMode):
-    """Mode in which ``F.batch_norm`` and ``F.conv2d`` run on the kernels of fastmeta's ops.
+    """Mode in which norms, activations and convolutions run on the kernels of fastmeta's ops.
 
-    PyTorch computes the second derivative of a norm by a long chain of elementwise ops, and vmap
-    turns the convolutions of all tasks into one grouped convolution. Calls that the kernels do not
-    support run in PyTorch: other dtypes, images without a batch, groups of several channels, norms
-    by running statistics, and bfloat16 convolutions on a CPU, which may have instructions for them.
+    PyTorch computes the second derivative of a norm and of GELU, mish, SiLU and softplus by a long
+    chain of elementwise ops. vmap has no rule for the gradient of mish, and turns the convolutions
+    of all tasks into one grouped convolution. Calls that the kernels do not support run in PyTorch:
+    other dtypes, activations in place, images without a batch, groups of several channels, norms by
+    running statistics, and bfloat16 convolutions on a CPU, which may have instructions for them.
 
     Under autocast, products run in its dtype and norms in float32, vmapped or not.
 
@@ -80,8 +82,8 @@ class RoutedLayers(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._vmapped = vmapped
-        # Batch norms are routed without vmap too: their second derivative is the same chain.
-        self._routes: dict[Any, Callable[..., Any]] = {F.batch_norm: _batch_norm}
+        # These are routed without vmap too: their second derivative is the same chain.
+        self._routes: dict[Any, Callable[..., Any]] = {F.batch_norm: _batch_norm, **_ACTIVATIONS}
         if vmapped:
             self._routes[F.embedding] = _embedding
         # If the tasks share the weights, PyTorch convolves the images of all tasks as one batch.
@@ -178,6 +180,36 @@ def _batch_norm(
     if not uses_batch_statistics or not _is_supported("task_batch_norm", input, input):
         return NotImplemented
     return task_batch_norm(input, weight, bias, eps)
+
+
+def _gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
+    return _activation(input, {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate))
+
+
+def _silu(input: Tensor, inplace: bool = False) -> Tensor:
+    return _activation(input, None if inplace else "silu")
+
+
+def _mish(input: Tensor, inplace: bool = False) -> Tensor:
+    return _activation(input, None if inplace else "mish")
+
+
+def _softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    return _activation(input, "softplus", beta=beta, threshold=threshold)
+
+
+def _activation(input: Tensor, kind: str | None, **numbers: float) -> Tensor:
+    if kind is None or backend_of("activation", input.device, input.dtype) != "native":
+        return NotImplemented
+    return activation(input, kind, **numbers)
+
+
+_ACTIVATIONS: dict[Any, Callable[..., Any]] = {
+    F.gelu: _gelu,
+    F.silu: _silu,
+    F.mish: _mish,
+    F.softplus: _softplus,
+}
 
 
 def _is_supported(op: str, images: Tensor, other: Tensor) -> bool:

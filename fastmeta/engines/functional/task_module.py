@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmeta.core.memory import kept_pages
 from fastmeta.core.module_errors import KINDS, described
 from fastmeta.core.vmap import differentiable_kernels, map_tasks, under_derivative
 from fastmeta.engines.autograd import TURN
@@ -86,7 +87,7 @@ class TaskModule:
 
         A backward enters it too, in a thread of autograd's.
         """
-        with TURN, ExitStack() as stack:
+        with TURN, kept_pages(), ExitStack() as stack:
             for m in self._norms:
                 # PyTorch normalises by the batch, in eval() too, if a norm has no statistics.
                 stack.enter_context(

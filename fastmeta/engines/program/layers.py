@@ -25,7 +25,8 @@ from fastmeta.engines.program.builder import (
     from_layer,
 )
 from fastmeta.engines.program.trace import LoweringError, Trace
-from fastmeta.ops.task_program.bytecode import Activation, Opcode
+from fastmeta.ops._activations import Activation
+from fastmeta.ops.task_program.bytecode import Opcode
 
 # Sides of square images to try if no batch gives the size; the usual ones first.
 _SIDES = (28, 84, 32, 64, *range(1, 257))
@@ -86,6 +87,10 @@ def _gelu(b: Builder, input: Any, *, approximate: str = "none") -> Value:
 
 def _silu(b: Builder, input: Any, inplace: bool = False) -> Value:
     return _activation(b, input, Activation.SILU, inplace=inplace)
+
+
+def _mish(b: Builder, input: Any, inplace: bool = False) -> Value:
+    return _activation(b, input, Activation.MISH, inplace=inplace)
 
 
 def _tanh(b: Builder, input: Any, *, inplace: bool = False) -> Value:
@@ -211,6 +216,7 @@ _LAYERS: dict[type[nn.Module], Handler] = {
     nn.ELU: from_layer(_elu, "alpha", "inplace"),
     nn.GELU: from_layer(_gelu, "approximate"),
     nn.SiLU: from_layer(_silu, "inplace"),
+    nn.Mish: from_layer(_mish, "inplace"),
     nn.Tanh: from_layer(_tanh),
     nn.Sigmoid: from_layer(_sigmoid),
     nn.Softplus: from_layer(_softplus, "beta", "threshold"),
@@ -230,6 +236,7 @@ _FUNCTIONS: dict[Any, Handler] = {
     F.elu: _elu,
     F.gelu: _gelu,
     F.silu: _silu,
+    F.mish: _mish,
     torch.tanh: _tanh,
     torch.sigmoid: _sigmoid,
     F.softplus: _softplus,

@@ -49,18 +49,6 @@ class Opcode(IntEnum):
     TRANSPOSE = 7  # rows, columns: each example becomes [columns, rows]
 
 
-class Activation(IntEnum):
-    RELU = 0
-    LEAKY_RELU = 1  # a: slope
-    ELU = 2  # a: alpha
-    GELU = 3
-    GELU_TANH = 4
-    SILU = 5
-    TANH = 6
-    SIGMOID = 7
-    SOFTPLUS = 8  # a: beta, b: threshold
-
-
 class PoolKind(IntEnum):
     MAX = 0
     AVERAGE = 1

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
+from fastmeta.ops._activations import plain_activation
 from fastmeta.ops.task_program.arguments import AdaptBackwardArguments, MetaGradientArguments
 from fastmeta.ops.task_program.bytecode import (
-    Activation,
     Code,
     Instruction,
     LossCode,
@@ -182,7 +182,7 @@ def _run(
     if ins.opcode == Opcode.ADD:
         return x + values[ins.x2]
     if ins.opcode == Opcode.ACTIVATION:
-        return _activation(x, *ins.args)
+        return plain_activation(x, *ins.args)
     if ins.opcode == Opcode.POOL:
         return _pool(x, *ins.args)
     if ins.opcode == Opcode.TRANSPOSE:
@@ -290,21 +290,6 @@ def _parameter(
         return None
     source, start = (theta, reference) if reference >= 0 else (frozen, -2 - reference)
     return source[start : start + torch.Size(shape).numel()].view(shape)
-
-
-def _activation(x: Tensor, kind: int, a: float, b: float) -> Tensor:
-    functions = {
-        Activation.RELU: lambda: F.relu(x),
-        Activation.LEAKY_RELU: lambda: F.leaky_relu(x, a),
-        Activation.ELU: lambda: F.elu(x, a),
-        Activation.GELU: lambda: F.gelu(x),
-        Activation.GELU_TANH: lambda: F.gelu(x, approximate="tanh"),
-        Activation.SILU: lambda: F.silu(x),
-        Activation.TANH: lambda: x.tanh(),
-        Activation.SIGMOID: lambda: x.sigmoid(),
-        Activation.SOFTPLUS: lambda: F.softplus(x, a, b),
-    }
-    return functions[Activation(kind)]()
 
 
 def _loss(code: LossCode, outputs: Tensor, y: Tensor) -> Tensor:

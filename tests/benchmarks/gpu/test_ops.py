@@ -282,7 +282,8 @@ def test_every_op_of_the_kernel_check_runs_and_is_right():
     pairs = {f"{op}{suffix}" for op in fm.core.backend.OPS for suffix in ("", "_backward")}
     convolutions = {f"task_conv2d{suffix}" for suffix in ("", "_input", "_weight")}
     norms = {f"task_batch_norm{suffix}" for suffix in ("", "_backward", "_backward_backward")}
-    assert ops == {*pairs, *convolutions, *norms, "task_program_meta_gradient"}
+    activations = {f"activation{suffix}" for suffix in ("", "_backward", "_backward_backward")}
+    assert ops == {*pairs, *convolutions, *norms, *activations, "task_program_meta_gradient"}
 
 
 def test_float32_is_checked_as_ieee_and_as_tf32():

@@ -177,3 +177,21 @@ def test_inference_mode_is_refused_with_the_reason(device):
     theta, vector = points(net)
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch.no_grad\(\)"):
         fm.MAML(net, engine="functional").hvp(theta, tasks[:2], vector)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_squared_errors_in_forward_mode_of_one_task_and_of_all(chunk, reduction, device):
+    """PyTorch's own forward derivative of their gradient raises without vmap."""
+    net, tasks = build("mlp", device), classification("mlp", device)
+    theta, vector = points(net)
+    y = F.one_hot(tasks.support_y, net(tasks.support_x[0]).shape[-1]).double()
+
+    def product(mode: str) -> Tensor:
+        def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+            return F.mse_loss(outputs, targets, reduction=reduction)
+
+        engine = FunctionalEngine(net, loss, InnerLoopOptions(hvp_mode=mode, task_chunk=chunk))
+        return engine.hvp(theta, Examples(tasks.support_x, y, role=""), vector)
+
+    assert relative_error(product("forward"), product("reverse")) < EXACT

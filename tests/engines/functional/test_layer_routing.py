@@ -155,3 +155,41 @@ def test_norms_of_images_of_one_pixel(device):
     with fm.use_backend("torch"):
         expected, *_ = engine.meta_gradient(0.1, TaskBatch(x, y, x, y))
     torch.testing.assert_close(loss, expected)
+
+
+class Activations(nn.Module):
+    """By name and by position, in place too; and a loop that the program does not lower."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x):
+        x = F.gelu(self.layers[0](x), approximate="tanh")
+        x = F.softplus(self.layers[1](x), 2.0, threshold=0.4)
+        x = F.mish(input=self.layers[2](x))
+        x = F.silu(F.gelu(self.layers[3](x)), inplace=True).sin()
+        return F.silu(x)
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_activations_are_routed_with_and_without_vmap(tasks, mode, device, monkeypatch):
+    torch.manual_seed(5)
+    net = Activations().double().to(device)
+    x, y = torch.randn(2, tasks, 5, 6, dtype=torch.float64, device=device)
+    engine = FunctionalEngine(net, F.mse_loss, InnerLoopOptions(steps=2, hvp_mode=mode))
+    made = []
+
+    def counted(x, kind, **numbers):
+        made.append(kind)
+        return fm.activation(x, kind, **numbers)
+
+    monkeypatch.setattr(_routing, "activation", counted)
+    found = engine.meta_gradient(0.1, TaskBatch(x, y, x.cos(), y))
+    assert made[:5] == ["gelu_tanh", "softplus", "mish", "gelu", "silu"]  # not the one in place
+    made.clear()
+    with fm.use_backend("torch"):
+        expected = engine.meta_gradient(0.1, TaskBatch(x, y, x.cos(), y))
+    assert not made
+    torch.testing.assert_close(found.grads, expected.grads, rtol=1e-10, atol=1e-12)

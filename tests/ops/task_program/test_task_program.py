@@ -254,6 +254,8 @@ def test_golden_linear_neuron(tasks, device):
         (nn.GELU(approximate="tanh"), 0.0, 0.5, math.sqrt(2 / math.pi)),
         # silu = z s: f' = 1/2, f'' = 2 s' = 1/2
         (nn.SiLU(), 0.0, 0.5, 0.5),
+        # mish = z tanh(softplus): f' = tanh(ln 2) = 3/5, f'' = 2 (1 - 9/25) / 2
+        (nn.Mish(), 0.0, 0.6, 0.64),
         # sigmoid: f' = s (1 - s) = 1/4, f'' = s' (1 - 2 s) = 0
         (nn.Sigmoid(), 0.5, 0.25, 0.0),
         # tanh: f' = 1, f'' = -2 tanh f' = 0;  ReLU'(0) = 0 by definition
