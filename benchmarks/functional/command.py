@@ -1,6 +1,7 @@
 """Times and peaks of memory of the functional engine and of plain PyTorch, in one interleaved run.
 
     python -m benchmarks functional
+    python -m benchmarks functional --profile --only omni_mlp
 
 Prints a table in Markdown: medians, in brackets the median ratio to fastmeta's time, and peaks of
 memory, which are of tensors, counted in bytes, and taken apart from the times. The last column is
@@ -8,7 +9,7 @@ the smallest ratio of the others: above 1, fastmeta is faster than each of them.
 
 Before that a contender's gradient is compared with the task loop's in float64: in float32 rounding
 flips units of a deep network with ReLU. A wrong one is told, and leaves the last column. Exit
-status 1 if it is fastmeta's.
+status 1 if it is fastmeta's. With ``--profile``: the largest shares of fastmeta's own time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.functional.contenders import (
     CONTENDERS,
@@ -36,6 +38,7 @@ from fastmeta.training.timing import interleave, ratio
 
 ROUNDS = 7
 MOST = 1e-8  # relative error of a float64 gradient
+MOST_SHOWN = 8
 COLUMNS = ["network", *CONTENDERS, "fastest of the others"]
 
 
@@ -76,6 +79,21 @@ def row(name: str, case: Case, rounds: int, errors: dict[str, float]) -> list[st
     return [*cells, f"{min(ratios[key] for key in right):.2f}"]
 
 
+def profile_of(step: Callable[[], Gradient]) -> str:
+    """The kernels that take most of a step's time, the third one."""
+    step()
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        step()
+    events = sorted(seen.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    total = sum(e.self_cpu_time_total for e in events)
+    largest = [e for e in events if "::" in e.key][:MOST_SHOWN]  # kernels, no graph's nodes
+    shares = (
+        f"{e.key.split('::')[-1]} {100 * e.self_cpu_time_total / total:.0f} %" for e in largest
+    )
+    return f"{duration(total / 1e6)}: {', '.join(shares)}"
+
+
 def line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -91,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
     add("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
     add("--threads", type=int, default=torch.get_num_threads())
+    add("--profile", action="store_true", help="show where fastmeta's time goes")
     add("--tasks", type=int, metavar="T", help="instead of the case's own number")
     add("--steps", type=int, metavar="K", help="instead of the case's own number")
 
@@ -98,6 +117,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     print(f"{options.threads} threads, float32, {options.rounds} interleaved rounds\n")
+    if options.profile:
+        for name in options.only:
+            step = CONTENDERS[OURS](Problem(changed(CASES[name], options)))
+            print(line([name, profile_of(step)]), flush=True)
+        return 0
     print(line(COLUMNS), line(["---"] * len(COLUMNS)), sep="\n", flush=True)
     is_wrong = False
     for name in options.only:

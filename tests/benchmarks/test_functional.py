@@ -80,3 +80,13 @@ def test_a_wrong_contender_is_not_the_fastest(monkeypatch):
     case = command.CASES["siren"]
     assert float(command.row("siren", case, 2, errors)[-1]) < 0.1
     assert float(command.row("siren", case, 2, {**errors, "adjoint": 1.0})[-1]) > 0.1
+
+
+def test_the_profile_shows_the_largest_shares(monkeypatch, capsys):
+    small(monkeypatch)
+    assert command.main(options(only=["siren"], profile=True)) == 0
+    name, shares = cells(capsys)
+    assert name == "siren"
+    percents = [int(share) for share in re.findall(r"\w+ (\d+) %", shares)]
+    assert len(percents) == command.MOST_SHOWN
+    assert percents == sorted(percents, reverse=True) and sum(percents) <= 100

@@ -127,7 +127,10 @@ class KeepingAllocator final : public c10::Allocator {
       }
     }
     auto memory = other_->allocate(bytes);
-    memory.compare_exchange_deleter(deleter_of_other, &give_back);
+    // All memory of the other allocator has this deleter: it has a raw_deleter().
+    [[maybe_unused]] const bool exchanged =
+        memory.compare_exchange_deleter(deleter_of_other, &give_back);
+    TORCH_INTERNAL_ASSERT_DEBUG_ONLY(exchanged);
     return memory;
   }
   c10::DeleterFnPtr raw_deleter() const override { return &give_back; }

@@ -163,6 +163,18 @@ def test_the_chosen_number_changes_nothing_beyond_rounding(limit, monkeypatch):
         torch.testing.assert_close(found.outputs, other.outputs, rtol=1e-12, atol=1e-14)
 
 
+def test_many_tasks_take_little_more_memory_than_few():
+    torch.manual_seed(0)
+    net, peaks = Wide(), []
+    for tasks in (4, 64):
+        _, batch = counted("cpu", tasks)
+        learner = fm.MAML(net, 0.1, 3, engine="functional")
+        learner.meta_gradient(*batch)  # measures a task
+        peaks.append(peak_bytes(lambda: learner.meta_gradient(*batch)))  # noqa: B023
+    assert peaks[0] < peaks[1] < 2 * peaks[0]
+    assert peaks[1] < memory_limit(torch.device("cpu"))
+
+
 def test_adaptation_and_evaluation_choose_too(monkeypatch):
     _, batch = counted("cpu", tasks=5)
     wide = fm.MAML(Wide(), 0.1, 2, engine="functional")
