@@ -32,6 +32,7 @@ from tools.commit_date import date_of_commit
 from tools.ninja_build import BuildError
 
 CANNOT_RUN = 3
+TESTS_FAILED = 1  # pytest's exit status
 HERE = "tests/cuda_emulation"
 KERNEL_TESTS = [
     "tests/ops/test_every_op.py",
@@ -134,10 +135,22 @@ def runs_of_tests(full: bool, share: int) -> list[Run]:
     ]
 
 
-def outcome(pattern: str) -> str:
+def outcome(pattern: str) -> tuple[int, int]:
     """How many tests on record the pattern finds, and how many of them passed."""
     found = [record.passed for record in read(RECORDS) if re.search(pattern, record.test)]
-    return f"{len(found)} tried, {sum(found)} caught"
+    return len(found), sum(found)
+
+
+def hunt_failed(codes: list[int], share: int) -> bool:
+    """Whether the runs of mutants, with these exit statuses, count as a failure.
+
+    All tests must catch every mutant. A share of them sees barriers that only others can judge, so
+    there one mutant in ten may survive.
+    """
+    if share == 1:
+        return any(codes)
+    tried, caught = outcome(PREFIX)
+    return any(code not in (0, TESTS_FAILED) for code in codes) or caught < 0.9 * tried
 
 
 def run_all(full: bool, share: int) -> int:
@@ -145,14 +158,14 @@ def run_all(full: bool, share: int) -> int:
     shutil.rmtree(RECORDS, ignore_errors=True)
     hunt = Settings(records=str(RECORDS), mutants=True, is_partial=share > 1)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        worst = max(pool.map(Run.finish, runs_of_tests(full, share)))
-        worst = max(worst, *pool.map(Run.finish, split("mutants", TESTS, hunt)))
+        failed = any([*pool.map(Run.finish, runs_of_tests(full, share))])
+        failed |= hunt_failed([*pool.map(Run.finish, split("mutants", TESTS, hunt))], share)
     name = "full run" if full else f"a run of 1 in {share} tests" if share > 1 else "daily run"
-    print(
-        f"{name}: {len(all_mutants())} mutants, {outcome(PREFIX)}; "
-        f"planted bugs in three orders, {outcome(PLANTED_BUG)}"
+    mutants, bugs = (
+        f"{tried} tried, {caught} caught" for tried, caught in map(outcome, (PREFIX, PLANTED_BUG))
     )
-    return 1 if worst else 0
+    print(f"{name}: {len(all_mutants())} mutants, {mutants}; planted bugs in three orders, {bugs}")
+    return int(failed)
 
 
 def main() -> int:

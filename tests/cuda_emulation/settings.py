@@ -14,8 +14,8 @@ MIXED = "mixed"  # each test in one of the orders
 # Tests of values and of launches, by their files and names. Where orders are mixed, the others run
 # in the natural order or not at all: they call these kernels for layouts, repeated bits and edges.
 OF_VALUES = re.compile(
-    "float64_reference|boundaries|large_tiles|runtime|task_program|task_conv|task_batch_norm|activation"
-    "|grid_steps|test_emulator|test_mutants|test_launches|block_plans|checked_labels"
+    "float64_reference|boundaries|large_tiles|runtime|task_program|task_conv|task_batch_norm"
+    "|activation|grid_steps|test_emulator|test_mutants|test_launches|block_plans|checked_labels"
 )
 
 

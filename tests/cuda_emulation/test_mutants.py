@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import pytest
 
+from tests.cuda_emulation import __main__ as command
 from tests.cuda_emulation import emulator
 from tests.cuda_emulation.build import BUILD
 from tests.cuda_emulation.mutants import MISSED, Hunter, all_mutants
@@ -55,6 +56,26 @@ def test_a_mutant_that_no_test_catches_fails(tmp_path):
 def test_a_part_of_the_tests_is_asked_only_for_mutants_that_it_can_see(tmp_path):
     assert Hunter(all_mutants(), tmp_path, is_partial=True).mutants == []
     assert Hunter(all_mutants(), tmp_path, is_partial=False).mutants == all_mutants()
+
+
+@pytest.mark.parametrize(
+    ("share", "codes", "caught", "failed"),
+    [
+        (1, [0, 0], 20, False),
+        (1, [0, 1], 19, True),  # all tests must catch all
+        (4, [0, 1], 19, False),
+        (4, [1, 1], 17, True),  # more than one in ten survive
+        (4, [0, -14], 20, True),  # a process was killed
+        (4, [0, 2], 20, True),
+    ],
+)
+def test_a_share_of_the_tests_may_miss_few_mutants(
+    share, codes, caught, failed, tmp_path, monkeypatch
+):
+    mutants = [Record(f"mutant {i}", i < caught, 0.1, "", []) for i in range(20)]
+    (tmp_path / "mutants.json").write_text(json.dumps([asdict(record) for record in mutants]))
+    monkeypatch.setattr(command, "RECORDS", tmp_path)
+    assert command.hunt_failed(codes, share) is failed
 
 
 def test_records_come_fastest_first(tmp_path):

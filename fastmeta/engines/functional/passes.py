@@ -164,13 +164,7 @@ class ModulePasses:
             for name in (grads[0] if grads else ())
             for parts in [[group[name] for group in grads]]
         }
-        pieces = {
-            name: to_theta[0][name]
-            if len(to_theta) == 1
-            else torch.cat([g[name] for g in to_theta])
-            for name in (self.layout.names if requires else ())
-        }
-        found = Pieces(self.layout, pieces) if requires else None
+        found = Pieces(self.layout, _of_all_groups(to_theta)) if requires else None
         return torch.cat(losses), torch.cat(outputs), found, joined
 
     def _tensors(self, gradient: Gradient) -> Tensors:
