@@ -15,8 +15,8 @@ from fastmeta.core.random_state import RandomState
 from fastmeta.engines.base import Examples, InnerLoopOptions
 from fastmeta.engines.functional.passes import ModulePasses
 
-# Tasks that a CPU takes at a time have so many bytes: with more, fresh pages cost more than the
-# calls that are saved. Measured on `python -m benchmarks functional`.
+# Tasks that a CPU takes at a time have so many bytes. Chosen on `python -m benchmarks functional`
+# when each call still took fresh pages, which cost more than larger chunks saved.
 _TOGETHER = 128 << 20
 
 
