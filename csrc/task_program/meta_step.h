@@ -108,12 +108,13 @@ class MetaStep {
   }
 
   FASTMETA_HOST_DEVICE void adapt() const {
-    const bool updates_at_once = program_.covers_theta && program_.writes_once;
     for (int k = 0; k < options_.steps; ++k) {
       const Descend<storage_t> descend{task_.step_sizes.of(k), task_.step_sizes.per_parameter,
                                        theta(k), grads(k), theta(k + 1)};
-      if (updates_at_once) {
+      if (program_.writes_once && !program_.has_rows) {
         support_gradient(k, grads(k), DescendFrom<storage_t>{descend});
+        // After the pass: g_k may be in the memory of theta_{k+1}.
+        copy_unwritten(exec_, program_, theta(k), theta(k + 1));
       } else {
         support_gradient(k, grads(k), NoUpdate{});
         exec_.map(program_.parameters, descend);

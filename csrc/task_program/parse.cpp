@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <map>
 #include <set>
 
 #include "common/ceil_div.h"
@@ -119,6 +120,7 @@ ParsedProgram::ParsedProgram(const at::Tensor& code) {
   fuse_norms();
   lay_out_values();
   plan_gradients();
+  find_unwritten();
   pair_activations();
   pair_norms();
   program_.has_images = std::any_of(instructions_.begin(), instructions_.end(), is_of_images);
@@ -314,7 +316,6 @@ void ParsedProgram::lay_out_values() {
 void ParsedProgram::plan_gradients() {
   std::vector<bool> written(values_.size(), false);
   std::set<int64_t> parameters;
-  int64_t covered = 0;
   program_.writes_once = true;
   // Whether it was written before; marks it as written.
   const auto seen_value = [&](int v) {
@@ -322,20 +323,43 @@ void ParsedProgram::plan_gradients() {
     written[v] = true;
     return before;
   };
-  const auto seen_parameter = [&](int64_t parameter, int64_t size) {
+  const auto seen_parameter = [&](int64_t parameter) {
     if (!is_adapted(parameter)) return false;
     const bool is_new = parameters.insert(parameter).second;
-    if (is_new) covered += size;
     program_.writes_once = program_.writes_once && is_new;
     return !is_new;
   };
   for (auto i = instructions_.rbegin(); i != instructions_.rend(); ++i) {
     i->adds_to_x = seen_value(i->x);
     if (i->x2 >= 0) i->adds_to_x2 = seen_value(i->x2);
-    i->adds_to_weight = seen_parameter(i->weight, weight_size(*i));
-    i->adds_to_bias = seen_parameter(i->bias, i->outputs);
+    i->adds_to_weight = seen_parameter(i->weight);
+    i->adds_to_bias = seen_parameter(i->bias);
   }
-  program_.covers_theta = covered == program_.parameters;
+}
+
+// Of parameters with a row for each step a pass writes one row, another one at another step.
+void ParsedProgram::find_unwritten() {
+  std::map<int64_t, int64_t> written;  // begin, end
+  const auto writes = [&](int64_t parameter, int64_t size) {
+    if (is_adapted(parameter)) written[parameter] = std::max(written[parameter], parameter + size);
+  };
+  for (const auto& i : instructions_) {
+    program_.has_rows |= i.parameter_rows > 1;
+    if (i.parameter_rows > 1) continue;
+    writes(i.weight, weight_size(i));
+    writes(i.bias, i.outputs);
+  }
+  int64_t end = 0;  // of what was seen
+  const auto leave_out_until = [&](int64_t begin) {
+    if (begin > end) unwritten_.push_back({end, begin - end});
+  };
+  for (const auto& [begin, stop] : written) {
+    leave_out_until(begin);
+    end = std::max(end, stop);
+  }
+  leave_out_until(program_.parameters);
+  program_.unwritten = unwritten_.data();
+  program_.unwritten_count = static_cast<int>(unwritten_.size());
 }
 
 void ParsedProgram::pair_activations() {

@@ -33,6 +33,7 @@ class ParsedProgram {
   void fuse_norms();
   void lay_out_values();
   void plan_gradients();
+  void find_unwritten();
   void pair_activations();
   void pair_norms();
 
@@ -40,6 +41,7 @@ class ParsedProgram {
   std::vector<Instruction> instructions_;
   std::vector<bool> made_;
   std::vector<int> readers_;
+  std::vector<Part> unwritten_;
   Program program_{};
 };
 

@@ -11,6 +11,7 @@
 #include "task_program/layers/transpose.h"
 #include "task_program/losses.h"
 #include "task_program/program/network.h"
+#include "task_program/unwritten.h"
 
 namespace fastmeta {
 
@@ -72,7 +73,7 @@ class Passes {
   // complete.
   template <typename Update = NoUpdate>
   FASTMETA_HOST_DEVICE void backward(Arena grads, bool adds, const Update& update = {}) const {
-    if (grads && !adds) clear_uncovered(grads);
+    if (grads && !adds) copy_unwritten(exec_, net_.program, Arena{}, grads);
     for (int k = net_.program.instruction_count - 1; k >= 0; --k) {
       const Instruction& i = instruction(k);
       if (!net_.delta(i.y)) continue;
@@ -130,7 +131,7 @@ class Passes {
   // forward(), loss() and backward() at the same theta, and tangent_forward(). If no two layers
   // have a parameter in common, target may be theta_dot itself.
   FASTMETA_HOST_DEVICE void tangent_backward(Arena target, const StoreMode<storage_t>& into) const {
-    if (!into.adds && !into.step_size) clear_uncovered(target);
+    if (!into.adds && !into.step_size) copy_unwritten(exec_, net_.program, Arena{}, target);
     tangent_of_loss();
     for (int k = net_.program.instruction_count - 1; k >= 0; --k) {
       const Instruction& i = instruction(k);
@@ -162,12 +163,6 @@ class Passes {
   }
 
  private:
-  // Writes zeros where no layer will write a gradient.
-  FASTMETA_HOST_DEVICE void clear_uncovered(Arena target) const {
-    if (net_.program.covers_theta) return;
-    exec_.map(net_.program.parameters, Fill<storage_t>{0, target});
-  }
-
   FASTMETA_HOST_DEVICE const Instruction& instruction(int k) const {
     return net_.program.instructions[k];
   }

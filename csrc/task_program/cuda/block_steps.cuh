@@ -69,11 +69,11 @@ using MapKinds =
               RegressionTangent<BceWithLogits, S>, RegressionTangent<Huber, S>,
               RegressionTangent<AbsoluteError, S>>;
 template <typename S>
-using RowKinds =
-    StepKinds<NormOfLabels<S>, CrossEntropy<S>, CrossEntropyTangent<S>,
-              RegressionLoss<SquaredError, S>, RegressionLoss<BceWithLogits, S>,
-              RegressionLoss<Huber, S>, RegressionLoss<AbsoluteError, S>, LayerNormForward<S>,
-              LayerNormTangentForward<S>, LayerNormBackward<S>, LayerNormTangentBackward<S>>;
+using RowKinds = StepKinds<NormOfLabels<S>, CrossEntropy<S>, CrossEntropyTangent<S>,
+                           RegressionLoss<SquaredError, S>, RegressionLoss<BceWithLogits, S>,
+                           RegressionLoss<Huber, S>, RegressionLoss<AbsoluteError, S>, CopyParts<S>,
+                           LayerNormForward<S>, LayerNormTangentForward<S>, LayerNormBackward<S>,
+                           LayerNormTangentBackward<S>>;
 template <typename S>
 using SumKinds = StepKinds<BlockSum<WeightedElement<S>, S>, BlockSum<NegativeProduct<S>, S>>;
 

@@ -106,6 +106,11 @@ struct LossSpec {
   double scale;
 };
 
+// Elements of the arena of parameters.
+struct Part {
+  int64_t begin, count;
+};
+
 // A program without ownership, readable by the host and by a kernel.
 struct Program {
   const Instruction* instructions;
@@ -114,8 +119,10 @@ struct Program {
   int64_t parameters, frozen;  // P, F
   int64_t first_step;          // theta on entry is theta after so many steps
   int64_t example_elements;    // numbers of all values of an example, without the input
-  bool covers_theta;           // the backward pass writes every element of the gradient,
-  bool writes_once;            // and none twice
+  const Part* unwritten;       // what the backward pass may leave out of the gradient,
+  int unwritten_count;         // in order
+  bool writes_once;            // it writes no element twice
+  bool has_rows;               // some parameters have a row for each step: unwritten, or written
   bool has_images;             // convolutions, norms, pools: not for executors of small networks
   LossSpec loss;
 

@@ -29,7 +29,7 @@ class LinearCall {
     p.output = 1;
     p.parameters = 8;
     p.example_elements = 4;
-    p.covers_theta = p.writes_once = true;
+    p.writes_once = true;
     p.loss = {LossKind::kMse, 0, 0, true, 1};
     args.kind = OpKind::kMeta;
     args.dtype = Dtype::kFloat;
