@@ -36,7 +36,7 @@ test-torch: $(VENV)/.installed
 # The CUDA kernels on the CPU, each test in one of three orders of threads, which the date of the commit
 # chooses. A release must pass `make cuda-test FULL=1`: every test in all of them. SHARE=4 runs a fourth.
 # Where g++ has no sanitizers it says so and ends with 3.
-cuda-test: $(VENV)/.installed
+cuda-test: $(VENV)/.built $(VENV)/.installed
 	$(RUN) -m tests.cuda_emulation $(if $(FULL),--full) $(if $(SHARE),--share $(SHARE)) || [ $$? -eq 3 ]
 
 lint: $(VENV)/.installed

@@ -16,7 +16,6 @@ no nvcc.
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import os
 import re
@@ -28,6 +27,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools.build_plan import planned
 from tools.commit_date import date_of_commit
 from tools.ninja_build import BuildError, Edge, run_ninja
 
@@ -109,24 +109,8 @@ def real_toolkit(nvcc: str) -> Toolkit:
     return Toolkit(str(Path(here[1]).resolve() / "nvcc"), tuple(map(str, folders)))
 
 
-@functools.cache
-def planned_flags(kind: str) -> tuple[str, ...]:
-    """The build's own flags: `flag` for g++, `nvcc_flag` for nvcc."""
-    plan = subprocess.run(
-        [sys.executable, "setup.py", "plan"],
-        cwd=ROOT,
-        env={**os.environ, "FASTMETA_CUDA": "0"},
-        capture_output=True,
-        text=True,
-    )
-    if plan.returncode != 0:
-        raise BuildError(f"setup.py plan failed:\n{plan.stderr}")
-    words = (line.split(" ", 1) for line in plan.stdout.splitlines())
-    return tuple(option for name, option in words if name == kind)
-
-
 def kernel_edge(toolkit: Toolkit, sources: Path, source: Path, arch: str) -> Edge:
-    flags = [*planned_flags("nvcc_flag"), f"-arch={arch}", "-I", str(sources)]
+    flags = [*planned("nvcc_flag"), f"-arch={arch}", "-I", str(sources)]
     flags += ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"]
     output = f"{source.relative_to(sources).as_posix()}.{arch}.ptxas"
     variables = {"nvcc": shlex.quote(toolkit.nvcc), "flags": shlex.join(flags)}
@@ -136,7 +120,7 @@ def kernel_edge(toolkit: Toolkit, sources: Path, source: Path, arch: str) -> Edg
 def binding_edge(toolkit: Toolkit, sources: Path, source: Path) -> Edge:
     from torch.utils.cpp_extension import include_paths
 
-    flags = [*planned_flags("flag"), "-Werror", "-DFASTMETA_CUDA", "-I", str(sources)]
+    flags = [*planned("flag"), "-Werror", "-DFASTMETA_CUDA", "-I", str(sources)]
     flags += ["-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]  # a torch without CUDA lacks that file
     for folder in [*toolkit.include_folders, *include_paths()]:
         flags += ["-isystem", folder]

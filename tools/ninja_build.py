@@ -53,8 +53,16 @@ def run_ninja(
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_if_changed(folder / "build.ninja", manifest(rules, edges))
+    return bring_up_to_date(folder, [] if jobs is None else ["-j", str(jobs)])
+
+
+def bring_up_to_date(folder: Path, arguments: list[str]) -> str:
+    """Run ninja in a folder that has a manifest, with options or outputs to make; its output.
+
+    Raises BuildError if a command failed, or if there is no ninja.
+    """
     result = subprocess.run(
-        [find_ninja(), *([] if jobs is None else ["-j", str(jobs)])],
+        [find_ninja(), *arguments],
         cwd=folder,
         env={**os.environ, "NINJA_STATUS": "[%f/%t] "},
         stdout=subprocess.PIPE,

@@ -11,11 +11,13 @@ from pathlib import Path
 import pybind11
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from tools.ninja_build import Edge, run_ninja
+from tools.build_plan import planned
+from tools.ninja_build import BuildError, Edge, bring_up_to_date, run_ninja
 
 HERE = Path(__file__).resolve().parent
 EMULATOR = HERE / "emulator"
 ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "cuda_emulation"
 
 RULES = {
@@ -26,11 +28,12 @@ RULES = {
 
 COMMON = ["-std=c++20", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror"]
 RUNTIME = [*COMMON, "-O2", "-fno-semantic-interposition", f"-I{EMULATOR}"]
+# pybind11 before the one that torch brings: objects of the extension share its types.
 EMULATED = [
     *(*COMMON, "-O1", "-Wno-unknown-pragmas", "-Wno-unused-parameter"),
     *("-DFASTMETA_CUDA", "-DFASTMETA_EMULATED", '-DFASTMETA_ISA="emulated"'),
-    *(f"-I{EMULATOR / 'include'}", f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}"),
-    *(f"-isystem{path}" for path in (*include_paths(), pybind11.get_include())),
+    *(f"-I{EMULATOR / 'include'}", f"-I{EMULATOR}", f"-I{CSRC}"),
+    *(f"-isystem{path}" for path in (pybind11.get_include(), *include_paths())),
     f"-isystem{sysconfig.get_paths()['include']}",
 ]
 # Nothing of them is slow, and no line of theirs is reported.
@@ -82,6 +85,24 @@ def is_cpu(source: Path) -> bool:
     return source.name.endswith("_cpu.cpp") or source.parent.name == "cpu"
 
 
+def knows_cuda(source: Path) -> bool:
+    """Whether what a C++ source does depends on the emulator's macros."""
+    return source.name.endswith("_cuda.cpp") or source.name in ("module.cpp", "fastmeta.cpp")
+
+
+def extension_objects(sources: list[Path]) -> list[str]:
+    """Objects of the compiled extension, brought up to date.
+
+    Raises BuildError where the extension was never compiled here.
+    """
+    folder = ROOT / planned("objects")[0]
+    if not (folder / "build.ninja").exists():
+        raise BuildError("the extension is not compiled: `make .venv/.built` first")
+    found = [str(folder / source.relative_to(ROOT).with_suffix(".o")) for source in sources]
+    bring_up_to_date(folder, found)
+    return found
+
+
 def library(name: str, inputs: list[str], flags: list[str]) -> Edge:
     """The edge that links objects into a library."""
     return Edge(name, "link", tuple(inputs), _flags(flags))
@@ -91,30 +112,31 @@ def _flags(flags: list[str]) -> dict[str, str]:
     return {"flags": shlex.join(flags)}
 
 
-def build(folder: Path = BUILD, csrc: Path = ROOT / "csrc") -> None:
-    """Makes libemulator.so, _C.so (the ops) and kernels.so (for test_emulator.py) in `folder`.
+def build() -> None:
+    """Makes libemulator.so, _C.so (the ops) and kernels.so (for test_emulator.py) in BUILD.
 
     Raises BuildError with the compiler's message.
     """
     runtime = objects(sorted(EMULATOR.glob("*.cpp")), HERE, RUNTIME)
-    kernels = objects(sorted(csrc.rglob("*.cu")), csrc, KERNEL)
+    kernels = objects(sorted(CSRC.rglob("*.cu")), CSRC, KERNEL)
     header = Edge(
         "bindings.h.gch", "precompile", (str(EMULATOR / "include/bindings.h"),), _flags(BINDING)
     )
-    included = [f"-I{folder}", "-include", "bindings.h"]
-    sources = sorted(path for path in csrc.rglob("*.cpp") if not is_cpu(path))
-    bindings = objects(sources, csrc, [*included, *BINDING], after=(header.output,))
+    included = [f"-I{BUILD}", "-include", "bindings.h"]
+    sources = sorted(path for path in CSRC.rglob("*.cpp") if not is_cpu(path))
+    shared = extension_objects([path for path in sources if not knows_cuda(path)])
+    own = list(filter(knows_cuda, sources))
+    bindings = objects(own, CSRC, [*included, *BINDING], after=(header.output,))
     own_kernels = objects(sorted(EMULATOR.glob("*.cu")), HERE, KERNEL)
     emulator = library("libemulator.so", [edge.output for edge in runtime], ["-Wl,-Bsymbolic"])
-    libraries = {"_C.so": [*kernels, *bindings], "kernels.so": own_kernels}
+    libraries = {
+        "_C.so": [*(e.output for e in [*kernels, *bindings]), *shared],
+        "kernels.so": [e.output for e in own_kernels],
+    }
     torch = [f"{kind}{path}" for path in library_paths() for kind in ("-L", "-Wl,-rpath,")]
     torch += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
     links = [
-        library(
-            name, [*(e.output for e in objects), emulator.output], [f"-Wl,-rpath,{folder}", *torch]
-        )
-        for name, objects in libraries.items()
+        library(name, [*inputs, emulator.output], [f"-Wl,-rpath,{BUILD}", *torch])
+        for name, inputs in libraries.items()
     ]
-    run_ninja(
-        folder, RULES, [header, *runtime, *kernels, *bindings, *own_kernels, emulator, *links]
-    )
+    run_ninja(BUILD, RULES, [header, *runtime, *kernels, *bindings, *own_kernels, emulator, *links])
