@@ -1,6 +1,7 @@
 """Times and peaks of memory of the functional engine and of plain PyTorch, in one interleaved run.
 
     python -m benchmarks functional
+    python -m benchmarks functional --only sin_big --beside adjoint "task loop"
     python -m benchmarks functional --profile --only omni_mlp
 
 Prints a table in Markdown: medians, in brackets the median ratio to fastmeta's time, and peaks of
@@ -9,7 +10,8 @@ the smallest ratio of the others: above 1, fastmeta is faster than each of them.
 
 Before that a contender's gradient is compared with the task loop's in float64: in float32 rounding
 flips units of a deep network with ReLU. A wrong one is told, and leaves the last column. Exit
-status 1 if it is fastmeta's. With ``--profile``: the largest shares of fastmeta's own time.
+status 1 if it is fastmeta's. ``--beside`` leaves the cells of other contenders empty, some of which
+take minutes. With ``--profile``: the largest shares of fastmeta's own time.
 """
 
 from __future__ import annotations
@@ -53,29 +55,32 @@ def peak(step: Callable[[], Gradient]) -> int:
     return memory.peak
 
 
-def errors_of(case: Case) -> dict[str, float]:
-    """Each contender's relative error in float64, on two tasks."""
+def errors_of(case: Case, measured: list[str]) -> dict[str, float]:
+    """The measured contenders' relative errors in float64, on two tasks."""
     case = replace(case, tasks=min(2, case.tasks))
     expected = task_loop(Problem(case, torch.float64))()[1]
     return {
-        name: relative_error(make(Problem(case, torch.float64))()[1], expected)
-        for name, make in CONTENDERS.items()
+        name: relative_error(CONTENDERS[name](Problem(case, torch.float64))()[1], expected)
+        for name in measured
     }
 
 
 def row(name: str, case: Case, rounds: int, errors: dict[str, float]) -> list[str]:
-    """The cells of a case, whose contenders have these errors."""
-    steps = {key: make(Problem(case)) for key, make in CONTENDERS.items()}
+    """The cells of a case, for contenders with these errors."""
+    steps = {key: CONTENDERS[key](Problem(case)) for key in errors}
     peaks = {key: peak(step) for key, step in steps.items()}
     taken = interleave(steps, rounds)
     ratios = {key: ratio(seconds, taken[OURS]) for key, seconds in taken.items()}
     cells = [name]
     for key in CONTENDERS:
+        if key not in errors:
+            cells.append("")
+            continue
         time = duration(statistics.median(taken[key]))
         relative = "" if key == OURS else f" ({ratios[key]:.2f})"
         wrong = "" if errors[key] < MOST else f", WRONG: relative error {errors[key]:.1e}"
         cells.append(f"{time}{relative}, {digits(peaks[key] / 2**20)} MiB{wrong}")
-    right = [key for key in CONTENDERS if key not in FASTMETA and errors[key] < MOST]
+    right = [key for key in errors if key not in FASTMETA and errors[key] < MOST]
     return [*cells, f"{min(ratios[key] for key in right):.2f}"]
 
 
@@ -107,6 +112,8 @@ def changed(case: Case, options: argparse.Namespace) -> Case:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
+    others = [name for name in CONTENDERS if name != OURS]
+    add("--beside", nargs="+", choices=others, default=others, metavar="CONTENDER")
     add("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--profile", action="store_true", help="show where fastmeta's time goes")
@@ -126,7 +133,7 @@ def main(options: argparse.Namespace) -> int:
     is_wrong = False
     for name in options.only:
         case = changed(CASES[name], options)
-        errors = errors_of(case)
-        is_wrong |= any(not errors[key] < MOST for key in FASTMETA)
+        errors = errors_of(case, [OURS, *options.beside])
+        is_wrong |= any(not errors[key] < MOST for key in FASTMETA if key in errors)
         print(line(row(name, case, options.rounds, errors)), flush=True)
     return int(is_wrong)

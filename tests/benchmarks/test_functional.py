@@ -53,6 +53,15 @@ def test_the_row_has_a_cell_for_each_contender(monkeypatch, capsys):
     assert min(float(t.group(1)) for t in times[1:] if t) == float(fastest)
 
 
+def test_contenders_may_be_left_out(monkeypatch, capsys):
+    small(monkeypatch)
+    chosen = options(only=["siren"], threads=torch.get_num_threads(), beside=["task loop"])
+    assert command.main(chosen) == 0
+    _name, _ours, *others, fastest = cells(capsys)
+    assert [bool(cell) for cell in others] == [False] * (len(CONTENDERS) - 2) + [True]
+    assert float(fastest) > 0
+
+
 def test_the_command_line_changes_a_case():
     case = command.changed(CASES["mish"], options(tasks=64, steps=5))
     assert (case.tasks, case.steps) == (64, 5)
