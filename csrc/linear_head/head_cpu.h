@@ -7,7 +7,7 @@
 
 #include "common/ceil_div.h"
 #include "common/cpu/register_gemm.h"
-#include "common/cpu/row_dots.h"
+#include "common/cpu/row_sums.h"
 #include "common/cpu/widen.h"
 #include "linear_head/linear_head.h"
 #include "linear_head/losses_cpu.h"

@@ -8,28 +8,27 @@
 #include <string_view>
 #include <tuple>
 
+#include "common/ceil_div.h"
 #include "common/check.h"
 #include "common/cpu/parallel.h"
 #include "common/cpu/widen.h"
 #include "pairwise_distance/arguments.h"
-#include "pairwise_distance/gradient_cpu.h"
+#include "pairwise_distance/few_classes_cpu.h"
 #include "pairwise_distance/tile_cpu.h"
 
 namespace fastmeta {
 namespace {
 
-constexpr int64_t kRowBlock = 48;  // rows of x that stay in the L2 cache beside a panel of y
-
 template <typename scalar_t>
-void distance_task(Metric metric, const scalar_t* x, const Panels<acc_t<scalar_t>>& y,
+void distance_task(Metric metric, const scalar_t* x, const ClassRows<acc_t<scalar_t>>& y,
                    scalar_t* out, const PairwiseShape& shape) {
   using value_t = acc_t<scalar_t>;
-  const int64_t blocks = (shape.queries + kRowBlock - 1) / kRowBlock;
+  const int64_t block = y.block_of_queries(), blocks = ceil_div(shape.queries, block);
   parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    Buffer<value_t> rows(kRowBlock * shape.features);
-    Buffer<value_t> wide(is_reduced<scalar_t> ? kRowBlock * shape.classes : 0);
+    Buffer<value_t> rows(block * shape.features);
+    Buffer<value_t> wide(is_reduced<scalar_t> ? block * shape.classes : 0);
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = b * kRowBlock, count = std::min(kRowBlock, shape.queries - first);
+      const int64_t first = b * block, count = std::min(block, shape.queries - first);
       const value_t* prepared =
           prepare_rows(metric, x + first * shape.features, count, shape.features, rows.data());
       scalar_t* target = out + first * shape.classes;
@@ -41,7 +40,7 @@ void distance_task(Metric metric, const scalar_t* x, const Panels<acc_t<scalar_t
 }
 
 template <typename scalar_t>
-auto weights_of(Metric metric, const scalar_t* upstream, const Panels<acc_t<scalar_t>>& y) {
+auto weights_of(Metric metric, const scalar_t* upstream, const ClassRows<acc_t<scalar_t>>& y) {
   using value_t = acc_t<scalar_t>;
   return [=, &y](int64_t first, int64_t rows, const value_t* x, value_t* weights) {
     const int64_t classes = y.rows();
@@ -71,9 +70,9 @@ at::Tensor pairwise_distance_cpu(const at::Tensor& x, const at::Tensor& y,
         const auto* y_data = columns.const_data_ptr<scalar_t>();
         auto* out_data = out.mutable_data_ptr<scalar_t>();
         for_each_task_range(shape.tasks, [&](int64_t begin, int64_t end) {
-          Panels<acc_t<scalar_t>> y(shape.classes, shape.features);
+          ClassRows<acc_t<scalar_t>> y(shape);
           for (int64_t t = begin; t < end; ++t) {
-            y.pack(metric, y_data + t * shape.classes * shape.features);
+            y.prepare(metric, y_data + t * shape.classes * shape.features);
             distance_task(metric, x_data + t * shape.queries * shape.features, y,
                           out_data + t * shape.queries * shape.classes, shape);
           }
@@ -101,17 +100,18 @@ std::tuple<at::Tensor, at::Tensor> pairwise_distance_backward_cpu(const at::Tens
         auto* grad_x_data = grad_x.mutable_data_ptr<scalar_t>();
         auto* grad_y_data = grad_y.mutable_data_ptr<scalar_t>();
         for_each_task_range(shape.tasks, [&](int64_t begin, int64_t end) {
-          Panels<acc_t<scalar_t>> panels(shape.classes, shape.features);
-          PairwiseGradient<scalar_t> gradient(metric, shape);
-          for (int64_t t = begin; t < end; ++t) {
-            const int64_t x_row = t * shape.queries * shape.features;
-            const int64_t y_row = t * shape.classes * shape.features;
-            // Only weights_of() of this metric reads the panels.
-            if (metric == Metric::kEuclidean) panels.pack(metric, y_data + y_row);
-            const auto* upstream = grad_data + t * shape.queries * shape.classes;
-            gradient.run(x_data + x_row, y_data + y_row, weights_of(metric, upstream, panels),
-                         grad_x_data + x_row, grad_y_data + y_row);
-          }
+          ClassRows<acc_t<scalar_t>> classes(shape);
+          with_gradient<scalar_t>(metric, shape, [&](auto&& gradient) {
+            for (int64_t t = begin; t < end; ++t) {
+              const int64_t x_row = t * shape.queries * shape.features;
+              const int64_t y_row = t * shape.classes * shape.features;
+              // Only weights_of() of this metric reads the classes.
+              if (metric == Metric::kEuclidean) classes.prepare(metric, y_data + y_row);
+              const auto* upstream = grad_data + t * shape.queries * shape.classes;
+              gradient.run(x_data + x_row, y_data + y_row, weights_of(metric, upstream, classes),
+                           grad_x_data + x_row, grad_y_data + y_row);
+            }
+          });
         });
       });
   return {grad_x, grad_y};

@@ -6,13 +6,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <string_view>
 #include <tuple>
 
+#include "common/ceil_div.h"
 #include "common/cpu/parallel.h"
 #include "common/cpu/widen.h"
 #include "common/labels.h"
-#include "pairwise_distance/gradient_cpu.h"
+#include "pairwise_distance/few_classes_cpu.h"
 #include "pairwise_distance/tile_cpu.h"
 #include "prototype_loss/arguments.h"
 #include "prototype_loss/prototype_loss.h"
@@ -20,30 +22,41 @@
 namespace fastmeta {
 namespace {
 
-constexpr int64_t kRowBlock = 48;
-
 template <typename value_t>
 struct Softmax {
   value_t loss, largest, sum;  // sum of exp(-scale d - largest)
 };
 
-// Computes one row of softmax(-scale distances): `exponentials` gets exp(-scale d - largest).
+// Computes one row of softmax(-scale distances): `exponentials`, if wanted, gets exp(-scale d -
+// largest). Both arrays are read and written in whole vectors, past the end of the row.
 template <typename value_t>
 Softmax<value_t> softmax_row(const value_t* distances, value_t* exponentials, int64_t classes,
                              int64_t label, value_t scale) {
   using Vec = at::vec::Vectorized<value_t>;
-  const value_t largest = at::vec::map_reduce_all<value_t>(
-      [scale](Vec d) { return Vec(-scale) * d; },
-      [](Vec a, Vec b) { return at::vec::maximum(a, b); }, distances, classes);
-  // Read before the loop: exponentials may overwrite distances.
+  constexpr value_t kNever = -std::numeric_limits<value_t>::infinity();
+  // Calls body(n, values, count) on each vector of logits, of which `count` are of this row.
+  const auto for_logits = [&](const auto& body) {
+    for (int64_t n = 0; n < classes; n += Vec::size()) {
+      const int64_t count = std::min<int64_t>(Vec::size(), classes - n);
+      body(n, Vec(-scale) * Vec::loadu(distances + n), count);
+    }
+  };
+  const auto only = [](value_t other, const Vec& values, int64_t count) {
+    return count < Vec::size() ? Vec::set(Vec(other), values, count) : values;
+  };
+  Vec largest_of_lane(kNever);
+  for_logits([&](int64_t, const Vec& logits, int64_t count) {
+    largest_of_lane = at::vec::maximum(largest_of_lane, only(kNever, logits, count));
+  });
+  const value_t largest = at::vec::vec_reduce_all<value_t>(
+      [](Vec a, Vec b) { return at::vec::maximum(a, b); }, largest_of_lane);
   const value_t logit = -scale * distances[label];
   Vec sums(value_t(0));
-  for (int64_t n = 0; n < classes; n += Vec::size()) {
-    const int64_t count = std::min<int64_t>(Vec::size(), classes - n);
-    const Vec e = (Vec(-scale) * Vec::loadu(distances + n, count) - Vec(largest)).exp();
-    e.store(exponentials + n, count);
-    sums = sums + Vec::set(Vec(value_t(0)), e, count);
-  }
+  for_logits([&](int64_t n, const Vec& logits, int64_t count) {
+    const Vec e = (logits - Vec(largest)).exp();
+    if (exponentials != nullptr) e.store(exponentials + n);
+    sums = sums + only(0, e, count);
+  });
   const value_t sum = at::vec::vec_reduce_all<value_t>([](Vec a, Vec b) { return a + b; }, sums);
   return {std::log(sum) + largest - logit, largest, sum};
 }
@@ -59,25 +72,25 @@ struct Task {
 };
 
 template <typename scalar_t>
-void loss_task(const Task<scalar_t>& task, const Panels<acc_t<scalar_t>>& prototypes,
+void loss_task(const Task<scalar_t>& task, const ClassRows<acc_t<scalar_t>>& prototypes,
                acc_t<scalar_t>* loss) {
   using value_t = acc_t<scalar_t>;
   const auto& shape = task.shape;
-  const int64_t blocks = (shape.queries + kRowBlock - 1) / kRowBlock;
+  const int64_t block = prototypes.block_of_queries(), blocks = ceil_div(shape.queries, block);
   parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     // Per thread: the flag is a register of the core.
     const FlushDenormals flush;
-    Buffer<value_t> rows(kRowBlock * shape.features), distances(kRowBlock * shape.classes);
+    Buffer<value_t> rows(block * shape.features), distances(block * shape.classes + kPastRow);
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = b * kRowBlock, count = std::min(kRowBlock, shape.queries - first);
+      const int64_t first = b * block, count = std::min(block, shape.queries - first);
       const value_t* query = prepare_rows(task.metric, task.query + first * shape.features, count,
                                           shape.features, rows.data());
       distance_rows(task.metric, query, count, prototypes, distances.data(), shape.classes);
       for (int64_t r = 0; r < count; ++r) {
-        value_t* row = &distances[r * shape.classes];
-        loss[first + r] =
-            // In place: the loss needs no exponentials.
-            softmax_row(row, row, shape.classes, task.labels[first + r], task.scale).loss;
+        value_t* no_exponentials = nullptr;
+        loss[first + r] = softmax_row(&distances[r * shape.classes], no_exponentials, shape.classes,
+                                      task.labels[first + r], task.scale)
+                              .loss;
       }
     }
   });
@@ -85,13 +98,13 @@ void loss_task(const Task<scalar_t>& task, const Panels<acc_t<scalar_t>>& protot
 
 // Fills rows of W for PairwiseGradient, and the loss of these rows.
 template <typename scalar_t>
-auto weights_of(const Task<scalar_t>& task, const Panels<acc_t<scalar_t>>& prototypes,
+auto weights_of(const Task<scalar_t>& task, const ClassRows<acc_t<scalar_t>>& prototypes,
                 const acc_t<scalar_t>* weight, acc_t<scalar_t>* loss) {
   using value_t = acc_t<scalar_t>;
   return
       [=, &task, &prototypes](int64_t first, int64_t rows, const value_t* query, value_t* weights) {
         const int64_t classes = task.shape.classes;
-        Buffer<value_t> exponentials(classes);
+        Buffer<value_t> exponentials(classes + kPastRow);
         distance_rows(task.metric, query, rows, prototypes, weights, classes);
         with_metric(task.metric, [&](auto metric) {
           for (int64_t r = 0; r < rows; ++r) {
@@ -149,10 +162,10 @@ at::Tensor prototype_loss_cpu(const at::Tensor& query, const at::Tensor& labels,
         auto* loss_data = loss.mutable_data_ptr<acc_t<scalar_t>>();
         const auto& shape = arguments.shape;
         for_each_task_range(shape.tasks, [&](int64_t begin, int64_t end) {
-          Panels<acc_t<scalar_t>> prototypes(shape.classes, shape.features);
+          ClassRows<acc_t<scalar_t>> prototypes(shape);
           for (int64_t t = begin; t < end; ++t) {
             const auto task = arguments.task<scalar_t>(t, scale);
-            prototypes.pack(task.metric, task.prototypes);
+            prototypes.prepare(task.metric, task.prototypes);
             loss_task(task, prototypes, loss_data + t * shape.queries);
           }
         });
@@ -179,17 +192,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> prototype_loss_backward_cpu(
         auto* grad_query_data = grad_query.mutable_data_ptr<scalar_t>();
         auto* grad_prototypes_data = grad_prototypes.mutable_data_ptr<scalar_t>();
         for_each_task_range(shape.tasks, [&](int64_t begin, int64_t end) {
-          Panels<acc_t<scalar_t>> panels(shape.classes, shape.features);
-          PairwiseGradient<scalar_t> gradient(arguments.metric, shape);
-          for (int64_t t = begin; t < end; ++t) {
-            const auto task = arguments.task<scalar_t>(t, scale);
-            const int64_t row = t * shape.queries;
-            panels.pack(task.metric, task.prototypes);
-            gradient.run(task.query, task.prototypes,
-                         weights_of(task, panels, weight_data + row, loss_data + row),
-                         grad_query_data + row * shape.features,
-                         grad_prototypes_data + t * shape.classes * shape.features);
-          }
+          ClassRows<acc_t<scalar_t>> classes(shape);
+          with_gradient<scalar_t>(arguments.metric, shape, [&](auto&& gradient) {
+            for (int64_t t = begin; t < end; ++t) {
+              const auto task = arguments.task<scalar_t>(t, scale);
+              const int64_t row = t * shape.queries;
+              classes.prepare(task.metric, task.prototypes);
+              gradient.run(task.query, task.prototypes,
+                           weights_of(task, classes, weight_data + row, loss_data + row),
+                           grad_query_data + row * shape.features,
+                           grad_prototypes_data + t * shape.classes * shape.features);
+            }
+          });
         });
       });
   return {loss, grad_query, grad_prototypes};

@@ -9,7 +9,7 @@
 #include "common/cpu/denormals.h"
 #include "common/cpu/parallel.h"
 #include "common/cpu/register_gemm.h"
-#include "common/cpu/row_dots.h"
+#include "common/cpu/row_sums.h"
 
 namespace fastmeta {
 namespace {

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from fastmeta.core import backend
 
@@ -93,15 +93,25 @@ def as_function(cls: type[Function], compiled: type[Function] | None = None) -> 
     # ``Function.apply`` reads the signature of ``forward`` at every call, which takes longer than a
     # small op. Outside torch.func it does nothing more than the last line of ``apply``.
     plain: Any = super(Function, cls)
+    forward: Any = cls.forward
 
     def apply(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return twin.apply(*args)
         if torch._C._are_functorch_transforms_active():
             return cls.apply(*args)
-        return plain.apply(*(unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in args))
+        args = tuple(unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in args)
+        # The graph's node takes longer than a small op, even where nothing is recorded.
+        return plain.apply(*args) if _is_differentiated(args) else forward(*args)
 
     return apply
+
+
+def _is_differentiated(args: tuple[Any, ...]) -> bool:
+    """Whether autograd, reverse or forward, records what is done with ``args``."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
 
 def contiguous_like(x: Tensor) -> Tensor:

@@ -94,8 +94,8 @@ def pairwise_distance(x: Tensor, y: Tensor, metric: str = "sqeuclidean") -> Tens
 
     Smaller is nearer, by every metric.
 
-    The kernels sum squared differences. On a GPU, large arrays use |x|^2 + |y|^2 - 2 x.y if it is
-    as exact, so a distance that is small beside the norms keeps its digits. Plain PyTorch uses the
+    The kernels sum squared differences. Large arrays use |x|^2 + |y|^2 - 2 x.y where it is as
+    exact, so a distance that is small beside the norms keeps its digits. Plain PyTorch uses the
     expansion above 4 million differences, after subtracting the mean of ``y``. The op is
     differentiable any number of times, forward and reverse, and works under torch.func and
     torch.compile. bfloat16 and float16 are summed in float32. NaN and infinite inputs give NaN or

@@ -1,4 +1,4 @@
-// Products of rows with rows: c[i, j] = <a_i, b_j>.
+// Sums over pairs of rows: c[i, j] = sum over d of term(a_id, b_jd), and products <a_i, b_j>.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -13,13 +13,14 @@
 
 namespace fastmeta {
 
-// Tiles of c kept in registers as vectors of partial sums; for few and long rows.
-template <typename value_t>
-class RowDots {
+// Tiles of c kept in registers as vectors of partial sums; for few and long rows. Term::add(sum, a, b)
+// adds the term of two vectors.
+template <typename value_t, typename Term>
+class RowSums {
   using Vec = at::vec::Vectorized<value_t>;
 
  public:
-  // Multiplies contiguous a [m, depth] and b [n, depth]; rows of c are c_stride apart.
+  // Takes contiguous a [m, depth] and b [n, depth]; rows of c are c_stride apart.
   static void run(int64_t m, int64_t n, int64_t depth, const value_t* a, const value_t* b,
                   value_t* c, int64_t c_stride) {
     const Rows rows{depth, c_stride, a, b, c};
@@ -69,7 +70,7 @@ class RowDots {
         for (int r = 0; r < rows; ++r) {
           const Vec of_a = load(left + r * depth + d);
 #pragma GCC unroll 8
-          for (int q = 0; q < columns; ++q) sum[r][q] = at::vec::fmadd(of_a, of_b[q], sum[r][q]);
+          for (int q = 0; q < columns; ++q) sum[r][q] = Term::add(sum[r][q], of_a, of_b[q]);
         }
       };
       const int64_t whole = depth / Vec::size() * Vec::size(), rest = depth - whole;
@@ -90,6 +91,13 @@ class RowDots {
   };
 };
 
+struct ProductOfVectors {
+  template <typename Vec>
+  static Vec add(const Vec& sum, const Vec& a, const Vec& b) {
+    return at::vec::fmadd(a, b, sum);
+  }
+};
+
 // Computes c [m, n] = a b' for contiguous a [m, depth] and b [n, depth]: by the BLAS if both have
 // many rows, else in registers.
 template <typename value_t>
@@ -97,7 +105,7 @@ void row_dots(int64_t m, int64_t n, int64_t depth, const value_t* a, const value
               int64_t c_stride) {
   constexpr int64_t kFewRows = 64;
   if (depth == 0 || std::min(m, n) <= kFewRows) {
-    RowDots<value_t>::run(m, n, depth, a, b, c, c_stride);
+    RowSums<value_t, ProductOfVectors>::run(m, n, depth, a, b, c, c_stride);
   } else {
     gemm<value_t>(m, n, depth, {a, depth}, {b, depth, true}, c, c_stride, false);
   }
