@@ -133,6 +133,11 @@ def _selected() -> str | None:
     return check_choice("FASTMETA_BACKEND", value, BACKENDS) if value else None
 
 
+def is_free() -> bool:
+    """Whether neither the context nor the environment asks for a backend."""
+    return _override is None and not os.environ.get("FASTMETA_BACKEND")
+
+
 def _missing(op: str, device: str, dtype: torch.dtype) -> str:
     """Why there is no native kernel; empty if there is one."""
     if _C is None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils import _pytree as pytree
 
+from fastmeta.core import backend
 from fastmeta.core.backend import WIDE_DTYPES
 from fastmeta.core.dtypes import accumulation_dtype
 from fastmeta.ops import reference
@@ -176,15 +177,29 @@ def step_size_rows(
     return lr
 
 
+def _fit(params: Tensor, grads: Tensor) -> bool:
+    """Whether two plain tensors fit together; the checks, which take longer, say why if not."""
+    return (
+        type(params) is Tensor
+        and type(grads) is Tensor
+        and params.dtype is grads.dtype
+        and params.dtype in WIDE_DTYPES
+        and params.device == grads.device
+        and params.layout is grads.layout is torch.strided
+        and not (params.is_nested or grads.is_nested)
+    )
+
+
 def _update_arena(
     params: Tensor,
     grads: Tensor,
     lr: float | Tensor,
     layer_sizes: Sequence[int] | None,
 ) -> Tensor:
-    check_floating("params", params)
-    check_floating("grads", grads)
-    check_together("grads", grads, "params", params)
+    if not _fit(params, grads):
+        check_floating("params", params)
+        check_floating("grads", grads)
+        check_together("grads", grads, "params", params)
     if params.dim() not in (1, 2) or grads.shape != params.shape:
         raise ValueError(
             "params and grads: expected one shape, [T, P] or [P], "
@@ -192,10 +207,39 @@ def _update_arena(
         )
     if params.dim() == 1:
         return _update_arena(params.unsqueeze(0), grads.unsqueeze(0), lr, layer_sizes).squeeze(0)
+    if _pytorch_may_run(params) and _is_one_pass(params, lr, layer_sizes):
+        return _by_pytorch(params, grads, lr)
     step_sizes = step_size_rows(lr, params, layer_sizes)
     if is_native("inner_update", params):
         return _update(params, grads, step_sizes)
     return reference.inner_update(params, grads, step_sizes)
+
+
+def _pytorch_may_run(params: Tensor) -> bool:
+    """Whether PyTorch's kernel may take the place of ours: on a CPU, unless one is asked for."""
+    return params.device.type == "cpu" and params.dtype in WIDE_DTYPES and backend.is_free()
+
+
+def _is_one_pass(
+    params: Tensor, lr: float | Tensor, layer_sizes: Sequence[int] | None = None
+) -> bool:
+    """Whether PyTorch takes the step, and its backward, as fast as our op takes it."""
+    if not isinstance(lr, Tensor):
+        return True
+    return (
+        layer_sizes is None
+        and params.numel() < FUSED_FROM
+        and lr.dtype == params.dtype
+        and lr.device == params.device
+        and (lr.dim() == 0 or (lr.dim() == 1 and lr.shape[0] in (1, params.shape[-1])))
+    )
+
+
+def _by_pytorch(params: Tensor, grads: Tensor, lr: float | Tensor) -> Tensor:
+    """PyTorch's kernel takes one pass as well, with less Python around it."""
+    if isinstance(lr, Tensor):
+        return torch.addcmul(params, lr, grads, value=-1)
+    return torch.sub(params, grads, alpha=float(lr))
 
 
 def _update_leaf(param: Tensor, grad: Tensor, lr: Any) -> Tensor:
@@ -207,10 +251,7 @@ def _update_leaf(param: Tensor, grad: Tensor, lr: Any) -> Tensor:
         lr = _leaf_step_size(lr, param)
     learned = isinstance(lr, Tensor) and lr.requires_grad
     if param.dtype in WIDE_DTYPES and not (learned and param.numel() >= FUSED_FROM):
-        # PyTorch's kernels take one pass as well, with less Python around them.
-        if isinstance(lr, Tensor):
-            return torch.addcmul(param, lr, grad, value=-1)
-        return torch.sub(param, grad, alpha=float(lr))
+        return _by_pytorch(param, grad, lr)
     # The op takes flat arenas: this tensor is the arena of one task.
     if isinstance(lr, Tensor) and lr.dim():
         lr = lr.expand(param.shape).reshape(1, -1)
@@ -249,9 +290,9 @@ def inner_update(
     """params - lr * grads: one inner-loop step of gradient descent for every task.
 
     Differentiable any number of times in params, grads and lr; works under torch.func and
-    torch.compile. bfloat16 and float16 are computed in float32, with lr kept in float32. In a
-    tree, float32 and float64 go through PyTorch's own kernels, which take one pass as well. Large
-    tensors with a learned lr are the exception: their gradients are fused.
+    torch.compile. bfloat16 and float16 are computed in float32, with lr kept in float32. On a CPU,
+    and in a tree, float32 and float64 go through PyTorch's own kernels, which take one pass as
+    well. Large tensors with a learned lr are the exception: their gradients are fused.
 
     Args:
         params: [T, P], the flat parameters of T tasks (or [P] for one); or a tree (dict, list or
