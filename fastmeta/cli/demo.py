@@ -105,14 +105,24 @@ def _on(backend: str, call: Callable[[], object]) -> None:
 
 
 def cases() -> dict[str, Callable[[], object]]:
-    """Ops on 32 tasks: 60-way 5-shot episodes of 64 features, and the weights of a Conv4."""
+    """Ops on 32 tasks: episodes of 64 features, and the weights of a Conv4."""
     generator = torch.Generator().manual_seed(0)
+    params, grads = torch.randn(2, 32, 112_261, generator=generator)
+    return {
+        **_distances(5, 75, generator),
+        **_distances(60, 300, generator),
+        "inner_update": lambda: inner_update(params, grads, 0.4),
+    }
+
+
+def _distances(
+    ways: int, queries: int, generator: torch.Generator
+) -> dict[str, Callable[[], object]]:
+    """The ops on distances, forward and backward."""
     # Norm 1: between distant points softmax weights underflow, and PyTorch gets much slower.
-    query, centres = (torch.randn(32, n, 64, generator=generator) / 8 for n in (300, 60))
+    query, centres = (torch.randn(32, n, 64, generator=generator) / 8 for n in (queries, ways))
     query.requires_grad_(), centres.requires_grad_()
-    labels = torch.randint(60, (32, 300), generator=generator)
-    params = torch.randn(32, 112_261, generator=generator)
-    grads = torch.randn(32, 112_261, generator=generator)
+    labels = torch.arange(queries).remainder(ways).expand(32, -1)
 
     def loss() -> tuple[Tensor, ...]:
         value = prototype_loss(query, labels, centres)
@@ -122,7 +132,6 @@ def cases() -> dict[str, Callable[[], object]]:
         return torch.autograd.grad(pairwise_distance(query, centres).sum(), (query, centres))
 
     return {
-        "prototype_loss, forward and backward": loss,
-        "pairwise_distance, forward and backward": distance,
-        "inner_update": lambda: inner_update(params, grads, 0.4),
+        f"prototype_loss and gradient, {ways}-way": loss,
+        f"pairwise_distance and gradient, {ways}-way": distance,
     }
