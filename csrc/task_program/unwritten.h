@@ -30,6 +30,7 @@ struct CopyParts {
 template <typename Executor, typename storage_t>
 FASTMETA_HOST_DEVICE void copy_unwritten(Executor& exec, const Program& program,
                                          Array<storage_t> source, Array<storage_t> target) {
+  if (program.unwritten_count == 0) return;
   CopyParts<storage_t> together{source, target, {}};
   int count = 0;
   const auto copy_together = [&] {
