@@ -8,8 +8,8 @@
 // keeps kRows x kVectors sums in registers and broadcasts x.
 //
 // Of many classes matrix products make |x - c|^2 + |y - c|^2 - 2 (x - c).(y - c), with c a mean of
-// rows of y, so that a common offset costs no digits. Rows so near each other that two bits or more are
-// lost all the same are summed again from differences.
+// rows of y, so that a common offset costs no digits. Rows so near each other that more than two
+// bits are lost all the same are summed again from differences.
 #pragma once
 
 #include <algorithm>
@@ -103,7 +103,13 @@ class ClassRows {
   template <typename scalar_t>
   void prepare(Metric metric, const scalar_t* y) {
     if (summation_ == Summation::kPanels) return pack(metric, y);
-    prepared_ = prepare_rows(metric, y, rows_, features_, data_.data());
+    prepared_ = prepare_rows(metric, y, 0, features_, data_.data());  // of no rows yet
+    if (prepared_ == data_.data()) {
+      for_rows([&](int64_t begin, int64_t end) {
+        const int64_t at = begin * features_;
+        prepare_rows(metric, y + at, end - begin, features_, &data_[at]);
+      });
+    }
     if (summation_ == Summation::kProducts && is_difference(metric)) move_to_mean();
   }
 
@@ -152,12 +158,16 @@ class ClassRows {
       const value_t share = value_t(1) / static_cast<value_t>(ceil_div(rows_, step));
       for (int64_t d = 0; d < features_; ++d) center_[d] += share * row(j)[d];
     }
-    parallel_for(0, rows_, std::max<int64_t>(1, kGrain / features_),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t j = begin; j < end; ++j) {
-                     squares_[j] = move_row(row(j), &moved_[j * features_]);
-                   }
-                 });
+    for_rows([&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) {
+        squares_[j] = move_row(row(j), &moved_[j * features_]);
+      }
+    });
+  }
+
+  template <typename Body>
+  void for_rows(const Body& body) const {
+    parallel_for(0, rows_, std::max<int64_t>(1, kGrain / features_), body);
   }
 
   template <typename scalar_t>
