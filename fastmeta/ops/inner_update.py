@@ -290,9 +290,10 @@ def inner_update(
     """params - lr * grads: one inner-loop step of gradient descent for every task.
 
     Differentiable any number of times in params, grads and lr; works under torch.func and
-    torch.compile. bfloat16 and float16 are computed in float32, with lr kept in float32. On a CPU,
-    and in a tree, float32 and float64 go through PyTorch's own kernels, which take one pass as
-    well. Large tensors with a learned lr are the exception: their gradients are fused.
+    torch.compile. bfloat16 and float16 are computed in float32, with lr kept in float32. In a
+    tree, float32 and float64 go through PyTorch's own kernels, which take one pass as well. Large
+    tensors with a learned lr are the exception: their gradients are fused. So do arrays on a CPU
+    if lr is a number, or if they are small and lr is 0-d or [P].
 
     Args:
         params: [T, P], the flat parameters of T tasks (or [P] for one); or a tree (dict, list or
