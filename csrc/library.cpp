@@ -111,6 +111,10 @@ TORCH_LIBRARY(fastmeta, m) {
   m.def(
       "task_program_hvp(Tensor code, Tensor theta, Tensor frozen, Tensor x, Tensor y,"
       " Tensor vector, bool input_grad) -> (Tensor product, Tensor grad_x)");
+  // vectors [T, N, P] -> H vector of each, or of the Gauss-Newton matrix J' H_L J [T, N, P]
+  m.def(
+      "task_program_products(Tensor code, Tensor theta, Tensor frozen, Tensor x, Tensor y,"
+      " Tensor vectors, bool gauss_newton) -> Tensor");
   // -> theta after `steps` steps of gradient descent [T, P]
   m.def(
       "task_program_adapt(Tensor code, Tensor theta, Tensor frozen, Tensor lr, Tensor x, Tensor y,"

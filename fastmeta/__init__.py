@@ -1,7 +1,7 @@
 """fastmeta: meta-learning for PyTorch, batched over tasks, on compiled kernels.
 
 ops         inner_update, prototypes, pairwise_distance, prototype_loss, task_conv2d,
-            task_batch_norm, task_linear, linear_head, linear_head_hvp, hvp, activation
+            task_batch_norm, task_linear, linear_head, linear_head_hvp, hvp, ggnvp, activation
 learners    MAML, FOMAML, ANIL, Reptile, MetaSGD, MAMLPlusPlus, MetaCurvature, IMAML,
             ProtoNet: `meta_loss` and `adapt_tasks`
 rules       rules.SGD, rules.Adam, rules.RMSProp, rules.ClipNorm, rules.MetaCurvature, ...
@@ -23,6 +23,7 @@ from fastmeta.learners.gradient.maml_plus_plus import MAMLPlusPlus
 from fastmeta.learners.gradient.meta_curvature import MetaCurvature
 from fastmeta.learners.gradient.meta_sgd import MetaSGD
 from fastmeta.learners.gradient.reptile import Reptile
+from fastmeta.learners.linear_operator import as_linear_operator
 from fastmeta.learners.metric.protonet import ProtoNet
 from fastmeta.ops import (
     activation,
@@ -36,6 +37,7 @@ from fastmeta.ops import (
     task_conv2d,
     task_linear,
 )
+from fastmeta.ops.ggnvp import ggnvp
 from fastmeta.ops.hvp import hvp
 
 __version__ = VERSION
@@ -51,10 +53,12 @@ __all__ = [
     "ProtoNet",
     "Reptile",
     "activation",
+    "as_linear_operator",
     "backend_of",
     "build_info",
     "data",
     "distributed",
+    "ggnvp",
     "hvp",
     "inner_update",
     "linear_head",

@@ -27,7 +27,7 @@ DAYS = 4
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip three quarters of the tests marked `rotating`: slow ones of many cases that are alike.
+    """Skip three quarters of the tests marked `rotating`, which are slow.
 
     The date of the commit chooses the quarter that runs. FASTMETA_ALL_TESTS=1 runs all.
     """

@@ -28,7 +28,7 @@ from tests.helpers.documents import (
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
-OPTIONAL = ("accelerate", "higher", "learn2learn", "lightning")
+OPTIONAL = ("accelerate", "curvlinops", "higher", "learn2learn", "lightning", "scipy")
 OPS = [name for name in fm.ops.__all__ if name not in ("backend_of", "build_info", "use_backend")]
 LEARNERS = [name for name in fm.__all__ if name[0].isupper()]
 
@@ -146,7 +146,7 @@ def test_a_loose_number_is_found():
     ]
 
 
-@pytest.mark.parametrize("name", [*OPS, "hvp"])
+@pytest.mark.parametrize("name", [*OPS, "ggnvp", "hvp"])
 def test_every_op_has_a_page(name):
     assert f".{name}\n" in text_of(f"ops/{name}.md")
 

@@ -144,10 +144,23 @@ class MetaStep {
     Passes<Executor>(exec_, net).forward();
   }
 
-  // Computes v = H direction, and the inputs' derivative; for theta_0.
-  FASTMETA_HOST_DEVICE void hessian_vector_product() const {
-    support_gradient(0, Arena{}, NoUpdate{});
-    hessian_product(0, task_.direction, {});
+  // Computes v = H direction, or J' H_L J direction, of `vectors` directions; at theta_0. What does
+  // not depend on the direction is computed once. Also the inputs' derivative, of the last.
+  FASTMETA_HOST_DEVICE void curvature_products(int64_t vectors, bool gauss_newton) const {
+    if (gauss_newton) {
+      Passes<Executor>(exec_, support_network(0)).forward();
+    } else {
+      support_gradient(0, Arena{}, NoUpdate{});
+    }
+    for (int64_t n = 0; n < vectors; ++n) {
+      const int64_t row = n * program_.parameters;
+      const Arena direction = task_.direction.from(row), product = task_.v.from(row);
+      if (gauss_newton) {
+        gauss_newton_product(direction, product);
+      } else {
+        hessian_product(0, direction, product, {});
+      }
+    }
     if (!task_.grad_support) return;
     const auto net = support_network(0, task_.direction);
     exec_.map(net.size(0), Copy<storage_t>{net.delta_dot(0), task_.grad_support});
@@ -163,9 +176,9 @@ class MetaStep {
     if (task_.direction) {
       exec_.map(program_.parameters, Descend<storage_t>{step_size, task_.step_sizes.per_parameter,
                                                         Arena{}, task_.v, task_.direction});
-      hessian_product(k, task_.direction, {true});
+      hessian_product(k, task_.direction, task_.v, {true});
     } else {
-      hessian_product(k, task_.v, {true, step_size});
+      hessian_product(k, task_.v, task_.v, {true, step_size});
     }
     if (task_.grad_support) support_input_gradient(k);
   }
@@ -197,13 +210,20 @@ class MetaStep {
     passes.backward(gradient, false, update);
   }
 
-  // Adds H_k direction to v, and computes the tangent of the inputs' gradient with it.
-  FASTMETA_HOST_DEVICE void hessian_product(int k, Arena direction,
+  // Computes target = (or as `into` says) H_k direction, and the tangent of the inputs' gradient.
+  FASTMETA_HOST_DEVICE void hessian_product(int k, Arena direction, Arena target,
                                             const StoreMode<storage_t>& into) const {
     const auto net = support_network(k, direction);
     const Passes<Executor> passes(exec_, net);
     passes.tangent_forward();
-    passes.tangent_backward(task_.v, into);
+    passes.tangent_backward(target, into);
+  }
+
+  FASTMETA_HOST_DEVICE void gauss_newton_product(Arena direction, Arena target) const {
+    const auto net = support_network(0, direction);
+    const Passes<Executor> passes(exec_, net);
+    passes.tangent_forward();
+    passes.gauss_newton_backward(target);
   }
 
   // Computes grad_support (+)= the derivative of <g_k, -lr_k v_{k+1}>.

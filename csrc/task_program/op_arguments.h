@@ -14,7 +14,7 @@ namespace fastmeta {
 enum class OpKind {
   kForward,        // outputs of the queries at theta
   kGradient,       // and their loss, and its gradient
-  kHvp,            // H vector of the support's loss
+  kHvp,            // products of the curvature of the support's loss with vectors
   kAdapt,          // theta_K
   kAdaptBackward,  // gradient before the K steps from `upstream`, the gradient after them
   kMeta,           // the query loss after K steps, and its gradient
@@ -49,13 +49,15 @@ struct OpArguments {
   ExampleSet support, query;
   double scale = 1;                  // of the meta-loss: 1/T for a mean
   std::vector<double> step_weights;  // K, or none: only the last step counts
-  const void* given = nullptr;       // [T, P]: upstream gradient, or vector
+  const void* given = nullptr;       // [T, P]: upstream gradient; or vectors [T, N, P]
+  int64_t vectors = 1;               // N
+  bool gauss_newton = false;         // products with J' H_L J, not with H
 
   // Results, contiguous, null if not wanted. Tasks that share an input share its gradient.
   void* outputs = nullptr;     // [T, Q, outputs]
   void* loss = nullptr;        // [T]; a task's part of the mean
   void* adapted = nullptr;     // [T, P]
-  void* grad_theta = nullptr;  // [P] or [T, P]
+  void* grad_theta = nullptr;  // [P] or [T, P]; or products [T, N, P]
   bool grad_theta_shared = false;
   void* grad_lr = nullptr;       // like lr
   void* grad_support = nullptr;  // like x
@@ -65,6 +67,7 @@ struct OpArguments {
   int64_t lr_row() const { return lr_per_parameter ? program.parameters : 1; }
   int64_t lr_dense_stride() const { return lr_step_stride == 0 ? 0 : lr_row(); }
   int64_t lr_elements() const { return lr_row() * (lr_step_stride == 0 ? 1 : options.steps); }
+  int64_t given_elements() const { return vectors * program.parameters; }
   bool has_labels() const { return program.loss.kind == LossKind::kCrossEntropy; }
   bool has_loss() const { return kind != OpKind::kForward; }
   // Targets of an example: its label, or a number for each output.
@@ -75,6 +78,7 @@ struct OpArguments {
     needs.support = support.count;
     needs.queries = query.count;
     needs.gradient = gradient;
+    needs.vectors = vectors;
     needs.keeps_outputs = !step_weights.empty() || needs.tangents();
     needs.keeps_states = keeps_states;
     needs.support_grad = grad_support != nullptr;
@@ -108,7 +112,7 @@ void run_op(Executor& exec, const OpArguments& args,
       step.query(0, args.scale, true, false);
       break;
     case OpKind::kHvp:
-      step.hessian_vector_product();
+      step.curvature_products(args.vectors, args.gauss_newton);
       break;
     case OpKind::kAdapt:
       step.adapt();

@@ -108,6 +108,16 @@ class Call {
     args.lr_step_stride = lr.size(0) == 1 ? 0 : lr.size(1) * lr.size(2);
   }
 
+  // Takes vectors [T, N, P].
+  void vectors(const at::Tensor& x) {
+    check_same(theta_, x, "vectors");
+    TORCH_CHECK(x.dim() == 3 && x.size(0) == args.tasks && x.size(2) == args.program.parameters,
+                "vectors: expected [", args.tasks, ", N, ", args.program.parameters, "], got ",
+                x.sizes());
+    args.vectors = x.size(1);
+    args.given = keep(x.contiguous()).const_data_ptr();
+  }
+
   // Address of x [T, P]; keeps a copy with contiguous rows.
   const void* given(const at::Tensor& x, const char* name) {
     check_same(theta_, x, name);
@@ -274,6 +284,20 @@ struct TaskProgramOps {
     return {product, grad_x};
   }
 
+  static Tensor products(const Tensor& code, const Tensor& theta, const Tensor& frozen,
+                         const Tensor& x, const Tensor& y, const Tensor& vectors,
+                         bool gauss_newton) {
+    Call call(OpKind::kHvp, code, theta, frozen);
+    OpArguments& args = call.args;
+    args.support = call.examples<Device>(x, y, "support");
+    args.gradient = true;
+    args.gauss_newton = gauss_newton;
+    call.vectors(vectors);
+    auto products = call.result(vectors.sizes(), args.grad_theta);
+    if (args.vectors > 0) call.run<Device>();
+    return products;
+  }
+
   static Tensor adapt(const Tensor& code, const Tensor& theta, const Tensor& frozen,
                       const Tensor& lr, const Tensor& x, const Tensor& y, int64_t steps) {
     Call call(OpKind::kAdapt, code, theta, frozen);
@@ -340,6 +364,7 @@ void register_task_program(torch::Library& m) {
   m.impl("task_program_forward", &Ops::forward);
   m.impl("task_program_gradient", &Ops::gradient);
   m.impl("task_program_hvp", &Ops::hvp);
+  m.impl("task_program_products", &Ops::products);
   m.impl("task_program_adapt", &Ops::adapt);
   m.impl("task_program_adapt_backward", &Ops::adapt_backward);
   m.impl("task_program_meta_gradient", &Ops::meta_gradient);

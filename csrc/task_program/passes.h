@@ -162,6 +162,16 @@ class Passes {
     }
   }
 
+  // Computes target [P] = J' H_L J theta_dot, with J the derivative of the outputs in theta and H_L
+  // the Hessian of the loss in the outputs; after forward() and tangent_forward().
+  FASTMETA_HOST_DEVICE void gauss_newton_backward(Arena target) const {
+    tangent_of_loss();
+    // The backward pass is linear in the gradient at the outputs: it takes H_L J theta_dot there.
+    Network<storage_t> net = net_;
+    net.arrays.delta = net_.arrays.delta_dot;
+    Passes(exec_, net).backward(target, false);
+  }
+
  private:
   FASTMETA_HOST_DEVICE const Instruction& instruction(int k) const {
     return net_.program.instructions[k];

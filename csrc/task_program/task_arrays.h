@@ -32,6 +32,7 @@ struct TaskNeeds {
   MetaOptions options;
   int64_t support, queries;       // examples; 0 queries: no query pass
   bool gradient;                  // a backward pass: v
+  int64_t vectors;                // rows of v and of the direction; 0: they have memory already
   bool keeps_outputs;             // of the last step: its values are overwritten
   bool keeps_states;              // theta_1 .. theta_K are read again
   bool support_grad, query_grad;  // of the examples
@@ -113,10 +114,12 @@ FASTMETA_HOST_DEVICE TaskArrays<storage_t> take_task_arrays(BumpAllocator<storag
     take_values(allocator, program, needs.support, keeps ? steps : 1, task.support_arrays,
                 task.step_stride);
   }
-  if (needs.gradient) task.v = allocator.take(parameters);
+  if (needs.gradient) task.v = allocator.take(needs.vectors * parameters);
   take_query_and_tangents(allocator, program, needs, task);
   if (needs.tangents()) {
-    if (needs.separate_direction(program)) task.direction = allocator.take(parameters);
+    if (needs.separate_direction(program)) {
+      task.direction = allocator.take(needs.vectors * parameters);
+    }
     if (needs.support_grad) {
       task.support_arrays.input_delta_dot = allocator.take(needs.support * input);
       task.grad_support = allocator.take(needs.support * input);

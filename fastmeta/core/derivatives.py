@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import grad, jvp, vjp
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -154,6 +154,12 @@ def derivative(
         materialize_grads=True,
     )
     return list(grads)
+
+
+def pullback(fn: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """``fn(at)``, and the product of a cotangent with the derivative there, as a function."""
+    value, pull = vjp(fn, at)[:2]
+    return value, lambda cotangent: pull(cotangent)[0]
 
 
 def tangent(gradients: Callable[[Any], Any], params: Any, vector: Any) -> tuple[Any, Any]:

@@ -6,9 +6,9 @@ import importlib
 from types import ModuleType
 
 
-def require(module: str, purpose: str) -> ModuleType:
-    """Import ``module``; an ImportError names ``purpose`` and the command that installs it."""
+def require(module: str, purpose: str, package: str = "fastmeta[train]") -> ModuleType:
+    """Import ``module``; an ImportError names ``purpose`` and the ``package`` to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{purpose} needs {module}: pip install fastmeta[train]") from error
+        raise ImportError(f"{purpose} needs {module}: pip install {package}") from error

@@ -97,7 +97,7 @@ class AutoEngine:
 
     @entry_point
     def hvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:
-        """The Hessian of each task's loss times a vector, see ``FunctionalEngine.hvp``.
+        """The Hessian of each task's loss times vectors, see ``FunctionalEngine.hvp``.
 
         If gradients are enabled and an argument requires one, the functional engine makes the
         product, which then has a graph.
@@ -105,6 +105,13 @@ class AutoEngine:
         with suppress(LoweringError):
             return self.program.hvp(theta, examples, vector)
         return self.functional.hvp(theta, examples, vector)
+
+    @entry_point
+    def ggnvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:
+        """The Gauss-Newton matrix of each task's loss times vectors, as ``hvp`` otherwise."""
+        with suppress(LoweringError):
+            return self.program.ggnvp(theta, examples, vector)
+        return self.functional.ggnvp(theta, examples, vector)
 
     @entry_point
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:

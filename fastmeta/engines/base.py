@@ -42,6 +42,19 @@ class Examples(NamedTuple):
     def y_name(self) -> str:
         return f"{self.role}_y" if self.role else "y"
 
+    @classmethod
+    def of_pair(cls, batch: tuple[Tensor, Tensor]) -> Examples:
+        """The examples of ``batch``, a pair ``(x, y)``, in neither role.
+
+        Raises:
+            TypeError, ValueError: no pair.
+        """
+        if not isinstance(batch, (tuple, list)):
+            raise TypeError(f"batch: expected a pair (x, y), got {type(batch).__name__}")
+        if len(batch) != 2:
+            raise ValueError(f"batch: expected a pair (x, y), got {len(batch)} entries")
+        return cls(*batch, role="")
+
     def of_tasks(self, tasks: slice) -> Examples:
         """The examples of some of the tasks."""
         return Examples(self.x[tasks], self.y[tasks], self.role)
@@ -249,7 +262,11 @@ class Engine(Protocol):
         ...
 
     def hvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:
-        """The Hessian of each task's loss on the examples, times a vector."""
+        """The Hessian of each task's loss on the examples, times one vector or many."""
+        ...
+
+    def ggnvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:
+        """The Gauss-Newton matrix of each task's loss, times one vector or many."""
         ...
 
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:

@@ -57,13 +57,29 @@ def check_indices(indices: Tensor, steps: int, support: Examples) -> Tensor:
 
 def check_arena(name: str, layout: ParameterLayout, arena: Tensor, tasks: int) -> None:
     """Raise unless ``arena`` is ``[P]`` or ``[T, P]`` of the layout's dtype and device."""
-    if not isinstance(arena, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(arena).__name__}")
-    if arena.shape not in ((layout.numel,), (tasks, layout.numel)):
+    _check_shape(name, arena, [layout.numel], [tasks, layout.numel])
+    _check_kind(name, layout, arena)
+
+
+def check_vector(name: str, layout: ParameterLayout, vector: Tensor, tasks: int) -> None:
+    """Raise unless ``vector`` is one vector, as for ``check_arena``, or many, ``[K, T, P]``."""
+    many = [len(vector), tasks, layout.numel] if getattr(vector, "ndim", 0) == 3 else []
+    _check_shape(name, vector, [layout.numel], [tasks, layout.numel], many)
+    _check_kind(name, layout, vector)
+
+
+def _check_shape(name: str, tensor: Tensor, *shapes: list[int]) -> None:
+    """Raise unless ``tensor`` has one of the shapes; an empty list is none."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    expected = [shape for shape in shapes if shape]
+    if list(tensor.shape) not in expected:
         raise ValueError(
-            f"{name}: expected shape [{layout.numel}] or [{tasks}, {layout.numel}], "
-            f"got {list(arena.shape)}"
+            f"{name}: expected shape {' or '.join(map(str, expected))}, got {list(tensor.shape)}"
         )
+
+
+def _check_kind(name: str, layout: ParameterLayout, arena: Tensor) -> None:
     if arena.dtype != layout.dtype:
         raise TypeError(f"{name}: expected dtype {layout.dtype}, got {arena.dtype}")
     if arena.device != layout.device:

@@ -119,6 +119,7 @@ print(fm.release_memory() >> 20)
 """
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize(("limit", "kept"), [("0", 0), ("2", 1)])
 def test_the_environment_limits_what_is_kept(limit, kept):
     done = run(PROGRAM, limit)
@@ -126,6 +127,7 @@ def test_the_environment_limits_what_is_kept(limit, kept):
     assert int(done.stdout) == kept
 
 
+@pytest.mark.rotating
 def test_the_oldest_blocks_make_room():
     program = """
 import torch
@@ -139,6 +141,7 @@ print(fm.release_memory() >> 20)
     assert int(run(program, "11").stdout) == 10  # the 3 MiB left for the 6
 
 
+@pytest.mark.rotating
 def test_a_limit_that_is_no_number_is_refused():
     done = run(PROGRAM, "much")
     assert done.returncode == 1

@@ -54,6 +54,7 @@ def run(limit: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.rotating
 @needs_kernels
 @pytest.mark.parametrize(("limit", "kept"), [("0", False), ("", True), ("64", True)])
 def test_the_environment_limits_what_a_thread_keeps(limit, kept):
@@ -62,6 +63,7 @@ def test_the_environment_limits_what_a_thread_keeps(limit, kept):
     assert (int(done.stdout) > 0) is kept
 
 
+@pytest.mark.rotating
 @needs_kernels
 def test_a_limit_that_is_no_number_is_refused():
     done = run("much")

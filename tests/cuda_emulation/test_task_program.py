@@ -45,6 +45,7 @@ def test_every_kind_of_layer(name, way):
 def test_every_loss(loss, way):
     for op in ("gradient", "hvp"):
         setting("tanh", loss).check(op)
+    setting("tanh", loss).check("products", gauss_newton=True)
 
 
 @pytest.mark.parametrize("form", STEP_SIZES)

@@ -27,6 +27,8 @@ def test_every_barrier_of_an_op_on_images(op):
     setting = Setting("fused", "cross_entropy", "cpu", torch.float32, **TINY)
     with emulator.multiprocessors(99):
         setting.check(op)
+        if op == "products":
+            setting.check(op, gauss_newton=True)
 
 
 @pytest.mark.parametrize("name", ["conv4", "wide"])

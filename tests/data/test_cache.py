@@ -71,6 +71,7 @@ def test_the_cache_folder_comes_from_the_environment(
     assert len(list((tmp_path / "deep" / "cache").glob("set-*.npz"))) == 1
 
 
+@pytest.mark.rotating
 def test_two_writers_never_leave_half_a_file(tmp_path: Path) -> None:
     path = tmp_path / "set.npz"
     write = (

@@ -250,6 +250,7 @@ def decoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.mark.rotating
 @needs_omniglot
 @pytest.mark.parametrize(
     ("split", "classes"),

@@ -175,6 +175,7 @@ def test_rank_0_alone_writes(tmp_path):
     assert second == []
 
 
+@pytest.mark.rotating
 def test_ranks_resume_bit_for_bit(tmp_path):
     straight = on_ranks(2, trained, reptile(tmp_path / "a", iterations=6))[0]
     on_ranks(2, trained, reptile(tmp_path / "b", iterations=3, lr_cosine=6))
@@ -189,6 +190,7 @@ def trained_on(config: TrainConfig) -> dict[str, Any]:
     return trained(config, resume=True)
 
 
+@pytest.mark.rotating
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     straight = trained(sinusoid(tmp_path / "a", iterations=6))
     on_ranks(2, trained, sinusoid(tmp_path / "b", iterations=3))
@@ -214,12 +216,14 @@ def interrupted(config: TrainConfig) -> dict[str, Any]:
     return trained(config)
 
 
+@pytest.mark.rotating
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path):
     for result in on_ranks(2, interrupted, sinusoid(tmp_path, iterations=10)):
         assert (result["stopped"], result["iteration"]) == ("SIGTERM", 3)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["iteration"] == 3
 
 
+@pytest.mark.rotating
 def test_the_time_limit_ends_all_ranks_after_the_same_step(tmp_path):
     config = sinusoid(tmp_path, iterations=10**9, time_limit=0.3 / 60)
     results = on_ranks(2, trained, config)
@@ -242,6 +246,7 @@ def diverged(config: TrainConfig) -> dict[str, Any]:
     return trained(config)
 
 
+@pytest.mark.rotating
 def test_a_loss_that_diverges_on_one_rank_ends_all(tmp_path):
     for error in on_ranks(2, diverged, sinusoid(tmp_path, checkpoint_every=1)):
         assert isinstance(error, FloatingPointError)
@@ -455,6 +460,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.rotating
 def test_killed_workers_lose_nothing_that_was_saved(tmp_path):
     """Rank 1 dies, then rank 0, and torchrun starts both anew each time."""
     options = {"iterations": 30, "checkpoint_every": 10}

@@ -91,6 +91,7 @@ class Setting:
         keep: bool = False,
         inputs: bool = True,
         lr: bool = True,
+        gauss_newton: bool = False,
     ) -> tuple:
         x, y, query_x, query_y = self.data
         vector = self.random(self.tasks, self.parameters)
@@ -100,6 +101,7 @@ class Setting:
             "forward": (x,),
             "gradient": (x, y, inputs),
             "hvp": (x, y, vector, inputs),
+            "products": (x, y, self.random(self.tasks, 3, self.parameters), gauss_newton),
             "adapt": (*inner, self.steps),
             "adapt_backward": (*inner, self.steps, vector, *options, lr, inputs),
             "meta_gradient": (
@@ -158,6 +160,11 @@ def check_random_tasks(
         "forward": (support[0],),
         "gradient": (*support, True),
         "hvp": (*support, vector, True),
+        "products": (
+            *support,
+            numbers(tasks, choices.choice((1, 2)), vector.shape[1]),
+            choices.random() > 0.5,
+        ),
         "adapt": (lr, *support, steps),
         "adapt_backward": (lr, *support, steps, vector, first_order, keep, *requires[:2]),
         "meta_gradient": (

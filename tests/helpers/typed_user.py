@@ -43,6 +43,16 @@ def trees() -> None:
     assert_type(fm.hvp(loss, tree, tree, torch.rand(2, 3)), dict[str, Tensor])
     assert_type(fm.hvp(lambda p: (p**3).sum(), arena, arena, mode="forward"), Tensor)
 
+    def forward(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return params["weight"] * x + params["bias"]
+
+    def error(outputs: Tensor, y: Tensor) -> Tensor:
+        return (outputs - y).square().sum()
+
+    x = torch.rand(2, 3)
+    assert_type(fm.ggnvp(forward, error, tree, tree, x, x), dict[str, Tensor])
+    assert_type(fm.ggnvp(lambda p, x: p * x, error, arena, arena, arena, arena), Tensor)
+
 
 def contract() -> None:
     net, head = nn.Linear(3, 2), nn.Linear(2, 2)

@@ -315,6 +315,29 @@ def test_hvp(mode, device):
     assert graphs() == {"reverse": 1, "forward": 3}[mode]
 
 
+@pytest.mark.parametrize("name", ["hvp", "ggnvp"])
+def test_products_with_many_vectors(name, device):
+    def forward(w: Tensor, x: Tensor) -> Tensor:
+        return (x @ w).tanh()
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        return (outputs - y).square().sum()
+
+    def product(w: Tensor, v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        if name == "ggnvp":
+            return fm.ggnvp(forward, loss, w, v, x, y)
+        return fm.hvp(lambda w, x, y: loss(forward(w, x), y), w, v, x, y)
+
+    compiled = torch.compile(product, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tasks in (7, 2, 9):
+        generator = torch.Generator().manual_seed(tasks)
+        shapes = ((tasks, 3), (4, tasks, 3), (tasks, 6, 3), (tasks, 6))
+        inputs = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+        inputs = [x.to(device) for x in inputs]
+        assert relative_error(compiled(*inputs), product(*inputs)) < EXACT
+    assert graphs() == 1
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor takes a C++ compiler")
 @pytest.mark.parametrize("name", ["ANIL", "MAML"])
 def test_by_inductor(name, device):

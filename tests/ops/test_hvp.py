@@ -175,6 +175,31 @@ def test_under_vmap(mode, device):
     assert relative_error(actual, expected) < TOLERANCE[mode]
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tasks", [1, 4])
+def test_many_vectors_at_one_point(tasks, mode, device):
+    theta, v, a = points(device, tasks)
+    vectors = torch.stack([v, -2 * v, v.flip(1)])
+    actual = fm.hvp(lambda tree, a: rosenbrock(tree[0], a), [theta], [vectors], a, mode=mode)[0]
+    assert actual.shape == vectors.shape
+    for product, vector in zip(actual, vectors, strict=True):
+        assert relative_error(product, expected_rosenbrock(theta, vector, a)) < TOLERANCE[mode]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("vectors", "tasks"), [(0, 4), (3, 0), (0, 0)])
+def test_no_vectors_or_no_tasks_give_an_empty_result(vectors, tasks, mode, device):
+    theta, v, a = points(device, tasks)
+    product = fm.hvp(rosenbrock, theta, v.expand(vectors, tasks, 5), a, mode=mode)
+    assert product.shape == (vectors, tasks, 5)
+
+
+def test_a_product_with_many_vectors_is_differentiable(device):
+    theta, v, a = points(device, tasks=2, size=3)
+    inputs = [t.requires_grad_() for t in (theta, torch.stack([v, v.flip(1)]), a)]
+    assert torch.autograd.gradcheck(lambda *args: fm.hvp(rosenbrock, *args), inputs)
+
+
 def test_reverse_mode_is_differentiable(device):
     theta, v, a = (t.requires_grad_() for t in points(device, tasks=2, size=3))
     assert torch.autograd.gradcheck(lambda *args: fm.hvp(rosenbrock, *args), (theta, v, a))
@@ -204,7 +229,28 @@ ZEROS = torch.zeros(2, 3)
     [
         ({"a": ZEROS}, {"b": ZEROS}, (), ValueError, "vector: expected the tree of params"),
         ({"a": ZEROS}, [ZEROS], (), ValueError, "vector: expected the tree of params"),
-        (ZEROS, torch.zeros(2, 4), (), ValueError, r"expected shape \[2, 3\], got \[2, 4\]"),
+        (ZEROS, torch.zeros(2, 4), (), ValueError, r"\[2, 3\] or \[K, 2, 3\], got \[2, 4\]"),
+        (
+            ZEROS,
+            torch.zeros(2, 3, 3),
+            (),
+            ValueError,
+            r"expected shape \[2, 2, 3\], got \[2, 3, 3\]",
+        ),
+        (
+            [ZEROS, ZEROS],
+            [torch.zeros(4, 2, 3), torch.zeros(5, 2, 3)],
+            (),
+            ValueError,
+            r"vector: expected shape \[4, 2, 3\], got \[5, 2, 3\]",
+        ),
+        (
+            [ZEROS, ZEROS],
+            [torch.zeros(4, 2, 3), ZEROS],
+            (),
+            ValueError,
+            r"\[4, 2, 3\], got \[2, 3\]",
+        ),
         (ZEROS, ZEROS.double(), (), TypeError, "expected dtype torch.float32, got torch.float64"),
         (ZEROS, ZEROS.to("meta"), (), ValueError, "vector: expected device cpu, got meta"),
         (ZEROS, ZEROS, (torch.zeros(3, 1),), ValueError, r"expected 2 tasks .* got \[2, 3\]"),

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.cuda_emulation.build import ROOT
 
 
@@ -21,6 +23,7 @@ def command(path: Path) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.rotating
 def test_without_a_compiler_it_says_so(tmp_path):
     process = command(tmp_path)
     assert process.returncode == 3
@@ -28,6 +31,7 @@ def test_without_a_compiler_it_says_so(tmp_path):
     assert "Traceback" not in process.stderr
 
 
+@pytest.mark.rotating
 def test_without_sanitizers_it_says_so(tmp_path):
     """g++ answers with the bare name of a library that it does not have."""
     compiler = tmp_path / "g++"

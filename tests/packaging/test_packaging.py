@@ -31,6 +31,7 @@ def test_one_recursive_glob_feeds_both_builds():
     assert not [name for name in library if "pybind11" in (ROOT / name).read_text()]
 
 
+@pytest.mark.rotating
 def test_the_kernels_headers_compile_without_torch(tmp_path):
     """Each by itself, and all of them in one program."""
     plan = run(sys.executable, "setup.py", "plan", FASTMETA_CUDA="0")
@@ -64,6 +65,7 @@ def test_a_failed_build_says_in_one_line_what_is_missing(environment, message, t
     assert "Traceback" not in build.stderr
 
 
+@pytest.mark.rotating
 def test_cuda_is_refused_in_one_line_where_torch_has_none():
     import torch
 
@@ -108,6 +110,7 @@ def in_copy(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return run(sys.executable, "-S", *arguments, cwd=folder, **environment)
 
 
+@pytest.mark.rotating
 def test_without_the_extension_everything_works_and_says_so(tmp_path):
     script = in_copy(tmp_path, "-c", SCRIPT)
     assert script.returncode == 0, script.stderr
@@ -115,6 +118,7 @@ def test_without_the_extension_everything_works_and_says_so(tmp_path):
     assert info.returncode == 0 and "without the compiled extension" in info.stdout
 
 
+@pytest.mark.rotating
 def test_sources_that_hide_the_installed_package_say_so(tmp_path):
     (tmp_path / "setup.py").touch()
     info = in_copy(tmp_path, "-m", "fastmeta", "info")
@@ -123,6 +127,7 @@ def test_sources_that_hide_the_installed_package_say_so(tmp_path):
     assert "another folder" in info.stdout
 
 
+@pytest.mark.rotating
 @pytest.mark.parametrize(
     "content, reason",
     [

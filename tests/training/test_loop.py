@@ -332,6 +332,7 @@ cli.main(sys.argv[1:])
 """
 
 
+@pytest.mark.rotating
 def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     straight = run(sinusoid(tmp_path / "a", iterations=20, checkpoint_every=10))
     command = "train maml --data sinusoid --hidden 4 --queries 3 --meta-batch 2 --iterations 20"

@@ -76,7 +76,9 @@ class CpuWorker {
 
   void allocate(BumpAllocator<storage_t>& allocator, bool shares_threads) {
     const Program& program = args_.program;
-    task_ = take_task_arrays(allocator, program, args_.needs());
+    auto needs = args_.needs();
+    if (!in_lanes && args_.kind == OpKind::kHvp) needs.vectors = 0;
+    task_ = take_task_arrays(allocator, program, needs);
     if (args_.grad_theta_shared && args_.grad_theta != nullptr) {
       sum_theta_ = allocator.take(in_storage(program.parameters));
     }
@@ -192,14 +194,14 @@ class CpuWorker {
 
   // Results that are returned unchanged are computed in place.
   void work_in_results() {
-    const int64_t row = first_ * args_.program.parameters;
+    const int64_t row = first_ * args_.given_elements();
     if (args_.grad_theta_shared || args_.grad_theta == nullptr) return;
     task_.v = {static_cast<value_t*>(args_.grad_theta) + row, 0};
   }
 
-  // Loads the vector of a Hessian-vector product, or the gradient after the last step.
+  // Loads the vectors of curvature products, or the gradient after the last step.
   void load_given() {
-    const int64_t count = args_.program.parameters;
+    const int64_t count = args_.given_elements();
     if (args_.kind == OpKind::kHvp) {
       task_.direction = loaded(args_.given, count, count, task_.direction);
     } else {
@@ -257,7 +259,7 @@ class CpuWorker {
     if (sum_theta_) {
       add_up(task_.v, program.parameters, sum_theta_);
     } else {
-      store(task_.v, program.parameters, args_.grad_theta);
+      store(task_.v, args_.given_elements(), args_.grad_theta);
     }
     if (sum_lr_) {
       add_up(task_.grad_lr, args_.lr_elements(), sum_lr_);

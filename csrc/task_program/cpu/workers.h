@@ -66,9 +66,58 @@ void run_workers(const OpArguments& args) {
   }
 }
 
+// Threads for the vectors of each task: more than one if tasks are fewer than threads, and vectors
+// so many that each thread does better to compute by itself what they share.
+inline int64_t threads_of_vectors(const OpArguments& args) {
+  const int64_t threads = ceil_div(thread_count(), args.tasks);
+  return args.vectors >= 2 * threads ? threads : 1;
+}
+
+// The call with only task t, and of its vectors the `part`-th of so many parts.
+template <typename value_t>
+OpArguments vectors_of_task(const OpArguments& args, int64_t t, int64_t part, int64_t parts) {
+  const auto moved = [](const void* data, int64_t elements, auto size) -> const void* {
+    if (data == nullptr) return nullptr;
+    return static_cast<const char*>(data) + elements * static_cast<int64_t>(size);
+  };
+  const int64_t first = part * args.vectors / parts;
+  const int64_t row = t * args.given_elements() + first * args.program.parameters;
+  OpArguments own = args;
+  own.tasks = 1;
+  own.vectors = (part + 1) * args.vectors / parts - first;
+  own.theta = moved(args.theta, t * args.theta_stride, sizeof(value_t));
+  own.support.x = moved(args.support.x, t * args.support.x_stride, sizeof(value_t));
+  own.support.targets = moved(args.support.targets, t * args.support.targets_stride,
+                              args.has_labels() ? sizeof(int64_t) : sizeof(value_t));
+  own.given = moved(args.given, row, sizeof(value_t));
+  own.grad_theta = static_cast<value_t*>(args.grad_theta) + row;
+  return own;
+}
+
+template <typename value_t>
+void run_vectors_apart(const OpArguments& args, int64_t parts) {
+  using Worker = CpuWorker<value_t, false>;
+  const int64_t jobs = args.tasks * parts, workers = std::min(jobs, thread_count());
+  const int64_t bytes = ceil_div(Worker::bytes(args, false), 64) * 64;
+  const auto memory = workspace(bytes * workers);
+  auto* base = static_cast<char*>(memory.mutable_data_ptr());
+  parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    const FlushDenormals flush;
+    for (int64_t w = begin; w < end; ++w) {
+      for (int64_t job = w * jobs / workers; job < (w + 1) * jobs / workers; ++job) {
+        const auto own = vectors_of_task<value_t>(args, job / parts, job % parts, parts);
+        Worker(own, base + w * bytes, false).run(0, 1);
+      }
+    }
+  });
+}
+
 template <typename value_t>
 void run_with_threads(const OpArguments& args) {
-  if (pays_in_lanes<value_t>(args)) {
+  const int64_t parts = args.kind == OpKind::kHvp ? threads_of_vectors(args) : 1;
+  if (parts > 1) {
+    run_vectors_apart<value_t>(args, parts);
+  } else if (pays_in_lanes<value_t>(args)) {
     run_workers<value_t, true>(args);
   } else {
     run_workers<value_t, false>(args);

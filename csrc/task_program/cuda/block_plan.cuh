@@ -114,6 +114,8 @@ inline std::vector<int64_t> plan_key(const OpArguments& args) {
            int64_t{options.keeps_steps},
            int64_t{args.keeps_states},
            int64_t{args.gradient},
+           args.vectors,
+           int64_t{args.gauss_newton},
            int64_t{args.lr != nullptr},
            int64_t{args.lr_per_parameter},
            int64_t{args.lr_step_stride != 0},

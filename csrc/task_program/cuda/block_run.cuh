@@ -85,7 +85,7 @@ class BlockRun {
                        static_cast<int>(args_.lr_elements()),
                        task_.step_sizes.lr.offset};
     }
-    add_in(j, args_.given, program.parameters, program.parameters,
+    add_in(j, args_.given, args_.given_elements(), args_.given_elements(),
            args_.kind == OpKind::kHvp ? task_.direction : task_.v);
     const int64_t input = program.values[0].elements;
     add_in(j, args_.support.x, args_.support.x_stride, args_.support.count * input,
@@ -125,7 +125,7 @@ class BlockRun {
             args_.adapted);
     add_out(j, task_.grad_support, args_.support.count * input, args_.grad_support);
     add_out(j, task_.grad_query, args_.query.count * input, args_.grad_query);
-    add_out(j, task_.v, parameters, sums_theta() ? v_ : args_.grad_theta);
+    add_out(j, task_.v, args_.given_elements(), sums_theta() ? v_ : args_.grad_theta);
     if (sums_lr()) {
       add_out(j, task_.grad_lr, args_.lr_elements(), grad_lr_);
     } else if (args_.grad_lr != nullptr) {

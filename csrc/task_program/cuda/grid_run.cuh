@@ -71,7 +71,9 @@ class GridRun {
   using Numbers = Array<value_t>;
 
   void allocate(BumpAllocator<value_t>& allocator) {
-    task_ = take_task_arrays(allocator, args_.program, args_.needs());
+    auto needs = args_.needs();
+    if (args_.kind == OpKind::kHvp) needs.vectors = 0;
+    task_ = take_task_arrays(allocator, args_.program, needs);
     allocate_examples(allocator, args_.support, task_.support);
     allocate_examples(allocator, args_.query, task_.query);
   }
@@ -101,7 +103,7 @@ class GridRun {
     load_examples(executor, args_.support, first, task.support);
     load_examples(executor, args_.query, first, task.query);
     make_in_place(first, task);
-    const auto given = rows_of(args_.given, first, program.parameters);
+    const auto given = rows_of(args_.given, first, args_.given_elements());
     if (args_.kind == OpKind::kHvp) {
       task.direction = given;
     } else if (given) {
@@ -133,14 +135,14 @@ class GridRun {
 
   // Points arrays that a task computes in one go straight at the results.
   void make_in_place(int64_t first, TaskArrays<value_t>& task) const {
-    const int64_t parameters = args_.program.parameters, input = args_.program.values[0].elements;
+    const int64_t input = args_.program.values[0].elements;
     const auto place = [&](void* result, int64_t count, Numbers& array) {
       if (result != nullptr) array = rows_of(result, first, count);
     };
     place(args_.loss, 1, task.loss);
     place(args_.grad_support, args_.support.count * input, task.grad_support);
     place(args_.grad_query, args_.query.count * input, task.grad_query);
-    if (!args_.grad_theta_shared) place(args_.grad_theta, parameters, task.v);
+    if (!args_.grad_theta_shared) place(args_.grad_theta, args_.given_elements(), task.v);
   }
 
   void store_results(Executor& executor, int64_t first, const TaskArrays<value_t>& task) const {

@@ -7,18 +7,17 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vjp
 
 from fastmeta.core.checks import refuse_inference_mode
-from fastmeta.core.derivatives import central_difference, tangent
 from fastmeta.core.inner_step import inner_step
 from fastmeta.core.memory import kept_pages
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines import adjoint
 from fastmeta.engines.autograd import entry_point
 from fastmeta.engines.base import Examples, InnerLoopOptions, Loss, MetaGradient, TaskBatch
-from fastmeta.engines.checks import check_arena, check_examples
+from fastmeta.engines.checks import check_arena, check_examples, check_vector
 from fastmeta.engines.explain import describe_functional
+from fastmeta.engines.functional.curvature import TaskLosses
 from fastmeta.engines.functional.footprint import last_choice, with_sizes
 from fastmeta.engines.functional.label_checks import with_checked_labels
 from fastmeta.engines.functional.passes import ModulePasses
@@ -181,43 +180,46 @@ class FunctionalEngine:
 
     @entry_point
     def hvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:
-        """The Hessian of each task's loss on the examples times a vector (Pearlmutter 1994).
+        """The Hessian of each task's loss on the examples times vectors (Pearlmutter 1994).
 
         Args:
             theta: parameters at which the Hessian is taken, ``[P]`` for all tasks or ``[T, P]``.
             examples: ``[T, B, ...]``.
-            vector: ``[P]`` for all tasks or ``[T, P]``.
+            vector: ``[P]`` for all tasks or ``[T, P]``; or many vectors ``[K, T, P]``.
 
         Returns:
-            ``[T, P]``, differentiable like the result of ``fastmeta.hvp``.
+            ``[T, P]`` or ``[K, T, P]``, differentiable like the result of ``fastmeta.hvp``.
 
         Raises:
             TypeError, ValueError, RuntimeError: as for ``adapt``.
         """
+        return self._products(theta, examples, vector, gauss_newton=False)
+
+    @entry_point
+    def ggnvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:
+        """The Gauss-Newton matrix of each task's loss times vectors, see ``fastmeta.ggnvp``.
+
+        Arguments, result and errors are as for ``hvp``.
+        """
+        return self._products(theta, examples, vector, gauss_newton=True)
+
+    def _products(
+        self, theta: Tensor, examples: Examples, vector: Tensor, gauss_newton: bool
+    ) -> Tensor:
         layout = ParameterLayout.of(self.module)
         tasks = check_examples(layout, examples)
         check_arena("params", layout, theta, tasks)  # the name that MAML.hvp has for it
-        check_arena("vector", layout, vector, tasks)
+        check_vector("vector", layout, vector, tasks)
         refuse_inference_mode("the product needs the gradient of the loss")
-        theta, vector = (arena.expand(tasks, layout.numel) for arena in (theta, vector))
-        return self._vmapped_if_possible(lambda engine: engine._hvp(theta, examples, vector))
+        theta = theta.expand(tasks, layout.numel)
+        vector = vector.expand(*vector.shape[:-2], *theta.shape)
 
-    def _hvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:
-        layout, task_module = ParameterLayout.of(self.module), self._task_module()
-        loss = with_checked_labels(self.loss, examples.y, examples.y_name)
-        products = []
-        # Norms with a row of parameters a step use row 0: no step has been taken.
-        with task_module.conditions(), inner_step(0):
-            for chunk in self.options.chunks(len(theta)):
-                part = examples.of_tasks(chunk)
+        def run(engine: FunctionalEngine) -> Tensor:
+            loss = with_checked_labels(engine.loss, examples.y, examples.y_name)
+            task_losses = TaskLosses(layout, engine._task_module(), loss)
+            return task_losses.products(engine.options, theta, examples, vector, gauss_newton)
 
-                # The default binds the chunk now: a closure would see the loop's last one.
-                def total(theta: Tensor, part: Examples = part) -> Tensor:
-                    params = layout.views(theta)
-                    return task_module.losses(params, part.x, part.y, loss, part.x_name)[0].sum()
-
-                products.append(_product(total, theta[chunk], vector[chunk], self.options.hvp_mode))
-        return torch.cat(products)
+        return self._vmapped_if_possible(run)
 
     @entry_point
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
@@ -268,14 +270,3 @@ class FunctionalEngine:
         keeps = len(sets) > 1 and self.options.steps > 0 and not self.options.first_order
         keeps = keeps and torch.is_grad_enabled()
         return with_sizes(passes, self.options, theta, sets[0], keeps)
-
-
-def _product(total: Callable[[Tensor], Tensor], theta: Tensor, vector: Tensor, mode: str) -> Tensor:
-    """Hessian of the summed loss of all tasks times ``vector``.
-
-    Tasks do not mix, so the Hessian of the sum is block diagonal: one block a task.
-    """
-    if mode == "reverse":
-        return vjp(grad(total), theta)[1](vector)[0]
-    along = tangent if mode == "forward" else central_difference
-    return along(grad(total), theta, vector)[1]

@@ -119,18 +119,11 @@ class TaskModule:
         self, params: Mapping[str, Tensor], x: Tensor, y: Tensor, loss: Loss, name: str = "x"
     ) -> tuple[Tensor, Tensor]:
         """Each task's loss ``[T]`` and outputs ``[T, S, ...]``; ``name`` is x's in errors."""
-        tasks = len(x)
+        checked = scalar_loss(loss, len(x))
 
         def task_loss(call: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Any:
             outputs = call(x)
-            with vmap_errors("the loss", tasks):
-                value = loss(outputs, y)
-            if not isinstance(value, Tensor) or value.ndim != 0:
-                got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"loss: expected a scalar tensor, the mean over a task's examples, got {got}"
-                )
-            return value, outputs
+            return checked(outputs, y), outputs
 
         return self._mapped(task_loss, name, params, x, y)
 
@@ -205,6 +198,22 @@ class TaskModule:
                 values = {key: tensors[name] for key, name in names.items()}
                 stack.enter_context(_temporarily(table, values))
             return self.module(x)
+
+
+def scalar_loss(loss: Loss, tasks: int) -> Loss:
+    """One task's loss, raising for a value that is no scalar, and naming itself under vmap."""
+
+    def checked(outputs: Tensor, targets: Tensor) -> Tensor:
+        with vmap_errors("the loss", tasks):
+            value = loss(outputs, targets)
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"loss: expected a scalar tensor, the mean over a task's examples, got {got}"
+            )
+        return value
+
+    return checked
 
 
 class _ForwardError(Exception):

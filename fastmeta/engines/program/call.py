@@ -13,7 +13,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from fastmeta.core.cuda_graphs import Graphs
 from fastmeta.engines.autograd import once_differentiable
-from fastmeta.engines.base import InnerLoopOptions, TaskBatch
+from fastmeta.engines.base import Examples, InnerLoopOptions, TaskBatch
 from fastmeta.engines.program.lowering import Program
 from fastmeta.ops.task_program.bytecode import at_step
 
@@ -235,16 +235,21 @@ class Call(NamedTuple):
             loss, outputs, to_theta, to_lr, *_ = results
         return loss, self.shaped(outputs), to_theta, to_lr if lr_grad else None
 
-    def hvp(self, theta: Tensor, x: Tensor, y: Tensor, vector: Tensor) -> Tensor:
-        """``H v`` ``[T, P]``."""
+    def products(
+        self, theta: Tensor, examples: Examples, vectors: Tensor, gauss_newton: bool
+    ) -> Tensor:
+        """``H v``, or ``J' H_L J v``, of vectors ``[T, P]`` or ``[K, T, P]``, in their shape."""
         frozen = self.frozen(theta)
-        code, results = self.program.code, []
+        # The op takes each task's vectors together, [T, K, P].
+        count = len(vectors) if vectors.ndim == 3 else 1
+        rows = vectors.movedim(-2, 0).reshape(self.tasks, count, vectors.shape[-1])
+        results = []
         for chunk in self.options.chunks(self.tasks):
-            part = _of_tasks(theta, chunk)
-            # False: no gradient to the inputs, which the op returns second.
-            product, _ = self.ops.hvp(code, part, frozen, x[chunk], y[chunk], vector[chunk], False)
-            results.append(product)
-        return results[0] if len(results) == 1 else torch.cat(results)
+            part, (x, y, _) = _of_tasks(theta, chunk), examples.of_tasks(chunk)
+            code = self.program.code
+            results.append(self.ops.products(code, part, frozen, x, y, rows[chunk], gauss_newton))
+        products = results[0] if len(results) == 1 else torch.cat(results)
+        return products.movedim(0, -2).reshape(vectors.shape)
 
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
         """The module's outputs ``[T, B, ...]`` with parameters that have taken the call's steps."""

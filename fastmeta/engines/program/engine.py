@@ -21,7 +21,7 @@ from fastmeta.core.step_sizes import StepSizes
 from fastmeta.engines import adjoint
 from fastmeta.engines.autograd import entry_point, is_learned
 from fastmeta.engines.base import Examples, InnerLoopOptions, Loss, MetaGradient, TaskBatch
-from fastmeta.engines.checks import check_arena, read_step_weights
+from fastmeta.engines.checks import check_arena, check_vector, read_step_weights
 from fastmeta.engines.functional.engine import FunctionalEngine
 from fastmeta.engines.program.cache import (
     LastCall,
@@ -212,11 +212,21 @@ class ProgramEngine:
 
     @entry_point
     def hvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:
-        """The Hessian of each task's loss times a vector, see ``FunctionalEngine.hvp``.
+        """The Hessian of each task's loss times vectors, see ``FunctionalEngine.hvp``.
 
         The product has no graph. If gradients are enabled and an argument requires one, this raises
         LoweringError.
         """
+        return self._products(theta, examples, vector, gauss_newton=False)
+
+    @entry_point
+    def ggnvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:
+        """The Gauss-Newton matrix of each task's loss times vectors, as ``hvp`` otherwise."""
+        return self._products(theta, examples, vector, gauss_newton=True)
+
+    def _products(
+        self, theta: Tensor, examples: Examples, vector: Tensor, gauss_newton: bool
+    ) -> Tensor:
         if _require_gradients((theta, vector, examples.x, examples.y)):
             raise LoweringError(
                 "the product is to be differentiated; torch.no_grad() says that it is not"
@@ -224,8 +234,9 @@ class ProgramEngine:
         call = self._call(None, [examples])
         layout = call.program.layout
         check_arena("params", layout, theta, call.tasks)
-        check_arena("vector", layout, vector, call.tasks)
-        return call.hvp(theta, examples.x, examples.y, vector.expand(call.tasks, layout.numel))
+        check_vector("vector", layout, vector, call.tasks)
+        vectors = vector.expand(*vector.shape[:-2], call.tasks, layout.numel)
+        return call.products(theta, examples, vectors, gauss_newton)
 
     @entry_point
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta.core.checks import check_integer, check_number
+from fastmeta.core.checks import check_choice, check_integer, check_number
 from fastmeta.engines.base import TaskBatch
 from fastmeta.learners.gradient._conjugate_gradients import conjugate_gradients
 from fastmeta.learners.gradient._precomputed_gradient import PrecomputedGradientLearner
 from fastmeta.learners.gradient._step_size import StepSize
 from fastmeta.rules import Proximal, Rule
+
+CURVATURES = ("hessian", "ggn")
 
 
 class IMAML(PrecomputedGradientLearner):
@@ -25,7 +27,8 @@ class IMAML(PrecomputedGradientLearner):
     ``(I + H / lambda) v = grad L_q(theta*)``, solved by conjugate gradients on Hessian-vector
     products. Memory does not grow with the inner steps. A task whose ``I + H / lambda`` is not
     positive along ``grad L_q(theta*)`` gets that first-order gradient, with a RuntimeWarning; a
-    larger ``regularization`` or ``cg_damping`` avoids it.
+    larger ``regularization`` or ``cg_damping`` avoids it, and ``curvature="ggn"`` where the loss is
+    convex in the outputs.
 
     Args:
         model: as for ``MAML``.
@@ -38,6 +41,8 @@ class IMAML(PrecomputedGradientLearner):
         cg_damping: delta >= 0 in ``(I + delta I + H / lambda) v = grad L_q(theta*)``, which keeps
             the system solvable under negative curvature; 0. The authors' code has 1.0 and also
             adds 10 to lambda.
+        curvature: H in the system: ``"hessian"``, or ``"ggn"`` for the Gauss-Newton matrix, see
+            ``fastmeta.ggnvp``: positive semidefinite for the cross entropy and the squared error.
         rule: the rule that takes the inner steps with the gradient of the regularised loss; None:
             plain descent.
         options: the options ``task_chunk``, ``hvp_mode``, ``engine`` and ``norm_statistics`` of
@@ -65,10 +70,12 @@ class IMAML(PrecomputedGradientLearner):
         regularization: float = 2.0,
         cg_steps: int = 5,
         cg_damping: float = 0.0,
+        curvature: str = "hessian",
         rule: Rule | None = None,
         **options: Any,
     ) -> None:
         check_integer("cg_steps", cg_steps, 0)
+        check_choice("curvature", curvature, CURVATURES)
         number = isinstance(regularization, (int, float)) and not isinstance(regularization, bool)
         if not number:
             kind = type(regularization).__name__
@@ -81,6 +88,7 @@ class IMAML(PrecomputedGradientLearner):
         super().__init__(model, lr, steps, loss=loss, rule=proximal, **options)
         self.regularization = regularization
         self.cg_steps, self.cg_damping = cg_steps, check_number("cg_damping", cg_damping)
+        self.curvature = curvature
 
     def _gradient(self, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor]:
         engine = self._engine
@@ -88,9 +96,11 @@ class IMAML(PrecomputedGradientLearner):
         result = engine.query_losses(adapted, batch.query, gradient=True)
         losses, outputs, grads = cast("tuple[Tensor, Tensor, Tensor]", result)
 
+        product_with_h = engine.ggnvp if self.curvature == "ggn" else engine.hvp
+
         def product(v: Tensor) -> Tensor:
-            hv = engine.hvp(adapted, batch.support, v)
-            return (1 + self.cg_damping) * v + hv / self.regularization
+            curved = product_with_h(adapted, batch.support, v)
+            return (1 + self.cg_damping) * v + curved / self.regularization
 
         if self.cg_steps > 0:
             grads = conjugate_gradients(product, grads, self.cg_steps)

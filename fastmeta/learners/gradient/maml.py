@@ -300,7 +300,7 @@ class MAML(CompilableLearner):
         return result._replace(lr_grad=torch.autograd.grad(rows, leaf, result.lr_grad)[0])
 
     def hvp(self, params: Tensor, batch: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
-        """The Hessian of each task's loss times a vector (Pearlmutter 1994).
+        """The Hessian of each task's loss times one vector or many (Pearlmutter 1994).
 
         ``H v = d <grad L(params), v> / d params`` with the learner's loss and ``hvp_mode``. The
         Hessian is never formed.
@@ -310,10 +310,11 @@ class MAML(CompilableLearner):
                 parameters: ``[P]`` for all tasks, or ``[T, P]`` as in ``AdaptedTasks.params``.
             batch: ``(x, y)`` with x ``[T, B, ...]`` and y ``[T, B]`` int64 labels or floating-point
                 targets ``[T, B, ...]``.
-            vector: ``[P]`` for all tasks, or ``[T, P]``.
+            vector: ``[P]`` for all tasks, or ``[T, P]``; or many vectors ``[K, T, P]``, whose
+                products share the passes that do not depend on the vector.
 
         Returns:
-            ``[T, P]``, differentiable like the result of ``fastmeta.hvp``.
+            ``[T, P]``, or ``[K, T, P]``; differentiable like the result of ``fastmeta.hvp``.
 
         Raises:
             TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
@@ -327,12 +328,17 @@ class MAML(CompilableLearner):
             tensor([[18.],
                     [18.]])
         """
-        if not isinstance(batch, (tuple, list)):
-            raise TypeError(f"batch: expected a pair (x, y), got {type(batch).__name__}")
-        if len(batch) != 2:
-            raise ValueError(f"batch: expected a pair (x, y), got {len(batch)} entries")
-        x, y = batch
-        return self._engine.hvp(params, Examples(x, y, role=""), vector)
+        return self._engine.hvp(params, Examples.of_pair(batch), vector)
+
+    def ggnvp(self, params: Tensor, batch: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
+        """The Gauss-Newton matrix of each task's loss times one vector or many.
+
+        ``J' H_L J v``, with J the derivative of the outputs in the parameters and H_L the Hessian
+        of the loss in the outputs: positive semidefinite where the loss is convex in the outputs,
+        and cheaper than the Hessian, see ``fastmeta.ggnvp``. Arguments, result and errors are as
+        for ``hvp``; ``hvp_mode`` says how J v is taken.
+        """
+        return self._engine.ggnvp(params, Examples.of_pair(batch), vector)
 
     def explain(self, support_x: Tensor | None = None, support_y: Tensor | None = None) -> str:
         """Which engine runs, and how, in a few sentences.

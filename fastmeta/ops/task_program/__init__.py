@@ -1,4 +1,4 @@
-"""The ops of a task program: forward, gradient, Hessian-vector product, inner loop, meta-gradient.
+"""The ops of a task program: forward, gradient, curvature products, inner loop, meta-gradient.
 
 Raw ops: tensors are [T, B, ...], parameters theta [P] or [T, P], frozen parameters [F], step sizes
 [K or 1, T or 1, P or 1]; ``bytecode`` documents the code. ``fastmeta.engines.program`` joins them
@@ -19,7 +19,7 @@ from fastmeta.ops._registration import contiguous_like, register
 from fastmeta.ops.task_program import reference
 from fastmeta.ops.task_program.arguments import AdaptBackwardArguments, MetaGradientArguments
 
-NAMES = ("forward", "gradient", "hvp", "adapt", "adapt_backward", "meta_gradient")
+NAMES = ("forward", "gradient", "hvp", "products", "adapt", "adapt_backward", "meta_gradient")
 
 
 def implementation(like: Any) -> SimpleNamespace | ModuleType:
@@ -72,6 +72,18 @@ def _hvp(
     return _per_task(theta, x), _if_required(x, input_grad)
 
 
+def _products(
+    code: Tensor,
+    theta: Tensor,
+    frozen: Tensor,
+    x: Tensor,
+    y: Tensor,
+    vectors: Tensor,
+    gauss_newton: bool,
+) -> Tensor:
+    return contiguous_like(vectors)
+
+
 def _adapt(
     code: Tensor, theta: Tensor, frozen: Tensor, lr: Tensor, x: Tensor, y: Tensor, steps: int
 ) -> Tensor:
@@ -117,6 +129,7 @@ _FAKES: tuple[Callable[..., Any], ...] = (
     _forward,
     _gradient,
     _hvp,
+    _products,
     _adapt,
     _adapt_backward,
     _meta_gradient,

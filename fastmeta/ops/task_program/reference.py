@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
+from fastmeta.core.derivatives import pullback
 from fastmeta.ops._activations import plain_activation
 from fastmeta.ops.task_program.arguments import AdaptBackwardArguments, MetaGradientArguments
 from fastmeta.ops.task_program.bytecode import (
@@ -62,6 +63,38 @@ def hvp(
 
     product, mixed = vmap(grad(along, argnums=(0, 1)))(_per_task(theta, x), x, y, vector)
     return product, mixed if input_grad else x.new_empty(0)
+
+
+def products(
+    code: Tensor,
+    theta: Tensor,
+    frozen: Tensor,
+    x: Tensor,
+    y: Tensor,
+    vectors: Tensor,
+    gauss_newton: bool,
+) -> Tensor:
+    """``H v`` of each of the vectors ``[T, N, P]``, or ``J' H_L J v``."""
+    if vectors.shape[1] == 0:
+        return torch.zeros_like(vectors)
+    program = Code.decode(code)
+    loss = cast("LossCode", program.loss)
+
+    def of_task(theta: Tensor, x: Tensor, y: Tensor, vectors: Tensor) -> Tensor:
+        def outputs(theta: Tensor) -> Tensor:
+            return _outputs(program, theta, frozen, x, 0)
+
+        if gauss_newton:
+            z, pull = pullback(outputs, theta)
+            # The backward pass is linear in its argument; its transpose is J.
+            _, push = pullback(pull, torch.zeros_like(z))
+            _, bend = pullback(grad(lambda z: _loss(loss, z, y)), z)
+            product: Tensor = vmap(lambda v: pull(bend(push(v))))(vectors)
+            return product
+        _, times_hessian = pullback(grad(lambda theta: _loss(loss, outputs(theta), y)), theta)
+        return cast("Tensor", vmap(times_hessian)(vectors))
+
+    return vmap(of_task)(_per_task(theta, x), x, y, vectors)
 
 
 def adapt(

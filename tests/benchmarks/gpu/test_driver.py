@@ -157,6 +157,7 @@ def test_a_build_as_slow_as_it_may_be_leaves_every_step_its_share(tmp_path):
     assert left >= 0
 
 
+@pytest.mark.rotating
 def test_a_part_that_fails_or_hangs_costs_no_earlier_result(tmp_path):
     """Nor what the part itself had found."""
     rows = {"ceilings": {}, "rows": [{"op": "x"}]}

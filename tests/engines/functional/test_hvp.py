@@ -77,6 +77,28 @@ def test_the_learners_product_is_that_of_the_op(mode, device):
     assert relative_error(actual, expected) < EXACT
 
 
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_many_vectors_and_the_gauss_newton_matrix(name, mode, chunk, device):
+    skip_without_forward_derivative(name, mode, device)
+    net, tasks = build(name, device), classification(name, device)
+    theta, vector = points(net)
+    many, examples = torch.stack([vector, vector.flip(1)]), Examples(*tasks[:2], role="")
+    engine = FunctionalEngine(
+        net, F.cross_entropy, InnerLoopOptions(hvp_mode=mode, task_chunk=chunk)
+    )
+    tolerance = 1e-5 if mode == "finite_difference" else EXACT
+    for v, product in zip(many, engine.hvp(theta, examples, many), strict=True):
+        assert relative_error(product, by_autograd(net, theta, *tasks[:2], v)) < tolerance
+    exact = FunctionalEngine(net, F.cross_entropy)
+    products = engine.ggnvp(theta, examples, many)
+    for v, product in zip(many, products, strict=True):
+        assert relative_error(product, exact.ggnvp(theta, examples, v)) < tolerance
+    # Positive semidefinite, as the cross entropy is convex in the outputs.
+    assert ((products * many).sum(-1) > 0).all()
+
+
 def test_parameters_and_vectors_that_tasks_share(device):
     net, tasks = build("mlp", device), classification("mlp", device)
     maml = fm.MAML(net)
@@ -95,15 +117,16 @@ def test_a_vector_of_little_length_keeps_its_digits_beside_others(device):
     assert relative_error(maml.hvp(theta, tasks[:2], scale * vector) / scale, expected) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["hvp", "ggnvp"])
 @pytest.mark.parametrize("options", [{}, {"task_chunk": 1}, {"hvp_mode": "forward"}])
-def test_the_product_is_differentiable(options, device):
+def test_the_product_is_differentiable(options, name, device):
     net, tasks = regressor(device), regression(device, tasks=2, examples=3)
     engine = FunctionalEngine(net, F.mse_loss, InnerLoopOptions(**options))
     theta, vector = points(net, tasks=2)
     inputs = [tensor.requires_grad_() for tensor in (theta, *tasks[:2], vector)]
 
     def product(params, x, y, vector):
-        return engine.hvp(params, Examples(x, y, role=""), vector)
+        return getattr(engine, name)(params, Examples(x, y, role=""), vector)
 
     assert torch.autograd.gradcheck(product, inputs)
 
@@ -156,6 +179,16 @@ PAIR = TASKS[:2]
         ({"params": THETA[:2]}, ValueError, r"params: .* \[83\] or \[3, 83\], got \[2, 83\]"),
         ({"params": THETA.float()}, TypeError, "params: expected dtype torch.float64"),
         ({"vector": THETA[:, 1:]}, ValueError, r"vector: .* \[83\] or \[3, 83\], got \[3, 82\]"),
+        (
+            {"vector": THETA.expand(2, 2, 3, 83)},
+            ValueError,
+            r"vector: .* \[83\] or \[3, 83\], got \[2, 2, 3, 83\]",
+        ),
+        (
+            {"vector": THETA[:2].expand(5, 2, 83)},
+            ValueError,
+            r"vector: .* or \[5, 3, 83\], got \[5, 2, 83\]",
+        ),
         ({"vector": THETA.to("meta")}, ValueError, "vector: expected device cpu, got meta"),
         ({"batch": PAIR[0]}, TypeError, r"batch: expected a pair \(x, y\), got Tensor"),
         ({"batch": TASKS}, ValueError, r"batch: expected a pair \(x, y\), got 4 entries"),
@@ -168,8 +201,10 @@ PAIR = TASKS[:2]
 )
 def test_bad_arguments_are_named(change, error, message):
     arguments = {"params": THETA, "batch": PAIR, "vector": THETA, **change}
-    with pytest.raises(error, match=message):
-        fm.MAML(build("mlp", "cpu")).hvp(**arguments)
+    maml = fm.MAML(build("mlp", "cpu"))
+    for product in (maml.hvp, maml.ggnvp):
+        with pytest.raises(error, match=message):
+            product(**arguments)
 
 
 def test_inference_mode_is_refused_with_the_reason(device):

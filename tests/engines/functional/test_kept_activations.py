@@ -83,6 +83,7 @@ def test_no_pass_is_taken_twice(options, passes, device):
     assert forwards(*counted(device), **options) == passes
 
 
+@pytest.mark.rotating
 def test_the_limit_says_how_many_steps_are_kept(monkeypatch, device):
     net, batch = counted(device, tasks=600)
     monkeypatch.setenv(LIMIT, "0")
@@ -163,6 +164,7 @@ def test_the_chosen_number_changes_nothing_beyond_rounding(limit, monkeypatch):
         torch.testing.assert_close(found.outputs, other.outputs, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.rotating
 def test_many_tasks_take_little_more_memory_than_few():
     torch.manual_seed(0)
     net, peaks = Wide(), []

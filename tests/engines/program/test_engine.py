@@ -104,8 +104,10 @@ def test_chunks_change_nothing(chunk, shape, device):
     compare_adapted(functional, program, tasks, lr)
     theta = program.parameters().detach()
     x, y, *_ = tasks
-    expected = functional.hvp(theta, Examples(x, y, role=""), theta)
-    assert relative_error(program.hvp(theta, Examples(x, y, role=""), theta), expected) < EXACT
+    examples, many = Examples(x, y, role=""), torch.stack([theta, theta.cos()])
+    for vector in (theta, many[:, None].expand(2, len(x), -1)):
+        expected = functional.hvp(theta, examples, vector)
+        assert relative_error(program.hvp(theta, examples, vector), expected) < EXACT
 
 
 def compare_adapted(functional, program, tasks: Tasks, lr) -> None:
@@ -152,9 +154,17 @@ def test_hessian_vector_products(name, device):
     theta = functional.parameters().detach()
     vector = theta.cos()
     rows = torch.stack([vector, 2 * vector, -vector])
-    for params, v in ((theta, vector), (theta, rows), (rows, vector), (rows, rows)):
-        expected = functional.hvp(params, Examples(x, y, role=""), v)
-        assert relative_error(program.hvp(params, Examples(x, y, role=""), v), expected) < EXACT
+    many, examples = torch.stack([rows, rows.flip(0)]), Examples(x, y, role="")
+    for product in ("hvp", "ggnvp"):
+        for params, v in (
+            (theta, vector),
+            (theta, rows),
+            (rows, vector),
+            (rows, rows),
+            (rows, many),
+        ):
+            expected = getattr(functional, product)(params, examples, v)
+            assert relative_error(getattr(program, product)(params, examples, v), expected) < EXACT
 
 
 @pytest.mark.parametrize("name", ["softplus", "layer_norm", "frozen"])

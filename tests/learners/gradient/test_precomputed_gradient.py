@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
@@ -212,10 +213,11 @@ def hypergradient(net: nn.Module, tasks: Tasks, strength: float, damping: float)
 
 @pytest.mark.parametrize("strength", [0.5, 2.0])
 @pytest.mark.parametrize("damping", [0.0, 1.5])
-def test_imaml_on_a_quadratic_is_the_closed_form(damping, strength, engine, device):
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_imaml_on_a_quadratic_is_the_closed_form(curvature, damping, strength, engine, device):
     net, tasks = linear_tasks(device)
     options = {"regularization": strength, "cg_steps": 3, "cg_damping": damping, "engine": engine}
-    learner = fm.IMAML(net, 0.1, 600, F.mse_loss, **options)
+    learner = fm.IMAML(net, 0.1, 600, F.mse_loss, curvature=curvature, **options)
     expected = hypergradient(net, tasks, strength, damping)
     assert relative_error(gradient(learner, tasks), expected) < EXACT
 
@@ -261,6 +263,27 @@ def test_imaml_under_negative_curvature_is_first_order_and_says_so():
     assert relative_error(found, gradient(first_order, Tasks(x, x, x, x))) < EXACT
 
 
+def test_imaml_with_the_gauss_newton_matrix_solves_its_system(engine, device):
+    """Under strong curvature of the network, where the Hessian's system is not positive."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double().to(device)
+    x, y = torch.randn(2, 2, 6, 2, dtype=torch.float64), 9 * torch.randn(2, 2, 6, 1).double()
+    x, y = x.to(device), y.to(device)
+    options = {"regularization": 0.01, "cg_steps": 60, "engine": engine}
+    learner = fm.IMAML(net, 1e-3, 2, F.mse_loss, curvature="ggn", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = gradient(learner, Tasks(x[0], y[0], x[1], y[1]))
+    adapted = learner.adapt_tasks(x[0], y[0]).params.detach()
+    basis = torch.eye(13, dtype=torch.float64, device=device)[:, None].expand(13, 2, 13)
+    matrices = learner.ggnvp(adapted, (x[0], y[0]), basis).transpose(0, 1)
+    _, _, grads = learner._engine.query_losses(adapted, Examples(x[1], y[1], "query"), True)
+    expected = torch.linalg.solve(basis[:, 0] + matrices / 0.01, grads)
+    assert relative_error(found, expected.mean(0)) < 1e-7
+    with pytest.warns(RuntimeWarning, match="not positive along"):
+        gradient(fm.IMAML(net, 1e-3, 2, F.mse_loss, **options), Tasks(x[0], y[0], x[1], y[1]))
+
+
 def test_conjugate_gradients_stop_where_there_is_nothing_to_do():
     matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
     b = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
@@ -277,6 +300,7 @@ def test_conjugate_gradients_stop_where_there_is_nothing_to_do():
         ({"regularization": 0.0}, ValueError, "regularization: expected a finite number above 0"),
         ({"regularization": math.inf}, ValueError, "regularization: .* got inf"),
         ({"regularization": "2"}, TypeError, "regularization: expected a number, got str"),
+        ({"curvature": "fisher"}, ValueError, "curvature: expected one of .* got 'fisher'"),
         ({"cg_steps": -1}, ValueError, "cg_steps: expected at least 0, got -1"),
         ({"cg_steps": 1.5}, TypeError, "cg_steps: expected an integer, got 1.5"),
         ({"cg_damping": -0.5}, ValueError, "cg_damping: expected at least 0, got -0.5"),

@@ -109,10 +109,14 @@ def test_hessian_vector_products(name, backend):
     functional, program = engines(build(name), F.cross_entropy)
     x, y, *_ = tasks_for(name)
     theta = functional.parameters().detach()
-    expected = functional.hvp(theta, Examples(x, y, role=""), theta.cos())
-    assert (
-        relative_error(program.hvp(theta, Examples(x, y, role=""), theta.cos()), expected) < EXACT
-    )
+    examples, vectors = Examples(x, y, role=""), torch.stack([theta.cos(), theta.sin()])
+    vectors = vectors[:, None].expand(2, len(x), -1)
+    for product in ("hvp", "ggnvp"):
+        for vector in (theta.cos(), vectors):
+            expected = getattr(functional, product)(theta, examples, vector)
+            assert (
+                relative_error(getattr(program, product)(theta, examples, vector), expected) < EXACT
+            )
 
 
 @pytest.mark.parametrize("first_order", [False, True])
@@ -143,6 +147,7 @@ def test_every_compiled_op(name, dtype, per_task, device):
     setting = Setting(name, "cross_entropy", device, dtype, per_task=per_task, tasks=2)
     for op in NAMES:
         setting.check(op)
+    setting.check("products", gauss_newton=True)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

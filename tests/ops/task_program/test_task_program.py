@@ -49,6 +49,31 @@ def test_single_precision(name, device):
         setting.check(op)
 
 
+@each_loss
+def test_gauss_newton_products_of_every_loss(loss, device):
+    Setting("tanh", loss, device).check("products", gauss_newton=True)
+
+
+@each_network
+@pytest.mark.parametrize("tasks", [1, 3, 20])
+def test_gauss_newton_products_of_every_network(tasks, name, device):
+    setting = Setting(name, "cross_entropy", device, tasks=tasks, per_task=True)
+    setting.check("products", gauss_newton=True)
+
+
+@pytest.mark.parametrize("count", [0, 1, 17])
+@pytest.mark.parametrize("tasks", [1, 20])
+def test_each_of_the_vectors_is_multiplied_by_itself(tasks, count, device):
+    setting = Setting("tanh", "cross_entropy", device, tasks=tasks)
+    *arguments, _, _ = setting.arguments("products")
+    vectors = setting.random(tasks, count, setting.parameters)
+    products = COMPILED.products(*arguments, vectors, False)
+    assert products.shape == vectors.shape
+    for n in range(count):
+        single, _ = COMPILED.hvp(*arguments, vectors[:, n], False)
+        assert_same(products[:, n], single, 1e-12)  # threads share the work in another way
+
+
 @pytest.mark.parametrize("form", STEP_SIZES)
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("per_task", [False, True])

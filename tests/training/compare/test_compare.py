@@ -270,6 +270,7 @@ def test_the_command_prints_learners_and_table(tmp_path, capsys):
     )
 
 
+@pytest.mark.rotating
 def test_the_command_goes_on_without_options(tmp_path, capsys):
     options = ("--algorithms", "maml", "fomaml", "--iterations", "1000000")
     process = subprocess.Popen(

@@ -1,0 +1,77 @@
+"""Hessian and Gauss-Newton products of any module's loss, in chunks of tasks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmeta.core.curvature_products import gauss_newton_products, hessian_products
+from fastmeta.core.inner_step import inner_step
+from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.vmap import map_tasks
+from fastmeta.engines.base import Examples, InnerLoopOptions, Loss
+from fastmeta.engines.functional.task_module import TaskModule, scalar_loss
+
+
+class TaskLosses(NamedTuple):
+    """Each task's loss as a function of its parameters."""
+
+    layout: ParameterLayout
+    task_module: TaskModule
+    loss: Loss
+
+    def products(
+        self,
+        options: InnerLoopOptions,
+        theta: Tensor,
+        examples: Examples,
+        vector: Tensor,
+        gauss_newton: bool,
+    ) -> Tensor:
+        """``H v``, or ``J' H_L J v``, in the shape of ``vector``: ``[T, P]`` or ``[K, T, P]``.
+
+        Args:
+            options: ``hvp_mode`` and ``task_chunk`` count.
+            theta: ``[T, P]``.
+            examples: ``[T, B, ...]``.
+            vector: ``[T, P]``, or many, ``[K, T, P]``.
+            gauss_newton: whether to leave the curvature of the module out.
+        """
+        product = self._gauss_newton if gauss_newton else self._hessian
+        # Norms with a row of parameters a step use row 0: no step has been taken.
+        with self.task_module.conditions(), inner_step(0):
+            chunks = [
+                product(theta[tasks], examples.of_tasks(tasks), vector[..., tasks, :], options)
+                for tasks in options.chunks(len(theta))
+            ]
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks, -2)
+
+    def _hessian(
+        self, theta: Tensor, examples: Examples, vector: Tensor, options: InnerLoopOptions
+    ) -> Tensor:
+        def total(theta: Tensor) -> Tensor:
+            params, (x, y, _) = self.layout.views(theta), examples
+            return self.task_module.losses(params, x, y, self.loss, examples.x_name)[0].sum()
+
+        many = vector.ndim == 3
+        product: Tensor = hessian_products(total, theta, vector, options.hvp_mode, many)
+        return product
+
+    def _gauss_newton(
+        self, theta: Tensor, examples: Examples, vector: Tensor, options: InnerLoopOptions
+    ) -> Tensor:
+        loss = scalar_loss(self.loss, len(theta))
+
+        def outputs_at(theta: Tensor) -> Tensor:
+            return self.task_module.outputs(self.layout.views(theta), examples.x, examples.x_name)
+
+        def total(outputs: Tensor) -> Tensor:
+            return map_tasks(loss, outputs, examples.y).sum()
+
+        many = vector.ndim == 3
+        product: Tensor = gauss_newton_products(
+            outputs_at, total, theta, vector, options.hvp_mode, many
+        )
+        return product
