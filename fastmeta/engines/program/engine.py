@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.core.cuda_graphs import DEVICE_TYPE, check_option
+from fastmeta.core.memory import kept_pages
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.step_sizes import StepSizes
 from fastmeta.engines import adjoint
@@ -236,7 +237,8 @@ class ProgramEngine:
         check_arena("params", layout, theta, call.tasks)
         check_vector("vector", layout, vector, call.tasks)
         vectors = vector.expand(*vector.shape[:-2], call.tasks, layout.numel)
-        return call.products(theta, examples, vectors, gauss_newton)
+        with kept_pages():
+            return call.products(theta, examples, vectors, gauss_newton)
 
     @entry_point
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
