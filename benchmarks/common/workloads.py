@@ -38,6 +38,7 @@ class Workload:
 
     "hvp": theta and vector [T, P] and a batch of S examples a task -> products [T, P].
     "head": as "meta" on features, with gradients also to the features of support and queries.
+    "iteration": as "meta", with the drawing of the tasks and a step of Adam.
     """
 
     name: str
@@ -100,6 +101,8 @@ _ALL = (
     Workload("hvp_mlp_t32", _HVP, "cross_entropy", 32, 128, kind="hvp"),
     _meta("anil", MLP((1600, 5)), "cross_entropy", 0.1, 32, 5, 25, 75, kind="head", **_LATER),
     _meta("anil_640", MLP((640, 5)), "cross_entropy", 0.1, 32, 5, 25, 75, kind="head", **_LATER),
+    _meta("sin1_iteration", _SINE, "mse", 0.01, 25, 1, 10, 10, kind="iteration", **_LATER),
+    _meta("sin5_iteration", _SINE, "mse", 0.01, 25, 5, 10, 10, kind="iteration", **_LATER),
     _meta("omni_conv1", Conv4(64, 5), "cross_entropy", 0.4, 32, 1, 5, 75, **_LATER),
     _meta("omni_conv5", Conv4(64, 5), "cross_entropy", 0.4, 8, 5, 5, 75, **_LATER),
     _meta("omni_paper", Conv4(64, 5), "cross_entropy", 0.4, 32, 1, 5, 5, **_LATER),
@@ -144,10 +147,21 @@ def draw(workload: Workload, seed: int = 0) -> Arrays:
         x, y = _images(network, tasks, (workload.support,), generator)
         return {"theta": theta, "vector": vector, "x": x, "y": y}
     theta = draw_parameters(network, generator)
+    if workload.kind == "iteration":
+        return {"theta": theta, **draw_episode(workload)}
+    return {"theta": theta, **_tasks(workload, generator)}
+
+
+def draw_episode(workload: Workload) -> Arrays:
+    """Draw the tasks of an iteration, the same at each call."""
+    return _tasks(workload, np.random.default_rng(1))
+
+
+def _tasks(workload: Workload, generator: np.random.Generator) -> Arrays:
     counts = (workload.support, workload.queries)
     if workload.loss == "mse":
-        data = _sinusoids(tasks, counts, generator)
+        data = _sinusoids(workload.tasks, counts, generator)
     else:
-        data = _images(network, tasks, counts, generator)
+        data = _images(workload.network, workload.tasks, counts, generator)
     names = ("support_x", "support_y", "query_x", "query_y")
-    return {"theta": theta, **dict(zip(names, data, strict=True))}
+    return dict(zip(names, data, strict=True))

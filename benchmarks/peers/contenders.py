@@ -14,7 +14,7 @@ OURS = "fastmeta"
 class Contender:
     name: str  # on the command line
     label: str  # in tables
-    kind: str  # of the workloads that it can do: "meta", "hvp" or "head"
+    kind: str  # of the workloads that it can do: "meta", "hvp", "head" or "iteration"
     build: str  # "module:function" of a `Problem`, imported in the contender's own process
     dtype: str = "float32"
     in_graph: bool = False  # as the replay of a CUDA graph
@@ -71,7 +71,17 @@ _HEAD = (
     _row("torch-compile", "torch.func, compiled", "head", "head_steps:unrolled_compiled"),
     _row("jax", "JAX jit(vmap(grad))", "head", "jax_steps:head"),
 )
-CONTENDERS = _META + _HVP + _HEAD
+_ITERATION = (
+    _row(OURS, "fastmeta", "iteration", "iteration_steps:values"),
+    _row("fastmeta-autograd", "fastmeta, loss.backward()", "iteration", "iteration_steps:autograd"),
+    _row("learn2learn", "learn2learn", "iteration", "iteration_steps:learn2learn"),
+    _row("higher", "higher", "iteration", "iteration_steps:higher"),
+    _row("torchopt", "TorchOpt", "iteration", "iteration_steps:torchopt"),
+    _row("torch-compile", "torch.func, compiled", "iteration", "iteration_steps:unrolled_compiled"),
+    _row("adjoint-compile", "adjoint, compiled", "iteration", "iteration_steps:adjoint_compiled"),
+    _row("jax", "JAX jit, all in one", "iteration", "jax_steps:iteration"),
+)
+CONTENDERS = _META + _HVP + _HEAD + _ITERATION
 # The reference of all results: a plain loop, in float64. Not torch.func, whose vmap of gradients
 # that are differentiated again is wrong for convolutional networks in torch 2.13.
 REFERENCES = {
@@ -80,6 +90,7 @@ REFERENCES = {
         ("meta", "torch_steps:by_task"),
         ("hvp", "torch_steps:twice"),
         ("head", "head_steps:by_task"),
+        ("iteration", "torch_steps:by_task"),
     )
 }
 MATRIX = _row("matrix", "matrix product", "", "matrix:product")

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from benchmarks.common.networks import MLP, Network
-from benchmarks.common.workloads import Arrays
+from benchmarks.common.workloads import Arrays, draw_episode
 from benchmarks.peers.step import Missing, Problem, Step
 
 Array = jax.Array
@@ -112,6 +112,37 @@ def unrolled(problem: Problem) -> Step:
     _prepare(problem)
     function = jax.value_and_grad(_meta_loss(problem))
     return _step(problem, function, _inputs(problem), lambda result: _read_meta(*result))
+
+
+def iteration(problem: Problem) -> Step:
+    """An episode, the meta-loss, its gradient and a step of Adam of no length, compiled as one."""
+    _prepare(problem)
+    gradient = jax.value_and_grad(_meta_loss(problem))
+
+    def update(params: Params, state: Any, *tasks: Array) -> Any:
+        count, means, squares = state
+        loss, gradients = gradient(params, *tasks)
+        means = [0.9 * m + 0.1 * g for m, g in zip(means, gradients, strict=True)]
+        squares = [0.999 * s + 0.001 * g * g for s, g in zip(squares, gradients, strict=True)]
+        of_means, of_squares = 1 - 0.9**count, 1 - 0.999**count
+        params = [
+            p - 0.0 * (m / of_means) / (jnp.sqrt(s / of_squares) + 1e-8)
+            for p, m, s in zip(params, means, squares, strict=True)
+        ]
+        return loss, gradients, params, (count + 1, means, squares)
+
+    compiled = jax.jit(update)
+    params, *_ = _inputs(problem)
+    zeros = [jnp.zeros_like(p) for p in params]
+    held = [params, (jnp.asarray(1.0), zeros, zeros)]
+
+    def run() -> tuple[Array, Params]:
+        tasks = draw_episode(problem.workload).values()
+        loss, gradients, *held[:] = jax.block_until_ready(compiled(*held, *tasks))
+        return loss, gradients
+
+    facts = {"jax": jax.__version__, "float32 products in JAX": "highest"}
+    return Step(run, lambda result: _read_meta(*result), facts=facts)
 
 
 def head(problem: Problem) -> Step:

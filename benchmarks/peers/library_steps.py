@@ -17,7 +17,9 @@ from benchmarks.peers.step import Problem, Step
 TaskLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def _loop(setting: TorchProblem, net: nn.Module, task_loss: TaskLoss, **facts: str) -> Step:
+def loop(
+    setting: TorchProblem, net: nn.Module, task_loss: TaskLoss
+) -> Callable[[], tuple[Tensor, list[Tensor]]]:
     """Mean over tasks of `task_loss`, its gradient gathered in the parameters' `.grad`."""
     names = ("support_x", "support_y", "query_x", "query_y")
     tasks = list(zip(*(setting.data[name] for name in names), strict=True))
@@ -33,7 +35,7 @@ def _loop(setting: TorchProblem, net: nn.Module, task_loss: TaskLoss, **facts: s
             total += loss.detach()
         return total, [p.grad for p in params]
 
-    return setting.step(run, read_meta, **facts)
+    return run
 
 
 Prepared = tuple[TaskLoss, dict[str, str]]  # and the library's version
@@ -97,7 +99,7 @@ def _step(problem: Problem, name: str) -> Step:
     setting = TorchProblem(problem)
     net = setting.loaded()
     task_loss, facts = LIBRARIES[name](setting, net)
-    return _loop(setting, net, task_loss, **facts)
+    return setting.step(loop(setting, net, task_loss), read_meta, **facts)
 
 
 def learn2learn(problem: Problem) -> Step:

@@ -12,13 +12,17 @@ from benchmarks.peers.contenders import CONTENDERS, OURS, REFERENCES, prepared
 from benchmarks.peers.driver import disagreement
 from benchmarks.peers.step import Problem
 
-NAMES = (OURS, "fastmeta-functional", "torch-func", "adjoint", "autograd", "torch-forward")
+NAMES = (
+    *(OURS, "fastmeta-autograd", "fastmeta-functional", "torch-func", "adjoint", "autograd"),
+    "torch-forward",
+)
 PLAIN = [c for c in CONTENDERS if c.name in NAMES]
 SMALL = {
     "mse": replace(WORKLOADS["sin1"], tasks=2, steps=2),
     "one task": replace(WORKLOADS["sin1_t1"], steps=3),
     "images": replace(WORKLOADS["omni_conv1"], tasks=2, network=Conv4(2, 5, 1, 16), queries=10),
     "hvp": replace(WORKLOADS["hvp_mlp_t32"], tasks=2, network=MLP((5, 4, 3)), support=6),
+    "iteration": replace(WORKLOADS["sin1_iteration"], tasks=2, steps=2),
     "hvp of one task": replace(WORKLOADS["hvp_mlp_t1"], network=MLP((5, 4, 3)), support=6),
 }
 # torch.func differentiates a batch norm wrongly where vmap of a gradient is differentiated again.

@@ -74,7 +74,7 @@ class NamesRead:
         code = frame.f_code
         if event != "call" or (id(code), object) in self._seen:
             return
-        if _is_library_file(code.co_filename):
+        if _is_library_file(code.co_filename) or _makes_a_namedtuple(frame):
             self._seen[id(code), object] = code
             return
         # A method of a base class reads the attributes of each class that it runs for.
@@ -153,6 +153,11 @@ def _read(owner: Any, name: str) -> Any:
         except ValueError:  # it was deleted
             return _MISSING
     return owner.get(name, _MISSING) if type(owner) is dict else getattr(owner, name, _MISSING)
+
+
+def _makes_a_namedtuple(frame: FrameType) -> bool:
+    """Whether the function is the ``__new__`` that ``collections.namedtuple`` made of a string."""
+    return frame.f_code.co_filename == "<string>" and "_tuple_new" in frame.f_globals
 
 
 def _package(module: str) -> str:

@@ -236,3 +236,13 @@ def test_a_package_whose_name_begins_as_torchs_is_the_users():
     folder = Path(torch.__file__).parent
     assert names._is_library_file(str(folder / "nn" / "functional.py"))
     assert not names._is_library_file(f"{folder}vision/ops.py")
+
+
+def test_layers_read_no_names_that_a_repeated_call_would_compare():
+    for net, shape in (
+        (fm.models.MLP([3, 4, 2]), (3,)),
+        (fm.models.Conv4(8, 5, 1, 28), (1, 28, 28)),
+    ):
+        lowering = Lowering(net, F.cross_entropy)
+        assert isinstance(lowering.program(shape), Program)
+        assert len(lowering.names) == 0
