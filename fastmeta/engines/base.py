@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
 
 from fastmeta.core.checks import check_choice, check_integer
 from fastmeta.core.derivatives import MODES
-from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.rules.base import Rule
 from fastmeta.rules.sgd import PLAIN
 
@@ -110,9 +110,14 @@ class MetaGradient(NamedTuple):
 
     def assign_to(self, learner: Any) -> None:
         """Set ``.grad`` of the learner's parameters for its optimizer, replacing earlier ones."""
-        named = dict(learner.module.named_parameters())
-        for name, grad in ParameterLayout.of(learner.module).views(self.grads).items():
-            named[name].grad = grad  # a view: all gradients share one buffer [P]
+        # Not through ParameterLayout: its checks take as long as the gradient of a small network.
+        parameters = [p for p in learner.module.parameters() if p.requires_grad]
+        size = sum(p.numel() for p in parameters)
+        if self.grads.shape != (size,):
+            raise ValueError(f"grads: expected shape [{size}], got {list(self.grads.shape)}")
+        grads = _unflatten_dense_tensors(self.grads, parameters)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad  # a view: all gradients share one buffer [P]
         if self.lr_grad is not None:
             cast("Tensor", learner.lr).grad = self.lr_grad
         for name, grad in self.rule_grads.items():

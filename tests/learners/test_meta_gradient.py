@@ -101,6 +101,14 @@ def test_assign_to_does_what_backward_does(tasks, device):
     torch.optim.Adam(maml.parameters()).step()
 
 
+def test_assigning_to_a_learner_of_another_size_is_refused(tasks, device):
+    result = learner(device).meta_gradient(*tasks)
+    other = fm.MAML(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"grads: expected shape \[2\], got \["):
+        result.assign_to(other)
+    assert other.module.weight.grad is None
+
+
 @pytest.mark.parametrize("engine", ["program", "functional"])
 def test_the_graph_of_the_meta_loss_can_be_used_once(engine, tasks, device):
     maml = learner(device, engine=engine)

@@ -20,14 +20,30 @@ inline constexpr int64_t kGroupCost = 5;
 // Most parameters of a task for which a group's arrays stay in the L2 cache.
 inline constexpr int64_t kMostParametersInLanes = 4096;
 
+// Fewest tasks of a group; with its set-up, a task by itself takes longer than a group's share.
+inline constexpr int64_t kFewestInLanes = 3;
+
+// How tasks are shared out: in groups, and the rest one after the other, if it is too small for a
+// group. The first worker, which has the fewest groups, takes the rest.
+struct Shares {
+  int64_t groups, rest, workers;
+
+  Shares(int64_t tasks, int64_t lanes) : rest(tasks % lanes < kFewestInLanes ? tasks % lanes : 0) {
+    groups = ceil_div(tasks - rest, lanes);
+    workers = groups < thread_count() ? 1 : thread_count();
+  }
+  // Time of the slowest worker, in tasks taken one after the other.
+  int64_t cost() const {
+    return std::max(ceil_div(groups, workers) * kGroupCost, groups / workers * kGroupCost + rest);
+  }
+};
+
 template <typename value_t>
 bool pays_in_lanes(const OpArguments& args) {
-  constexpr int64_t kLanes = CpuKind<value_t, true>::kLanes;
-  const int64_t threads = thread_count();
-  const int64_t groups = ceil_div(args.tasks, kLanes);
+  const Shares shares(args.tasks, CpuKind<value_t, true>::kLanes);
   return !args.program.has_images &&
          args.program.parameters + args.program.frozen <= kMostParametersInLanes &&
-         ceil_div(groups, threads) * kGroupCost < ceil_div(args.tasks, threads);
+         shares.cost() < ceil_div(args.tasks, thread_count());
 }
 
 template <typename value_t>
@@ -40,27 +56,37 @@ void add_sums(const value_t* source, int64_t count, void* target) {
 template <typename value_t, bool in_lanes>
 void run_workers(const OpArguments& args) {
   using Worker = CpuWorker<value_t, in_lanes>;
-  const int64_t groups = ceil_div(args.tasks, Worker::kLanes);
-  const int64_t threads = thread_count();
-  const int64_t workers = groups < threads ? 1 : threads;
-  const bool shares_threads = workers < threads;
+  using Single = CpuWorker<value_t, false>;
+  const Shares shares(args.tasks, Worker::kLanes);
+  const int64_t groups = shares.groups, workers = shares.workers;
+  const bool shares_threads = workers < thread_count();
   const int64_t bytes = ceil_div(Worker::bytes(args, shares_threads), 64) * 64;
-  const auto memory = workspace(bytes * workers);
+  const int64_t of_rest = shares.rest > 0 ? Single::bytes(args, false) : 0;
+  const auto memory = workspace(bytes * workers + of_rest);
   auto* base = static_cast<char*>(memory.mutable_data_ptr());
-  std::vector<const value_t*> sums_theta(workers), sums_lr(workers);
+  // Of the workers, and of the rest, whose tasks are the last.
+  std::vector<const value_t*> sums_theta(workers + 1), sums_lr(workers + 1);
+  const auto run = [&](auto& worker, int64_t first_task, int64_t count, int64_t place) {
+    constexpr int64_t kLanes = std::decay_t<decltype(worker)>::kLanes;
+    for (int64_t n = 0; n < count; n += kLanes) {
+      worker.run(first_task + n, std::min(kLanes, count - n));
+    }
+    sums_theta[place] = worker.sum_theta();
+    sums_lr[place] = worker.sum_lr();
+  };
   parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
     for (int64_t w = begin; w < end; ++w) {
       Worker worker(args, base + w * bytes, shares_threads);
-      for (int64_t g = w * groups / workers; g < (w + 1) * groups / workers; ++g) {
-        const int64_t first = g * Worker::kLanes;
-        worker.run(first, std::min(Worker::kLanes, args.tasks - first));
-      }
-      sums_theta[w] = worker.sum_theta();
-      sums_lr[w] = worker.sum_lr();
+      const int64_t first = w * groups / workers * Worker::kLanes;
+      const int64_t last = (w + 1) * groups / workers * Worker::kLanes;
+      run(worker, first, std::min(last, args.tasks - shares.rest) - first, w);
+      if (w > 0 || shares.rest == 0) continue;
+      Single single(args, base + workers * bytes, false);
+      run(single, args.tasks - shares.rest, shares.rest, workers);
     }
   });
-  for (int64_t w = 0; w < workers; ++w) {
+  for (int64_t w = 0; w <= workers; ++w) {
     if (sums_theta[w] != nullptr) add_sums(sums_theta[w], args.program.parameters, args.grad_theta);
     if (sums_lr[w] != nullptr) add_sums(sums_lr[w], args.lr_elements(), args.grad_lr);
   }

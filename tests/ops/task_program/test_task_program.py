@@ -61,6 +61,22 @@ def test_gauss_newton_products_of_every_network(tasks, name, device):
     setting.check("products", gauss_newton=True)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("tasks", [9, 17, 18, 25, 34])
+def test_tasks_that_do_not_fill_a_vector(tasks, threads, device):
+    """One or two tasks that are left over run by themselves, after those in lanes."""
+    setting = Setting("tanh", "mse", device, torch.float32, tasks=tasks)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for op in NAMES:
+            setting.check(op)
+        first, again = (results("meta_gradient", setting.arguments("meta_gradient")) for _ in "ab")
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, first, again))
+
+
 @pytest.mark.parametrize("count", [0, 1, 17])
 @pytest.mark.parametrize("tasks", [1, 20])
 def test_each_of_the_vectors_is_multiplied_by_itself(tasks, count, device):
