@@ -17,7 +17,7 @@ def facts_of(explanation: str) -> dict[str, str]:
     return {"fastmeta": f"{fm.__version__}, {native}", "engine": explanation}
 
 
-def _learner(setting: TorchProblem, **options: Any) -> tuple[fm.MAML, list[Tensor]]:
+def learner(setting: TorchProblem, **options: Any) -> tuple[fm.MAML, list[Tensor]]:
     workload = setting.workload
     maml = fm.MAML(setting.loaded(), workload.lr, workload.steps, loss=setting.loss, **options)
     return maml, [setting.data[name] for name in TASKS]
@@ -25,7 +25,7 @@ def _learner(setting: TorchProblem, **options: Any) -> tuple[fm.MAML, list[Tenso
 
 def _as_values(problem: Problem, **options: Any) -> Step:
     setting = TorchProblem(problem)
-    maml, tasks = _learner(setting, **options)
+    maml, tasks = learner(setting, **options)
 
     def run() -> tuple[Tensor, list[Tensor]]:
         result = maml.meta_gradient(*tasks)
@@ -47,7 +47,7 @@ def replayed(problem: Problem) -> Step:
 def _by_autograd(problem: Problem, **options: Any) -> Step:
     """`meta_loss` and `backward`, which leaves the gradients in `.grad`."""
     setting = TorchProblem(problem)
-    maml, tasks = _learner(setting, **options)
+    maml, tasks = learner(setting, **options)
     params = list(maml.module.parameters())
 
     def run() -> tuple[Tensor, list[Tensor]]:

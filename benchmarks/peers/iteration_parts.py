@@ -16,10 +16,10 @@ import time
 
 import torch
 
-import fastmeta as fm
 from benchmarks.common.workloads import WORKLOADS, draw, draw_episode
 from benchmarks.ops.distances import line
-from benchmarks.peers.modules import TASKS, TorchProblem
+from benchmarks.peers.fastmeta_steps import learner
+from benchmarks.peers.modules import TorchProblem
 from benchmarks.peers.step import Problem
 
 PARTS = ("episode", "meta_gradient", "assign_to", "fused Adam", "default Adam")
@@ -30,7 +30,7 @@ def times(workload: str, rounds: int) -> list[list[float]]:
     """Seconds of each part in each iteration; the first tenth is left out."""
     sizes = WORKLOADS[workload]
     setting = TorchProblem(Problem(sizes, draw(sizes)))
-    maml = fm.MAML(setting.loaded(), sizes.lr, sizes.steps, loss=setting.loss)
+    maml, tasks = learner(setting)
     params = list(maml.parameters())
     fused, default = (torch.optim.Adam(params, lr=0.0, fused=f) for f in (True, None))
     found = []
@@ -39,7 +39,7 @@ def times(workload: str, rounds: int) -> list[list[float]]:
         for name, array in draw_episode(sizes).items():
             setting.data[name].copy_(torch.from_numpy(array))
         marks.append(time.perf_counter())
-        result = maml.meta_gradient(*(setting.data[name] for name in TASKS))
+        result = maml.meta_gradient(*tasks)
         marks.append(time.perf_counter())
         result.assign_to(maml)
         for optimizer in (fused, default):

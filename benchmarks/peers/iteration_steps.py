@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-import fastmeta as fm
 from benchmarks.common.workloads import draw_episode
-from benchmarks.peers.fastmeta_steps import facts_of
+from benchmarks.peers.fastmeta_steps import facts_of, learner
 from benchmarks.peers.library_steps import LIBRARIES, loop
 from benchmarks.peers.modules import TASKS, TorchProblem, read_meta
 from benchmarks.peers.step import Problem, Step
@@ -38,14 +37,16 @@ def _iteration(
     return setting.step(run, read_meta, **facts)
 
 
-def autograd(problem: Problem) -> Step:
-    """`meta_loss` and `backward` of fastmeta."""
+def _of_fastmeta(problem: Problem, by_values: bool) -> Step:
     setting = TorchProblem(problem)
-    workload = setting.workload
-    maml = fm.MAML(setting.loaded(), workload.lr, workload.steps, loss=setting.loss)
-    tasks, params = [setting.data[name] for name in TASKS], list(maml.parameters())
+    maml, tasks = learner(setting)
+    params = list(maml.parameters())
 
     def gradient() -> tuple[Tensor, list[Tensor]]:
+        if by_values:
+            result = maml.meta_gradient(*tasks)
+            result.assign_to(maml)
+            return result.loss, [p.grad for p in params]
         for p in params:
             p.grad = None
         loss, _ = maml.meta_loss(*tasks)
@@ -55,19 +56,14 @@ def autograd(problem: Problem) -> Step:
     return _iteration(setting, params, gradient, **facts_of(maml.explain()))
 
 
+def autograd(problem: Problem) -> Step:
+    """`meta_loss` and `backward` of fastmeta."""
+    return _of_fastmeta(problem, by_values=False)
+
+
 def values(problem: Problem) -> Step:
     """`meta_gradient` of fastmeta, assigned to the parameters."""
-    setting = TorchProblem(problem)
-    workload = setting.workload
-    maml = fm.MAML(setting.loaded(), workload.lr, workload.steps, loss=setting.loss)
-    tasks, params = [setting.data[name] for name in TASKS], list(maml.parameters())
-
-    def gradient() -> tuple[Tensor, list[Tensor]]:
-        result = maml.meta_gradient(*tasks)
-        result.assign_to(maml)
-        return result.loss, [p.grad for p in params]
-
-    return _iteration(setting, params, gradient, **facts_of(maml.explain()))
+    return _of_fastmeta(problem, by_values=True)
 
 
 def _of_library(problem: Problem, name: str) -> Step:

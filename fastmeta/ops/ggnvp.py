@@ -62,7 +62,7 @@ def ggnvp(
     the Hessian without the curvature of the network, and equal to it for a linear one. For the
     cross entropy it is the Fisher matrix.
 
-    Many vectors share one forward pass. Tasks are vmapped.
+    In mode reverse many vectors share one forward pass. Tasks are vmapped.
 
     Args:
         forward: ``forward(params_of_one_task, x_of_one_task)`` -> outputs, a tensor; pure.

@@ -156,3 +156,19 @@ class Shared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.third(self.again(self.first(x))) + self.shift
+
+
+def parameters_of_tasks(net: nn.Module, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters of three tasks near the network's own, and a direction.
+
+    Batch norms lose their running statistics, which vmap could not write.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    torch.manual_seed(2)
+    params = {
+        name: p.detach() + 0.05 * torch.randn(3, *p.shape).double().to(device)
+        for name, p in net.named_parameters()
+    }
+    return params, {name: torch.randn_like(p) for name, p in params.items()}

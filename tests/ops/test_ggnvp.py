@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 import fastmeta as fm
-from tests.helpers.networks import NETWORKS, build, classification, relative_error
+from tests.helpers.networks import (
+    NETWORKS,
+    build,
+    classification,
+    parameters_of_tasks,
+    relative_error,
+)
 from tests.helpers.skips import MODES, skip_without_forward_derivative
 from tests.helpers.unrolled import twice_differentiable
 
@@ -74,15 +80,7 @@ def test_networks(name, mode, device):
     """Against ``J'`` times the tangent of the loss's gradient, one task at a time."""
     skip_without_forward_derivative(name, mode, device)
     net, tasks = build(name, device), classification(name, device)
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean = module.running_var = module.num_batches_tracked = None
-    torch.manual_seed(2)
-    params = {
-        n: p.detach() + 0.05 * torch.randn(3, *p.shape).double().to(device)
-        for n, p in net.named_parameters()
-    }
-    vector = {n: torch.randn_like(p) for n, p in params.items()}
+    params, vector = parameters_of_tasks(net, device)
 
     def outputs_at(params: dict[str, Tensor], x: Tensor) -> Tensor:
         return functional_call(net, params, (x,))

@@ -14,6 +14,7 @@ from tests.helpers.networks import (
     NETWORKS,
     build,
     classification,
+    parameters_of_tasks,
     regression,
     regressor,
     relative_error,
@@ -68,15 +69,7 @@ def test_networks(name, mode, device):
     """Against double backward, one task at a time, with parameters of each task's own."""
     skip_without_forward_derivative(name, mode, device)
     net, tasks = build(name, device), classification(name, device)
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean = module.running_var = module.num_batches_tracked = None
-    torch.manual_seed(2)
-    params = {
-        n: p.detach() + 0.05 * torch.randn(3, *p.shape).double().to(device)
-        for n, p in net.named_parameters()
-    }
-    vector = {n: torch.randn_like(p) for n, p in params.items()}
+    params, vector = parameters_of_tasks(net, device)
 
     def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(net, params, (x,)), y)
