@@ -94,9 +94,10 @@ TORCH_LIBRARY(fastmeta, m) {
       " float b) -> (Tensor grad_grad, Tensor grad_x)");
 
   // A network and its loss as a list of instructions: code, see task_program/program/program.h.
-  // theta [P] or [T, P]; frozen [F]; lr [K or 1, T or 1, P or 1]; x [T, B, ...]; y [T, B] int64
-  // labels, or [T, B, ...]; n elements in an example's output. A gradient has the shape of its
-  // input, and is empty if not requested.
+  // theta [P] or [T, P], of which the first A are adapted, and the tasks share the others; frozen
+  // [F]; lr [K or 1, T or 1, A or 1]; x [T, B, ...]; y [T, B] int64 labels, or [T, B, ...]; n
+  // elements in an example's output. A gradient has the shape of its input, and is empty if not
+  // requested.
   // -> outputs [T, B, n]
   m.def("task_program_forward(Tensor code, Tensor theta, Tensor frozen, Tensor x) -> Tensor");
   // -> loss [T], outputs [T, B, n], grad_theta [T, P], grad_x
@@ -107,19 +108,19 @@ TORCH_LIBRARY(fastmeta, m) {
   // check labels themselves, but cannot while a CUDA graph is captured: whoever replays a graph
   // calls this.
   m.def("task_program_check_labels(Tensor code, Tensor support_y, Tensor query_y) -> ()");
-  // vector [T, P] -> H vector [T, P], and the derivative of <gradient, vector> with respect to x
+  // vector [T, A] -> H vector [T, P], and the derivative of <gradient, vector> with respect to x
   m.def(
       "task_program_hvp(Tensor code, Tensor theta, Tensor frozen, Tensor x, Tensor y,"
       " Tensor vector, bool input_grad) -> (Tensor product, Tensor grad_x)");
-  // vectors [T, N, P] -> H vector of each, or of the Gauss-Newton matrix J' H_L J [T, N, P]
+  // vectors [T, N, A] -> H vector of each, or of the Gauss-Newton matrix J' H_L J [T, N, P]
   m.def(
       "task_program_products(Tensor code, Tensor theta, Tensor frozen, Tensor x, Tensor y,"
       " Tensor vectors, bool gauss_newton) -> Tensor");
-  // -> theta after `steps` steps of gradient descent [T, P]
+  // -> theta after `steps` steps of gradient descent [T, A]; shared: P - A
   m.def(
       "task_program_adapt(Tensor code, Tensor theta, Tensor frozen, Tensor lr, Tensor x, Tensor y,"
-      " int steps) -> Tensor");
-  // grad_out [T, P]
+      " int steps, int shared=0) -> Tensor");
+  // grad_out [T, A]
   m.def(
       "task_program_adapt_backward(Tensor code, Tensor theta, Tensor frozen, Tensor lr, Tensor x,"
       " Tensor y, int steps, Tensor grad_out, bool first_order, bool keep, bool lr_grad,"

@@ -9,6 +9,9 @@
 // The Hessian-vector product has the direction v_{k+1}; -lr_k times each layer's part is added to v
 // as soon as no other layer reads that part of v. If step sizes differ between parameters, or
 // layers share one, the direction -lr_k v_{k+1} is an array of its own.
+//
+// Parameters that are learned and not adapted have no part in theta_k, g_k and the direction. Their
+// part of v is the gradient of the meta-loss to them, which the products' mixed terms add to.
 #pragma once
 
 #include "task_program/passes.h"
@@ -78,10 +81,10 @@ struct SubtractProduct {
 template <typename storage_t>
 struct TaskArrays {
   Array<storage_t> start, frozen;  // theta_0 [P] and [F]
-  Array<storage_t> states;         // theta_1 .. theta_K
-  Array<storage_t> grads;          // g_0 .. g_{K-1}
+  Array<storage_t> states;         // theta_1 .. theta_K [A], the adapted parameters
+  Array<storage_t> grads;          // g_0 .. g_{K-1} [A]
   Array<storage_t> v;              // [P]
-  Array<storage_t> direction;      // [P], if it is not v
+  Array<storage_t> direction;      // [A], if it is not v
   Array<storage_t> loss;           // [1]
   Array<storage_t> outputs;        // after the last step, as later passes overwrite the values
   Array<storage_t> grad_lr;        // as the step sizes of a task
@@ -114,10 +117,10 @@ class MetaStep {
       if (program_.writes_once && !program_.has_rows) {
         support_gradient(k, grads(k), DescendFrom<storage_t>{descend});
         // After the pass: g_k may be in the memory of theta_{k+1}.
-        copy_unwritten(exec_, program_, theta(k), theta(k + 1));
+        copy_unwritten(exec_, program_, program_.adapted, theta(k), theta(k + 1));
       } else {
         support_gradient(k, grads(k), NoUpdate{});
-        exec_.map(program_.parameters, descend);
+        exec_.map(program_.adapted, descend);
       }
     }
   }
@@ -133,7 +136,7 @@ class MetaStep {
       exec_.map(net.size(out), Copy<storage_t>{net.value(out), task_.outputs});
     }
     if (!gradient) return;
-    passes.backward(task_.v, adds);
+    passes.backward(learned(task_.v), adds);
     if (task_.grad_query) {
       exec_.map(net.size(0), Copy<storage_t>{net.delta(0), task_.grad_query, adds});
     }
@@ -153,8 +156,8 @@ class MetaStep {
       support_gradient(0, Arena{}, NoUpdate{});
     }
     for (int64_t n = 0; n < vectors; ++n) {
-      const int64_t row = n * program_.parameters;
-      const Arena direction = task_.direction.from(row), product = task_.v.from(row);
+      const Arena direction = task_.direction.from(n * program_.adapted);
+      const Arena product = task_.v.from(n * program_.parameters);
       if (gauss_newton) {
         gauss_newton_product(direction, product);
       } else {
@@ -174,8 +177,8 @@ class MetaStep {
     if (options_.first_order) return;
     const Arena step_size = task_.step_sizes.of(k);
     if (task_.direction) {
-      exec_.map(program_.parameters, Descend<storage_t>{step_size, task_.step_sizes.per_parameter,
-                                                        Arena{}, task_.v, task_.direction});
+      exec_.map(program_.adapted, Descend<storage_t>{step_size, task_.step_sizes.per_parameter,
+                                                     Arena{}, task_.v, task_.direction});
       hessian_product(k, task_.direction, task_.v, {true});
     } else {
       hessian_product(k, task_.v, task_.v, {true, step_size});
@@ -185,10 +188,14 @@ class MetaStep {
 
  private:
   FASTMETA_HOST_DEVICE Arena grads(int k) const { return task_.grads.from(k * task_.grads_stride); }
+  // All learned parameters of a gradient; the inner steps take the adapted ones only.
+  FASTMETA_HOST_DEVICE ParameterGradient<storage_t> learned(Arena gradient) const {
+    return {gradient, program_.parameters};
+  }
 
   FASTMETA_HOST_DEVICE Network<storage_t> support_network(int k, Arena direction = {}) const {
-    Network<storage_t> net{program_,      {theta(k), task_.frozen}, {direction, {}},
-                           task_.support, task_.support_arrays,     program_.first_step + k};
+    Network<storage_t> net{program_,      parameters(k),        direction,
+                           task_.support, task_.support_arrays, program_.first_step + k};
     const int64_t offset = k * task_.step_stride;
     net.arrays.value = net.arrays.value.from(offset);
     net.arrays.delta = net.arrays.delta.from(offset);
@@ -196,8 +203,11 @@ class MetaStep {
   }
 
   FASTMETA_HOST_DEVICE Network<storage_t> query_network(int k) const {
-    return {program_,    {theta(k), task_.frozen}, {},
-            task_.query, task_.query_arrays,       program_.first_step + k};
+    return {program_, parameters(k), {}, task_.query, task_.query_arrays, program_.first_step + k};
+  }
+
+  FASTMETA_HOST_DEVICE Parameters<storage_t> parameters(int k) const {
+    return {theta(k), task_.start, task_.frozen};
   }
 
   // Computes values of step k and their gradients, and g_k if wanted.
@@ -207,7 +217,7 @@ class MetaStep {
     const Passes<Executor> passes(exec_, net);
     passes.forward();
     passes.loss({}, 1, true);
-    passes.backward(gradient, false, update);
+    passes.backward({gradient, program_.adapted}, false, update);
   }
 
   // Computes target = (or as `into` says) H_k direction, and the tangent of the inputs' gradient.
@@ -216,14 +226,14 @@ class MetaStep {
     const auto net = support_network(k, direction);
     const Passes<Executor> passes(exec_, net);
     passes.tangent_forward();
-    passes.tangent_backward(target, into);
+    passes.tangent_backward(learned(target), into);
   }
 
   FASTMETA_HOST_DEVICE void gauss_newton_product(Arena direction, Arena target) const {
     const auto net = support_network(0, direction);
     const Passes<Executor> passes(exec_, net);
     passes.tangent_forward();
-    passes.gauss_newton_backward(target);
+    passes.gauss_newton_backward(learned(target));
   }
 
   // Computes grad_support (+)= the derivative of <g_k, -lr_k v_{k+1}>.
@@ -242,9 +252,9 @@ class MetaStep {
   FASTMETA_HOST_DEVICE void step_size_gradient(int k) const {
     const Arena target = task_.grad_lr.from(k * task_.grad_lr_stride);
     if (task_.step_sizes.per_parameter) {
-      exec_.map(program_.parameters, SubtractProduct<storage_t>{grads(k), task_.v, target});
+      exec_.map(program_.adapted, SubtractProduct<storage_t>{grads(k), task_.v, target});
     } else {
-      exec_.reduce(program_.parameters, NegativeProduct<storage_t>{grads(k), task_.v}, target);
+      exec_.reduce(program_.adapted, NegativeProduct<storage_t>{grads(k), task_.v}, target);
     }
   }
 

@@ -1,5 +1,6 @@
 // Arguments of one call of an op of the task program, as pointers: the input of every
-// implementation. T tasks; theta [P] or [T, P]; examples x [B, ...] and targets of every task.
+// implementation. T tasks; theta [P] or [T, P], of which A are adapted; examples x [B, ...] and
+// targets of every task.
 #pragma once
 
 #include <cstdint>
@@ -43,20 +44,20 @@ struct OpArguments {
   const void* theta = nullptr;
   int64_t theta_stride = 0;
   const void* frozen = nullptr;
-  const void* lr = nullptr;  // [K or 1, T or 1, P or 1]
+  const void* lr = nullptr;  // [K or 1, T or 1, A or 1]
   int64_t lr_step_stride = 0, lr_task_stride = 0;
   bool lr_per_parameter = false;
   ExampleSet support, query;
   double scale = 1;                  // of the meta-loss: 1/T for a mean
   std::vector<double> step_weights;  // K, or none: only the last step counts
-  const void* given = nullptr;       // [T, P]: upstream gradient; or vectors [T, N, P]
+  const void* given = nullptr;       // [T, A]: upstream gradient; or vectors [T, N, A]
   int64_t vectors = 1;               // N
   bool gauss_newton = false;         // products with J' H_L J, not with H
 
   // Results, contiguous, null if not wanted. Tasks that share an input share its gradient.
   void* outputs = nullptr;     // [T, Q, outputs]
   void* loss = nullptr;        // [T]; a task's part of the mean
-  void* adapted = nullptr;     // [T, P]
+  void* adapted = nullptr;     // [T, A]
   void* grad_theta = nullptr;  // [P] or [T, P]; or products [T, N, P]
   bool grad_theta_shared = false;
   void* grad_lr = nullptr;       // like lr
@@ -64,10 +65,11 @@ struct OpArguments {
   void* grad_query = nullptr;
 
   // Sizes of a task's own step sizes: elements of a step, from a step to the next, of all steps.
-  int64_t lr_row() const { return lr_per_parameter ? program.parameters : 1; }
+  int64_t lr_row() const { return lr_per_parameter ? program.adapted : 1; }
   int64_t lr_dense_stride() const { return lr_step_stride == 0 ? 0 : lr_row(); }
   int64_t lr_elements() const { return lr_row() * (lr_step_stride == 0 ? 1 : options.steps); }
-  int64_t given_elements() const { return vectors * program.parameters; }
+  int64_t given_elements() const { return vectors * program.adapted; }
+  int64_t gradient_elements() const { return vectors * program.parameters; }
   bool has_labels() const { return program.loss.kind == LossKind::kCrossEntropy; }
   bool has_loss() const { return kind != OpKind::kForward; }
   // Targets of an example: its label, or a number for each output.
@@ -118,6 +120,10 @@ void run_op(Executor& exec, const OpArguments& args,
       step.adapt();
       break;
     case OpKind::kAdaptBackward:
+      // The adapted parameters do not depend on the shared ones directly.
+      if (const int64_t shared = args.program.parameters - args.program.adapted; shared > 0) {
+        exec.map(shared, Fill<storage_t>{0, task.v.from(args.program.adapted)});
+      }
       step.adapt();
       for (int k = steps - 1; k >= 0; --k) step.step_back(k);
       break;

@@ -47,7 +47,7 @@ class Call {
     TORCH_CHECK(kind == OpKind::kForward || args.program.loss.kind != LossKind::kNone,
                 "the program has no loss");
     TORCH_CHECK(kind == OpKind::kForward || args.program.values[args.program.output].adapts,
-                "no parameter of theta reaches the output");
+                "no adapted parameter reaches the output");
     args.theta = theta_.const_data_ptr();
     args.theta_stride = theta.dim() == 1 ? 0 : args.program.parameters;
     args.frozen = frozen_.const_data_ptr();
@@ -96,7 +96,7 @@ class Call {
     check_same(theta_, lr, "theta and lr");
     TORCH_CHECK(steps >= 0 && steps <= (1 << 30), "steps: expected at least 0, got ", steps);
     args.options.steps = static_cast<int>(steps);
-    const int64_t p = args.program.parameters;
+    const int64_t p = args.program.adapted;
     TORCH_CHECK(
         lr.dim() == 3 && (lr.size(0) == 1 || lr.size(0) == steps) &&
             (lr.size(1) == 1 || lr.size(1) == args.tasks) && (lr.size(2) == 1 || lr.size(2) == p),
@@ -108,20 +108,20 @@ class Call {
     args.lr_step_stride = lr.size(0) == 1 ? 0 : lr.size(1) * lr.size(2);
   }
 
-  // Takes vectors [T, N, P].
+  // Takes vectors [T, N, A].
   void vectors(const at::Tensor& x) {
     check_same(theta_, x, "vectors");
-    TORCH_CHECK(x.dim() == 3 && x.size(0) == args.tasks && x.size(2) == args.program.parameters,
-                "vectors: expected [", args.tasks, ", N, ", args.program.parameters, "], got ",
+    TORCH_CHECK(x.dim() == 3 && x.size(0) == args.tasks && x.size(2) == args.program.adapted,
+                "vectors: expected [", args.tasks, ", N, ", args.program.adapted, "], got ",
                 x.sizes());
     args.vectors = x.size(1);
     args.given = keep(x.contiguous()).const_data_ptr();
   }
 
-  // Address of x [T, P]; keeps a copy with contiguous rows.
+  // Address of x [T, A]; keeps a copy with contiguous rows.
   const void* given(const at::Tensor& x, const char* name) {
     check_same(theta_, x, name);
-    check_shape(x, {args.tasks, args.program.parameters}, name);
+    check_shape(x, {args.tasks, args.program.adapted}, name);
     return keep(x.contiguous()).const_data_ptr();
   }
 
@@ -293,18 +293,22 @@ struct TaskProgramOps {
     args.gradient = true;
     args.gauss_newton = gauss_newton;
     call.vectors(vectors);
-    auto products = call.result(vectors.sizes(), args.grad_theta);
+    auto products =
+        call.result({args.tasks, args.vectors, args.program.parameters}, args.grad_theta);
     if (args.vectors > 0) call.run<Device>();
     return products;
   }
 
   static Tensor adapt(const Tensor& code, const Tensor& theta, const Tensor& frozen,
-                      const Tensor& lr, const Tensor& x, const Tensor& y, int64_t steps) {
+                      const Tensor& lr, const Tensor& x, const Tensor& y, int64_t steps,
+                      int64_t shared) {
     Call call(OpKind::kAdapt, code, theta, frozen);
     OpArguments& args = call.args;
+    TORCH_CHECK(shared == args.program.parameters - args.program.adapted, "shared: expected ",
+                args.program.parameters - args.program.adapted, " as in the code, got ", shared);
     args.support = call.examples<Device>(x, y, "support");
     call.step_sizes(lr, steps);
-    auto adapted = call.result({args.tasks, args.program.parameters}, args.adapted);
+    auto adapted = call.result({args.tasks, args.program.adapted}, args.adapted);
     call.run<Device>();
     return adapted;
   }

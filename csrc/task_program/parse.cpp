@@ -94,6 +94,9 @@ ParsedProgram::ParsedProgram(const at::Tensor& code) {
                   code.numel() == kHeaderWords + values + instructions * kInstructionWords,
               "code: expected the length in its header, got ", code.numel(), " words");
   program_.parameters = words[3];
+  program_.adapted = words[3] - words[12];
+  TORCH_CHECK(words[12] >= 0 && words[12] <= words[3],
+              "code: expected shared parameters from 0 to ", words[3], ", got ", words[12]);
   program_.frozen = words[4];
   program_.output = static_cast<int>(words[5]);
   program_.loss = {static_cast<LossKind>(words[6]), number(words[7]), 0, words[9] != 0,
@@ -107,7 +110,7 @@ ParsedProgram::ParsedProgram(const at::Tensor& code) {
   const int64_t* word = words + kHeaderWords;
   for (int64_t v = 0; v < values; ++v, ++word) {
     TORCH_CHECK(*word >= 1, "code: expected values with elements, got ", *word);
-    values_.push_back({*word, 0, 0, false});
+    values_.push_back({*word, 0, 0, false, false});
   }
   made_.assign(values, false);
   made_[0] = true;
@@ -225,15 +228,18 @@ void ParsedProgram::read_instruction(const int64_t* words) {
     check_parameter(i.variance, i.inputs);
   }
   values_[i.y].adapts = values_[i.x].adapts || (i.x2 >= 0 && values_[i.x2].adapts) ||
-                        is_adapted(i.weight) || is_adapted(i.bias);
+                        program_.adapts(i.weight) || program_.adapts(i.bias);
+  values_[i.y].learns = values_[i.x].learns || (i.x2 >= 0 && values_[i.x2].learns) ||
+                        is_learned(i.weight) || is_learned(i.bias);
   made_[i.y] = true;
   instructions_.push_back(i);
 }
 
 void ParsedProgram::check_parameter(int64_t parameter, int64_t size) const {
   if (parameter == kNoParameter) return;
-  const int64_t begin = is_adapted(parameter) ? parameter : -2 - parameter;
-  const int64_t all = is_adapted(parameter) ? program_.parameters : program_.frozen;
+  const int64_t begin = is_learned(parameter) ? parameter : -2 - parameter;
+  int64_t all = is_learned(parameter) ? program_.parameters : program_.frozen;
+  if (program_.adapts(parameter)) all = program_.adapted;
   TORCH_CHECK(begin <= all - size, "a parameter of ", size, " elements at ", begin,
               " does not lie within ", all);
 }
@@ -324,7 +330,7 @@ void ParsedProgram::plan_gradients() {
     return before;
   };
   const auto seen_parameter = [&](int64_t parameter) {
-    if (!is_adapted(parameter)) return false;
+    if (!is_learned(parameter)) return false;
     const bool is_new = parameters.insert(parameter).second;
     program_.writes_once = program_.writes_once && is_new;
     return !is_new;
@@ -341,7 +347,7 @@ void ParsedProgram::plan_gradients() {
 void ParsedProgram::find_unwritten() {
   std::map<int64_t, int64_t> written;  // begin, end
   const auto writes = [&](int64_t parameter, int64_t size) {
-    if (is_adapted(parameter)) written[parameter] = std::max(written[parameter], parameter + size);
+    if (is_learned(parameter)) written[parameter] = std::max(written[parameter], parameter + size);
   };
   for (const auto& i : instructions_) {
     program_.has_rows |= i.parameter_rows > 1;
@@ -351,7 +357,10 @@ void ParsedProgram::find_unwritten() {
   }
   int64_t end = 0;  // of what was seen
   const auto leave_out_until = [&](int64_t begin) {
-    if (begin > end) unwritten_.push_back({end, begin - end});
+    // No part has adapted and shared parameters.
+    const int64_t middle = std::clamp(program_.adapted, end, std::max(begin, end));
+    if (middle > end) unwritten_.push_back({end, middle - end});
+    if (begin > middle) unwritten_.push_back({middle, begin - middle});
   };
   for (const auto& [begin, stop] : written) {
     leave_out_until(begin);
@@ -389,7 +398,7 @@ void ParsedProgram::fuse_bands() {
   for (size_t k = 0; k + 1 < instructions_.size(); ++k) {
     Instruction& i = instructions_[k];
     i.is_fused = i.op == Opcode::kConvolution && i.normed >= 0 && instructions_[k + 1].max_pool &&
-                 !values_[i.x].adapts && readers_[i.y] == 1 && i.conv.is_recompute_cheap();
+                 !values_[i.x].learns && readers_[i.y] == 1 && i.conv.is_recompute_cheap();
   }
   lay_out_values();
 }

@@ -20,6 +20,7 @@ class Passes {
  public:
   using storage_t = typename Executor::storage_t;
   using Arena = Array<storage_t>;
+  using Gradient = ParameterGradient<storage_t>;
 
   FASTMETA_HOST_DEVICE Passes(Executor& exec, const Network<storage_t>& net)
       : exec_(exec), net_(net) {}
@@ -68,12 +69,14 @@ class Passes {
                  WeightedElement<storage_t>{l.row_loss, net_.examples.norm, weight}, target);
   }
 
-  // Computes grads [P] = (or +=) the gradient from the gradient at the outputs, if wanted, and the
+  // Computes grads = (or +=) the gradient from the gradient at the outputs, if wanted, and the
   // gradient of the input. Runs `update.from(its parameter)` on each element of grads that is
   // complete.
   template <typename Update = NoUpdate>
-  FASTMETA_HOST_DEVICE void backward(Arena grads, bool adds, const Update& update = {}) const {
-    if (grads && !adds) copy_unwritten(exec_, net_.program, Arena{}, grads);
+  FASTMETA_HOST_DEVICE void backward(Gradient grads, bool adds, const Update& update = {}) const {
+    if (grads && !adds) {
+      copy_unwritten(exec_, net_.program, grads.count, Arena{}, grads.arena);
+    }
     for (int k = net_.program.instruction_count - 1; k >= 0; --k) {
       const Instruction& i = instruction(k);
       if (!net_.delta(i.y)) continue;
@@ -127,11 +130,14 @@ class Passes {
     }
   }
 
-  // Adds H theta_dot to target [P], and computes the tangent of the input's gradient; after
+  // Adds H theta_dot to target, and computes the tangent of the input's gradient; after
   // forward(), loss() and backward() at the same theta, and tangent_forward(). If no two layers
   // have a parameter in common, target may be theta_dot itself.
-  FASTMETA_HOST_DEVICE void tangent_backward(Arena target, const StoreMode<storage_t>& into) const {
-    if (!into.adds && !into.step_size) copy_unwritten(exec_, net_.program, Arena{}, target);
+  FASTMETA_HOST_DEVICE void tangent_backward(Gradient target,
+                                             const StoreMode<storage_t>& into) const {
+    if (!into.adds && !into.step_size) {
+      copy_unwritten(exec_, net_.program, target.count, Arena{}, target.arena);
+    }
     tangent_of_loss();
     for (int k = net_.program.instruction_count - 1; k >= 0; --k) {
       const Instruction& i = instruction(k);
@@ -162,9 +168,9 @@ class Passes {
     }
   }
 
-  // Computes target [P] = J' H_L J theta_dot, with J the derivative of the outputs in theta and H_L
+  // Computes target = J' H_L J theta_dot, with J the derivative of the outputs in theta and H_L
   // the Hessian of the loss in the outputs; after forward() and tangent_forward().
-  FASTMETA_HOST_DEVICE void gauss_newton_backward(Arena target) const {
+  FASTMETA_HOST_DEVICE void gauss_newton_backward(Gradient target) const {
     tangent_of_loss();
     // The backward pass is linear in the gradient at the outputs: it takes H_L J theta_dot there.
     Network<storage_t> net = net_;

@@ -95,30 +95,30 @@ FASTMETA_HOST_DEVICE TaskArrays<storage_t> take_task_arrays(BumpAllocator<storag
                                                             const Program& program,
                                                             const TaskNeeds& needs) {
   TaskArrays<storage_t> task;
-  const int64_t parameters = program.parameters, input = program.values[0].elements;
+  const int64_t adapted = program.adapted, input = program.values[0].elements;
   const int64_t steps = needs.options.steps;
   task.loss = allocator.take(1);
   if (steps > 0) {
-    task.states = allocator.take(parameters * (needs.keeps_states ? steps : 1));
-    task.state_stride = needs.keeps_states ? parameters : 0;
+    task.states = allocator.take(adapted * (needs.keeps_states ? steps : 1));
+    task.state_stride = needs.keeps_states ? adapted : 0;
   }
   if (steps > 0 && needs.shares_grads()) {
     task.grads = task.states;
     task.grads_stride = task.state_stride;
   } else if (steps > 0) {
-    task.grads = allocator.take(parameters * (needs.keeps_grads() ? steps : 1));
-    task.grads_stride = needs.keeps_grads() ? parameters : 0;
+    task.grads = allocator.take(adapted * (needs.keeps_grads() ? steps : 1));
+    task.grads_stride = needs.keeps_grads() ? adapted : 0;
   }
   if (needs.support > 0) {
     const bool keeps = needs.tangents() && needs.options.keeps_steps && steps > 0;
     take_values(allocator, program, needs.support, keeps ? steps : 1, task.support_arrays,
                 task.step_stride);
   }
-  if (needs.gradient) task.v = allocator.take(needs.vectors * parameters);
+  if (needs.gradient) task.v = allocator.take(needs.vectors * program.parameters);
   take_query_and_tangents(allocator, program, needs, task);
   if (needs.tangents()) {
     if (needs.separate_direction(program)) {
-      task.direction = allocator.take(needs.vectors * parameters);
+      task.direction = allocator.take(needs.vectors * adapted);
     }
     if (needs.support_grad) {
       task.support_arrays.input_delta_dot = allocator.take(needs.support * input);

@@ -26,9 +26,10 @@ struct CopyParts {
   }
 };
 
-// Copies source, or zeros without one, to the parts of target that backward() may not write.
+// Copies source, or zeros without one, to the parts of target, the first `wanted` parameters, that
+// backward() may not write.
 template <typename Executor, typename storage_t>
-FASTMETA_HOST_DEVICE void copy_unwritten(Executor& exec, const Program& program,
+FASTMETA_HOST_DEVICE void copy_unwritten(Executor& exec, const Program& program, int64_t wanted,
                                          Array<storage_t> source, Array<storage_t> target) {
   if (program.unwritten_count == 0) return;
   CopyParts<storage_t> together{source, target, {}};
@@ -39,6 +40,7 @@ FASTMETA_HOST_DEVICE void copy_unwritten(Executor& exec, const Program& program,
   };
   for (int p = 0; p < program.unwritten_count; ++p) {
     const Part& part = program.unwritten[p];
+    if (part.begin >= wanted) break;  // no part has both kinds of parameters
     if (part.count <= CopyParts<storage_t>::kLongest) {
       together.parts[count++] = part;
       if (count == CopyParts<storage_t>::kMost) copy_together();

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,10 +13,11 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """The places of a module's trainable parameters in an arena ``[..., P]``.
+    """The places of a module's adapted parameters in an arena ``[..., P]``.
 
-    Parameters with ``requires_grad=False`` are left out. A parameter that is registered under
-    several names (tied weights) is in the arena once, under its first name.
+    Those are the trainable ones, or some of them. Parameters with ``requires_grad=False`` are left
+    out. A parameter that is registered under several names (tied weights) is in the arena once,
+    under its first name.
 
     Attributes:
         names: names of the L parameters, in the module's order.
@@ -41,16 +42,17 @@ class ParameterLayout:
     frozen_dtypes: frozenset[torch.dtype] = field(default=frozenset(), compare=False)
 
     @classmethod
-    def of(cls, module: nn.Module) -> ParameterLayout:
+    def of(cls, module: nn.Module, adapt: Collection[str] | None = None) -> ParameterLayout:
         """The layout of a module's trainable parameters.
 
         Args:
             module: any module.
+            adapt: the names of those that are in the arena, as from ``selected_names``; None: all.
 
         Raises:
-            TypeError: ``module`` is no module, or its trainable parameters have several dtypes.
+            TypeError: ``module`` is no module, or the parameters of the arena have several dtypes.
             ValueError: nothing is trainable, a parameter is not initialised yet (lazy modules), or
-                the trainable parameters lie on several devices.
+                the parameters of the arena lie on several devices.
         """
         if not isinstance(module, nn.Module):
             raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
@@ -62,6 +64,10 @@ class ParameterLayout:
                 raise ValueError(
                     f"module: parameter {name!r} is not initialised; run the lazy module once first"
                 )
+        if adapt is not None:
+            named = {name: p for name, p in named.items() if name in adapt}
+            if not named:
+                raise ValueError(f"adapt: none of {sorted(adapt)} is trainable any more")
         dtypes = {p.dtype for p in named.values()}
         if len(dtypes) > 1:
             raise TypeError(f"module: expected trainable parameters of one dtype, got {dtypes}")
@@ -69,7 +75,7 @@ class ParameterLayout:
         if len(devices) > 1:
             raise ValueError(f"module: expected trainable parameters on one device, got {devices}")
         shapes = tuple(p.shape for p in named.values())
-        frozen = {p.dtype for p in module.parameters() if not p.requires_grad}
+        frozen = {p.dtype for name, p in module.named_parameters() if name not in named}
         floating = frozenset(dtype for dtype in frozen if dtype.is_floating_point)
         return cls(tuple(named), shapes, dtypes.pop(), devices.pop(), floating)
 

@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fastmeta.core.autocast import AutocastState
 from fastmeta.core.checks import refuse_inference_mode
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.parameter_selection import shared_parameters
 from fastmeta.core.pieces import joined
 from fastmeta.core.step_sizes import StepSizes
 from fastmeta.engines.autograd import is_learned, once_differentiable
@@ -130,30 +131,37 @@ def meta_loss(
 
 def meta_gradient(
     engine: Engine,
-    theta: Tensor,
+    start: Tensor | None,
     lr: float | Tensor,
     batch: TaskBatch,
     step_weights: Sequence[float] | Tensor | None = None,
 ) -> MetaGradient:
     """The meta-loss of an engine with its gradient, as ``Engine.meta_gradient``."""
-    theta = theta.detach().requires_grad_()
+    theta = (engine.parameters() if start is None else start).detach().requires_grad_()
     sources = [theta]
     if is_learned(lr):
         lr = lr.detach().requires_grad_()
         sources.append(lr)
-    options = engine.options
+    options, shared = engine.options, shared_parameters(engine.module, engine.options.adapt)
     learned = {n: p for n, p in options.inner_rule.named_parameters() if p.requires_grad}
     outer = [tensor for tensor in options.outer if tensor.requires_grad]
     # The caller may have disabled gradients; this function exists to take one.
     with torch.enable_grad():
         loss, outputs = engine.meta_loss(theta, lr, batch.detached(), step_weights)
-    sources += [*learned.values(), *outer]
+    sources += [*learned.values(), *outer, *shared.values()]
     # A task program reads no outer tensor.
-    grads = torch.autograd.grad(loss, sources, allow_unused=True, materialize_grads=True)
-    lr_grad = grads[1] if is_learned(lr) else None
-    first = len(sources) - len(outer)
-    rule_grads = dict(zip(learned, grads[first - len(learned) : first], strict=True))
-    return MetaGradient(loss.detach(), outputs, grads[0], lr_grad, rule_grads, grads[first:])
+    grads = iter(torch.autograd.grad(loss, sources, allow_unused=True, materialize_grads=True))
+    to_theta = next(grads)
+    return MetaGradient(
+        loss.detach(),
+        outputs,
+        grads=to_theta if start is None else to_theta.new_zeros(to_theta.shape[-1]),
+        start_grads=None if start is None else to_theta,
+        lr_grad=next(grads) if is_learned(lr) else None,
+        rule_grads={name: next(grads) for name in learned},
+        outer_grads=tuple(next(grads) for _ in outer),
+        shared_grads={name: next(grads) for name in shared},
+    )
 
 
 def query_losses(

@@ -80,11 +80,12 @@ class AutoEngine:
         lr: float | Tensor,
         batch: TaskBatch,
         step_weights: Sequence[float] | Tensor | None = None,
+        theta: Tensor | None = None,
     ) -> MetaGradient:
         """The meta-loss with its gradient, see ``FunctionalEngine.meta_gradient``."""
         with suppress(LoweringError):
-            return self.program.meta_gradient(lr, batch, step_weights)
-        return self.functional.meta_gradient(lr, batch, step_weights)
+            return self.program.meta_gradient(lr, batch, step_weights, theta)
+        return self.functional.meta_gradient(lr, batch, step_weights, theta)
 
     @entry_point
     def query_losses(

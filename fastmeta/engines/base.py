@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
@@ -93,12 +94,14 @@ class MetaGradient(NamedTuple):
     Attributes:
         loss: scalar.
         outputs: outputs on the queries after the last step ``[T, Q, N]``.
-        grads: gradient to the module's trainable parameters ``[P]``, in the order of
+        grads: gradient to the module's adapted parameters ``[P]``, in the order of
             ``ParameterLayout``.
         lr_grad: gradient to a learned ``lr``, in its shape; otherwise None.
         rule_grads: gradients to the rule's learned hyperparameters, by name.
         outer_grads: gradients to the outer tensors that require one, in the order of
             ``InnerLoopOptions.outer``; empty if a task program ran, which reads none of them.
+        shared_grads: gradients to the parameters that are trainable and not adapted, by name.
+        start_grads: gradient to a ``start`` that was given, in its shape; ``grads`` is then zero.
     """
 
     loss: Tensor
@@ -107,17 +110,28 @@ class MetaGradient(NamedTuple):
     lr_grad: Tensor | None
     rule_grads: dict[str, Tensor]
     outer_grads: tuple[Tensor, ...] = ()
+    shared_grads: Mapping[str, Tensor] = MappingProxyType({})
+    start_grads: Tensor | None = None
 
     def assign_to(self, learner: Any) -> None:
-        """Set ``.grad`` of the learner's parameters for its optimizer, replacing earlier ones."""
+        """Set ``.grad`` of the learner's parameters for its optimizer, replacing earlier ones.
+
+        The adapted parameters keep theirs if the loop had a ``start``, on which alone it depends.
+        """
         # Not through ParameterLayout: its checks take as long as the gradient of a small network.
         parameters = [p for p in learner.module.parameters() if p.requires_grad]
+        if self.shared_grads:
+            shared = {learner.module.get_parameter(n): g for n, g in self.shared_grads.items()}
+            for parameter, grad in shared.items():
+                parameter.grad = grad
+            parameters = [p for p in parameters if p not in shared]
         size = sum(p.numel() for p in parameters)
         if self.grads.shape != (size,):
             raise ValueError(f"grads: expected shape [{size}], got {list(self.grads.shape)}")
-        grads = _unflatten_dense_tensors(self.grads, parameters)
-        for parameter, grad in zip(parameters, grads, strict=True):
-            parameter.grad = grad  # a view: all gradients share one buffer [P]
+        if self.start_grads is None:
+            grads = _unflatten_dense_tensors(self.grads, parameters)
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter.grad = grad  # a view: all gradients share one buffer [P]
         if self.lr_grad is not None:
             cast("Tensor", learner.lr).grad = self.lr_grad
         for name, grad in self.rule_grads.items():
@@ -156,6 +170,9 @@ class InnerLoopOptions:
         rule: the inner update rule, see ``fastmeta.rules``; None: plain descent.
         outer: tensors that the module or the loss reads by itself and that get a gradient, such as
             the parameters of a learned loss. All tasks share them.
+        inner_loss: the loss of the inner loop; None: the engine's own, which the queries take.
+        adapt: names of the parameters that the inner loop adapts; None: all trainable ones. The
+            tasks share the others, which get a gradient like outer tensors.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of range.
@@ -169,6 +186,8 @@ class InnerLoopOptions:
     memory: str = "auto"
     rule: Rule | None = None
     outer: tuple[Tensor, ...] = field(default=(), compare=False)
+    inner_loss: Loss | None = None
+    adapt: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         check_integer("steps", self.steps, 0)
@@ -181,6 +200,9 @@ class InnerLoopOptions:
         check_choice("memory", self.memory, MEMORY)
         if not (self.rule is None or isinstance(self.rule, Rule)):
             raise TypeError(f"rule: expected a fastmeta.rules.Rule, got {type(self.rule).__name__}")
+        if not (self.inner_loss is None or callable(self.inner_loss)):
+            got = type(self.inner_loss).__name__
+            raise TypeError(f"inner_loss: expected a callable or None, got {got}")
         for tensor in self.outer:
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"outer: expected tensors, got {type(tensor).__name__}")
@@ -256,8 +278,9 @@ class Engine(Protocol):
         lr: float | Tensor,
         batch: TaskBatch,
         step_weights: Sequence[float] | Tensor | None = None,
+        theta: Tensor | None = None,
     ) -> MetaGradient:
-        """The meta-loss from the module's own parameters, with its gradient."""
+        """The meta-loss with its gradient."""
         ...
 
     def query_losses(

@@ -6,6 +6,7 @@ from torch import nn
 
 from fastmeta.core.backend import backend_of
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.parameter_selection import shared_parameters
 from fastmeta.engines.base import InnerLoopOptions
 
 
@@ -21,12 +22,13 @@ def describe_functional(
     for that; empty if there is none. ``chosen``: the tasks that ran together when
     ``task_chunk="auto"`` last chose their number, and the bytes of each.
     """
-    layout = ParameterLayout.of(module)
+    layout = ParameterLayout.of(module, options.adapt)
+    shared = sum(p.numel() for p in shared_parameters(module, options.adapt).values())
     tasks = describe_tasks(options.task_chunk, not_vmapped, chosen)
     norms = "Norms in evaluation mode go by the running statistics that they track. "
     return (
         f"Functional engine, which takes any nn.Module (here {type(module).__name__}, "
-        f"{count_parameters(layout)}); {tasks}. "
+        f"{count_parameters(layout, shared)}); {tasks}. "
         f"{'' if options.norm_statistics == 'batch' else norms}"
         f"{describe_steps(options, options.hvp_mode)} {describe_backend(layout, 'inner_update')}"
     )
@@ -68,6 +70,7 @@ def describe_backend(layout: ParameterLayout, op: str) -> str:
     return f"{subject} by the {backend} backend on {layout.device.type} in {name}."
 
 
-def count_parameters(layout: ParameterLayout) -> str:
-    """Count the adapted parameters and their tensors."""
-    return f"{layout.numel} adapted parameters in {len(layout.names)} tensors"
+def count_parameters(layout: ParameterLayout, shared: int = 0) -> str:
+    """Count the adapted parameters and their tensors, and those that the tasks share."""
+    adapted = f"{layout.numel} adapted parameters in {len(layout.names)} tensors"
+    return f"{adapted} and {shared} that the tasks share" if shared else adapted

@@ -26,6 +26,7 @@ from fastmeta.rules.base import PREFIX, Rule, State, Step
 SUPPORT_NAMES = ("support_x", "support_y")
 QUERY_NAMES = ("query_x", "query_y")
 OUTER = "outer."  # then a number: tensors of ``InnerLoopOptions.outer``
+SHARED = "shared."  # then a name: parameters that are learned and not adapted
 
 # direction -> H_k direction, and the gradient of <g_k, direction> to the support.
 Product = Callable[[Gradient], tuple[Gradient, Tensors]]
@@ -53,7 +54,10 @@ class Passes(Protocol):
 
     @property
     def outer(self) -> Tensors:
-        """Tensors that the module or the loss reads by itself, named ``outer.0``, ``outer.1``."""
+        """Tensors that the module or the loss reads by itself, which all tasks share.
+
+        Named ``outer.0``, ``outer.1``, and ``shared.weight`` for a parameter that is not adapted.
+        """
         ...
 
     def conditions(self) -> AbstractContextManager[None]:
@@ -134,7 +138,7 @@ class LoopInputs(NamedTuple):
 
 def of_tasks(name: str, tensor: Tensor, tasks: slice) -> Tensor:
     """The part of a named tensor, or of its gradient, that belongs to some tasks."""
-    if name.startswith((PREFIX, OUTER)):
+    if name.startswith((PREFIX, OUTER, SHARED)):
         return tensor  # all tasks share it
     if name == "lr":
         return StepSizes(tensor).of_tasks(tasks).values

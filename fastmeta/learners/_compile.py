@@ -61,17 +61,20 @@ def _traced(
     query_x: Tensor,
     query_y: Tensor,
     step_weights: Sequence[float] | Tensor | None = None,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if step_weights is not None and not isinstance(step_weights, Tensor):
         step_weights = torch.tensor(step_weights, dtype=torch.float64)
     # Views: torch.compile takes no tensor twice, and queries may be the support.
-    data = [x.view_as(x) for x in (support_x, support_y, query_x, query_y)]
+    batch = support_x, support_y, query_x, query_y
+    data = [x.view_as(x) for x in (*batch, *(() if start is None else (start,)))]
     inputs = [*_tensors(learner), *data]
     requires = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
     autocast = autocast_dtype(inputs[0].device)
     learner._register()
     # An op takes no Python object. torch.compile guards the id, so the graph is of this learner.
-    return _MetaLoss.apply(method, id(learner), requires, autocast, step_weights, *inputs)
+    own = len(inputs) - len(data)
+    return _MetaLoss.apply(method, id(learner), own, requires, autocast, step_weights, *inputs)
 
 
 class CompilableLearner(nn.Module):
@@ -102,13 +105,14 @@ class _MetaLoss(Function):
         ctx: Any,
         method: str,
         key: int,
+        own: int,
         requires: list[bool],
         autocast: torch.dtype | None,
         step_weights: Tensor | None,
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
         loss, outputs, *grads = torch.ops.fastmeta.meta_loss(
-            method, key, inputs[:-4], inputs[-4:], step_weights, requires, autocast
+            method, key, inputs[:own], inputs[own:], step_weights, requires, autocast
         )
         ctx.requires = requires
         ctx.save_for_backward(*grads)
@@ -119,7 +123,7 @@ class _MetaLoss(Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         grads = [grad_loss * next(saved) if required else None for required in ctx.requires]
-        return None, None, None, None, None, *grads
+        return None, None, None, None, None, None, *grads
 
 
 torch.library.define(
@@ -141,9 +145,12 @@ def _run(
     requires: list[bool],
     autocast: torch.dtype | None,
 ) -> list[Tensor]:
-    """Loss, outputs, and the gradient to each of ``tensors`` and ``data`` that requires it."""
+    """Loss, outputs, and the gradient to each of ``tensors`` and ``data`` that requires it.
+
+    ``data`` are the batch and, if there is one, the parameters to start from.
+    """
     learner = _LEARNERS[key]
-    weights = () if step_weights is None else (step_weights,)
+    options = {} if step_weights is None else {"step_weights": step_weights}
     own = _tensors(learner)
     casting = torch.autocast(tensors[0].device.type, autocast, enabled=autocast is not None)
     # Without the guard, ops below an op skip autograd, and the meta-loss would have no gradient.
@@ -152,7 +159,8 @@ def _run(
         data = [x.detach().requires_grad_(flag) for x, flag in zip(data, flags, strict=True)]
         sources = [x for x, required in zip((*own, *data), requires, strict=True) if required]
         with torch.set_grad_enabled(bool(sources)):
-            loss, outputs = _METHODS[method](learner, *data, *weights)
+            start = {"start": data[4]} if len(data) > 4 else {}
+            loss, outputs = _METHODS[method](learner, *data[:4], **options, **start)
         grads: Sequence[Tensor] = ()
         if sources:
             grads = torch.autograd.grad(loss, sources, materialize_grads=True)

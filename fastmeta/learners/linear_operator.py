@@ -66,7 +66,7 @@ def as_linear_operator(
     check_choice("library", library, LIBRARIES)
     if not isinstance(learner, MAML):
         raise TypeError(f"learner: expected a MAML learner, got {type(learner).__name__}")
-    layout, examples = ParameterLayout.of(learner.module), Examples.of_pair(batch)
+    layout, examples = learner.layout, Examples.of_pair(batch)
     tasks = check_examples(layout, examples)
     check_arena("params", layout, params, tasks)
     matrix = _Matrix(learner, layout, params.detach().expand(tasks, -1), batch, curvature)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.parameter_selection import Selector, selected_names
 from fastmeta.rules.base import Rule, RuleWrapper, check_made_for
 from fastmeta.rules.sgd import SGD
 
@@ -23,8 +24,9 @@ class MetaCurvature(RuleWrapper):
     The matrices start as the identity, so that learning starts from the rule inside.
 
     Args:
-        module: the model with the trainable parameters to adapt.
+        module: the model with the parameters to adapt.
         rule: the rule that takes the step; None: plain ``SGD()``.
+        adapt: the parameters to adapt, as for ``fastmeta.MAML``; None: all trainable ones.
 
     Attributes:
         factors: for each trainable parameter its matrices, M_o first.
@@ -43,9 +45,14 @@ class MetaCurvature(RuleWrapper):
         >>> maml = fm.MAML(net, 0.1, rule=rule)
     """
 
-    def __init__(self, module: nn.Module, rule: Rule | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        rule: Rule | None = None,
+        adapt: Selector | Sequence[Selector] | None = None,
+    ) -> None:
         super().__init__(SGD() if rule is None else rule)
-        self._layout = layout = ParameterLayout.of(module)
+        self._layout = layout = ParameterLayout.of(module, selected_names(module, adapt))
         like: dict[str, Any] = {"dtype": layout.dtype, "device": layout.device}
         self.factors = nn.ModuleList(
             nn.ParameterList(torch.eye(size, **like) for size in _sizes(shape))

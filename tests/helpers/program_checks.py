@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 import fastmeta as fm
 from fastmeta.ops.task_program import COMPILED, NAMES, reference
-from tests.helpers.programs import CLASS_LOSSES, LOSSES, Raw, build, shape_of, tasks_for
+from fastmeta.ops.task_program.bytecode import Code
+from tests.helpers.programs import (
+    CLASS_LOSSES,
+    LOSSES,
+    Raw,
+    adapted_half,
+    build,
+    shape_of,
+    tasks_for,
+)
 
 # Relative to the largest entry of a result.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -63,21 +72,24 @@ class Setting:
         dtype: torch.dtype = torch.float64,
         steps: int = 2,
         per_task: bool = False,
+        half: str | None = None,
         **sizes: int,
     ) -> None:
         net = build(name, device, dtype)
-        self.raw = Raw.of(net, LOSSES[loss], shape_of(name))
+        self.raw = Raw.of(net, LOSSES[loss], shape_of(name), adapted_half(net, half))
+        self.shared = Code.decode(self.raw.code).shared
         self.data = tasks_for(name, loss, device, dtype, **sizes)
         self.tasks, self.steps = len(self.data.support_x), steps
         self.generator = torch.Generator().manual_seed(5)
         self.lr = self.random(1, 1, 1) * 0.02 + 0.1
         if per_task:
-            shift = 0.1 * self.random(self.tasks, self.parameters)
+            shift = 0.1 * self.random(self.tasks, self.parameters + self.shared)
             self.raw = self.raw._replace(theta=self.raw.theta + shift)
 
     @property
     def parameters(self) -> int:
-        return self.raw.theta.shape[-1]
+        """The number of adapted ones."""
+        return self.raw.theta.shape[-1] - self.shared
 
     def random(self, *shape: int) -> Tensor:
         x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
@@ -102,7 +114,7 @@ class Setting:
             "gradient": (x, y, inputs),
             "hvp": (x, y, vector, inputs),
             "products": (x, y, self.random(self.tasks, 3, self.parameters), gauss_newton),
-            "adapt": (*inner, self.steps),
+            "adapt": (*inner, self.steps, self.shared),
             "adapt_backward": (*inner, self.steps, vector, *options, lr, inputs),
             "meta_gradient": (
                 *(*inner, query_x, query_y, list(weights), self.steps, *options),
@@ -133,8 +145,13 @@ def check_random_tasks(
     queries: Sequence[int],
 ) -> None:
     """Check every op on random tasks of a network, with random options."""
-    loss = choices.choice(list(LOSSES))
-    raw = Raw.of(net, LOSSES[loss], net.shape)
+    loss, half = choices.choice(list(LOSSES)), choices.choice((None, "first", "second"))
+    try:
+        raw = Raw.of(net, LOSSES[loss], net.shape, adapted_half(net, half))
+    except AssertionError:  # this half reaches no output
+        raw = Raw.of(net, LOSSES[loss], net.shape)
+    shared = Code.decode(raw.code).shared
+    adapted = raw.theta.numel() - shared
     tasks, steps = choices.choice(task_counts), choices.choice((1, 2, 3))
 
     def numbers(*shape: int) -> Tensor:
@@ -148,11 +165,11 @@ def check_random_tasks(
         return numbers(tasks, count, *net.shape), y
 
     support, query = examples(choices.choice(supports)), examples(choices.choice(queries))
-    rows, columns = choices.choice((1, tasks)), choices.choice((1, raw.theta.numel()))
+    rows, columns = choices.choice((1, tasks)), choices.choice((1, adapted))
     lr = 0.05 * numbers(choices.choice((1, steps)), rows, columns)
     if choices.random() > 0.5:
         raw = raw._replace(theta=raw.theta + 0.1 * numbers(tasks, raw.theta.numel()))
-    vector = numbers(tasks, raw.theta.shape[-1])
+    vector = numbers(tasks, adapted)
     first_order, keep = choices.random() > 0.7, choices.random() > 0.5
     weights = [choices.choice((0.0, 0.5, -0.3)) for _ in range(choices.choice((0, steps)))]
     requires = [choices.random() > 0.3 for _ in range(3)]
@@ -165,7 +182,7 @@ def check_random_tasks(
             numbers(tasks, choices.choice((1, 2)), vector.shape[1]),
             choices.random() > 0.5,
         ),
-        "adapt": (lr, *support, steps),
+        "adapt": (lr, *support, steps, shared),
         "adapt_backward": (lr, *support, steps, vector, first_order, keep, *requires[:2]),
         "meta_gradient": (
             *(lr, *support, *query, weights, steps, first_order, keep, True),

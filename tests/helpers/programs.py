@@ -308,9 +308,24 @@ def build(name: str, device: str = "cpu", dtype: torch.dtype = torch.float64) ->
     return net.to(device, dtype)
 
 
-def lowered(net: nn.Module, loss: Loss, shape: tuple[int, ...]) -> Program:
+# Which half of the trainable parameters is adapted, by their order.
+HALVES: dict[str, slice] = {"first": slice(0, None, 2), "second": slice(1, None, 2)}
+HALVES |= {"front": slice(None, -1), "back": slice(-2, None)}
+
+
+def adapted_half(net: nn.Module, half: str | None) -> tuple[str, ...] | None:
+    """The names of a half of the trainable parameters; None: all of them."""
+    if half is None:
+        return None
+    names = tuple(name for name, p in net.named_parameters() if p.requires_grad)
+    return names[HALVES[half]] or names
+
+
+def lowered(
+    net: nn.Module, loss: Loss, shape: tuple[int, ...], adapt: tuple[str, ...] | None = None
+) -> Program:
     """Lower a network; norms in evaluation mode use their running statistics."""
-    program = Lowering(net, loss, "running").program(shape)
+    program = Lowering(net, loss, "running", adapt).program(shape)
     assert isinstance(program, Program), program
     return program
 
@@ -348,8 +363,14 @@ class Raw(NamedTuple):
     frozen: Tensor
 
     @classmethod
-    def of(cls, net: nn.Module, loss: Loss, shape: tuple[int, ...]) -> Raw:
-        program = lowered(net, loss, shape)
-        theta = program.layout.flatten(dict(net.named_parameters())).detach()
+    def of(
+        cls,
+        net: nn.Module,
+        loss: Loss,
+        shape: tuple[int, ...],
+        adapt: tuple[str, ...] | None = None,
+    ) -> Raw:
+        program = lowered(net, loss, shape, adapt)
+        theta = torch.cat([p.flatten() for p in program.learned]).detach()
         frozen = torch.cat([theta.new_empty(0), *(p.flatten() for p in program.frozen)])
         return cls(program.code, theta, frozen)

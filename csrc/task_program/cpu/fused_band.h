@@ -102,7 +102,7 @@ class CpuFusedBand {
   void forward() const {
     const auto l = norm_.arrays(false);
     const CpuImages<value_t> in(l.in, false), out(l.out, false);
-    const value_t* w = bands_.packed(net_.parameters.at(conv_.weight).data, 0);
+    const value_t* w = bands_.packed(net_.parameter(conv_.weight).data, 0);
     bands_.for_each([&](const Interval& band) {
       const auto z = bands_.outputs(band, x_, w, 0);
       const auto rows = bands_.rows(band);
@@ -121,7 +121,7 @@ class CpuFusedBand {
     const auto l = norm_.arrays(true);
     const CpuImages<value_t> in(l.in, false), out(l.out, false);
     const auto weights = both_weights();
-    auto part = l;
+    auto part = without_tangent(l);
     if (weights.w_dot != nullptr) {
       bands_.for_each([&](const Interval& band) {
         part.x = bands_.outputs(band, x_, weights.w, 0);
@@ -138,20 +138,18 @@ class CpuFusedBand {
   }
 
   template <typename Update>
-  void backward(Arena grads, bool adds, const Update& update) const {
+  void backward(ParameterGradient<value_t> grads, bool adds, const Update& update) const {
     const auto l = norm_.arrays(false);
     exec_.column_sums(l.out, true, NormBackwardSums<Form, value_t>{l}, l.sums);
     norm_.means(exec_, l, l.sums, l.weight, {}, {});
-    if (!grads) return;
-    if (is_adapted(conv_.weight)) {
-      const value_t* w = bands_.packed(net_.parameters.at(conv_.weight).data, 0);
-      make_weights({adds || conv_.adds_to_weight}, grads.from(conv_.weight),
-                   [&](const Interval& band, Arena dz) {
-                     auto part = l;
-                     part.x = bands_.outputs(band, x_, w, 0);
-                     part.dx = dz;
-                     return NormBackward<Form, value_t>{part};
-                   });
+    if (const auto target = grads.at(conv_.weight)) {
+      const value_t* w = bands_.packed(net_.parameter(conv_.weight).data, 0);
+      make_weights({adds || conv_.adds_to_weight}, target, [&](const Interval& band, Arena dz) {
+        auto part = l;
+        part.x = bands_.outputs(band, x_, w, 0);
+        part.dx = dz;
+        return NormBackward<Form, value_t>{part};
+      });
       const auto finish = update.from(conv_.weight);
       if constexpr (!std::is_same_v<std::decay_t<decltype(finish)>, NoFinish>) {
         exec_.map(conv_.conv.weight_size(), finish);
@@ -160,11 +158,11 @@ class CpuFusedBand {
     norm_.parameter_gradients(exec_, l, l.sums, grads, {adds}, update);
   }
 
-  void tangent_backward(Arena target, const StoreMode<value_t>& into) const {
+  void tangent_backward(ParameterGradient<value_t> target, const StoreMode<value_t>& into) const {
     const auto l = norm_.arrays(true);
     const CpuImages<value_t> out(l.out, false);
     const auto weights = both_weights();
-    auto part = l;
+    auto part = without_tangent(l);
     bands_.for_each([&](const Interval& band) {
       if (weights.w_dot != nullptr) part.x_dot = bands_.outputs(band, x_, weights.w_dot, 1);
       const auto lines = pooled(band, l);
@@ -172,11 +170,12 @@ class CpuFusedBand {
                     l.sums_dot.data);
     });
     norm_.means(exec_, l, l.sums_dot, l.weight, l.sums, l.weight_dot);
-    if (weights.w_dot != nullptr) {
-      make_weights(into.or_adds(conv_.adds_to_weight), target.from(conv_.weight),
+    if (const auto weight = target.at(conv_.weight)) {
+      const bool adapts = weights.w_dot != nullptr;
+      make_weights(into.or_adds(conv_.adds_to_weight), weight,
                    [&](const Interval& band, Arena dz_dot) {
                      part.x = bands_.outputs(band, x_, weights.w, 0);
-                     part.x_dot = bands_.outputs(band, x_, weights.w_dot, 1);
+                     if (adapts) part.x_dot = bands_.outputs(band, x_, weights.w_dot, 1);
                      part.dx_dot = dz_dot;
                      return NormTangentBackward<Form, value_t>{part};
                    });
@@ -192,8 +191,15 @@ class CpuFusedBand {
   };
   Weights both_weights() const {
     const auto w_dot = net_.tangent_of(conv_.weight);
-    return {bands_.packed(net_.parameters.at(conv_.weight).data, 0),
+    return {bands_.packed(net_.parameter(conv_.weight).data, 0),
             w_dot ? bands_.packed(w_dot.data, 1) : nullptr};
+  }
+
+  // The arrays without a tangent of the convolution's outputs, which have no memory. It is zero if
+  // the weight is not adapted, also where the bias is: the norm takes it away again.
+  static NormArrays<value_t> without_tangent(NormArrays<value_t> l) {
+    l.x_dot = {};
+    return l;
   }
 
   // Lines of the pool's outputs that come from a band.

@@ -194,7 +194,7 @@ class CpuWorker {
 
   // Results that are returned unchanged are computed in place.
   void work_in_results() {
-    const int64_t row = first_ * args_.given_elements();
+    const int64_t row = first_ * args_.gradient_elements();
     if (args_.grad_theta_shared || args_.grad_theta == nullptr) return;
     task_.v = {static_cast<value_t*>(args_.grad_theta) + row, 0};
   }
@@ -251,15 +251,15 @@ class CpuWorker {
     store(task_.loss, 1, args_.loss);
     const int last = args_.options.steps - 1;
     if (args_.adapted != nullptr) {
-      store(last < 0 ? task_.start : task_.states.from(last * task_.state_stride),
-            program.parameters, args_.adapted);
+      store(last < 0 ? task_.start : task_.states.from(last * task_.state_stride), program.adapted,
+            args_.adapted);
     }
     store(task_.grad_support, args_.support.count * input, args_.grad_support);
     store(task_.grad_query, args_.query.count * input, args_.grad_query);
     if (sum_theta_) {
       add_up(task_.v, program.parameters, sum_theta_);
     } else {
-      store(task_.v, args_.given_elements(), args_.grad_theta);
+      store(task_.v, args_.gradient_elements(), args_.grad_theta);
     }
     if (sum_lr_) {
       add_up(task_.grad_lr, args_.lr_elements(), sum_lr_);

@@ -107,7 +107,8 @@ OpArguments vectors_of_task(const OpArguments& args, int64_t t, int64_t part, in
     return static_cast<const char*>(data) + elements * static_cast<int64_t>(size);
   };
   const int64_t first = part * args.vectors / parts;
-  const int64_t row = t * args.given_elements() + first * args.program.parameters;
+  const int64_t given = t * args.given_elements() + first * args.program.adapted;
+  const int64_t gradient = t * args.gradient_elements() + first * args.program.parameters;
   OpArguments own = args;
   own.tasks = 1;
   own.vectors = (part + 1) * args.vectors / parts - first;
@@ -115,8 +116,8 @@ OpArguments vectors_of_task(const OpArguments& args, int64_t t, int64_t part, in
   own.support.x = moved(args.support.x, t * args.support.x_stride, sizeof(value_t));
   own.support.targets = moved(args.support.targets, t * args.support.targets_stride,
                               args.has_labels() ? sizeof(int64_t) : sizeof(value_t));
-  own.given = moved(args.given, row, sizeof(value_t));
-  own.grad_theta = static_cast<value_t*>(args.grad_theta) + row;
+  own.given = moved(args.given, given, sizeof(value_t));
+  own.grad_theta = static_cast<value_t*>(args.grad_theta) + gradient;
   return own;
 }
 

@@ -113,7 +113,7 @@ class BlockRun {
   template <typename Arguments>
   void transfer_out(Arguments& j) const {
     const Program& program = args_.program;
-    const int64_t parameters = program.parameters, input = program.values[0].elements;
+    const int64_t input = program.values[0].elements;
     // Only to find the output's offset.
     const Network<Storage> net{program, {}, {}, task_.query, task_.query_arrays};
     const int last = args_.options.steps - 1;
@@ -121,11 +121,11 @@ class BlockRun {
     add_out(j, task_.outputs ? task_.outputs : net.value(program.output),
             args_.query.count * program.output_elements(), args_.outputs);
     add_out(j, task_.loss, 1, args_.loss);
-    add_out(j, last < 0 ? task_.start : task_.states.from(last * task_.state_stride), parameters,
-            args_.adapted);
+    add_out(j, last < 0 ? task_.start : task_.states.from(last * task_.state_stride),
+            program.adapted, args_.adapted);
     add_out(j, task_.grad_support, args_.support.count * input, args_.grad_support);
     add_out(j, task_.grad_query, args_.query.count * input, args_.grad_query);
-    add_out(j, task_.v, args_.given_elements(), sums_theta() ? v_ : args_.grad_theta);
+    add_out(j, task_.v, args_.gradient_elements(), sums_theta() ? v_ : args_.grad_theta);
     if (sums_lr()) {
       add_out(j, task_.grad_lr, args_.lr_elements(), grad_lr_);
     } else if (args_.grad_lr != nullptr) {

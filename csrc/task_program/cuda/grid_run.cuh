@@ -108,7 +108,7 @@ class GridRun {
       task.direction = given;
     } else if (given) {
       // v is overwritten step by step; the caller's gradient must not be.
-      executor.map(program.parameters, Copy<value_t>{given, task.v});
+      executor.map(program.adapted, Copy<value_t>{given, task.v});
     }
     run_op(executor, args_, task);
     store_results(executor, first, task);
@@ -142,7 +142,7 @@ class GridRun {
     place(args_.loss, 1, task.loss);
     place(args_.grad_support, args_.support.count * input, task.grad_support);
     place(args_.grad_query, args_.query.count * input, task.grad_query);
-    if (!args_.grad_theta_shared) place(args_.grad_theta, args_.given_elements(), task.v);
+    if (!args_.grad_theta_shared) place(args_.grad_theta, args_.gradient_elements(), task.v);
   }
 
   void store_results(Executor& executor, int64_t first, const TaskArrays<value_t>& task) const {
@@ -155,9 +155,9 @@ class GridRun {
     }
     const int last = args_.options.steps - 1;
     if (args_.adapted != nullptr) {
-      executor.map(program.parameters,
+      executor.map(program.adapted,
                    Copy<value_t>{last < 0 ? task.start : task.states.from(last * task.state_stride),
-                                 rows_of(args_.adapted, first, program.parameters)});
+                                 rows_of(args_.adapted, first, program.adapted)});
     }
     if (args_.grad_lr == nullptr || shares_lr()) return;
     const int64_t row = args_.lr_row();

@@ -72,8 +72,8 @@ struct BilinearLayer {
     if constexpr (std::is_same_v<Maps, ConvolutionMaps>) {
       if (i.normed >= 0) z.moments = net.extra(i.normed);
     }
-    z.bias = net.parameters.at(i.bias);
-    z.add(net.value(i.x), net.parameters.at(i.weight));
+    z.bias = net.parameter(i.bias);
+    z.add(net.value(i.x), net.parameter(i.weight));
     Maps::run(exec, z, finish);
   }
 
@@ -81,63 +81,60 @@ struct BilinearLayer {
   FASTMETA_HOST_DEVICE void tangent_forward(Executor& exec, const Finish& finish) const {
     auto z_dot = Maps::to(net, i, MapTo::kOutput, net.value_dot(i.y));
     z_dot.bias = net.tangent_of(i.bias);
-    add_where_there(z_dot, net.value_dot(i.x), net.parameters.at(i.weight));
+    add_where_there(z_dot, net.value_dot(i.x), net.parameter(i.weight));
     add_where_there(z_dot, net.value(i.x), net.tangent_of(i.weight));
     Maps::run(exec, z_dot, finish);
   }
 
-  // Computes grads [P], if wanted; adds if told to, or if another layer shares the parameter. An
-  // update may change the weights, so that their gradient comes last.
+  // Computes grads, if wanted; adds if told to, or if another layer shares the parameter. An update
+  // may change the weights, so that their gradient comes last.
   template <typename Executor, typename Finish, typename Update>
-  FASTMETA_HOST_DEVICE void backward(Executor& exec, Array<storage_t> grads, bool adds,
+  FASTMETA_HOST_DEVICE void backward(Executor& exec, ParameterGradient<storage_t> grads, bool adds,
                                      const Finish& finish, const Update& update) const {
     if (net.delta(i.x)) {
       auto dx = Maps::to(net, i, MapTo::kInput, net.delta(i.x));
       dx.into.adds = i.adds_to_x;
-      dx.add(net.delta(i.y), net.parameters.at(i.weight));
+      dx.add(net.delta(i.y), net.parameter(i.weight));
       Maps::run(exec, dx, finish);
     }
-    if (!grads) return;
-    if (is_adapted(i.weight)) {
-      auto dw = Maps::to(net, i, MapTo::kWeight, grads.from(i.weight));
+    if (const auto target = grads.at(i.weight)) {
+      auto dw = Maps::to(net, i, MapTo::kWeight, target);
       dw.into.adds = adds || i.adds_to_weight;
       dw.add(net.delta(i.y), net.value(i.x));
       Maps::run(exec, dw, update.from(i.weight));
     }
-    if (is_adapted(i.bias)) {
+    if (const auto target = grads.at(i.bias)) {
       auto finish_bias = update.from(i.bias);
-      exec.map(i.outputs, ColumnSums<storage_t, decltype(finish_bias)>{rows(),
-                                                                       i.outputs,
-                                                                       net.delta(i.y),
-                                                                       grads.from(i.bias),
-                                                                       {adds || i.adds_to_bias},
-                                                                       finish_bias});
+      exec.map(
+          i.outputs,
+          ColumnSums<storage_t, decltype(finish_bias)>{
+              rows(), i.outputs, net.delta(i.y), target, {adds || i.adds_to_bias}, finish_bias});
     }
   }
 
-  // Computes target [P] = H theta_dot of this layer's parameters. target may be theta_dot itself,
-  // so it is changed last.
+  // Computes target = H theta_dot of this layer's parameters. target may be theta_dot itself, so it
+  // is changed last.
   template <typename Executor, typename Finish>
-  FASTMETA_HOST_DEVICE void tangent_backward(Executor& exec, Array<storage_t> target,
+  FASTMETA_HOST_DEVICE void tangent_backward(Executor& exec, ParameterGradient<storage_t> target,
                                              const StoreMode<storage_t>& into,
                                              const Finish& finish) const {
     if (net.delta_dot(i.x)) {
       auto dx_dot = Maps::to(net, i, MapTo::kInput, net.delta_dot(i.x));
       dx_dot.into.adds = i.adds_to_x;
-      dx_dot.add(net.delta_dot(i.y), net.parameters.at(i.weight));
+      dx_dot.add(net.delta_dot(i.y), net.parameter(i.weight));
       add_where_there(dx_dot, net.delta(i.y), net.tangent_of(i.weight));
       Maps::run(exec, dx_dot, finish);
     }
-    if (is_adapted(i.weight)) {
-      auto dw_dot = Maps::to(net, i, MapTo::kWeight, target.from(i.weight));
+    if (const auto weight = target.at(i.weight)) {
+      auto dw_dot = Maps::to(net, i, MapTo::kWeight, weight);
       dw_dot.into = into.or_adds(i.adds_to_weight);
       dw_dot.add(net.delta_dot(i.y), net.value(i.x));
       add_where_there(dw_dot, net.delta(i.y), net.value_dot(i.x));
       Maps::run(exec, dw_dot, NoFinish{});
     }
-    if (is_adapted(i.bias)) {
-      exec.map(i.outputs, ColumnSums<storage_t>{rows(), i.outputs, net.delta_dot(i.y),
-                                                target.from(i.bias), into.or_adds(i.adds_to_bias)});
+    if (const auto bias = target.at(i.bias)) {
+      exec.map(i.outputs, ColumnSums<storage_t>{rows(), i.outputs, net.delta_dot(i.y), bias,
+                                                into.or_adds(i.adds_to_bias)});
     }
   }
 

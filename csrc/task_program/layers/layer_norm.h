@@ -216,8 +216,8 @@ struct LayerNorm {
     l.x = net.value(i.x);
     l.y = net.value(i.y);
     l.extra = net.extra(i.y);
-    l.weight = net.parameters.at(i.weight);
-    l.bias = net.parameters.at(i.bias);
+    l.weight = net.parameter(i.weight);
+    l.bias = net.parameter(i.bias);
     l.dy = net.delta(i.y);
     l.dx = net.delta(i.x);
     l.adds_to_x = i.adds_to_x;
@@ -246,15 +246,15 @@ struct LayerNorm {
   }
 
   template <typename Executor, typename Update>
-  FASTMETA_HOST_DEVICE void backward(Executor& exec, Array<storage_t> grads, bool adds,
+  FASTMETA_HOST_DEVICE void backward(Executor& exec, ParameterGradient<storage_t> grads, bool adds,
                                      const Update& update) const {
     const auto l = arrays(false);
     if (l.dx) exec.rows(l.rows, LayerNormBackward<storage_t>{l});
-    if (grads) parameter_gradients<false>(exec, l, grads, {adds}, update);
+    parameter_gradients<false>(exec, l, grads, {adds}, update);
   }
 
   template <typename Executor>
-  FASTMETA_HOST_DEVICE void tangent_backward(Executor& exec, Array<storage_t> target,
+  FASTMETA_HOST_DEVICE void tangent_backward(Executor& exec, ParameterGradient<storage_t> target,
                                              const StoreMode<storage_t>& into) const {
     const auto l = arrays(true);
     if (l.dx_dot) exec.rows(l.rows, LayerNormTangentBackward<storage_t>{l});
@@ -264,19 +264,18 @@ struct LayerNorm {
  private:
   template <bool tangent, typename Executor, typename Update>
   FASTMETA_HOST_DEVICE void parameter_gradients(Executor& exec, const LayerNormArrays<storage_t>& l,
-                                                Array<storage_t> target,
+                                                ParameterGradient<storage_t> target,
                                                 const StoreMode<storage_t>& into,
                                                 const Update& update) const {
     using Finish = decltype(update.from(0));
-    if (is_adapted(i.weight)) {
+    if (const auto weight = target.at(i.weight)) {
       exec.map(l.size, LayerNormWeightGradient<storage_t, tangent, Finish>{
-                           l, target.from(i.weight), into.or_adds(i.adds_to_weight),
-                           update.from(i.weight)});
+                           l, weight, into.or_adds(i.adds_to_weight), update.from(i.weight)});
     }
-    if (is_adapted(i.bias)) {
-      exec.map(l.size, ColumnSums<storage_t, Finish>{
-                           l.rows, l.size, tangent ? l.dy_dot : l.dy, target.from(i.bias),
-                           into.or_adds(i.adds_to_bias), update.from(i.bias)});
+    if (const auto bias = target.at(i.bias)) {
+      exec.map(l.size,
+               ColumnSums<storage_t, Finish>{l.rows, l.size, tangent ? l.dy_dot : l.dy, bias,
+                                             into.or_adds(i.adds_to_bias), update.from(i.bias)});
     }
   }
 };

@@ -58,7 +58,7 @@ struct NormLayer {
   }
 
   template <typename Executor, typename Update>
-  FASTMETA_HOST_DEVICE void backward(Executor& exec, Array<storage_t> grads, bool adds,
+  FASTMETA_HOST_DEVICE void backward(Executor& exec, ParameterGradient<storage_t> grads, bool adds,
                                      const Update& update) const {
     const auto l = arrays(false);
     with_form([&](auto form) {
@@ -73,7 +73,7 @@ struct NormLayer {
   }
 
   template <typename Executor>
-  FASTMETA_HOST_DEVICE void tangent_backward(Executor& exec, Array<storage_t> target,
+  FASTMETA_HOST_DEVICE void tangent_backward(Executor& exec, ParameterGradient<storage_t> target,
                                              const StoreMode<storage_t>& into) const {
     const auto l = arrays(true);
     with_form([&](auto form) {
@@ -108,8 +108,8 @@ struct NormLayer {
     l.statistics = net.extra(i.y);
     l.pick = l.statistics.from(4 * channels * count);
     l.picked = l.pick.from(net.size(i.y));
-    l.weight = net.parameters.at(of_step(i.weight));
-    l.bias = net.parameters.at(of_step(i.bias));
+    l.weight = net.parameter(of_step(i.weight));
+    l.bias = net.parameter(of_step(i.bias));
     l.dy = net.delta(i.y);
     l.sums = l.dy.from(net.size(i.y));
     l.dx = net.delta(i.x);
@@ -129,8 +129,8 @@ struct NormLayer {
   template <typename Executor>
   FASTMETA_HOST_DEVICE void statistics(Executor& exec, const NormArrays<storage_t>& l) const {
     if (has_given()) {
-      exec.map(i.inputs, GivenStatistics<storage_t>{i.inputs, l.eps, net.parameters.at(i.mean),
-                                                    net.parameters.at(i.variance), l.statistics});
+      exec.map(i.inputs, GivenStatistics<storage_t>{i.inputs, l.eps, net.parameter(i.mean),
+                                                    net.parameter(i.variance), l.statistics});
     } else {
       exec.rows(l.sets(), NormStatistics<storage_t>{l});
     }
@@ -151,15 +151,16 @@ struct NormLayer {
   // Computes parameter gradients from the two sums of each set.
   template <typename Executor, typename Update>
   FASTMETA_HOST_DEVICE void parameter_gradients(Executor& exec, const NormArrays<storage_t>& l,
-                                                Array<storage_t> sums, Array<storage_t> target,
+                                                Array<storage_t> sums,
+                                                ParameterGradient<storage_t> target,
                                                 const StoreMode<storage_t>& into,
                                                 const Update& update) const {
     using Finish = decltype(update.from(0));
     const auto add_up = [&](int64_t parameter, bool adds, Array<storage_t> source) {
-      if (!is_adapted(parameter)) return;
-      exec.map(i.inputs,
-               ColumnSums<storage_t, Finish>{l.sets(), 4 * i.inputs, source, target.from(parameter),
-                                             into.or_adds(adds), update.from(parameter)});
+      const auto part = target.at(parameter);
+      if (!part) return;
+      exec.map(i.inputs, ColumnSums<storage_t, Finish>{l.sets(), 4 * i.inputs, source, part,
+                                                       into.or_adds(adds), update.from(parameter)});
     };
     add_up(of_step(i.weight), i.adds_to_weight, sums.from(i.inputs));
     add_up(of_step(i.bias), i.adds_to_bias, sums);
@@ -171,7 +172,7 @@ struct NormLayer {
   // Whether sums over positions are needed. On given statistics only the gradients of weight and
   // bias are such sums.
   FASTMETA_HOST_DEVICE bool needs_sums(bool wants_gradients) const {
-    return !has_given() || (wants_gradients && (is_adapted(i.weight) || is_adapted(i.bias)));
+    return !has_given() || (wants_gradients && (is_learned(i.weight) || is_learned(i.bias)));
   }
 
   // Offset of the row of a weight or bias that the pass at theta_k reads.

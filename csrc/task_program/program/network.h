@@ -15,13 +15,23 @@ struct Examples {
   Array<storage_t> x, targets, norm;
 };
 
+// theta_k: the adapted parameters [A] after k steps, and the start [P], which has the shared ones.
 template <typename storage_t>
 struct Parameters {
-  Array<storage_t> theta, frozen;
+  Array<storage_t> adapted, start, frozen;
+};
 
+// Gradient of the first `count` parameters of theta: of all, or of the adapted ones.
+template <typename storage_t>
+struct ParameterGradient {
+  Array<storage_t> arena;
+  int64_t count;
+
+  FASTMETA_HOST_DEVICE explicit operator bool() const { return static_cast<bool>(arena); }
+  // The part of a parameter; empty if it is not wanted.
   FASTMETA_HOST_DEVICE Array<storage_t> at(int64_t parameter) const {
-    if (parameter == kNoParameter) return {};
-    return is_adapted(parameter) ? theta.from(parameter) : frozen.from(-2 - parameter);
+    const bool is_wanted = arena && is_learned(parameter) && parameter < count;
+    return is_wanted ? arena.from(parameter) : Array<storage_t>{};
   }
 };
 
@@ -38,7 +48,7 @@ template <typename storage_t>
 struct Network {
   const Program& program;
   Parameters<storage_t> parameters;
-  Parameters<storage_t> direction;  // theta_dot
+  Array<storage_t> direction;  // theta_dot [A]
   Examples<storage_t> examples;
   Activations<storage_t> arrays;
   int64_t step = 0;  // k, of theta_k
@@ -68,14 +78,20 @@ struct Network {
     const auto tangent = value_dot(y);
     return tangent ? tangent.from(size(y)) : tangent;
   }
+  FASTMETA_HOST_DEVICE Array<storage_t> parameter(int64_t reference) const {
+    if (reference == kNoParameter) return {};
+    if (!is_learned(reference)) return parameters.frozen.from(-2 - reference);
+    const bool adapts = program.adapts(reference);
+    return (adapts ? parameters.adapted : parameters.start).from(reference);
+  }
   // Tangent of a parameter; empty if it is not adapted.
-  FASTMETA_HOST_DEVICE Array<storage_t> tangent_of(int64_t parameter) const {
-    return is_adapted(parameter) ? direction.at(parameter) : Array<storage_t>{};
+  FASTMETA_HOST_DEVICE Array<storage_t> tangent_of(int64_t reference) const {
+    return program.adapts(reference) ? direction.from(reference) : Array<storage_t>{};
   }
 
  private:
   FASTMETA_HOST_DEVICE bool reaches_what_is_wanted(int v) const {
-    return info(v).adapts || arrays.input_delta || arrays.input_delta_dot;
+    return info(v).learns || arrays.input_delta || arrays.input_delta_dot;
   }
   FASTMETA_HOST_DEVICE Array<storage_t> inside(const Array<storage_t>& arena, int v) const {
     return arena.from(examples.count * info(v).offset);

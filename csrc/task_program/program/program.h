@@ -1,9 +1,10 @@
-// A network and its loss as a list of instructions over the parameters of a task, theta [P], and
-// parameters that tasks share and do not adapt, frozen [F].
+// A network and its loss as a list of instructions over learned parameters, theta [P], and constant
+// ones, frozen [F]. Of theta the first A are adapted: each task has its own after a step. The tasks
+// share the others.
 //
 // Python hands it over as a code tensor, int64 words:
 //   header, 16 words    format 3; values V; instructions N; P; F; output value; loss kind (-1:
-//                       none), its a and b; 1: mean, 0: sum; scale; first step; the rest 0
+//                       none), its a and b; 1: mean, 0: sum; scale; first step; P - A; the rest 0
 //   values, V words     elements of one example; value 0 is the input
 //   instructions, N x 24 words
 //                       opcode, x, x2, y, weight, bias, arguments [18]
@@ -73,7 +74,8 @@ struct Value {
   int64_t elements;  // of one example
   int64_t extra;     // statistics that its layer keeps beside them
   int64_t offset;    // in an example's numbers, of its elements and then extra; none for the input
-  bool adapts;       // depends on theta: has a tangent
+  bool adapts;       // depends on an adapted parameter: has a tangent
+  bool learns;       // depends on theta: its gradient is wanted
 };
 
 struct Instruction {
@@ -106,7 +108,7 @@ struct LossSpec {
   double scale;
 };
 
-// Elements of the arena of parameters.
+// Elements of theta.
 struct Part {
   int64_t begin, count;
 };
@@ -116,25 +118,28 @@ struct Program {
   const Instruction* instructions;
   const Value* values;
   int instruction_count, value_count, output;
-  int64_t parameters, frozen;  // P, F
-  int64_t first_step;          // theta on entry is theta after so many steps
-  int64_t example_elements;    // numbers of all values of an example, without the input
-  const Part* unwritten;       // what the backward pass may leave out of the gradient,
-  int unwritten_count;         // in order
-  bool writes_once;            // it writes no element twice
-  bool has_rows;               // some parameters have a row for each step: unwritten, or written
-  bool has_images;             // convolutions, norms, pools: not for executors of small networks
+  int64_t parameters, adapted, frozen;  // P, A, F
+  int64_t first_step;                   // theta on entry is theta after so many steps
+  int64_t example_elements;             // numbers of all values of an example, without the input
+  const Part* unwritten;                // what the backward pass may leave out of the gradient,
+  int unwritten_count;                  // in order
+  bool writes_once;                     // it writes no element twice
+  bool has_rows;    // some parameters have a row for each step: unwritten, or written
+  bool has_images;  // convolutions, norms, pools: not for executors of small networks
   LossSpec loss;
 
   FASTMETA_HOST_DEVICE int64_t output_elements() const { return values[output].elements; }
+  FASTMETA_HOST_DEVICE bool adapts(int64_t parameter) const {
+    return parameter >= 0 && parameter < adapted;
+  }
 };
 
-FASTMETA_HOST_DEVICE constexpr bool is_adapted(int64_t parameter) { return parameter >= 0; }
+FASTMETA_HOST_DEVICE constexpr bool is_learned(int64_t parameter) { return parameter >= 0; }
 
 // Parameter that lies `elements` behind another one.
 FASTMETA_HOST_DEVICE constexpr int64_t parameter_behind(int64_t parameter, int64_t elements) {
   if (parameter == kNoParameter) return kNoParameter;
-  return is_adapted(parameter) ? parameter + elements : parameter - elements;
+  return is_learned(parameter) ? parameter + elements : parameter - elements;
 }
 
 }  // namespace fastmeta

@@ -24,10 +24,10 @@ def would_lose_gradients() -> bool:
 
 @dataclass(frozen=True)
 class CapturedNames:
-    """The names under which a module and its loss may read tensors besides their arguments."""
+    """The names under which a module and its losses may read tensors besides their arguments."""
 
     module: nn.Module
-    loss: Loss
+    losses: tuple[Loss, ...]
 
     def refuse_captured(self, value: Tensor, known: list[Tensor]) -> None:
         """ValueError if a loss depends on a tensor that requires a gradient and is not known."""
@@ -56,10 +56,11 @@ class CapturedNames:
         for prefix, m in self.module.named_modules():
             for name, value in vars(m).items():
                 yield ".".join(["model", *filter(None, [prefix]), name]), value
-        if isinstance(self.loss, nn.Module):
-            for name, parameter in self.loss.named_parameters():
-                yield f"loss.{name}", parameter
-        yield from _names_of_function(self.loss)
+        for loss in self.losses:
+            if isinstance(loss, nn.Module):
+                for name, parameter in loss.named_parameters():
+                    yield f"loss.{name}", parameter
+            yield from _names_of_function(loss)
 
 
 def _names_of_function(function: Any) -> Iterator[tuple[str, Any]]:

@@ -35,7 +35,8 @@ class FunctionalEngine:
     """Adaptation, meta-gradient and Hessian-vector product of any module.
 
     Args:
-        module: any module of one input and one output tensor; its trainable parameters are adapted.
+        module: any module of one input and one output tensor; its trainable parameters are adapted,
+            or those that ``options.adapt`` names.
         loss: ``loss(outputs, targets)`` of one task -> scalar, the mean over the task's examples.
         options: options of the inner loop.
 
@@ -67,10 +68,15 @@ class FunctionalEngine:
         """The same engine with another number of inner steps."""
         return replace(self, options=replace(self.options, steps=steps))
 
+    @property
+    def layout(self) -> ParameterLayout:
+        """The layout of the adapted parameters in an arena."""
+        return ParameterLayout.of(self.module, self.options.adapt)
+
     @entry_point
     def parameters(self) -> Tensor:
-        """The module's own trainable parameters as an arena ``[P]``, a differentiable copy."""
-        return ParameterLayout.of(self.module).flatten(dict(self.module.named_parameters()))
+        """The module's own adapted parameters as an arena ``[P]``, a differentiable copy."""
+        return self.layout.flatten(dict(self.module.named_parameters()))
 
     @entry_point
     def adapt(
@@ -124,8 +130,8 @@ class FunctionalEngine:
                 outputs of the last. None: only the last step's loss.
 
         Returns:
-            loss (scalar), differentiable once in theta, lr and floating-point data; and the
-            detached outputs on the queries at theta_K ``[T, Q, ...]``.
+            loss (scalar), differentiable once in theta, lr, floating-point data, and what all
+            tasks share; and the detached outputs on the queries at theta_K ``[T, Q, ...]``.
 
         Raises:
             TypeError, ValueError, RuntimeError: as for ``adapt``; weights that are not K finite
@@ -145,13 +151,14 @@ class FunctionalEngine:
         lr: float | Tensor,
         batch: TaskBatch,
         step_weights: Sequence[float] | Tensor | None = None,
+        theta: Tensor | None = None,
     ) -> MetaGradient:
-        """The meta-loss from the module's own parameters, with its gradient.
+        """The meta-loss with its gradient; arguments are as for ``meta_loss``.
 
         Raises:
             TypeError, ValueError, RuntimeError: as for ``meta_loss``.
         """
-        return adjoint.meta_gradient(self, self.parameters(), lr, batch, step_weights)
+        return adjoint.meta_gradient(self, theta, lr, batch, step_weights)
 
     @entry_point
     def query_losses(
@@ -206,7 +213,7 @@ class FunctionalEngine:
     def _products(
         self, theta: Tensor, examples: Examples, vector: Tensor, gauss_newton: bool
     ) -> Tensor:
-        layout = ParameterLayout.of(self.module)
+        layout = self.layout
         tasks = check_examples(layout, examples)
         check_arena("params", layout, theta, tasks)  # the name that MAML.hvp has for it
         check_vector("vector", layout, vector, tasks)
@@ -215,7 +222,10 @@ class FunctionalEngine:
         vector = vector.expand(*vector.shape[:-2], *theta.shape)
 
         def run(engine: FunctionalEngine) -> Tensor:
-            loss = with_checked_labels(engine.loss, examples.y, examples.y_name)
+            loss = engine.loss
+            if examples.role == "support" and engine.options.inner_loss is not None:
+                loss = engine.options.inner_loss
+            loss = with_checked_labels(loss, examples.y, examples.y_name)
             task_losses = TaskLosses(layout, engine._task_module(), loss)
             return task_losses.products(engine.options, theta, examples, vector, gauss_newton)
 
@@ -227,7 +237,7 @@ class FunctionalEngine:
         return self._vmapped_if_possible(lambda engine: engine._outputs(theta, x))
 
     def _outputs(self, theta: Tensor, x: Tensor) -> Tensor:
-        layout, task_module = ParameterLayout.of(self.module), self._task_module()
+        layout, task_module = self.layout, self._task_module()
         with task_module.conditions(), inner_step(self.options.steps):
             outputs = [
                 task_module.outputs(layout.views(theta[chunk]), x[chunk], "query_x")
@@ -260,7 +270,7 @@ class FunctionalEngine:
         self, theta: Tensor, support: Examples | None = None, query: Examples | None = None
     ) -> tuple[ModulePasses, InnerLoopOptions]:
         """The passes for checked inputs, and the options with the size of chunks."""
-        layout = ParameterLayout.of(self.module)
+        layout = self.layout
         sets = [examples for examples in (support, query) if examples is not None]
         # The checks come before the labels are read, which may wait for the device.
         adjoint.check_loop(layout, self.options, theta, *sets)

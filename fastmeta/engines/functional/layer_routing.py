@@ -64,7 +64,6 @@ class RoutedLayers(TorchFunctionMode):
     Args:
         vmapped: whether tasks are vmapped.
         device: the device of the images, whose autocast applies; None: no autocast.
-        own_weights: whether each task has weights of its own. If not, convolutions are not routed.
 
     Raises:
         RuntimeError: the module uses a property or method of a tensor that vmap hides.
@@ -77,18 +76,13 @@ class RoutedLayers(TorchFunctionMode):
         torch.Size([3, 2, 5, 6, 6])
     """
 
-    def __init__(
-        self, vmapped: bool, device: torch.device | None = None, own_weights: bool = True
-    ) -> None:
+    def __init__(self, vmapped: bool, device: torch.device | None = None) -> None:
         super().__init__()
         self._vmapped = vmapped
         # These are routed without vmap too: their second derivative is the same chain.
         self._routes: dict[Any, Callable[..., Any]] = {F.batch_norm: _batch_norm, **_ACTIVATIONS}
         if vmapped:
-            self._routes[F.embedding] = _embedding
-        # If the tasks share the weights, PyTorch convolves the images of all tasks as one batch.
-        if vmapped and own_weights:
-            self._routes |= {F.conv2d: _conv2d, F.linear: _linear}
+            self._routes |= {F.embedding: _embedding, F.conv2d: _conv2d, F.linear: _linear}
         self._device = device
 
     def __torch_function__(
@@ -140,7 +134,7 @@ def _conv2d(
     # Widened to float32, Conv4-64 takes 1.6 times as long as in PyTorch with AVX512_BF16.
     in_hardware = input.dtype == torch.bfloat16 and input.device.type == "cpu"
     is_supported = not in_hardware and _is_supported("task_conv2d", input, weight)
-    if not is_supported or groups not in (1, input.shape[1]):
+    if not is_supported or not _is_mapped(weight) or groups not in (1, input.shape[1]):
         return NotImplemented
     # The op keeps the layout of its input; modules may call view() on contiguous images only.
     return task_conv2d(input.contiguous(), weight, bias, stride, padding, dilation, groups)
@@ -149,10 +143,15 @@ def _conv2d(
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # Of W x' the gradient to W comes in W's own layout, of x W' transposed: a copy to the arena
     # then reads it column by column. The outputs are transposed instead, so they must be smaller.
-    if input.dim() != 2 or weight.shape[-1] <= len(input):
+    if input.dim() != 2 or weight.shape[-1] <= len(input) or not _is_mapped(weight):
         return NotImplemented
     outputs = torch.mm(weight, input.mT).mT
     return outputs if bias is None else outputs + bias
+
+
+def _is_mapped(weight: Tensor) -> bool:
+    """Whether each task has its own; if not, PyTorch takes all tasks' examples as one batch."""
+    return bool(torch._C._functorch.is_batchedtensor(weight))
 
 
 def _embedding(

@@ -12,13 +12,14 @@ from torch import Tensor
 from fastmeta.core.derivatives import Linearized, Tensors, Total, curvature, gradient
 from fastmeta.core.inner_step import inner_step
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.parameter_selection import shared_parameters
 from fastmeta.core.pieces import Gradient, Pieces
 from fastmeta.core.random_state import RandomState
 from fastmeta.engines.base import Examples, InnerLoopOptions, Loss
 from fastmeta.engines.functional.captured import CapturedNames, would_lose_gradients
 from fastmeta.engines.functional.label_checks import with_checked_labels
 from fastmeta.engines.functional.task_module import TaskModule
-from fastmeta.engines.inner_loop import OUTER, Product
+from fastmeta.engines.inner_loop import OUTER, SHARED, Product
 
 # Activations that a reverse Hessian-vector product keeps, as a multiple of the activations that a
 # gradient keeps: measured 2.9 on Conv4-64 and 2.8 on an MLP.
@@ -64,17 +65,22 @@ class ModulePasses:
         query: Examples | None,
     ) -> ModulePasses:
         """The passes for a batch; checks its labels, once."""
+        inner_loss = loss if options.inner_loss is None else options.inner_loss
         support_loss, query_loss = (
-            loss if examples is None else with_checked_labels(loss, examples.y, examples.y_name)
-            for examples in (support, query)
+            own if examples is None else with_checked_labels(own, examples.y, examples.y_name)
+            for own, examples in ((inner_loss, support), (loss, query))
         )
         query_limit = None
         if support is not None and options.steps > 0:
             # As many activations as the support's Hessian-vector product keeps: a larger query set
             # then runs in groups and does not raise the peak of the memory.
             query_limit = support.x.shape[1] * (1 if options.first_order else _HVP_ACTIVATIONS)
-        outer = {f"{OUTER}{i}": tensor for i, tensor in enumerate(options.outer)}
-        names = CapturedNames(task_module.module, loss)
+        shared = shared_parameters(task_module.module, options.adapt)
+        outer: Tensors = {
+            **{f"{OUTER}{i}": tensor for i, tensor in enumerate(options.outer)},
+            **{f"{SHARED}{name}": parameter for name, parameter in shared.items()},
+        }
+        names = CapturedNames(task_module.module, (loss, inner_loss))
         return cls(
             outer=outer,
             refuse=names.refuse_captured if would_lose_gradients() else None,

@@ -141,7 +141,7 @@ class TaskModule:
             # weights, so every task needs its own.
             own = {n: p.expand(tasks, *p.shape) for n, p in self._trainable.items()}
             params = {**own, **params}
-        routing = RoutedLayers(tasks != 1, inputs[0].device, own_weights=bool(params))
+        routing = RoutedLayers(tasks != 1, inputs[0].device)
 
         def one_task(params: dict[str, Tensor], buffers: dict[str, Tensor], *inputs: Tensor) -> Any:
             def call(x: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class TaskModule:
         cuda = [x.device] if x.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             try:
-                self._call({**self._trainable, **tensors}, x, RoutedLayers(False, x.device, True))
+                self._call({**self._trainable, **tensors}, x, RoutedLayers(False, x.device))
             except KINDS as error:
                 return error
         return None

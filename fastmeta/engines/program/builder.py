@@ -75,6 +75,7 @@ class Builder:
         self._instructions: list[Instruction] = []
         self._overwritten: list[tuple[int, int]] = []  # value, the instruction in place
         self._adapts: set[int] = set()  # values that depend on adapted parameters
+        self._learned = sum(parameter.numel() for parameter in trace.learned)
         self._transposed: dict[tuple[int, int, int], int] = {}  # (value, rows, columns) -> value
         self._sources: dict[int, int] = {}  # transpose -> the value that it transposes
         self.output = self._run(Value(0, shape))
@@ -82,17 +83,18 @@ class Builder:
         if 0 in self._sizes:
             raise LoweringError("a tensor of model has no elements")
         if self.output.at not in self._adapts:
-            raise LoweringError("the outputs of model depend on no trainable parameter")
+            raise LoweringError("the outputs of model depend on no adapted parameter")
 
     def code(self, loss: LossCode | None) -> Code:
         """The instructions and the loss as code."""
         return Code(
             values=tuple(self._sizes),
             instructions=tuple(self._instructions),
-            parameters=self.trace.layout.numel,
+            parameters=self._learned,
             frozen=sum(tensor.numel() for tensor in self.frozen),
             output=self.output.at,
             loss=loss,
+            shared=self._learned - self.trace.layout.numel,
         )
 
     def emit(
@@ -101,8 +103,9 @@ class Builder:
         """Emit an instruction on x; the new value has the memory layout of x."""
         y = Value(len(self._sizes), shape, x.channels_last)
         instruction = Instruction(opcode, x.at, y.at, **fields)
-        # Offsets from 0 up are adapted parameters; frozen ones are below -1.
-        has_adapted = max(instruction.weight, instruction.bias) >= 0
+        # Offsets from 0 up are learned parameters, first the adapted; frozen ones are below -1.
+        parameters, adapted = (instruction.weight, instruction.bias), self.trace.layout.numel
+        has_adapted = any(0 <= parameter < adapted for parameter in parameters)
         if has_adapted or self._adapts & {x.at, instruction.x2}:
             self._adapts.add(y.at)
         self._sizes.append(math.prod(shape))

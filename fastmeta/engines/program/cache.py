@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastmeta.core.checks import check_dense
 from fastmeta.core.cuda_graphs import Graphs
 from fastmeta.core.parameter_layout import ParameterLayout
-from fastmeta.engines.base import Examples, Loss, TaskBatch
+from fastmeta.engines.base import Examples, Loss, MetaGradient, TaskBatch
 from fastmeta.engines.checks import check_examples
 from fastmeta.engines.program.call import Call
 from fastmeta.engines.program.fast_path import CachedMetaGradient
@@ -24,11 +24,12 @@ _PLAIN = (Tensor, nn.Parameter)  # exact types: a subclass may have no memory of
 
 
 class LoweredSource(NamedTuple):
-    """Source of a lowering: the module, the loss and the statistics of its norms."""
+    """Source of a lowering: the module, the loss, and the options that count."""
 
     module: nn.Module
     loss: Loss
     norm_statistics: str
+    adapt: tuple[str, ...] | None
 
 
 class Plan(NamedTuple):
@@ -85,9 +86,8 @@ class ProgramCache:
 
     def lowering(self, source: LoweredSource) -> Lowering:
         """The lowering of a module and a loss: the cached one while it is valid."""
-        module, loss, statistics = source
-        if self._lowering is None or not self._lowering.current(module, loss, statistics):
-            self._lowering = Lowering(module, loss, statistics)
+        if self._lowering is None or not self._lowering.current(*source):
+            self._lowering = Lowering(*source)
             self._plans.clear()
             self.graphs.clear()  # they replay kernels with the old program and parameters
         return self._lowering
@@ -116,14 +116,14 @@ class ProgramCache:
             # Batches of ever new shapes would otherwise fill the memory.
             if len(self._plans) >= _PLANS_KEPT:
                 self._plans.clear()
-            plan = self._plans[signature] = _plan(lowering, source.module, sets)
+            plan = self._plans[signature] = _plan(lowering, source, sets)
         if isinstance(plan, str):  # the cached reason why there is none
             raise LoweringError(plan)
         return plan
 
     def replay(
         self, learner: nn.Module, data: tuple[Tensor, Tensor, Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+    ) -> MetaGradient | None:
         """The learner's meta-gradient if only values have changed since the last; else None.
 
         ``data`` are the tensors of a ``TaskBatch``, which would take a percent of a small call.
@@ -168,8 +168,8 @@ def check_plain(name: str, tensor: Any) -> None:
         raise LoweringError(f"{name} is a {type(tensor).__name__} that is no plain tensor")
 
 
-def _plan(lowering: Lowering, module: nn.Module, sets: Sequence[Examples]) -> Plan | str:
-    layout = ParameterLayout.of(module)
+def _plan(lowering: Lowering, source: LoweredSource, sets: Sequence[Examples]) -> Plan | str:
+    layout = ParameterLayout.of(source.module, source.adapt)
     tasks = check_examples(layout, *sets)
     first = sets[0]
     program = lowering.program(tuple(first.x.shape[2:]))

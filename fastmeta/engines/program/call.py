@@ -13,7 +13,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from fastmeta.core.cuda_graphs import Graphs
 from fastmeta.engines.autograd import once_differentiable
-from fastmeta.engines.base import Examples, InnerLoopOptions, TaskBatch
+from fastmeta.engines.base import Examples, InnerLoopOptions, MetaGradient, TaskBatch
 from fastmeta.engines.program.lowering import Program
 from fastmeta.ops.task_program.bytecode import at_step
 
@@ -42,7 +42,7 @@ class Call(NamedTuple):
         program: the module and its loss as code.
         own_parameters: whether theta is the module's own parameters, one tensor each. Autograd then
             records one function instead of a concatenation and its parts. Otherwise theta is one
-            arena, ``[P]`` or ``[T, P]``.
+            arena, ``[P]`` or ``[T, P]``, with the shared parameters behind the adapted ones.
         tasks: T.
         options: options of the inner loop.
         keep: whether the activations of all steps are kept for the backward.
@@ -67,8 +67,23 @@ class Call(NamedTuple):
 
     def parts(self, arena: Tensor) -> Tensors:
         """The inverse of ``arena``, for gradients."""
-        adapted = self.program.adapted
-        return _unflatten_dense_tensors(arena, adapted) if self.own_parameters else (arena,)
+        learned = self.program.learned
+        return _unflatten_dense_tensors(arena, learned) if self.own_parameters else (arena,)
+
+    def with_shared(self, theta: Tensor) -> Tensor:
+        """An arena of adapted parameters ``[..., A]`` with the shared ones behind, ``[..., P]``."""
+        shared = self.program.shared
+        if not shared:
+            return theta
+        flat = torch.cat([parameter.reshape(-1) for parameter in shared.values()])
+        return torch.cat((theta, flat.expand(*theta.shape[:-1], -1)), -1)
+
+    def as_meta_gradient(
+        self, loss: Tensor, outputs: Tensor, arena: Tensor, lr_grad: Tensor | None = None
+    ) -> MetaGradient:
+        """The meta-gradient whose gradient to the learned parameters is ``arena`` ``[P]``."""
+        grads, shared = self.program.by_kind(arena)
+        return MetaGradient(loss, outputs, grads, lr_grad, {}, shared_grads=shared)
 
     def frozen(self, like: Tensor) -> Tensor:
         """The parameters that are not adapted ``[F]``."""
@@ -76,7 +91,8 @@ class Call(NamedTuple):
         return _flatten_dense_tensors(frozen) if frozen else like.new_empty(0)
 
     def adapt(self, theta: Tensor, frozen: Tensor, lr: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """theta_K ``[T, P]``."""
+        """theta_K ``[T, A]``."""
+        shared = sum(parameter.numel() for parameter in self.program.shared.values())
         results = [
             self.ops.adapt(
                 self.program.code,
@@ -86,6 +102,7 @@ class Call(NamedTuple):
                 x[chunk],
                 y[chunk],
                 self.options.steps,
+                shared,
             )
             for chunk in self.options.chunks(self.tasks)
         ]
@@ -94,7 +111,7 @@ class Call(NamedTuple):
     def adapt_backward(
         self, saved: Sequence[Tensor], v: Tensor, lr_grad: bool, x_grad: bool
     ) -> Iterator[Tensor]:
-        """The gradients to theta, lr and x, from the gradient ``v`` ``[T, P]`` to theta_K."""
+        """The gradients to theta, lr and x, from the gradient ``v`` ``[T, A]`` to theta_K."""
         theta, frozen, lr, x, y = saved
         results = [
             self.ops.adapt_backward(
@@ -214,7 +231,7 @@ class Call(NamedTuple):
         self, lr: Tensor, batch: TaskBatch, lr_grad: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Meta-loss, outputs, and the gradients to the module's own parameters ``[P]`` and lr."""
-        theta = self.program.adapted
+        theta = self.program.learned
         if self.is_one_compiled and self.graphs is None:
             loss, outputs, to_theta, to_lr = self.ops.loss_and_gradient(
                 self.program.code,
@@ -238,8 +255,8 @@ class Call(NamedTuple):
     def products(
         self, theta: Tensor, examples: Examples, vectors: Tensor, gauss_newton: bool
     ) -> Tensor:
-        """``H v``, or ``J' H_L J v``, of vectors ``[T, P]`` or ``[K, T, P]``, in their shape."""
-        frozen = self.frozen(theta)
+        """``H v``, or ``J' H_L J v``, of vectors ``[T, A]`` or ``[K, T, A]``, in their shape."""
+        theta, frozen = self.with_shared(theta), self.frozen(theta)
         # The op takes each task's vectors together, [T, K, P].
         count = len(vectors) if vectors.ndim == 3 else 1
         rows = vectors.movedim(-2, 0).reshape(self.tasks, count, vectors.shape[-1])
@@ -249,7 +266,8 @@ class Call(NamedTuple):
             code = self.program.code
             results.append(self.ops.products(code, part, frozen, x, y, rows[chunk], gauss_newton))
         products = results[0] if len(results) == 1 else torch.cat(results)
-        return products.movedim(0, -2).reshape(vectors.shape)
+        # A product's part for the shared parameters is the mixed derivative.
+        return products[..., : vectors.shape[-1]].movedim(0, -2).reshape(vectors.shape)
 
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
         """The module's outputs ``[T, B, ...]`` with parameters that have taken the call's steps."""
@@ -257,7 +275,8 @@ class Call(NamedTuple):
         # Norms with a row of parameters a step read the row of the last step.
         if self.program.per_step:
             code = at_step(code, self.options.steps)
-        return self.shaped(self.ops.forward(code, theta, self.frozen(theta), x))
+        theta, frozen = self.with_shared(theta), self.frozen(theta)
+        return self.shaped(self.ops.forward(code, theta, frozen, x))
 
     def shaped(self, outputs: Tensor) -> Tensor:
         """Outputs ``[T, B, n]`` in the module's shape."""

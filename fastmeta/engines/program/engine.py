@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastmeta.core.cuda_graphs import DEVICE_TYPE, check_option
 from fastmeta.core.memory import kept_pages
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.parameter_selection import shared_parameters
 from fastmeta.core.step_sizes import StepSizes
 from fastmeta.engines import adjoint
 from fastmeta.engines.autograd import entry_point, is_learned
@@ -114,6 +115,7 @@ class ProgramEngine:
         try:
             if sets:
                 return self._call(None, sets).program
+            self._check_losses()
             program = self.cache.lowering(self._source).program()
             if isinstance(program, Program):
                 self._check_circumstances(program.layout)
@@ -136,7 +138,7 @@ class ProgramEngine:
             passes, theta = self._passes(call, theta, support)
             return adjoint.adapt(passes, self.options, theta, lr, support, indices)
         values = self._step_sizes(call, lr)
-        start = call.program.adapted if theta is None else (theta,)
+        start = call.program.learned if theta is None else (call.with_shared(theta),)
         # An autograd Function costs microseconds, also where nothing is recorded.
         if torch.is_grad_enabled():
             return Adapt.apply(call, values, support.x, support.y, *start)
@@ -163,7 +165,7 @@ class ProgramEngine:
             passes, theta = self._passes(call, theta, batch.support, batch.query)
             return adjoint.meta_loss(passes, self.options, theta, lr, batch, step_weights)
         values = self._step_sizes(call, lr)
-        start = call.program.adapted if theta is None else (theta,)
+        start = call.program.learned if theta is None else (call.with_shared(theta),)
         if torch.is_grad_enabled():
             if theta is None:
                 self._remember(call, lr, values, batch, weights)
@@ -178,6 +180,7 @@ class ProgramEngine:
         lr: float | Tensor,
         batch: TaskBatch,
         step_weights: Sequence[float] | Tensor | None = None,
+        theta: Tensor | None = None,
     ) -> MetaGradient:
         """The meta-loss with its gradient, see ``FunctionalEngine.meta_gradient``.
 
@@ -185,14 +188,14 @@ class ProgramEngine:
             ValueError, RuntimeError: as for ``meta_loss``.
         """
         weights = read_step_weights(step_weights, self.options.steps)
-        call = self._meta_call(None, batch, weights)
-        if not self.options.is_plain:
-            return adjoint.meta_gradient(self, self.parameters(), lr, batch, step_weights)
+        call = self._meta_call(theta, batch, weights)
+        if not self.options.is_plain or theta is not None:
+            return adjoint.meta_gradient(self, theta, lr, batch, step_weights)
         if not is_learned(lr):
             values = self._step_sizes(call, lr)
             loss, outputs, grads, _ = call.loss_and_gradient(values, batch)
             self._remember(call, lr, values, batch, weights)
-            return MetaGradient(loss, outputs, grads, None, {})
+            return call.as_meta_gradient(loss, outputs, grads)
         # The op gives the gradient to the step sizes in its own shape; autograd brings it to lr's.
         with torch.enable_grad():
             leaf = lr.detach().requires_grad_()
@@ -201,7 +204,7 @@ class ProgramEngine:
             values.detach(), batch, lr_grad=True
         )
         lr_grad = torch.autograd.grad(values, leaf, to_values)[0]
-        return MetaGradient(loss, outputs, grads, lr_grad, {})
+        return call.as_meta_gradient(loss, outputs, grads, lr_grad)
 
     @entry_point
     def query_losses(
@@ -276,7 +279,8 @@ class ProgramEngine:
         if layout.device.type != DEVICE_TYPE:
             return f"the parameters are on {layout.device.type}"
         # One launch takes all steps if two parameter vectors of a task fit in shared memory.
-        one_launch = 2 * layout.numel * layout.dtype.itemsize <= _MOST_SHARED
+        learned = sum(parameter.numel() for parameter in program.learned)
+        one_launch = 2 * learned * layout.dtype.itemsize <= _MOST_SHARED
         if self.program_options.cuda_graph == "auto" and one_launch and not program.has_images:
             return "the program is a few launches, which take no longer than a graph's copies"
         return ""
@@ -301,7 +305,8 @@ class ProgramEngine:
 
     @property
     def _source(self) -> LoweredSource:
-        return LoweredSource(self.module, self.loss, self.options.norm_statistics)
+        options = self.options
+        return LoweredSource(self.module, self.loss, options.norm_statistics, options.adapt)
 
     def _step_sizes(self, call: Call, lr: float | Tensor) -> Tensor:
         return StepSizes.of(lr, call.program.layout, call.tasks, self.options.steps).values
@@ -343,6 +348,7 @@ class ProgramEngine:
         Raises:
             LoweringError: the module, the loss, the examples or the options have no program.
         """
+        self._check_losses()
         plan = self.cache.plan(self._source, sets)
         self._check_circumstances(plan.program.layout)
         # The program has no derivative in targets; the functional engine does.
@@ -366,9 +372,11 @@ class ProgramEngine:
 
     def _outputs_call(self, theta: Tensor, x: Tensor) -> Call | None:
         """The call for outputs without a graph; None if they need one or have no program."""
-        if _require_gradients((theta, x)):
+        shared = shared_parameters(self.module, self.options.adapt)
+        if _require_gradients((theta, x, *shared.values())):
             return None
         try:
+            self._check_losses()
             # No cached plan: plans are for examples with targets, and queries here have none.
             check_plain("x", x)
             program = self.cache.lowering(self._source).program(tuple(x.shape[2:]))
@@ -391,6 +399,11 @@ class ProgramEngine:
             together = min(together, torch.get_num_threads())
         size = together * options.steps * plan.kept * layout.dtype.itemsize
         return plan.kept <= 2 * layout.numel or size <= _MOST_KEPT
+
+    def _check_losses(self) -> None:
+        """Raise LoweringError for losses of kinds that no program has."""
+        if self.options.inner_loss not in (None, self.loss):
+            raise LoweringError("the inner loss is another one")
 
     def _check_circumstances(self, layout: ParameterLayout) -> None:
         """Raise LoweringError for options and modes under which no program runs."""

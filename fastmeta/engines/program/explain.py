@@ -17,6 +17,7 @@ def describe_program(
 ) -> str:
     """Describe how a program runs; ``why_no_graph`` is empty if CUDA graphs may replay it."""
     *layers, loss = program.layers  # the last entry is the name of the loss
+    shared = sum(parameter.numel() for parameter in program.shared.values())
     size = options.chunk_size
     tasks = "all tasks together" if size is None else f"{size} tasks at a time"
     calls = "one call for all steps" if options.is_plain else "one call a step"
@@ -30,7 +31,7 @@ def describe_program(
         graph_sentence = _describe_graphs(cuda_graph, graphs, size)
     return (
         f"Task program, {calls}: {', '.join(layers)}; {loss} "
-        f"({count_parameters(program.layout)}); {tasks}. "
+        f"({count_parameters(program.layout, shared)}); {tasks}. "
         f"{describe_steps(options, 'exact')} {describe_backend(program.layout, 'task_program')}"
         f"{graph_sentence}"
     )

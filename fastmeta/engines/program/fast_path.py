@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.core import backend
-from fastmeta.engines.base import TaskBatch
+from fastmeta.engines.base import MetaGradient, TaskBatch
 from fastmeta.engines.program.call import Call
 from fastmeta.engines.program.names import NamesRead
 
@@ -42,14 +42,14 @@ class CachedMetaGradient:
         tables = [vars(learner), learner._modules, *tables]
         # Held here: the garbage collector does not see references in the compiled step.
         self._held = tuple((table, tuple(table), tuple(table.values())) for table in tables)
-        self._learner, self._theta, self._frozen = vars(learner), program.adapted, program.frozen
-        self._call, self._step_sizes = call, step_sizes
+        self._learner, self._theta, self._frozen = vars(learner), program.learned, program.frozen
+        self._call, self._step_sizes, self._shares = call, step_sizes, bool(program.shared_names)
         self._names = names if names else None  # most networks read none
         self._step = backend._C.CachedStep(
             # In the order of its constructor, which takes no names.
             program.code,
             step_sizes,
-            list(program.adapted),
+            list(program.learned),
             list(program.frozen),
             list(batch),
             list(program.output_shape),
@@ -60,17 +60,24 @@ class CachedMetaGradient:
 
     def __call__(
         self, learner: nn.Module, data: tuple[Tensor, Tensor, Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Meta-loss, outputs and the gradient ``[P]``; None: take the slow path."""
+    ) -> MetaGradient | None:
+        """Meta-loss, outputs and gradients; None: take the slow path."""
         if not self._is_possible(learner):
             return None
         state = self._held, self._theta, self._frozen, *data
         if self._call.graphs is None:
-            return self._step(*state)
+            result = self._step(*state)
         # The graphs check the labels and copy the batch themselves; only validity is checked here.
-        if not self._step.holds(*state):
+        elif self._step.holds(*state):
+            result = self._call.loss_and_gradient(self._step_sizes, TaskBatch(*data))[:3]
+        else:
+            result = None
+        if result is None:
             return None
-        return self._call.loss_and_gradient(self._step_sizes, TaskBatch(*data))[:3]
+        loss, outputs, arena = result
+        if not self._shares:
+            return MetaGradient(loss, outputs, arena, None, {})
+        return self._call.as_meta_gradient(loss, outputs, arena)
 
     def meta_loss(
         self, learner: nn.Module, data: tuple[Tensor, Tensor, Tensor, Tensor]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.parameter_selection import shared_parameters
 from fastmeta.engines.base import Loss
 from fastmeta.engines.program.builder import Builder
 from fastmeta.engines.program.layers import HANDLERS, examples_that_fit
@@ -64,8 +65,10 @@ class Program:
 
     Attributes:
         code: int64, in the format of ``fastmeta.ops.task_program.bytecode``.
-        layout: layout of the arena ``[P]``.
-        adapted: the adapted parameters, in the order of the code's offsets.
+        layout: layout of the adapted parameters ``[A]``, the first of the arena.
+        learned: the parameters of the arena ``[P]``: the adapted ones, then those that the tasks
+            share, in the order of the code's offsets.
+        shared_names: names of those that the tasks share.
         frozen: frozen parameters and the buffers that the program reads, in the order of the
             code's offsets.
         input_shape, output_shape: shapes of one example.
@@ -79,7 +82,8 @@ class Program:
 
     code: Tensor
     layout: ParameterLayout
-    adapted: tuple[nn.Parameter, ...]
+    learned: tuple[nn.Parameter, ...]
+    shared_names: tuple[str, ...]
     frozen: tuple[Tensor, ...]
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
@@ -89,6 +93,23 @@ class Program:
     has_images: bool
     loss: LossCode
     layers: tuple[str, ...]
+
+    @property
+    def shared(self) -> dict[str, nn.Parameter]:
+        """The learned parameters that are not adapted, by name."""
+        return dict(zip(self.shared_names, self.learned[len(self.layout.names) :], strict=True))
+
+    def by_kind(self, arena: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The adapted part of an arena ``[..., P]``, and the shared parameters' views by name."""
+        if not self.shared_names:
+            return arena, {}
+        shared, size = self.shared, self.layout.numel
+        pieces = arena[..., size:].split([p.numel() for p in shared.values()], dim=-1)
+        views = {
+            name: piece.reshape(*arena.shape[:-1], *parameter.shape)
+            for (name, parameter), piece in zip(shared.items(), pieces, strict=True)
+        }
+        return arena[..., :size], views
 
     def takes(self, examples: int) -> bool:
         """Whether it takes batches of this many examples, as the module itself does."""
@@ -105,6 +126,7 @@ class Lowering:
         module: any module.
         loss: any loss.
         norm_statistics: as in ``FunctionalEngine``.
+        adapt: as in ``InnerLoopOptions``.
 
     Attributes:
         names: the globals and attributes that the forward mentions.
@@ -117,11 +139,18 @@ class Lowering:
         'model is a Conv3d, which the program does not have yet'
     """
 
-    def __init__(self, module: nn.Module, loss: Loss, norm_statistics: str = "batch") -> None:
-        self._module, self._loss, self._norm_statistics = module, loss, norm_statistics
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: Loss,
+        norm_statistics: str = "batch",
+        adapt: tuple[str, ...] | None = None,
+    ) -> None:
+        self._module, self._loss = module, loss
+        self._options = norm_statistics, adapt
         self._spec, self._loss_name = lower_loss(loss)
         self._programs: dict[tuple[int, ...], Program | str] = {}
-        layout, self._snapshot = ParameterLayout.of(module), ModuleSnapshot(module)
+        layout, self._snapshot = ParameterLayout.of(module, adapt), ModuleSnapshot(module)
         self.names, leaves = NamesRead(), tuple(HANDLERS.layers)
         self._trace: Trace | str
         try:
@@ -135,11 +164,17 @@ class Lowering:
             what = "globals that it reads" if self._snapshot.is_unchanged() else "model"
             self._trace = f"the forward of model changes {what}"
 
-    def current(self, module: nn.Module, loss: Loss, norm_statistics: str = "batch") -> bool:
+    def current(
+        self,
+        module: nn.Module,
+        loss: Loss,
+        norm_statistics: str = "batch",
+        adapt: tuple[str, ...] | None = None,
+    ) -> bool:
         """Whether this lowering is valid for the module and the loss in their present state."""
         if module is not self._module or loss is not self._loss:
             return False
-        if norm_statistics != self._norm_statistics:
+        if (norm_statistics, adapt) != self._options:
             return False
         if not (self._changing or self._is_unchanged()):
             return False
@@ -192,7 +227,7 @@ class Lowering:
 
     def _lowered(self, trace: Trace, loss: LossCode, shape: tuple[int, ...]) -> Program | str:
         try:
-            builder = Builder(trace, shape, HANDLERS, self._norm_statistics)
+            builder = Builder(trace, shape, HANDLERS, self._options[0])
         except LoweringError as error:
             return error.reason
         output = builder.output.shape
@@ -203,7 +238,8 @@ class Lowering:
         return Program(
             code=code.encode(),
             layout=trace.layout,
-            adapted=tuple(trace.adapted),
+            learned=tuple(trace.learned),
+            shared_names=tuple(shared_parameters(self._module, trace.layout.names)),
             frozen=tuple(builder.frozen),
             input_shape=shape,
             output_shape=output,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.parameter_selection import shared_parameters
 from fastmeta.engines.program.module_state import (
     ModuleSnapshot,
     globally_hooked,
@@ -43,9 +44,10 @@ class Trace:
 
     Attributes:
         module: the module that was traced.
-        layout: the layout of its parameters in the arena.
+        layout: the layout of its adapted parameters in the arena.
         graph: a call of ``module`` as a submodule, so with the defaults of its forward.
-        adapted, frozen: the parameters with and without ``requires_grad``.
+        learned, frozen: the parameters with and without ``requires_grad``. Of the learned ones the
+            adapted come first, in the order of ``layout``.
 
     Args:
         leaves: layers that are calls of the graph, besides PyTorch's own.
@@ -67,12 +69,13 @@ class Trace:
         self.module, self.layout, self._names = module, layout, names
         self._check_modules()
         self.graph = self._traced(_Tracer(leaves, layout.device, snapshot))
-        self.adapted = [p for p in module.parameters() if p.requires_grad]
+        shared = shared_parameters(module, layout.names)
+        self.learned = [*map(module.get_parameter, layout.names), *shared.values()]
         self.frozen = [p for p in module.parameters() if not p.requires_grad]
         # A frozen parameter has its own array; as -2 - offset it is told from -1, no parameter.
-        offsets = dict(zip(map(id, self.adapted), _offsets(self.adapted), strict=True))
-        shared = zip(map(id, self.frozen), _offsets(self.frozen), strict=True)
-        self._references = offsets | {key: -2 - offset for key, offset in shared}
+        offsets = dict(zip(map(id, self.learned), _offsets(self.learned), strict=True))
+        frozen = zip(map(id, self.frozen), _offsets(self.frozen), strict=True)
+        self._references = offsets | {key: -2 - offset for key, offset in frozen}
 
     def reference(self, parameter: Tensor) -> int:
         """The number by which an instruction refers to a parameter: its offset in the arena.

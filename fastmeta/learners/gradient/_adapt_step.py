@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ def task_gradients(
     first_order: bool,
     allow_unused: bool | None,
     allow_nograd: bool | None,
+    names: Collection[str] | None = None,
 ) -> dict[Tensor, Tensor | None]:
-    """The gradient to each trainable parameter, in the module's order; None if it is unused.
+    """The gradient to each adapted parameter, in the module's order; None if it is unused.
 
     In second order the gradients have a graph; in first order they have none, and the graph of the
     loss is freed.
@@ -27,6 +28,7 @@ def task_gradients(
         allow_unused: whether the loss may be independent of parameters. None: it may not, and the
             error names no option.
         allow_nograd: whether parameters may be frozen. None: as for ``allow_unused``.
+        names: the adapted parameters; None: all trainable ones.
 
     Raises:
         ValueError: a loss without a graph, or unused or frozen parameters that are not allowed.
@@ -40,7 +42,9 @@ def task_gradients(
     if not allow_nograd:
         frozen = [name for name, p in named.items() if not p.requires_grad]
         _check_none(frozen, "do not require gradients", allow_nograd, "allow_nograd")
-    params = {name: p for name, p in named.items() if p.requires_grad}
+    params = {
+        name: p for name, p in named.items() if p.requires_grad and (names is None or name in names)
+    }
     grads = torch.autograd.grad(
         loss,
         list(params.values()),

@@ -53,6 +53,11 @@ class PrecomputedGradientLearner(MAML):
         return MetaGradient(loss, outputs, grads, None, {})
 
     def _checked_gradient(self, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor]:
+        if self.adapted_names is not None:
+            raise ValueError(
+                f"adapt: {type(self).__name__} has a gradient to adapted parameters only; freeze "
+                "the others (requires_grad=False) instead"
+            )
         if any(tensor.requires_grad for tensor in self.outer_tensors):
             raise ValueError(
                 f"outer: {type(self).__name__} has a gradient to the module's parameters only; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,26 +12,19 @@ from torch import Tensor, nn
 
 from fastmeta.core.checks import check_choice
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.parameter_selection import Selector, selected_names
 from fastmeta.core.plain_module import plain_module
-from fastmeta.core.vmap import call_twice_differentiable
 from fastmeta.engines.auto import AutoEngine
 from fastmeta.engines.base import Engine, Examples, InnerLoopOptions, MetaGradient, TaskBatch
 from fastmeta.engines.functional.engine import FunctionalEngine
 from fastmeta.engines.program.cache import ProgramCache
 from fastmeta.engines.program.engine import ProgramEngine, ProgramOptions
-from fastmeta.learners._compile import CompilableLearner, as_single_op
+from fastmeta.learners._compile import as_single_op
 from fastmeta.learners.base import AdaptedTasks
-from fastmeta.learners.gradient._adapt_step import descend, task_gradients
-from fastmeta.learners.gradient._module_copy import clone_module, shallow_copy
-from fastmeta.learners.gradient._step_size import (
-    StepSize,
-    is_per_step,
-    read_step_size,
-    step_size_of_each_parameter,
-)
+from fastmeta.learners.gradient._start import Start, read_start
+from fastmeta.learners.gradient._step_size import StepSize, is_per_step, read_step_size
+from fastmeta.learners.gradient._unrolled_steps import UnrolledSteps
 from fastmeta.rules import Rule
-
-Learner = TypeVar("Learner", bound="MAML")
 
 ENGINES = ("auto", "program", "functional")
 
@@ -40,6 +33,8 @@ _ENGINE_OPTIONS = frozenset(
     {
         "module",
         "loss",
+        "inner_loss",
+        "adapted_names",
         "steps",
         "first_order",
         "hvp_mode",
@@ -54,16 +49,17 @@ _ENGINE_OPTIONS = frozenset(
 )
 
 
-class MAML(CompilableLearner):
+class MAML(UnrolledSteps):
     """MAML: parameters from which a few gradient steps solve a new task.
 
     ``meta_loss`` and ``adapt_tasks`` take many tasks at once and never unroll a graph;
     ``clone`` and ``adapt`` are learn2learn's calls, one task at a time.
 
     Batch norm uses batch statistics, unless ``norm_statistics="running"``, and never updates its
-    running statistics. Parameters with ``requires_grad=False`` are not adapted. Parameters on which
-    the loss does not depend get zero gradients. ``fastmeta.models.PerStepBatchNorm2d`` is a norm
-    with a scale and a shift for each inner step (MAML++).
+    running statistics. Parameters with ``requires_grad=False`` are neither adapted nor learned.
+    Parameters on which the loss does not depend get zero gradients.
+    ``fastmeta.models.PerStepBatchNorm2d`` is a norm with a scale and a shift for each inner step
+    (MAML++).
 
     Args:
         model: any module of one input and one output tensor; of ``torch.compile(net)`` it is
@@ -76,6 +72,11 @@ class MAML(CompilableLearner):
         first_order: leave the Hessian out (FOMAML). Step sizes still get a gradient, the support
             inputs none.
         loss: ``loss(outputs, targets)`` of one task -> scalar, the mean over its examples.
+        inner_loss: the loss of the inner loop, on the support; None: ``loss``, as on the queries.
+        adapt: the parameters that the inner loop adapts: names, patterns such as ``"blocks.*"``,
+            modules or predicates ``(name, parameter) -> bool``; one of them or a list; None: all
+            trainable parameters. The others are learned by the outer loop, with their exact
+            gradient, and the tasks share them.
         learn_lr: make ``lr`` a parameter that is learned with the model's parameters.
         rule: the inner update rule, one of ``fastmeta.rules``: momentum, Adam, clipping, learned
             preconditioning, ...; None: plain descent. It is moved to the parameters' device. Its
@@ -130,11 +131,7 @@ class MAML(CompilableLearner):
         (torch.Size([4, 5, 2]), torch.Size([2]))
     """
 
-    lr: float | Tensor
-    rule: Rule | None
     outer: tuple[Tensor, ...]
-    _built_engine: Engine | None
-    _is_clone = False  # a clone's parameters have a graph
 
     def __init__(
         self,
@@ -145,6 +142,8 @@ class MAML(CompilableLearner):
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         *,
         learn_lr: bool = False,
+        inner_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        adapt: Selector | Sequence[Selector] | None = None,
         rule: Rule | None = None,
         outer: Sequence[Tensor] = (),
         task_chunk: int | str | None = "auto",
@@ -167,6 +166,8 @@ class MAML(CompilableLearner):
         self.steps = steps
         self.first_order = first_order
         self.loss = loss
+        self.inner_loss = inner_loss
+        self.adapted_names = selected_names(self.module, adapt)
         self.task_chunk = task_chunk
         self.hvp_mode = hvp_mode
         self.engine = engine
@@ -179,17 +180,16 @@ class MAML(CompilableLearner):
         self.outer = tuple(outer)
         self._programs = ProgramCache()
         options = self._build_engine().options  # raises if an option is out of range
-        layout = ParameterLayout.of(model)
+        layout = self.layout
         if rule is not None:
             rule.to(layout.device)
         options.inner_rule.check(layout)
         self._set_step_size(read_step_size(lr, layout, steps), learn_lr)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, with its current parameters."""
-        if self._is_clone and not self.first_order:
-            return call_twice_differentiable(self.module, self.module, args, kwargs)
-        return self.module(*args, **kwargs)
+    @property
+    def layout(self) -> ParameterLayout:
+        """Names and shapes of the parameters that the inner loop adapts, in their order."""
+        return ParameterLayout.of(self.module, self.adapted_names)
 
     @as_single_op
     def meta_loss(
@@ -199,6 +199,7 @@ class MAML(CompilableLearner):
         query_x: Tensor,
         query_y: Tensor,
         step_weights: Sequence[float] | Tensor | None = None,
+        start: Start | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The mean over tasks of the query loss after adaptation to the support.
 
@@ -210,6 +211,10 @@ class MAML(CompilableLearner):
                 parameters theta_k after each inner step (the multi-step loss of MAML++, Antoniou
                 2019). A step of weight 0 takes no query pass, except for the outputs of the last.
                 None: the last step's loss only.
+            start: parameters theta_0 to start from: ``[P]`` for all tasks, ``[T, P]``, or a dict
+                from names to ``[*shape]`` or ``[T, *shape]``, in the order and shapes of
+                ``layout``. They may require a gradient. None, and names that a dict lacks: the
+                module's own, which get no gradient where ``start`` replaces them.
 
         Returns:
             ``loss`` and the detached outputs on the queries after the last step ``[T, Q, N]``.
@@ -222,16 +227,22 @@ class MAML(CompilableLearner):
             TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
         """
         data = support_x, support_y, query_x, query_y
-        replayed = self._programs.replay_loss(self, data) if step_weights is None else None
-        if replayed is not None:
-            return replayed
+        if step_weights is None and start is None:
+            replayed = self._programs.replay_loss(self, data)
+            if replayed is not None:
+                return replayed
         lr, batch = self._step_size(self.steps), TaskBatch(*data)
-        result = self._engine.meta_loss(None, lr, batch, step_weights)
+        theta = read_start(start, self.layout, self.module)
+        result = self._engine.meta_loss(theta, lr, batch, step_weights)
         self._programs.prepare(self)
         return result
 
     def adapt_tasks(
-        self, support_x: Tensor, support_y: Tensor, steps: int | None = None
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        steps: int | None = None,
+        start: Start | None = None,
     ) -> AdaptedTasks:
         """The module adapted to every task.
 
@@ -240,6 +251,8 @@ class MAML(CompilableLearner):
             support_y: ``[T, S]`` int64 labels, or floating-point targets ``[T, S, ...]``.
             steps: inner steps; None for the learner's own. If ``lr`` has a row a step, the first
                 ``steps`` rows are used, and more steps than rows raise.
+            start: parameters to start from, as for ``meta_loss``; the ``params`` of adapted tasks
+                go on from there.
 
         Returns:
             ``AdaptedTasks``: call it on queries ``[T, Q, ...]``; its ``params`` are ``[T, P]``.
@@ -249,8 +262,9 @@ class MAML(CompilableLearner):
         """
         engine = self._engine if steps is None else self._engine.with_steps(steps)
         lr = self._step_size(engine.options.steps)
-        params = engine.adapt(None, lr, Examples(support_x, support_y))
-        return AdaptedTasks(params, ParameterLayout.of(self.module), self.module, engine)
+        theta = read_start(start, self.layout, self.module)
+        params = engine.adapt(theta, lr, Examples(support_x, support_y))
+        return AdaptedTasks(params, self.layout, self.module, engine)
 
     def meta_gradient(
         self,
@@ -259,6 +273,7 @@ class MAML(CompilableLearner):
         query_x: Tensor,
         query_y: Tensor,
         step_weights: Sequence[float] | Tensor | None = None,
+        start: Tensor | None = None,
     ) -> MetaGradient:
         """The meta-loss and its gradient as values: ``meta_loss`` and ``backward`` in one call.
 
@@ -267,6 +282,7 @@ class MAML(CompilableLearner):
 
         Args:
             support_x, support_y, query_x, query_y, step_weights: as for ``meta_loss``.
+            start: ``[P]`` or ``[T, P]``, as for ``meta_loss``; its gradient is ``start_grads``.
 
         Raises:
             TypeError, ValueError: as for ``meta_loss``.
@@ -283,21 +299,42 @@ class MAML(CompilableLearner):
             torch.Size([2, 3])
         """
         data = support_x, support_y, query_x, query_y
-        replayed = self._programs.replay(self, data) if step_weights is None else None
-        if replayed is not None:
-            loss, outputs, grads = replayed
-            return MetaGradient(loss, outputs, grads, None, {})
+        if step_weights is None and start is None:
+            replayed = self._programs.replay(self, data)
+            if replayed is not None:
+                return replayed
         engine, batch = self._engine, TaskBatch(*data)
         # With gradients enabled: the rows of a learned lr would otherwise lose their graph.
         with torch.enable_grad() if isinstance(self.lr, Tensor) else nullcontext():
             lr = self._step_size(self.steps)
-        result = engine.meta_gradient(lr, batch, step_weights)
+        result = engine.meta_gradient(lr, batch, step_weights, start)
         self._programs.prepare(self)
         if result.lr_grad is None or lr is self.lr:
             return result
         # From the rows that the engine took to the parameter lr, in its shape.
         rows, leaf = cast("tuple[Tensor, Tensor]", (lr, self.lr))
         return result._replace(lr_grad=torch.autograd.grad(rows, leaf, result.lr_grad)[0])
+
+    def task_gradients(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> Tensor:
+        """Each task's own meta-gradient to the adapted parameters ``[T, P]``.
+
+        Their mean over the tasks is the meta-gradient. Arguments and errors are as for
+        ``meta_gradient``.
+
+        Example:
+            >>> import torch
+            >>> maml = MAML(torch.nn.Linear(3, 2), lr=0.1)
+            >>> x, y = torch.randn(4, 5, 3), torch.randint(0, 2, (4, 5))
+            >>> grads = maml.task_gradients(x, y, x, y)
+            >>> torch.allclose(grads.mean(0), maml.meta_gradient(x, y, x, y).grads, atol=1e-6)
+            True
+        """
+        tasks = len(support_x)
+        start = self._engine.parameters().detach().expand(tasks, -1)
+        result = self.meta_gradient(support_x, support_y, query_x, query_y, start=start)
+        return cast("Tensor", result.start_grads) * tasks
 
     def hvp(self, params: Tensor, batch: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
         """The Hessian of each task's loss times one vector or many (Pearlmutter 1994).
@@ -354,75 +391,6 @@ class MAML(CompilableLearner):
             return self._engine.explain()
         return self._engine.explain(Examples(support_x, cast("Tensor", support_y)))
 
-    def clone(
-        self: Learner,
-        first_order: bool | None = None,
-        allow_unused: bool | None = None,
-        allow_nograd: bool | None = None,
-    ) -> Learner:
-        """A learner for one task, whose parameters autograd connects to this learner's.
-
-        The same call as in learn2learn. Options that are None are this learner's own. Step sizes
-        are shared with this learner; buffers are copied. A clone can be cloned again.
-
-        Example:
-            >>> import torch
-            >>> maml = MAML(torch.nn.Linear(3, 2), lr=0.1)
-            >>> x, y = torch.randn(5, 3), torch.randint(0, 2, (5,))
-            >>> learner = maml.clone()
-            >>> learner.adapt(torch.nn.functional.cross_entropy(learner(x), y))
-            >>> torch.nn.functional.cross_entropy(learner(x), y).backward()
-            >>> maml.module.weight.grad.shape
-            torch.Size([2, 3])
-        """
-        learner = shallow_copy(self)
-        learner._modules["module"] = clone_module(self.module)
-        learner._programs = ProgramCache()
-        learner._built_engine = None
-        learner._is_clone = True
-        learner.first_order = _default(first_order, self.first_order)
-        learner.allow_unused = _default(allow_unused, self.allow_unused)
-        learner.allow_nograd = _default(allow_nograd, self.allow_nograd)
-        return learner
-
-    def adapt(
-        self,
-        loss: Tensor,
-        first_order: bool | None = None,
-        allow_unused: bool | None = None,
-        allow_nograd: bool | None = None,
-    ) -> None:
-        """Take one gradient step of a clone on the loss of its task, ``p <- p - lr * grad``.
-
-        The same call as in learn2learn. In second order the gradient keeps its graph, unrolled. In
-        first order it has no graph and the graph of ``loss`` is freed; the new parameters stay
-        connected to the original ones through the identity.
-
-        Args:
-            loss: scalar, computed with this learner.
-            first_order: None for the learner's own.
-            allow_unused: skip parameters on which ``loss`` does not depend.
-            allow_nograd: skip parameters that do not require gradients.
-
-        Raises:
-            ValueError: frozen or unused parameters without the option that allows them; step sizes
-                that differ by step; a rule other than plain descent.
-        """
-        if not (self.rule is None or self.rule.is_plain):
-            raise ValueError(
-                f"rule: expected plain descent for adapt, got {self.rule.title}; adapt_tasks takes "
-                "the rule's steps"
-            )
-        grads = task_gradients(
-            self.module,
-            loss,
-            first_order=_default(first_order, self.first_order),
-            allow_unused=_default(allow_unused, self.allow_unused),
-            allow_nograd=_default(allow_nograd, self.allow_nograd),
-        )
-        step_sizes = step_size_of_each_parameter(self.lr, ParameterLayout.of(self.module))
-        descend(self.module, grads.items(), step_sizes)
-
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in _ENGINE_OPTIONS:
@@ -431,9 +399,10 @@ class MAML(CompilableLearner):
 
     @property
     def outer_tensors(self) -> tuple[Tensor, ...]:
-        """The tensors besides the module's that get a gradient: of the loss, then ``outer``."""
-        of_loss = self.loss.parameters() if isinstance(self.loss, nn.Module) else ()
-        return *of_loss, *self.outer
+        """The tensors besides the module's that get a gradient: of the losses, then ``outer``."""
+        losses = (loss for loss in (self.loss, self.inner_loss) if isinstance(loss, nn.Module))
+        of_losses = (parameter for loss in losses for parameter in loss.parameters())
+        return tuple({id(tensor): tensor for tensor in (*of_losses, *self.outer)}.values())
 
     @property
     def _engine(self) -> Engine:
@@ -450,6 +419,8 @@ class MAML(CompilableLearner):
             memory=self.memory,
             rule=self.rule,
             outer=self.outer_tensors,
+            adapt=self.adapted_names,
+            inner_loss=self.inner_loss,
         )
         program_options = ProgramOptions(self.cuda_graph, compiled_only=self.engine == "auto")
         functional = FunctionalEngine(self.module, self.loss, options)
@@ -475,7 +446,7 @@ class MAML(CompilableLearner):
         return lr[:steps].unsqueeze(1)
 
     def _set_step_size(self, lr: float | Tensor, learn: bool) -> None:
-        layout = ParameterLayout.of(self.module)
+        layout = self.layout
         if learn and not isinstance(lr, nn.Parameter):
             value = torch.as_tensor(lr, dtype=layout.dtype, device=layout.device)
             lr = nn.Parameter(value.detach().clone())
@@ -484,7 +455,3 @@ class MAML(CompilableLearner):
             self.register_buffer("lr", lr)
         else:
             self.lr = lr
-
-
-def _default(value: bool | None, otherwise: bool) -> bool:
-    return otherwise if value is None else value

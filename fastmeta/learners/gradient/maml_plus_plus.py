@@ -13,8 +13,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fastmeta.core.checks import check_integer
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.parameter_selection import selected_names
 from fastmeta.engines.base import Engine, MetaGradient
 from fastmeta.learners._compile import as_single_op
+from fastmeta.learners.gradient._start import Start
 from fastmeta.learners.gradient.maml import MAML
 from fastmeta.learners.schedules import cosine_schedule
 
@@ -82,7 +84,7 @@ class MAMLPlusPlus(MAML):
         check_integer("first_order_iterations", first_order_iterations, 0)
         if isinstance(lr, bool) or not isinstance(lr, (int, float)):
             raise TypeError(f"lr: expected a number, got {type(lr).__name__}")
-        layout = ParameterLayout.of(model)
+        layout = ParameterLayout.of(model, selected_names(model, options.get("adapt")))
         shape = steps, len(layout.names)
         sizes = torch.full(shape, float(lr), dtype=layout.dtype, device=layout.device)
         super().__init__(model, sizes, steps, loss=loss, learn_lr=True, **options)
@@ -100,18 +102,30 @@ class MAMLPlusPlus(MAML):
 
     @as_single_op
     def meta_loss(  # type: ignore[override]  # it has step weights of its own
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        start: Start | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The annealed loss of this iteration, as ``MAML.meta_loss`` with ``step_weights()``."""
-        result = super().meta_loss(support_x, support_y, query_x, query_y, self.step_weights())
+        data = support_x, support_y, query_x, query_y
+        result = super().meta_loss(*data, self.step_weights(), start)
         self._count(torch.is_grad_enabled())
         return result
 
     def meta_gradient(  # type: ignore[override]
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        start: Tensor | None = None,
     ) -> MetaGradient:
         """The annealed loss and its gradient, as ``MAML.meta_gradient`` with its weights."""
-        result = super().meta_gradient(support_x, support_y, query_x, query_y, self.step_weights())
+        data = support_x, support_y, query_x, query_y
+        result = super().meta_gradient(*data, self.step_weights(), start)
         self._count(True)
         return result
 

@@ -50,5 +50,5 @@ class MetaCurvature(MAML):
         rule: rules.Rule | None = None,
         **options: Any,
     ) -> None:
-        preconditioned = rules.MetaCurvature(model, rule)
+        preconditioned = rules.MetaCurvature(model, rule, adapt=options.get("adapt"))
         super().__init__(model, lr, steps, loss=loss, rule=preconditioned, **options)

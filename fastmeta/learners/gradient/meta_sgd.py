@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.parameter_selection import selected_names
 from fastmeta.learners.gradient.maml import MAML
 
 
@@ -51,7 +52,7 @@ class MetaSGD(MAML):
         **options: Any,
     ) -> None:
         low, high = _range(lr)
-        layout = ParameterLayout.of(model)
+        layout = ParameterLayout.of(model, selected_names(model, options.get("adapt")))
         start = torch.empty(layout.numel, dtype=layout.dtype, device=layout.device)
         start.uniform_(low, high) if low < high else start.fill_(low)
         super().__init__(model, start, steps, loss=loss, learn_lr=True, **options)

@@ -1,8 +1,9 @@
 """The ops of a task program: forward, gradient, curvature products, inner loop, meta-gradient.
 
-Raw ops: tensors are [T, B, ...], parameters theta [P] or [T, P], frozen parameters [F], step sizes
-[K or 1, T or 1, P or 1]; ``bytecode`` documents the code. ``fastmeta.engines.program`` joins them
-to autograd. They work on fake tensors, so under torch.compile. Under vmap they run in a loop.
+Raw ops: tensors are [T, B, ...], parameters theta [P] or [T, P], of which the first A are adapted,
+frozen parameters [F], step sizes [K or 1, T or 1, A or 1]; ``bytecode`` documents the code.
+``fastmeta.engines.program`` joins them to autograd. They work on fake tensors, so under
+torch.compile. Under vmap they run in a loop.
 """
 
 from __future__ import annotations
@@ -81,13 +82,20 @@ def _products(
     vectors: Tensor,
     gauss_newton: bool,
 ) -> Tensor:
-    return contiguous_like(vectors)
+    return theta.new_empty(*vectors.shape[:2], theta.shape[-1])
 
 
 def _adapt(
-    code: Tensor, theta: Tensor, frozen: Tensor, lr: Tensor, x: Tensor, y: Tensor, steps: int
+    code: Tensor,
+    theta: Tensor,
+    frozen: Tensor,
+    lr: Tensor,
+    x: Tensor,
+    y: Tensor,
+    steps: int,
+    shared: int = 0,
 ) -> Tensor:
-    return _per_task(theta, x)
+    return theta.new_empty(x.shape[0], theta.shape[-1] - shared)
 
 
 def _adapt_backward(*arguments: Any) -> tuple[Tensor, ...]:

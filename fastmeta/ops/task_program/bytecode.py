@@ -4,13 +4,17 @@ An int64 tensor ``[16 + V + 24 N]`` on the CPU;
 csrc/task_program/program/program.h reads the same format.
 
     header  format, V values, N instructions, P parameters, F frozen ones, output value,
-            loss kind (-1: none), its a and b, mean (1) or sum (0), scale of the loss, first step
+            loss kind (-1: none), its a and b, mean (1) or sum (0), scale of the loss, first step,
+            S shared parameters
     values  elements of one example, V words; value 0 is the input
     then N instructions of 24 words
             opcode, x, x2, y (values; -1: none), weight, bias, arguments
 
 ``weight`` and ``bias`` are offsets in the arena [P] from 0 up, offsets ``-2 - i`` in the frozen
 parameters [F], or -1 for none. Real numbers are float64, stored by their bits.
+
+The last S parameters of the arena are learned and not adapted. Steps leave them unchanged, so step
+sizes, vectors and theta_K have ``P - S`` elements, the adapted ones; gradients have P.
 
 A norm's weight and bias are [rows, C]. Passes at the given parameters read the row of the first
 step. Passes after k inner steps read the k-th row behind it, or the last row if there are fewer.
@@ -35,7 +39,7 @@ _HEADER, _INSTRUCTION = 16, 24  # words
 
 _NONE = -1
 
-_FIRST_STEP = 11  # its word in the header
+_FIRST_STEP, _SHARED = 11, 12  # their words in the header
 
 
 class Opcode(IntEnum):
@@ -126,7 +130,7 @@ class Code:
     Attributes:
         values: for each value, the number of elements of one example.
         instructions: in the order in which they run.
-        parameters, frozen: P, F.
+        parameters, frozen, shared: P, F, S.
         output: index of the value that the module returns.
         loss: None for a program that gives outputs only.
         first_step: inner steps taken before, which selects a norm's row.
@@ -139,11 +143,17 @@ class Code:
     output: int
     loss: LossCode | None = None
     first_step: int = 0
+    shared: int = 0
+
+    @property
+    def adapted(self) -> int:
+        """Number of elements of the adapted parameters, P - S."""
+        return self.parameters - self.shared
 
     def encode(self) -> Tensor:
         counts = [len(self.values), len(self.instructions), self.parameters, self.frozen]
         loss = self.loss.words() if self.loss else [_NONE, 0, 0, 0, 0]
-        header = [_FORMAT, *counts, self.output, *loss, self.first_step]
+        header = [_FORMAT, *counts, self.output, *loss, self.first_step, self.shared]
         header += [0] * (_HEADER - len(header))
         body = [word for instruction in self.instructions for word in instruction.words()]
         return torch.tensor([*header, *self.values, *body])
@@ -163,6 +173,7 @@ class Code:
             output=output,
             loss=LossCode.of(words[6:_FIRST_STEP]),
             first_step=words[_FIRST_STEP],
+            shared=words[_SHARED],
         )
 
 

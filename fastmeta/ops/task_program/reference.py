@@ -55,11 +55,12 @@ def hvp(
     vector: Tensor,
     input_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``H v``, ``[T, P]``, and the derivative of ``<gradient, v>`` to x."""
-    task_gradient = grad(_task_loss(Code.decode(code), frozen), has_aux=True)
+    """``H v``, ``[T, P]`` for v ``[T, A]``, and the derivative of ``<gradient, v>`` to x."""
+    program = Code.decode(code)
+    task_gradient = grad(_task_loss(program, frozen), has_aux=True)
 
     def along(theta: Tensor, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        return task_gradient(theta, x, y)[0] @ v
+        return task_gradient(theta, x, y)[0][: program.adapted] @ v
 
     product, mixed = vmap(grad(along, argnums=(0, 1)))(_per_task(theta, x), x, y, vector)
     return product, mixed if input_grad else x.new_empty(0)
@@ -74,10 +75,11 @@ def products(
     vectors: Tensor,
     gauss_newton: bool,
 ) -> Tensor:
-    """``H v`` of each of the vectors ``[T, N, P]``, or ``J' H_L J v``."""
+    """``H v`` of each of the vectors ``[T, N, A]``, or ``J' H_L J v``, ``[T, N, P]``."""
+    program = Code.decode(code)
+    vectors = F.pad(vectors, (0, program.shared))
     if vectors.shape[1] == 0:
         return torch.zeros_like(vectors)
-    program = Code.decode(code)
     loss = cast("LossCode", program.loss)
 
     def of_task(theta: Tensor, x: Tensor, y: Tensor, vectors: Tensor) -> Tensor:
@@ -98,11 +100,19 @@ def products(
 
 
 def adapt(
-    code: Tensor, theta: Tensor, frozen: Tensor, lr: Tensor, x: Tensor, y: Tensor, steps: int
+    code: Tensor,
+    theta: Tensor,
+    frozen: Tensor,
+    lr: Tensor,
+    x: Tensor,
+    y: Tensor,
+    steps: int,
+    shared: int = 0,
 ) -> Tensor:
-    """theta_K ``[T, P]``."""
+    """theta_K ``[T, A]``; ``shared`` is S, as in the code."""
     with torch.no_grad():
-        return _unrolled(code, theta, frozen, lr, x, y, steps, first_order=True)[-1]
+        end = _unrolled(code, theta, frozen, lr, x, y, steps, first_order=True)[-1]
+    return end[:, : theta.shape[-1] - shared]
 
 
 def adapt_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +126,7 @@ def adapt_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     # Callers may be in no_grad: the derivative is taken by autograd, inside.
     with torch.enable_grad():
         end = _unrolled(a.code, theta, a.frozen, lr, x, a.y, a.steps, a.first_order)[-1]
-        value = (end * a.grad_out).sum()
+        value = (end[:, : a.grad_out.shape[-1]] * a.grad_out).sum()
     to_theta, to_lr, to_x = _grads(value, {theta: True, lr: a.lr_grad, x: a.input_grad})
     return to_theta, to_lr, to_x
 
@@ -170,7 +180,8 @@ def _unrolled(
         task_gradients = vmap(grad(_task_loss(program, frozen, k), has_aux=True))
         grads, _ = task_gradients(states[-1], x, y)
         step_sizes = lr[min(k, len(lr) - 1)]  # one for all steps, or one for each
-        states.append(states[-1] - step_sizes * (grads.detach() if first_order else grads))
+        adapted = (grads.detach() if first_order else grads)[:, : program.adapted]
+        states.append(states[-1] - F.pad(step_sizes * adapted, (0, program.shared)))
     return states
 
 

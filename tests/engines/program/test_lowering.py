@@ -247,7 +247,7 @@ REASONS = {
         lambda m, x: torch.add(m.first(x), x, out=None)
     ),
     "model does not return one tensor": lambda: Calls(lambda m, x: (m.first(x), x)),
-    "the outputs of model depend on no trainable parameter": lambda: Calls(
+    "the outputs of model depend on no adapted parameter": lambda: Calls(
         lambda m, x: torch.relu(x)
     ),
     "model has no layers": lambda: Calls(lambda m, x: x),

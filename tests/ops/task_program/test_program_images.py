@@ -213,3 +213,14 @@ def test_explain_names_the_layers_without_a_batch(backend):
     text = fm.MAML(fm.models.Conv4(4), engine="program").explain()
     start = "Task program, one call for all steps: convolution 1 to 4, 3x3, batch norm 4, relu, max"
     assert text.startswith(start)
+
+
+@pytest.mark.parametrize("half", ["first", "second"])
+@each_network
+def test_parameters_that_are_learned_and_not_adapted(name, half, device):
+    if (fm.core.backend.PROGRAM, device) not in fm.core.backend.KERNELS:
+        pytest.skip(f"the extension has no task program for {device}")
+    setting = Setting(name, "cross_entropy", device, half=half)
+    for op in NAMES:
+        setting.check(op)
+    setting.check("meta_gradient", inputs=False)  # only then are bands fused

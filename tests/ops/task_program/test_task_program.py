@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastmeta.ops.task_program import COMPILED, NAMES, reference
 from tests.helpers.program_checks import STEP_SIZES, Setting, assert_same, check, kernels, results
-from tests.helpers.programs import LOSSES, NETWORKS, Raw, tasks_for
+from tests.helpers.programs import HALVES, LOSSES, NETWORKS, Raw, tasks_for
 
 __all__ = ["kernels"]  # a fixture of every test here
 
@@ -40,6 +40,27 @@ def test_every_network_with_parameters_of_each_task(name, loss, device):
     setting = Setting(name, loss, device, per_task=True)
     for op in NAMES:
         setting.check(op)
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("per_task", [False, True])
+@pytest.mark.parametrize("name", [n for n in NETWORKS if n != "unused"])
+def test_parameters_that_are_learned_and_not_adapted(name, per_task, half, device):
+    setting = Setting(name, "cross_entropy", device, per_task=per_task, half=half)
+    for op in NAMES:
+        setting.check(op)
+    for op in ("adapt_backward", "meta_gradient"):
+        setting.check(op, first_order=True, keep=True)
+    setting.check("products", gauss_newton=True)
+
+
+@pytest.mark.parametrize("tasks", [1, 20, 25])
+def test_many_tasks_share_parameters(tasks, device):
+    setting = Setting("tanh", "mse", device, torch.float32, tasks=tasks, half="first")
+    setting.lr = 0.1 + 0.05 * setting.random(2, 1, setting.parameters)
+    for op in NAMES:
+        setting.check(op)
+    setting.check("meta_gradient", weights=(0.5, -0.3))
 
 
 @each_network
