@@ -8,6 +8,7 @@ rules       rules.SGD, rules.Adam, rules.RMSProp, rules.ClipNorm, rules.MetaCurv
 data        data.Omniglot, data.Glyphs, data.Sinusoid, data.Episodes
 processes   distributed.split_tasks, distributed.average_gradients, ...
 networks    models.Conv4, models.ResNet12, models.MLP, models.PerStepBatchNorm2d
+tasks       task_call, task_gradient: a module with the parameters of each task
 backends    backend_of, use_backend, build_info; release_memory
 """
 
@@ -15,6 +16,8 @@ from fastmeta import data, distributed, models, rules
 from fastmeta.core.backend import backend_of, build_info, use_backend
 from fastmeta.core.memory import release_memory
 from fastmeta.core.version import VERSION
+from fastmeta.engines.task_call import task_call
+from fastmeta.engines.task_gradient import task_gradient
 from fastmeta.learners.gradient.anil import ANIL
 from fastmeta.learners.gradient.fomaml import FOMAML
 from fastmeta.learners.gradient.imaml import IMAML
@@ -70,7 +73,9 @@ __all__ = [
     "release_memory",
     "rules",
     "task_batch_norm",
+    "task_call",
     "task_conv2d",
+    "task_gradient",
     "task_linear",
     "use_backend",
 ]

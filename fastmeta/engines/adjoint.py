@@ -7,7 +7,9 @@ backward takes one Hessian-vector product a step (Maclaurin 2015, Franceschi 201
     v_k    = v_{k+1} - H_k (lr v_{k+1})           H_k = Hessian of L_s at theta_k
     d lr  += -g_k v_{k+1}                         summed over what shares a step size
     d x_s += -d<grad L_s(theta_k), lr v_{k+1}> / d x_s
+    d phi += -d<grad L_s(theta_k), lr v_{k+1}> / d phi   after d phi = d L_q / d phi
 
+phi are the parameters that are learned and not adapted, and the outer tensors, which tasks share.
 So memory is K P a task and the activations of one step; an unrolled graph keeps K times the
 activations. If they fit (``memory``), so does the meta-gradient, whose adjoint follows in the same
 call: then no activation is computed twice.
@@ -46,8 +48,6 @@ from fastmeta.engines.checks import (
     read_step_weights,
 )
 from fastmeta.engines.inner_loop import (
-    QUERY_NAMES,
-    SUPPORT_NAMES,
     InnerLoop,
     LoopInputs,
     Minibatches,
@@ -55,9 +55,6 @@ from fastmeta.engines.inner_loop import (
     Tape,
     of_tasks,
 )
-
-_ADAPT_NAMES = ("theta", "lr", *SUPPORT_NAMES)
-_META_LOSS_NAMES = (*_ADAPT_NAMES, *QUERY_NAMES)
 
 
 def check_loop(
@@ -94,11 +91,12 @@ def adapt(
         [of_tasks(name, tensor, chunk) for name, tensor in sources.items()]
         for chunk in options.chunks(tasks)
     )
-    shared = (*loop.rule_parameters.values(), *passes.outer.values())
+    shared = {**loop.rule_parameters, **passes.outer}
+    names = *sources, *shared
     # Read here: inside Function.forward gradients are always disabled.
     enabled = torch.is_grad_enabled()
     # One autograd node a chunk, so that the backward works through one chunk at a time.
-    chunks = [_Adapt.apply(loop, enabled, *part, *shared) for part in parts]
+    chunks = [_Adapt.apply(loop, enabled, names, *part, *shared.values()) for part in parts]
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
 
@@ -117,16 +115,9 @@ def meta_loss(
     nonzero = {k: weight for k, weight in enumerate(weights, 1) if weight}
     by_step = {options.steps: 0.0, **nonzero} if weights else {options.steps: 1.0}
     loop = InnerLoop(passes, options)
-    return _MetaLoss.apply(
-        loop,
-        torch.is_grad_enabled(),
-        by_step,
-        theta,
-        step_sizes.values,
-        *batch,
-        *loop.rule_parameters.values(),
-        *passes.outer.values(),
-    )
+    inputs = LoopInputs(theta, step_sizes, batch.support, batch.query).named()
+    named = {**inputs, **loop.rule_parameters, **passes.outer}
+    return _MetaLoss.apply(loop, torch.is_grad_enabled(), tuple(named), by_step, *named.values())
 
 
 def meta_gradient(
@@ -188,15 +179,17 @@ class _Adapt(torch.autograd.Function):
     """theta_K of a chunk of tasks; its backward is the adjoint recursion."""
 
     @staticmethod
-    def forward(ctx: Any, loop: InnerLoop, enabled: bool, *inputs: Tensor) -> Tensor:
-        ctx.names = *_ADAPT_NAMES, *loop.rule_parameters, *loop.passes.outer
+    def forward(
+        ctx: Any, loop: InnerLoop, enabled: bool, names: tuple[str, ...], *inputs: Tensor
+    ) -> Tensor:
+        ctx.names = names
         # Detached: the passes enable gradients inside and must not reach the caller's graph.
-        theta, step_sizes, x, y, *shared = (tensor.detach() for tensor in inputs)
-        ctx.requires = _requires(ctx, enabled, ctx.names)
-        sources = LoopInputs(theta, StepSizes(step_sizes), Examples(x, y))
+        tensors = [tensor.detach() for tensor in inputs]
+        ctx.requires = _requires(ctx, enabled, names)
+        sources = LoopInputs.of_named(dict(zip(names, tensors, strict=True)))
         adapted, tape = loop.run(sources, ctx.requires)
-        ctx.loop, ctx.randoms, ctx.autocast = loop, tape.randoms, AutocastState(theta.device)
-        tensors = [theta, step_sizes, x, y, *shared]
+        autocast = AutocastState(sources.theta.device)
+        ctx.loop, ctx.randoms, ctx.autocast = loop, tape.randoms, autocast
         leaves, ctx.tree = tree_flatten((tensors, tape.thetas, tape.grads, tape.states))
         # The module's constants are saved for their version check: the backward reads them.
         ctx.save_for_backward(*leaves, *loop.passes.constants)
@@ -207,8 +200,7 @@ class _Adapt(torch.autograd.Function):
         # Reading saved_tensors raises if any of them, the constants too, was changed in place.
         leaves = ctx.saved_tensors[: ctx.tree.num_leaves]
         tensors, thetas, grads, states = tree_unflatten(leaves, ctx.tree)
-        theta, step_sizes, x, y, *_ = tensors
-        sources = LoopInputs(theta, StepSizes(step_sizes), Examples(x, y))
+        sources = LoopInputs.of_named(dict(zip(ctx.names, tensors, strict=True)))
         loop, tape = ctx.loop, Tape(thetas, grads, states, ctx.randoms)
         # A backward runs outside the caller's autocast, but takes the passes again as they ran.
         with torch.no_grad(), ctx.autocast.restored():
@@ -221,7 +213,7 @@ class _Adapt(torch.autograd.Function):
             else None
             for name, tensor in zip(ctx.names, tensors, strict=True)
         ]
-        return None, None, *once_differentiable(shaped)
+        return None, None, None, *once_differentiable(shaped)
 
 
 class _MetaLoss(torch.autograd.Function):
@@ -236,13 +228,12 @@ class _MetaLoss(torch.autograd.Function):
         ctx: Any,
         loop: InnerLoop,
         enabled: bool,
+        names: tuple[str, ...],
         weights: Mapping[int, float],
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        names = *_META_LOSS_NAMES, *loop.rule_parameters, *loop.passes.outer
-        theta, step_sizes, *data = (x.detach() for x in inputs[: len(_META_LOSS_NAMES)])
-        batch = TaskBatch(*data)
-        sources = LoopInputs(theta, StepSizes(step_sizes), batch.support, batch.query)
+        detached = {name: x.detach() for name, x in zip(names, inputs, strict=True)}
+        sources = LoopInputs.of_named(detached)
         requires = _requires(ctx, enabled, names)
         loss, outputs, grads = loop.meta_gradient(sources, requires, weights)
         ctx.save_for_backward(*(grads.get(name) for name in names))
@@ -254,7 +245,7 @@ class _MetaLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             grads = [None if g is None else g * grad_loss for g in ctx.saved_tensors]
-        return None, None, None, *once_differentiable(grads)
+        return None, None, None, None, *once_differentiable(grads)
 
 
 def _requires(ctx: Any, enabled: bool, names: tuple[str, ...]) -> set[str]:

@@ -29,11 +29,15 @@ class Examples(NamedTuple):
         y: ``[T, B, ...]``; int64 labels or floating-point targets.
         role: ``"support"``, ``"query"`` or empty. It is part of the tensors' names in errors and
             gradients.
+        weight: ``[T, B]``: a task's loss is the sum of its examples' losses times these. An example
+            of weight 0 is absent: batch norms leave it out of their statistics. None: the loss
+            takes the examples together.
     """
 
     x: Tensor
     y: Tensor
     role: str = "support"
+    weight: Tensor | None = None
 
     @property
     def x_name(self) -> str:
@@ -42,6 +46,15 @@ class Examples(NamedTuple):
     @property
     def y_name(self) -> str:
         return f"{self.role}_y" if self.role else "y"
+
+    @property
+    def weight_name(self) -> str:
+        return f"{self.role}_weight" if self.role else "weight"
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors by name, those that there are."""
+        named = {self.x_name: self.x, self.y_name: self.y}
+        return named if self.weight is None else {**named, self.weight_name: self.weight}
 
     @classmethod
     def of_pair(cls, batch: tuple[Tensor, Tensor]) -> Examples:
@@ -58,7 +71,8 @@ class Examples(NamedTuple):
 
     def of_tasks(self, tasks: slice) -> Examples:
         """The examples of some of the tasks."""
-        return Examples(self.x[tasks], self.y[tasks], self.role)
+        weight = None if self.weight is None else self.weight[tasks]
+        return Examples(self.x[tasks], self.y[tasks], self.role, weight)
 
 
 class TaskBatch(NamedTuple):
@@ -68,24 +82,33 @@ class TaskBatch(NamedTuple):
         support_x: ``[T, S, ...]``.
         support_y: ``[T, S, ...]``; int64 labels or floating-point targets.
         query_x, query_y: the same with Q examples.
+        support_weight, query_weight: ``[T, S]`` and ``[T, Q]``, see ``Examples``; or None.
     """
 
     support_x: Tensor
     support_y: Tensor
     query_x: Tensor
     query_y: Tensor
+    support_weight: Tensor | None = None
+    query_weight: Tensor | None = None
 
     @property
     def support(self) -> Examples:
-        return Examples(self.support_x, self.support_y, "support")
+        return Examples(self.support_x, self.support_y, "support", self.support_weight)
 
     @property
     def query(self) -> Examples:
-        return Examples(self.query_x, self.query_y, "query")
+        return Examples(self.query_x, self.query_y, "query", self.query_weight)
+
+    @property
+    def data(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The inputs and targets."""
+        return self.support_x, self.support_y, self.query_x, self.query_y
 
     def detached(self) -> TaskBatch:
         """The batch, detached. Entries that are no tensors are kept: the checks raise for them."""
-        return TaskBatch(*(t.detach() if isinstance(t, Tensor) else t for t in self))
+        entries: Any = (t.detach() if isinstance(t, Tensor) else t for t in self)
+        return TaskBatch(*entries)
 
 
 class MetaGradient(NamedTuple):
@@ -116,7 +139,7 @@ class MetaGradient(NamedTuple):
     def assign_to(self, learner: Any) -> None:
         """Set ``.grad`` of the learner's parameters for its optimizer, replacing earlier ones.
 
-        The adapted parameters keep theirs if the loop had a ``start``, on which alone it depends.
+        The adapted parameters keep theirs if the loop had a ``start``: it does not read them.
         """
         # Not through ParameterLayout: its checks take as long as the gradient of a small network.
         parameters = [p for p in learner.module.parameters() if p.requires_grad]

@@ -105,6 +105,8 @@ def check_examples(layout: ParameterLayout, *sets: Examples) -> int:
                     f"{name}: expected shape [{expected[0]}, {expected[1]}, ...], "
                     f"got {list(tensor.shape)}"
                 )
+        if examples.weight is not None:
+            _check_weight(examples.weight_name, examples.weight, expected, layout)
         # Integer inputs, such as token ids of an embedding, have no dtype to agree on.
         dtypes = {layout.dtype, *layout.frozen_dtypes}
         mixed = examples.x.is_floating_point() and examples.x.dtype not in dtypes
@@ -114,6 +116,15 @@ def check_examples(layout: ParameterLayout, *sets: Examples) -> int:
                 f"{examples.x_name}: expected dtype {layout.dtype}, got {examples.x.dtype}"
             )
     return tasks
+
+
+def _check_weight(
+    name: str, weight: Tensor, shape: tuple[int, int], layout: ParameterLayout
+) -> None:
+    check_dense(name, weight)
+    if weight.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(weight.shape)}")
+    _check_kind(name, layout, weight)
 
 
 def _check_tensor(name: str, tensor: Tensor, layout: ParameterLayout) -> None:

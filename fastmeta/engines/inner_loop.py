@@ -23,8 +23,8 @@ from fastmeta.core.step_sizes import StepSizes
 from fastmeta.engines.base import Examples, InnerLoopOptions
 from fastmeta.rules.base import PREFIX, Rule, State, Step
 
-SUPPORT_NAMES = ("support_x", "support_y")
-QUERY_NAMES = ("query_x", "query_y")
+SUPPORT_NAMES = ("support_x", "support_y", "support_weight")
+QUERY_NAMES = ("query_x", "query_y", "query_weight")
 OUTER = "outer."  # then a number: tensors of ``InnerLoopOptions.outer``
 SHARED = "shared."  # then a name: parameters that are learned and not adapted
 
@@ -129,11 +129,19 @@ class LoopInputs(NamedTuple):
 
     def named(self) -> Tensors:
         """The tensors by name; gradients have the same names."""
-        named = {"theta": self.theta, "lr": self.step_sizes.values}
-        for examples in (self.support, self.query):
-            if examples is not None:
-                named.update({examples.x_name: examples.x, examples.y_name: examples.y})
-        return named
+        named = {"theta": self.theta, "lr": self.step_sizes.values, **self.support.named()}
+        return named if self.query is None else {**named, **self.query.named()}
+
+    @classmethod
+    def of_named(cls, named: Mapping[str, Tensor]) -> LoopInputs:
+        """The inverse of ``named``; other names are ignored."""
+
+        def examples(role: str) -> Examples:
+            x, y = named[f"{role}_x"], named[f"{role}_y"]
+            return Examples(x, y, role, named.get(f"{role}_weight"))
+
+        query = examples("query") if "query_x" in named else None
+        return cls(named["theta"], StepSizes(named["lr"]), examples("support"), query)
 
 
 def of_tasks(name: str, tensor: Tensor, tasks: slice) -> Tensor:
@@ -473,7 +481,7 @@ class Minibatches:
     ) -> tuple[Gradient, Tensors]:
         seen = self._seen(k, support)
         product, mixed = self.passes.curvature(k, theta, direction, seen, requires, random)
-        tensors = {support.x_name: support.x, support.y_name: support.y}
+        tensors = support.named()
         # Back to all examples; one that the step saw twice gets both of its gradients.
         for name in mixed.keys() & tensors.keys():
             complete = torch.zeros_like(tensors[name])
@@ -485,4 +493,6 @@ class Minibatches:
 
     def _seen(self, k: int, support: Examples) -> Examples:
         indices = self.indices[k]
-        return Examples(support.x[:, indices], support.y[:, indices], support.role)
+        x, y, role, weight = support
+        seen = None if weight is None else weight[:, indices]
+        return Examples(x[:, indices], y[:, indices], role, seen)

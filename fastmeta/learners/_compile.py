@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.autograd import Function
 from torch.func import functional_call
 
@@ -26,6 +27,9 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 _NAME = "fastmeta::meta_loss"
 
 _LEARNERS: WeakValueDictionary[int, CompilableLearner] = WeakValueDictionary()
+
+# Options whose results have graphs of their own; torch.compile breaks its graph there.
+_WITH_GRAPH = {"reduction", "differentiable_outputs"}
 
 # By qualified name: a subclass may call the method of its parent, which is another one.
 _METHODS: dict[str, Callable[..., Any]] = {}
@@ -43,12 +47,15 @@ def as_single_op(meta_loss: Method) -> Method:
     """
     method = meta_loss.__qualname__
     _METHODS[method] = meta_loss
+    untraced = _disable_dynamo(meta_loss)
 
     @functools.wraps(meta_loss)
     def call(learner: CompilableLearner, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return _traced(method, learner, *args, **kwargs)
-        return meta_loss(learner, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            return meta_loss(learner, *args, **kwargs)
+        if kwargs.keys() & _WITH_GRAPH:
+            return untraced(learner, *args, **kwargs)
+        return _traced(method, learner, *args, **kwargs)
 
     return cast("Method", call)
 
@@ -62,19 +69,24 @@ def _traced(
     query_y: Tensor,
     step_weights: Sequence[float] | Tensor | None = None,
     start: Tensor | None = None,
+    support_weight: Tensor | None = None,
+    query_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if step_weights is not None and not isinstance(step_weights, Tensor):
         step_weights = torch.tensor(step_weights, dtype=torch.float64)
     # Views: torch.compile takes no tensor twice, and queries may be the support.
     batch = support_x, support_y, query_x, query_y
-    data = [x.view_as(x) for x in (*batch, *(() if start is None else (start,)))]
+    given = {"start": start, "support_weight": support_weight, "query_weight": query_weight}
+    more = {name: x for name, x in given.items() if x is not None}
+    data = [x.view_as(x) for x in (*batch, *more.values())]
     inputs = [*_tensors(learner), *data]
     requires = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
     autocast = autocast_dtype(inputs[0].device)
     learner._register()
     # An op takes no Python object. torch.compile guards the id, so the graph is of this learner.
-    own = len(inputs) - len(data)
-    return _MetaLoss.apply(method, id(learner), own, requires, autocast, step_weights, *inputs)
+    names, own = list(more), len(inputs) - len(data)
+    key = id(learner)
+    return _MetaLoss.apply(method, key, names, own, requires, autocast, step_weights, *inputs)
 
 
 class CompilableLearner(nn.Module):
@@ -105,6 +117,7 @@ class _MetaLoss(Function):
         ctx: Any,
         method: str,
         key: int,
+        names: list[str],
         own: int,
         requires: list[bool],
         autocast: torch.dtype | None,
@@ -112,7 +125,7 @@ class _MetaLoss(Function):
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
         loss, outputs, *grads = torch.ops.fastmeta.meta_loss(
-            method, key, inputs[:own], inputs[own:], step_weights, requires, autocast
+            method, key, inputs[:own], inputs[own:], names, step_weights, requires, autocast
         )
         ctx.requires = requires
         ctx.save_for_backward(*grads)
@@ -123,12 +136,12 @@ class _MetaLoss(Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         grads = [grad_loss * next(saved) if required else None for required in ctx.requires]
-        return None, None, None, None, None, None, *grads
+        return None, None, None, None, None, None, None, *grads
 
 
 torch.library.define(
     _NAME,
-    "(str method, int learner, Tensor[] tensors, Tensor[] data, Tensor? step_weights, "
+    "(str method, int learner, Tensor[] tensors, Tensor[] data, str[] names, Tensor? step_weights, "
     "bool[] requires, ScalarType? autocast) -> Tensor[]",
     # It draws random numbers, and it may wait for the device, which no CUDA graph can hold.
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),
@@ -141,13 +154,14 @@ def _run(
     key: int,
     tensors: list[Tensor],
     data: list[Tensor],
+    names: list[str],
     step_weights: Tensor | None,
     requires: list[bool],
     autocast: torch.dtype | None,
 ) -> list[Tensor]:
     """Loss, outputs, and the gradient to each of ``tensors`` and ``data`` that requires it.
 
-    ``data`` are the batch and, if there is one, the parameters to start from.
+    ``data`` are the four tensors of the batch, then those that ``names`` names.
     """
     learner = _LEARNERS[key]
     options = {} if step_weights is None else {"step_weights": step_weights}
@@ -159,8 +173,8 @@ def _run(
         data = [x.detach().requires_grad_(flag) for x, flag in zip(data, flags, strict=True)]
         sources = [x for x, required in zip((*own, *data), requires, strict=True) if required]
         with torch.set_grad_enabled(bool(sources)):
-            start = {"start": data[4]} if len(data) > 4 else {}
-            loss, outputs = _METHODS[method](learner, *data[:4], **options, **start)
+            more = dict(zip(names, data[4:], strict=True))
+            loss, outputs = _METHODS[method](learner, *data[:4], **options, **more)
         grads: Sequence[Tensor] = ()
         if sources:
             grads = torch.autograd.grad(loss, sources, materialize_grads=True)
@@ -176,6 +190,7 @@ def _shapes(
     key: int,
     tensors: list[Tensor],
     data: list[Tensor],
+    names: list[str],
     step_weights: Tensor | None,
     requires: list[bool],
     autocast: torch.dtype | None,

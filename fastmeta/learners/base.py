@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from fastmeta.core.checks import check_dense
@@ -82,6 +84,18 @@ class AdaptedTasks:
         Modules with parameters for each inner step also need ``fastmeta.models.inner_step``.
         """
         return self.layout.views(self.params[index])
+
+    def as_module(self, index: int) -> nn.Module:
+        """A copy of the module with the adapted parameters of one task, without their graph.
+
+        It is an ordinary module: in ``train()`` its norms use the statistics of their batch, as
+        adapted tasks do, and in ``eval()`` their running statistics.
+        """
+        module = copy.deepcopy(self.module)
+        with torch.no_grad():
+            for name, value in self.task(index).items():
+                module.get_parameter(name).copy_(value)
+        return module
 
 
 def check_queries(query_x: Tensor, tasks: int) -> None:

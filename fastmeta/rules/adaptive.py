@@ -5,7 +5,7 @@ Symbols: g_k is the gradient at theta_k, m and s its first and second moment.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastmeta.core.dtypes import accumulation_dtype
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.parameter_selection import Selector, selected_names
 from fastmeta.rules.base import (
     Hyperparameter,
     Rule,
@@ -112,9 +113,10 @@ class PersistentAdam(Rule):
     in ``adapt_tasks``, it is read only. Nothing is differentiated through it.
 
     Args:
-        module: the model with the trainable parameters to adapt.
+        module: the model with the parameters to adapt.
         beta2: 0 to below 1.
         eps: above 0, inside the square root.
+        adapt: the parameters to adapt, as for ``fastmeta.MAML``; None: all trainable ones.
 
     Attributes:
         second: the persistent moment ``[P]``, a buffer; zeros at first.
@@ -137,9 +139,15 @@ class PersistentAdam(Rule):
     second: Tensor
     taken: Tensor
 
-    def __init__(self, module: nn.Module, beta2: float = 0.999, eps: float = 1e-8) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        adapt: Selector | Sequence[Selector] | None = None,
+    ) -> None:
         super().__init__()
-        self._layout = layout = ParameterLayout.of(module)
+        self._layout = layout = ParameterLayout.of(module, selected_names(module, adapt))
         self.beta2 = hyperparameter("beta2", beta2, below=1.0)
         self.eps = positive("eps", eps)
         size = layout.numel

@@ -87,6 +87,22 @@ def learners() -> None:
     assert_type(anil.adapt_tasks(*batch[:2]), AdaptedHeads)
 
 
+def tasks() -> None:
+    net = nn.Linear(3, 2)
+    x, y, theta = torch.randn(4, 5, 3), torch.randn(4, 5, 2), torch.randn(4, 8)
+    assert_type(fm.task_call(net, theta, x), Tensor)
+    grads, losses, outputs = fm.task_gradient(net, F.mse_loss, {"bias": theta[:, :2]}, x, y)
+    assert_type(grads, Tensor)
+    maml = fm.MAML(net, 0.1, loss=F.mse_loss, inner_loss=F.l1_loss, adapt=["bias", net])
+    assert_type(
+        maml.meta_loss(x, y, x, y, start=theta, support_weight=losses.expand(5, 4).T)[0], Tensor
+    )
+    assert_type(maml.task_gradients(x, y, x, y), Tensor)
+    assert_type(maml.adapt_tasks(x, y, start={"bias": theta[:, :2]}).as_module(0), nn.Module)
+    tokens = outputs.detach().unsqueeze(1)
+    assert_type(maml.stream_loss(x.unsqueeze(1), tokens, momentum=0.9), tuple[Tensor, Tensor])
+
+
 def metric_learner() -> None:
     glyphs = fm.data.Episodes(fm.data.Glyphs(), ways=2, shots=1, queries=1, tasks=2)[0]
     proto = fm.ProtoNet(fm.models.Conv4(hidden=2, ways=None))
@@ -106,5 +122,6 @@ ops()
 trees()
 learners()
 contract()
+tasks()
 metric_learner()
 backends()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -45,6 +45,8 @@ def meta_gradient(
     step_weights: Sequence[float] | None = None,
     training: bool | None = True,
     at_step: Callable[[nn.Module, int], object] = lambda module, k: None,
+    adapt: Collection[str] | None = None,
+    inner_loss: Loss | None = None,
 ) -> MetaGradient:
     """Loop over tasks and steps with ``create_graph=True``, and differentiate the graph.
 
@@ -52,12 +54,14 @@ def meta_gradient(
     element ``[T, P]``, or such a matrix a step ``[K or 1, T or 1, P or L or 1]``. ``step_weights``
     weigh the query losses after each step. The module runs in training mode, so batch norm uses
     batch statistics; ``training`` sets another mode, and None keeps the module's. ``at_step(module,
-    k)`` is called before each pass at theta_k.
+    k)`` is called before each pass at theta_k. ``adapt``: names of the parameters that the steps
+    change; None: all. ``inner_loss``: of the steps; None: ``loss``.
     """
     module = copy.deepcopy(module)
     if training is not None:
         module.train(training)
     params = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    adapted = {name: p for name, p in params.items() if adapt is None or name in adapt}
     lr = lr.detach().requires_grad_()
     support_x, query_x = leaves_of(tasks)
     losses, logits = [], []
@@ -68,14 +72,15 @@ def meta_gradient(
             at_step(module, 0)
             for k in range(steps):
                 outputs = functional_call(module, fast, (support_x[t],))
-                value = loss(outputs, tasks.support_y[t])
+                value = (inner_loss or loss)(outputs, tasks.support_y[t])
+                before = [fast[name] for name in adapted]
                 grads = torch.autograd.grad(
-                    value, list(fast.values()), create_graph=not first_order, allow_unused=True
+                    value, before, create_graph=not first_order, allow_unused=True
                 )
-                fast = {
+                fast |= {
                     name: p if g is None else p - step * g
-                    for (name, p), g, step in zip(
-                        fast.items(), grads, _split(lr, params, t, k), strict=True
+                    for name, p, g, step in zip(
+                        adapted, before, grads, _split(lr, adapted, t, k), strict=True
                     )
                 }
                 at_step(module, k + 1)

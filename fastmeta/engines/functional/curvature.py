@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.core.curvature_products import gauss_newton_products, hessian_products
+from fastmeta.core.derivatives import derivative
 from fastmeta.core.inner_step import inner_step
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.vmap import map_tasks
@@ -48,12 +49,41 @@ class TaskLosses(NamedTuple):
             ]
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks, -2)
 
+    def gradients(
+        self, options: InnerLoopOptions, theta: Tensor, examples: Examples
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients ``[T, P]``, the losses and the detached outputs; ``task_chunk`` counts.
+
+        With gradients enabled, gradients and losses have a graph.
+        """
+        has_graph = torch.is_grad_enabled()
+        theta = theta.expand(len(examples.x), self.layout.numel)
+        if not (has_graph and theta.requires_grad):
+            theta = theta.detach().requires_grad_()
+        chunks = []
+        with self.task_module.conditions(), inner_step(0), torch.enable_grad():
+            for tasks in options.chunks(len(theta)):
+                params, (x, y, _, weight) = (
+                    self.layout.views(theta[tasks]),
+                    examples.of_tasks(tasks),
+                )
+                losses, outputs = self.task_module.losses(
+                    params, x, y, self.loss, examples.x_name, weight
+                )
+                ones, sources = torch.ones_like(losses), list(params.values())
+                grads = derivative([losses], [ones], sources, create_graph=has_graph)
+                named = dict(zip(params, grads, strict=True))
+                chunks.append((self.layout.flatten(named), losses, outputs.detach()))
+        gradients, values, outputs = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        return gradients, values if has_graph else values.detach(), outputs
+
     def _hessian(
         self, theta: Tensor, examples: Examples, vector: Tensor, options: InnerLoopOptions
     ) -> Tensor:
         def total(theta: Tensor) -> Tensor:
-            params, (x, y, _) = self.layout.views(theta), examples
-            return self.task_module.losses(params, x, y, self.loss, examples.x_name)[0].sum()
+            params, (x, y, _, weight) = self.layout.views(theta), examples
+            losses, _ = self.task_module.losses(params, x, y, self.loss, examples.x_name, weight)
+            return losses.sum()
 
         many = vector.ndim == 3
         product: Tensor = hessian_products(total, theta, vector, options.hvp_mode, many)

@@ -232,6 +232,26 @@ class FunctionalEngine:
         return self._vmapped_if_possible(run)
 
     @entry_point
+    def task_gradients(self, theta: Tensor, examples: Examples) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient of each task's loss, the losses, and the detached outputs.
+
+        Args:
+            theta: ``[P]`` for all tasks or ``[T, P]``.
+            examples: ``[T, B, ...]``.
+
+        Returns:
+            ``[T, P]`` and ``[T]``, which have a graph if gradients are enabled, and
+            ``[T, B, ...]``.
+        """
+
+        def run(engine: FunctionalEngine) -> tuple[Tensor, Tensor, Tensor]:
+            loss = with_checked_labels(engine.loss, examples.y, examples.y_name)
+            task_losses = TaskLosses(engine.layout, engine._task_module(), loss)
+            return task_losses.gradients(engine.options, theta, examples)
+
+        return self._vmapped_if_possible(run)
+
+    @entry_point
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
         """The module's outputs ``[T, B, ...]`` on x ``[T, B, ...]``, with parameters ``[T, P]``."""
         return self._vmapped_if_possible(lambda engine: engine._outputs(theta, x))

@@ -92,7 +92,7 @@ def _footprint(
     # Inference mode keeps no graph, and autocast halves what is kept.
     modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(examples.x.device.type)
     shapes = ((t.shape[1:], t.dtype, t.device) for t in tensors)
-    kind = (module.training, keeps, tasks, *modes, *shapes)
+    kind = (module.training, keeps, tasks, examples.weight is None, *modes, *shapes)
     known = _known.setdefault(module, {})
     if kind not in known:
         kept, peak = _measured(passes, theta, examples.of_tasks(slice(tasks)), keeps)
@@ -106,7 +106,8 @@ def _measured(
     """Bytes kept and their peak in a step on the examples."""
     tasks, size = len(examples.x), theta.shape[-1]
     params = theta.detach().reshape(-1, size)[:tasks].expand(tasks, size)
-    part = Examples(examples.x.detach(), examples.y.detach(), examples.role)
+    x, y, role, weight = examples
+    part = Examples(x.detach(), y.detach(), role, None if weight is None else weight.detach())
     # The loop draws its own numbers afterwards, as if nothing had been drawn.
     draws = RandomState(theta.device).replay()
     with draws, torch.no_grad(), passes.conditions(), PeakBytes() as memory:

@@ -80,7 +80,11 @@ class RoutedLayers(TorchFunctionMode):
         super().__init__()
         self._vmapped = vmapped
         # These are routed without vmap too: their second derivative is the same chain.
-        self._routes: dict[Any, Callable[..., Any]] = {F.batch_norm: _batch_norm, **_ACTIVATIONS}
+        self._routes: dict[Any, Callable[..., Any]] = {
+            F.batch_norm: self._batch_norm,
+            **_ACTIVATIONS,
+        }
+        self.present: Tensor | None = None  # [B]: the examples of which norms take statistics
         if vmapped:
             self._routes |= {F.embedding: _embedding, F.conv2d: _conv2d, F.linear: _linear}
         self._device = device
@@ -99,6 +103,25 @@ class RoutedLayers(TorchFunctionMode):
         # A route answers NotImplemented for a call that its kernel does not support.
         result = NotImplemented if route is None else route(*args, **kwargs)
         return func(*args, **kwargs) if result is NotImplemented else result
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if not (training and running_mean is None and running_var is None):
+            return NotImplemented
+        if self.present is not None:
+            return _norm_of_present(input, weight, bias, eps, self.present)
+        if not _is_supported("task_batch_norm", input, input):
+            return NotImplemented
+        return task_batch_norm(input, weight, bias, eps)
 
 
 def _cast(func: Callable[..., Any], arguments: Any, narrow: torch.dtype) -> Any:
@@ -165,20 +188,27 @@ def _embedding(
     return torch.where(is_padding.unsqueeze(-1), rows.detach(), rows)
 
 
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+def _norm_of_present(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, present: Tensor
 ) -> Tensor:
-    uses_batch_statistics = training and running_mean is None and running_var is None
-    if not uses_batch_statistics or not _is_supported("task_batch_norm", input, input):
-        return NotImplemented
-    return task_batch_norm(input, weight, bias, eps)
+    """Batch norm ``[B, C, ...]`` by the statistics of the examples that are present ``[B]``."""
+    if len(input) != len(present):
+        raise ValueError(
+            f"weight: expected a batch norm of the {len(present)} examples that the weights are "
+            f"for, got one of {len(input)} rows"
+        )
+    dims, ones = [0, *range(2, input.dim())], [1] * (input.dim() - 1)
+    mask = present.to(input.dtype).view(-1, *ones)
+    # At least one: of a task without examples nothing is read.
+    count = (mask.sum() * (input[0, 0].numel() if input.dim() > 1 else 1)).clamp_min(1)
+    mean = (mask * input).sum(dims, keepdim=True) / count
+    centred = input - mean
+    variance = (mask * centred.square()).sum(dims, keepdim=True) / count
+    normalised = centred * (variance + eps).rsqrt()
+    shape = [1, -1, *ones[1:]]
+    if weight is not None:
+        normalised = normalised * weight.view(shape)
+    return normalised if bias is None else normalised + bias.view(shape)
 
 
 def _gelu(input: Tensor, *, approximate: str = "none") -> Tensor:

@@ -200,7 +200,8 @@ class ModulePasses:
         def total(params: Tensors, inputs: Tensors) -> Tensor:
             x = inputs.get(examples.x_name, examples.x)
             y = inputs.get(examples.y_name, examples.y)
-            losses, outputs = self.task_module.losses(params, x, y, loss, examples.x_name)
+            w = inputs.get(examples.weight_name, examples.weight)
+            losses, outputs = self.task_module.losses(params, x, y, loss, examples.x_name, w)
             if record is not None:
                 record[0].append(losses.detach())
                 record[1].append(outputs.detach())
@@ -225,5 +226,4 @@ def _of_all_groups(parts: list[Tensors]) -> Tensors:
 
 
 def _required(examples: Examples, requires: set[str]) -> Tensors:
-    named = {examples.x_name: examples.x, examples.y_name: examples.y}
-    return {name: tensor for name, tensor in named.items() if name in requires}
+    return {name: tensor for name, tensor in examples.named().items() if name in requires}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 
 from fastmeta.core.memory import kept_pages
 from fastmeta.core.module_errors import KINDS, described
@@ -116,16 +117,33 @@ class TaskModule:
         return self._mapped(lambda call, x: call(x), name, params, x)
 
     def losses(
-        self, params: Mapping[str, Tensor], x: Tensor, y: Tensor, loss: Loss, name: str = "x"
+        self,
+        params: Mapping[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        loss: Loss,
+        name: str = "x",
+        weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Each task's loss ``[T]`` and outputs ``[T, S, ...]``; ``name`` is x's in errors."""
+        """Each task's loss ``[T]`` and outputs ``[T, S, ...]``; ``name`` is x's in errors.
+
+        With a weight ``[T, S]`` a task's loss is the sum of its examples' losses times it.
+        """
         checked = scalar_loss(loss, len(x))
 
-        def task_loss(call: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Any:
+        def task_loss(call: Callable[..., Tensor], x: Tensor, y: Tensor) -> Any:
             outputs = call(x)
             return checked(outputs, y), outputs
 
-        return self._mapped(task_loss, name, params, x, y)
+        def weighted_loss(call: Callable[..., Tensor], x: Tensor, y: Tensor, w: Tensor) -> Any:
+            outputs = call(x, w)
+            # Each example by itself is a set of one, of which the loss is the mean.
+            each = vmap(lambda z, y: checked(z.unsqueeze(0), y.unsqueeze(0)))(outputs, y)
+            return (each * w).sum(), outputs
+
+        if weight is None:
+            return self._mapped(task_loss, name, params, x, y)
+        return self._mapped(weighted_loss, name, params, x, y, weight)
 
     def _mapped(
         self, fn: Callable[..., Any], name: str, params: Mapping[str, Tensor], *inputs: Tensor
@@ -144,7 +162,9 @@ class TaskModule:
         routing = RoutedLayers(tasks != 1, inputs[0].device)
 
         def one_task(params: dict[str, Tensor], buffers: dict[str, Tensor], *inputs: Tensor) -> Any:
-            def call(x: Tensor) -> Tensor:
+            def call(x: Tensor, weight: Tensor | None = None) -> Tensor:
+                routing.present = None if weight is None else weight.detach() != 0
+
                 def run(params: dict[str, Tensor]) -> Tensor:
                     tensors = {**self._trainable, **params, **buffers, **shared}
                     try:

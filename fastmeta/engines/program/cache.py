@@ -59,7 +59,7 @@ class LastCall(NamedTuple):
 
     def signature(self) -> tuple[Any, ...]:
         """Key that is equal for meta-gradients that are likely to differ only in values."""
-        return self.lr, id(self.call.program), *(tensor.shape for tensor in self.batch)
+        return self.lr, id(self.call.program), *(tensor.shape for tensor in self.batch.data)
 
 
 class ProgramCache:

@@ -144,14 +144,14 @@ class Call(NamedTuple):
         """
         frozen = self.frozen(theta)
         if self._runs_together():
-            return self._meta_gradient_together((theta, frozen, lr, *batch), requires)
+            return self._meta_gradient_together((theta, frozen, lr, *batch.data), requires)
         results = []
         for chunk in self.options.chunks(self.tasks):
             inputs = (
                 _of_tasks(theta, chunk),
                 frozen,
                 _of_tasks(lr, chunk),
-                *(tensor[chunk] for tensor in batch),
+                *(tensor[chunk] for tensor in batch.data),
             )
             loss, outputs, *grads = self._meta_gradient_op(inputs, requires)
             # The op takes the mean over its tasks, so a chunk counts by its share of all tasks.
@@ -213,13 +213,13 @@ class Call(NamedTuple):
         longer than the arithmetic of a small network.
         """
         if not (self.own_parameters and self.is_one_compiled and self.graphs is None):
-            return MetaLoss.apply(self, lr, *batch, *theta)
+            return MetaLoss.apply(self, lr, *batch.data, *theta)
         loss, outputs = self.ops.meta_loss(
             self.program.code,
             theta,
             self.frozen(theta[0]),
             lr,
-            *batch,
+            *batch.data,
             self.step_weights,
             self.options.steps,
             self.options.first_order,
@@ -238,7 +238,7 @@ class Call(NamedTuple):
                 theta,
                 self.frozen(theta[0]),
                 lr,
-                *batch,
+                *batch.data,
                 self.step_weights,
                 self.options.steps,
                 self.options.first_order,
@@ -262,7 +262,7 @@ class Call(NamedTuple):
         rows = vectors.movedim(-2, 0).reshape(self.tasks, count, vectors.shape[-1])
         results = []
         for chunk in self.options.chunks(self.tasks):
-            part, (x, y, _) = _of_tasks(theta, chunk), examples.of_tasks(chunk)
+            part, (x, y, *_) = _of_tasks(theta, chunk), examples.of_tasks(chunk)
             code = self.program.code
             results.append(self.ops.products(code, part, frozen, x, y, rows[chunk], gauss_newton))
         products = results[0] if len(results) == 1 else torch.cat(results)

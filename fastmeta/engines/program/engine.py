@@ -340,6 +340,14 @@ class ProgramEngine:
             raise ValueError(f"cuda_graph=True: {why}")
         return call
 
+    def call(self, theta: Tensor, examples: Examples) -> Call:
+        """The call that computes with parameters and examples that are given.
+
+        Raises:
+            LoweringError, TypeError, ValueError: as the engine's other methods.
+        """
+        return self._call(theta, [examples])
+
     def _call(
         self, theta: Tensor | None, sets: Sequence[Examples], weights: Sequence[float] = ()
     ) -> Call:
@@ -349,6 +357,8 @@ class ProgramEngine:
             LoweringError: the module, the loss, the examples or the options have no program.
         """
         self._check_losses()
+        if any(examples.weight is not None for examples in sets):
+            raise LoweringError("examples have weights")
         plan = self.cache.plan(self._source, sets)
         self._check_circumstances(plan.program.layout)
         # The program has no derivative in targets; the functional engine does.

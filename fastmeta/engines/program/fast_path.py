@@ -51,7 +51,7 @@ class CachedMetaGradient:
             step_sizes,
             list(program.learned),
             list(program.frozen),
-            list(batch),
+            list(batch.data),
             list(program.output_shape),
             call.options.steps,
             call.options.first_order,

@@ -230,7 +230,7 @@ class ANIL(CompilableLearner):
         sources = [*(named[name] for name in layout.names), *learned]
         batch = TaskBatch(support_x, support_y, query_x, query_y).detached()
         with torch.enable_grad():
-            loss, outputs = self.meta_loss(*batch)
+            loss, outputs = self.meta_loss(*batch.data)
         grads = torch.autograd.grad(loss, sources, materialize_grads=True)
         flat = layout.flatten(dict(zip(layout.names, grads, strict=False)))
         return MetaGradient(loss.detach(), outputs, flat, grads[-1] if learned else None, {})

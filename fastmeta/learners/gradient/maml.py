@@ -15,15 +15,20 @@ from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.parameter_selection import Selector, selected_names
 from fastmeta.core.plain_module import plain_module
 from fastmeta.engines.auto import AutoEngine
+from fastmeta.engines.autograd import entry_point
 from fastmeta.engines.base import Engine, Examples, InnerLoopOptions, MetaGradient, TaskBatch
+from fastmeta.engines.checks import check_examples
 from fastmeta.engines.functional.engine import FunctionalEngine
 from fastmeta.engines.program.cache import ProgramCache
 from fastmeta.engines.program.engine import ProgramEngine, ProgramOptions
 from fastmeta.learners._compile import as_single_op
 from fastmeta.learners.base import AdaptedTasks
+from fastmeta.learners.gradient._curvature_products import CurvatureProducts
+from fastmeta.learners.gradient._graph_loss import REDUCTIONS, loss_with_graph
 from fastmeta.learners.gradient._start import Start, read_start
 from fastmeta.learners.gradient._step_size import StepSize, is_per_step, read_step_size
 from fastmeta.learners.gradient._unrolled_steps import UnrolledSteps
+from fastmeta.learners.gradient._weights import batch_of, weighted
 from fastmeta.rules import Rule
 
 ENGINES = ("auto", "program", "functional")
@@ -49,7 +54,7 @@ _ENGINE_OPTIONS = frozenset(
 )
 
 
-class MAML(UnrolledSteps):
+class MAML(UnrolledSteps, CurvatureProducts):
     """MAML: parameters from which a few gradient steps solve a new task.
 
     ``meta_loss`` and ``adapt_tasks`` take many tasks at once and never unroll a graph;
@@ -86,6 +91,8 @@ class MAML(UnrolledSteps):
             inner loop by another way: the output of a hypernetwork that the module reads, a tensor
             that the loss reads. Parameters of a loss that is a module are always among them. Any
             other such tensor raises a ValueError.
+        normalize_weights: whether weights of examples are divided by their sum in a task; False: by
+            the number of examples.
         task_chunk: tasks that run together, None for all; bounds the memory. 1 runs them one by
             one, without vmap, which a module that vmap cannot take does by itself, with a warning.
             ``"auto"``: all of them in a task program; in the functional engine as many as suit
@@ -146,6 +153,7 @@ class MAML(UnrolledSteps):
         adapt: Selector | Sequence[Selector] | None = None,
         rule: Rule | None = None,
         outer: Sequence[Tensor] = (),
+        normalize_weights: bool = True,
         task_chunk: int | str | None = "auto",
         hvp_mode: str = "reverse",
         engine: str = "auto",
@@ -176,6 +184,7 @@ class MAML(UnrolledSteps):
         self.cuda_graph = cuda_graph
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
+        self.normalize_weights = normalize_weights
         self.rule = rule
         self.outer = tuple(outer)
         self._programs = ProgramCache()
@@ -200,6 +209,11 @@ class MAML(UnrolledSteps):
         query_y: Tensor,
         step_weights: Sequence[float] | Tensor | None = None,
         start: Start | None = None,
+        support_weight: Tensor | None = None,
+        query_weight: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        differentiable_outputs: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The mean over tasks of the query loss after adaptation to the support.
 
@@ -216,6 +230,16 @@ class MAML(UnrolledSteps):
                 ``layout``. They may require a gradient. None, and names that a dict lacks: the
                 module's own, which get no gradient where ``start`` replaces them.
 
+            support_weight, query_weight: floating-point ``[T, S]`` and ``[T, Q]``: a task's loss is
+                ``sum_b w_b l_b / sum_b w_b``, see ``normalize_weights``, of a loss that is a mean
+                over examples. An example of weight 0 is absent; so is, in a set with weights, one
+                whose label is -1 or the loss's ``ignore_index``. Batch norms leave it out. Weights
+                may require a gradient. None: all are 1.
+            reduction: ``"mean"`` over the tasks, or ``"none"`` for the losses ``[T]``.
+            differentiable_outputs: whether the outputs have a graph, for a loss of your own on
+                them. Such a call, and one without a reduction, keeps the activations of the
+                queries for the backward, which goes back through the inner steps.
+
         Returns:
             ``loss`` and the detached outputs on the queries after the last step ``[T, Q, N]``.
             ``loss.backward()`` fills the ``.grad`` of the module's parameters, of a learned ``lr``,
@@ -227,11 +251,14 @@ class MAML(UnrolledSteps):
             TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
         """
         data = support_x, support_y, query_x, query_y
-        if step_weights is None and start is None:
+        given = step_weights, start, support_weight, query_weight
+        if reduction != "mean" or differentiable_outputs:
+            return self._loss_with_graph(data, *given, reduction, differentiable_outputs)
+        if all(option is None for option in given):
             replayed = self._programs.replay_loss(self, data)
             if replayed is not None:
                 return replayed
-        lr, batch = self._step_size(self.steps), TaskBatch(*data)
+        lr, batch = self._step_size(self.steps), self._batch(data, support_weight, query_weight)
         theta = read_start(start, self.layout, self.module)
         result = self._engine.meta_loss(theta, lr, batch, step_weights)
         self._programs.prepare(self)
@@ -243,6 +270,7 @@ class MAML(UnrolledSteps):
         support_y: Tensor,
         steps: int | None = None,
         start: Start | None = None,
+        support_weight: Tensor | None = None,
     ) -> AdaptedTasks:
         """The module adapted to every task.
 
@@ -253,6 +281,7 @@ class MAML(UnrolledSteps):
                 ``steps`` rows are used, and more steps than rows raise.
             start: parameters to start from, as for ``meta_loss``; the ``params`` of adapted tasks
                 go on from there.
+            support_weight: as for ``meta_loss``.
 
         Returns:
             ``AdaptedTasks``: call it on queries ``[T, Q, ...]``; its ``params`` are ``[T, P]``.
@@ -263,7 +292,8 @@ class MAML(UnrolledSteps):
         engine = self._engine if steps is None else self._engine.with_steps(steps)
         lr = self._step_size(engine.options.steps)
         theta = read_start(start, self.layout, self.module)
-        params = engine.adapt(theta, lr, Examples(support_x, support_y))
+        support = self._weighted(Examples(support_x, support_y), support_weight)
+        params = engine.adapt(theta, lr, support)
         return AdaptedTasks(params, self.layout, self.module, engine)
 
     def meta_gradient(
@@ -274,6 +304,8 @@ class MAML(UnrolledSteps):
         query_y: Tensor,
         step_weights: Sequence[float] | Tensor | None = None,
         start: Tensor | None = None,
+        support_weight: Tensor | None = None,
+        query_weight: Tensor | None = None,
     ) -> MetaGradient:
         """The meta-loss and its gradient as values: ``meta_loss`` and ``backward`` in one call.
 
@@ -283,6 +315,7 @@ class MAML(UnrolledSteps):
         Args:
             support_x, support_y, query_x, query_y, step_weights: as for ``meta_loss``.
             start: ``[P]`` or ``[T, P]``, as for ``meta_loss``; its gradient is ``start_grads``.
+            support_weight, query_weight: as for ``meta_loss``; they get no gradient.
 
         Raises:
             TypeError, ValueError: as for ``meta_loss``.
@@ -299,11 +332,12 @@ class MAML(UnrolledSteps):
             torch.Size([2, 3])
         """
         data = support_x, support_y, query_x, query_y
-        if step_weights is None and start is None:
+        given = step_weights, start, support_weight, query_weight
+        if all(option is None for option in given):
             replayed = self._programs.replay(self, data)
             if replayed is not None:
                 return replayed
-        engine, batch = self._engine, TaskBatch(*data)
+        engine, batch = self._engine, self._batch(data, support_weight, query_weight)
         # With gradients enabled: the rows of a learned lr would otherwise lose their graph.
         with torch.enable_grad() if isinstance(self.lr, Tensor) else nullcontext():
             lr = self._step_size(self.steps)
@@ -335,47 +369,6 @@ class MAML(UnrolledSteps):
         start = self._engine.parameters().detach().expand(tasks, -1)
         result = self.meta_gradient(support_x, support_y, query_x, query_y, start=start)
         return cast("Tensor", result.start_grads) * tasks
-
-    def hvp(self, params: Tensor, batch: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
-        """The Hessian of each task's loss times one vector or many (Pearlmutter 1994).
-
-        ``H v = d <grad L(params), v> / d params`` with the learner's loss and ``hvp_mode``. The
-        Hessian is never formed.
-
-        Args:
-            params: parameters at which the Hessian is taken, in the order of the module's trainable
-                parameters: ``[P]`` for all tasks, or ``[T, P]`` as in ``AdaptedTasks.params``.
-            batch: ``(x, y)`` with x ``[T, B, ...]`` and y ``[T, B]`` int64 labels or floating-point
-                targets ``[T, B, ...]``.
-            vector: ``[P]`` for all tasks, or ``[T, P]``; or many vectors ``[K, T, P]``, whose
-                products share the passes that do not depend on the vector.
-
-        Returns:
-            ``[T, P]``, or ``[K, T, P]``; differentiable like the result of ``fastmeta.hvp``.
-
-        Raises:
-            TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
-            RuntimeError: inference mode, which has no gradients.
-
-        Example:
-            >>> import torch
-            >>> maml = MAML(torch.nn.Linear(1, 1, bias=False), loss=torch.nn.functional.mse_loss)
-            >>> x, y = torch.full((2, 5, 1), 3.0), torch.zeros(2, 5, 1)
-            >>> maml.hvp(torch.zeros(1), (x, y), torch.ones(1))  # d^2/dw^2 mean (3 w)^2 = 18
-            tensor([[18.],
-                    [18.]])
-        """
-        return self._engine.hvp(params, Examples.of_pair(batch), vector)
-
-    def ggnvp(self, params: Tensor, batch: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
-        """The Gauss-Newton matrix of each task's loss times one vector or many.
-
-        ``J' H_L J v``, with J the derivative of the outputs in the parameters and H_L the Hessian
-        of the loss in the outputs: positive semidefinite where the loss is convex in the outputs,
-        and cheaper than the Hessian, see ``fastmeta.ggnvp``. Arguments, result and errors are as
-        for ``hvp``; ``hvp_mode`` says how J v is taken.
-        """
-        return self._engine.ggnvp(params, Examples.of_pair(batch), vector)
 
     def explain(self, support_x: Tensor | None = None, support_y: Tensor | None = None) -> str:
         """Which engine runs, and how, in a few sentences.
@@ -432,6 +425,48 @@ class MAML(UnrolledSteps):
         }
         self._built_engine = engines[self.engine]
         return self._built_engine
+
+    @entry_point
+    def _loss_with_graph(
+        self,
+        data: tuple[Tensor, Tensor, Tensor, Tensor],
+        step_weights: Sequence[float] | Tensor | None,
+        start: Start | None,
+        support_weight: Tensor | None,
+        query_weight: Tensor | None,
+        reduction: str,
+        differentiable_outputs: bool,
+    ) -> tuple[Tensor, Tensor]:
+        check_choice("reduction", reduction, REDUCTIONS)
+        if step_weights is not None:
+            raise ValueError(
+                "step_weights: expected None with reduction='none' or differentiable_outputs=True, "
+                "which are of the parameters after the last step"
+            )
+        batch = self._batch(data, support_weight, query_weight)
+        check_examples(self.layout, batch.support, batch.query)
+        adapted = self.adapt_tasks(*data[:2], start=start, support_weight=support_weight)
+        outputs = adapted(batch.query_x)
+        losses = loss_with_graph(self.loss, outputs, batch.query)
+        outputs = outputs if differentiable_outputs else outputs.detach()
+        return losses if reduction == "none" else losses.mean(), outputs
+
+    def _batch(
+        self,
+        data: tuple[Tensor, Tensor, Tensor, Tensor],
+        support_weight: Tensor | None,
+        query_weight: Tensor | None,
+    ) -> TaskBatch:
+        batch = TaskBatch(*data)
+        if support_weight is None and query_weight is None:
+            return batch
+        support = self._weighted(batch.support, support_weight)
+        return batch_of(support, self._weighted(batch.query, query_weight))
+
+    def _weighted(self, examples: Examples, weight: Tensor | None) -> Examples:
+        inner = self.loss if self.inner_loss is None else self.inner_loss
+        loss = inner if examples.role == "support" else self.loss
+        return weighted(examples, weight, loss, self.layout, self.normalize_weights)
 
     def _step_size(self, steps: int) -> float | Tensor:
         """``lr`` in the form of the engines: one row a step becomes one matrix a step."""

@@ -108,10 +108,13 @@ class MAMLPlusPlus(MAML):
         query_x: Tensor,
         query_y: Tensor,
         start: Start | None = None,
+        support_weight: Tensor | None = None,
+        query_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The annealed loss of this iteration, as ``MAML.meta_loss`` with ``step_weights()``."""
         data = support_x, support_y, query_x, query_y
-        result = super().meta_loss(*data, self.step_weights(), start)
+        weights = support_weight, query_weight
+        result = super().meta_loss(*data, self.step_weights(), start, *weights)
         self._count(torch.is_grad_enabled())
         return result
 
@@ -122,10 +125,13 @@ class MAMLPlusPlus(MAML):
         query_x: Tensor,
         query_y: Tensor,
         start: Tensor | None = None,
+        support_weight: Tensor | None = None,
+        query_weight: Tensor | None = None,
     ) -> MetaGradient:
         """The annealed loss and its gradient, as ``MAML.meta_gradient`` with its weights."""
         data = support_x, support_y, query_x, query_y
-        result = super().meta_gradient(*data, self.step_weights(), start)
+        weights = support_weight, query_weight
+        result = super().meta_gradient(*data, self.step_weights(), start, *weights)
         self._count(True)
         return result
 

@@ -67,7 +67,7 @@ class Reptile(PrecomputedGradientLearner):
         check_integer("steps", steps, 1)
         if inner_batch is not None:
             check_integer("inner_batch", inner_batch, 1)
-        rule = PersistentAdam(model) if rule is None else rule
+        rule = PersistentAdam(model, adapt=options.get("adapt")) if rule is None else rule
         # The inner loop is never differentiated: first order keeps no tape.
         super().__init__(model, lr, steps, first_order=True, loss=loss, rule=rule, **options)
         self.inner_batch = inner_batch

@@ -153,7 +153,7 @@ def test_the_number_of_tasks_that_run_together_is_chosen_by_their_size(monkeypat
 def test_the_chosen_number_changes_nothing_beyond_rounding(limit, monkeypatch):
     torch.manual_seed(0)
     net, (_, batch) = Wide().double(), counted("cpu", tasks=5)
-    batch = TaskBatch(*(t.double() if t.is_floating_point() else t for t in batch))
+    batch = TaskBatch(*(t.double() if t.is_floating_point() else t for t in batch.data))
     monkeypatch.setenv(LIMIT, limit)
     found, *expected = (
         fm.MAML(net, 0.1, 2, engine="functional", task_chunk=chunk).meta_gradient(*batch)

@@ -90,7 +90,7 @@ def test_the_gradient_is_that_of_torchs_convolutions(first, mode, device, calls)
 
 def test_what_is_not_routed(device, calls):
     engine, (lr, batch) = engine_and_batch("dense", device, torch.float32)
-    single = [tensor[:1] for tensor in batch]
+    single = [tensor[:1] for tensor in batch.data]
     engine.meta_gradient(lr, TaskBatch(*single))  # without vmap a convolution is an ordinary one
     assert set(calls) == {"task_batch_norm"}
     engine.meta_gradient(lr, batch)

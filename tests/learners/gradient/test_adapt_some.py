@@ -1,0 +1,202 @@
+"""Inner loops that adapt some parameters, while the outer loop learns the others."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastmeta as fm
+from tests.helpers.networks import (
+    NETWORKS,
+    build,
+    classification,
+    joined,
+    regression,
+    regressor,
+    relative_error,
+)
+from tests.helpers.unrolled import meta_gradient
+
+EXACT = 1e-10
+HALVES = {"even": slice(0, None, 2), "odd": slice(1, None, 2), "last": slice(-2, None)}
+
+each_engine = pytest.mark.parametrize("engine", ["functional", "auto"])
+
+
+def names_of(net: nn.Module, half: str) -> tuple[str, ...]:
+    return tuple(name for name, _ in net.named_parameters())[HALVES[half]]
+
+
+def grads_of(net: nn.Module) -> Tensor:
+    return joined(torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters())
+
+
+@each_engine
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize(("steps", "first_order"), [(1, False), (3, False), (2, True)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_equals_an_unrolled_loop(name, steps, first_order, half, engine, device):
+    net, tasks = build(name, device), classification(name, device)
+    adapt = names_of(net, half)
+    lr = torch.tensor(0.1, dtype=torch.float64, device=device)
+    expected = meta_gradient(net, tasks, F.cross_entropy, lr, steps, first_order, adapt=adapt)
+    maml = fm.MAML(net, lr, steps, first_order, learn_lr=True, adapt=list(adapt), engine=engine)
+    loss, outputs = maml.meta_loss(*tasks)
+    loss.backward()
+    assert relative_error(grads_of(net), joined(expected.params.values())) < EXACT
+    assert relative_error(maml.lr.grad, expected.lr) < EXACT
+    assert relative_error(outputs, expected.logits) < EXACT
+    net.zero_grad()
+    result = maml.meta_gradient(*tasks)
+    assert set(result.shared_grads) == {n for n, _ in net.named_parameters()} - set(adapt)
+    result.assign_to(maml)
+    assert relative_error(grads_of(net), joined(expected.params.values())) < EXACT
+
+
+@each_engine
+@pytest.mark.parametrize("options", [{"task_chunk": 2}, {"memory": "recompute"}, {"task_chunk": 1}])
+def test_options_change_nothing(options, engine, device):
+    net, tasks = build("mlp", device), classification("mlp", device)
+    adapt = names_of(net, "last")
+    lr = torch.tensor(0.1, dtype=torch.float64, device=device)
+    expected = meta_gradient(net, tasks, F.cross_entropy, lr, 3, adapt=adapt)
+    maml = fm.MAML(net, 0.1, 3, adapt=adapt, engine=engine, **options)
+    maml.meta_loss(*tasks)[0].backward()
+    assert relative_error(grads_of(net), joined(expected.params.values())) < EXACT
+
+
+@each_engine
+def test_calls_that_are_repeated(engine, device):
+    """The third call takes the fast path."""
+    net, tasks = build("mlp", device), classification("mlp", device)
+    maml = fm.MAML(net, 0.1, 2, adapt="4.*", engine=engine)
+    results = [maml.meta_gradient(*tasks) for _ in range(4)]
+    for result in results[1:]:
+        assert torch.equal(result.grads, results[0].grads)
+        for name, grad in results[0].shared_grads.items():
+            assert torch.equal(result.shared_grads[name], grad)
+
+
+@each_engine
+@pytest.mark.parametrize("rule", [lambda: fm.rules.SGD(momentum=0.9), fm.rules.Adam])
+def test_with_a_rule(rule, engine, device):
+    """Against the functional engine in the form with a step size of zero for the others."""
+    net, tasks = build("mlp", device), classification("mlp", device)
+    sizes = [
+        torch.full((p.numel(),), 0.1 * (n in ("2.bias", "4.weight")), dtype=torch.float64)
+        for n, p in net.named_parameters()
+    ]
+    everything = fm.MAML(net, torch.cat(sizes).to(device), 2, rule=rule(), engine="functional")
+    everything.meta_loss(*tasks)[0].backward()
+    expected = grads_of(net)
+    net.zero_grad()
+    maml = fm.MAML(net, 0.1, 2, rule=rule(), adapt=["2.bias", "4.weight"], engine=engine)
+    maml.meta_loss(*tasks)[0].backward()
+    assert relative_error(grads_of(net), expected) < EXACT
+
+
+@each_engine
+def test_adapted_tasks_reach_the_shared_parameters(engine, device):
+    net, tasks = build("mlp", device), classification("mlp", device)
+    maml = fm.MAML(net, 0.1, 2, adapt="4.*", engine=engine)
+    maml.meta_loss(*tasks)[0].backward()
+    expected = grads_of(net)
+    net.zero_grad()
+    adapted = maml.adapt_tasks(tasks.support_x, tasks.support_y)
+    assert adapted.params.shape == (3, maml.layout.numel)
+    assert maml.layout.names == ("4.weight", "4.bias")
+    outputs = adapted(tasks.query_x)
+    F.cross_entropy(outputs.flatten(0, 1), tasks.query_y.flatten()).backward()
+    assert relative_error(grads_of(net), expected) < EXACT
+
+
+@each_engine
+def test_products_are_of_the_adapted_parameters(engine, device):
+    net, tasks = build("mlp", device), classification("mlp", device)
+    layout = fm.MAML(net, adapt="4.*").layout
+    every = fm.MAML(net, engine="functional")
+    maml = fm.MAML(net, adapt="4.*", engine=engine)
+    vector = torch.randn(2, 3, layout.numel, dtype=torch.float64, device=device)
+    wide = F.pad(vector, (every.layout.numel - layout.numel, 0))
+    params, batch = joined(net.parameters()).detach(), (tasks.support_x, tasks.support_y)
+    for product in ("hvp", "ggnvp"):
+        expected = getattr(every, product)(params, batch, wide)[..., -layout.numel :]
+        actual = getattr(maml, product)(params[-layout.numel :], batch, vector)
+        assert relative_error(actual, expected) < EXACT
+
+
+def test_one_task_at_a_time_adapts_the_same(device):
+    net, tasks = build("mlp", device), classification("mlp", device)
+    maml = fm.MAML(net, 0.1, adapt=net[4])
+    learner = maml.clone()
+    learner.adapt(F.cross_entropy(learner(tasks.support_x[0]), tasks.support_y[0]))
+    adapted = maml.adapt_tasks(tasks.support_x, tasks.support_y).task(0)
+    assert relative_error(learner.module[4].weight, adapted["4.weight"]) < EXACT
+    assert torch.equal(learner.module[0].weight, net[0].weight)
+
+
+@pytest.mark.parametrize("learner", [fm.MetaSGD, fm.MAMLPlusPlus, fm.MetaCurvature])
+def test_relatives(learner, device):
+    net, tasks = build("mlp", device), classification("mlp", device)
+    maml = learner(net, adapt="4.*").eval()  # MAML++ counts its iterations in training
+    maml.meta_loss(*tasks)[0].backward()
+    assert all(p.grad is not None for p in maml.parameters())
+    twin = learner(copy.deepcopy(net), adapt="4.*", engine="functional").eval()
+    twin.load_state_dict(maml.state_dict())
+    twin.meta_loss(*tasks)[0].backward()
+    assert relative_error(grads_of(net), grads_of(twin.module)) < EXACT
+
+
+@pytest.mark.parametrize("learner", [fm.IMAML, fm.Reptile])
+def test_learners_without_such_a_gradient_say_so(learner, device):
+    tasks = regression(device)
+    maml = learner(regressor(device), loss=F.mse_loss, adapt="2.*")
+    with pytest.raises(ValueError, match=r"adapt: .* has a gradient to adapted parameters only"):
+        maml.meta_loss(*tasks)
+
+
+def test_it_says_which_parameters_are_shared(device):
+    net = build("mlp", device)
+    assert (
+        "24 adapted parameters in 2 tensors and 59 that the tasks share"
+        in fm.MAML(net, adapt=net[4]).explain()
+    )
+
+
+@each_engine
+def test_an_inner_loss_of_its_own(engine, device):
+    net, tasks = build("mlp", device), classification("mlp", device)
+
+    def inner(outputs: Tensor, targets: Tensor) -> Tensor:
+        return 2 * F.cross_entropy(outputs, targets) + outputs.square().mean()
+
+    lr = torch.tensor(0.1, dtype=torch.float64, device=device)
+    expected = meta_gradient(net, tasks, F.cross_entropy, lr, 2, inner_loss=inner)
+    maml = fm.MAML(net, 0.1, 2, inner_loss=inner, engine=engine)
+    loss, _ = maml.meta_loss(*tasks)
+    loss.backward()
+    assert relative_error(loss, expected.loss) < EXACT
+    assert relative_error(grads_of(net), joined(expected.params.values())) < EXACT
+    with pytest.raises(TypeError, match="inner_loss: expected a callable or None, got int"):
+        fm.MAML(net, inner_loss=3)
+
+
+def test_a_learned_inner_loss(device):
+    net, tasks = regressor(device), regression(device)
+    inner = nn.Sequential(nn.Flatten(0), nn.Linear(6, 1, dtype=torch.float64, device=device))
+
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = inner
+
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return self.layers((outputs - targets).square()).sum()
+
+    maml = fm.MAML(net, 0.01, 2, loss=F.mse_loss, inner_loss=Learned())
+    maml.meta_loss(*tasks)[0].backward()
+    assert inner[1].weight.grad.abs().max() > 0
