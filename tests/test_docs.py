@@ -204,7 +204,7 @@ def test_docstrings_become_sections(site):
 @slow
 def test_formulas_are_typeset_within_the_page(site):
     html = (site / "design.html").read_text()
-    assert html.count('<p class="formula"><svg') == 2
+    assert html.count('<p class="formula"><svg') == 3
     assert 'aria-label="v_K = ' in html and "arithmatex" not in html
 
 

@@ -67,6 +67,20 @@ class Unused(nn.Module):
         return self.used(x)
 
 
+class Context(nn.Module):
+    """Network that reads a context beside its inputs, and joins two of its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context, self.more = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.ones(1, 1))
+        self.first, self.second = nn.Linear(5, 3), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([x, self.context.expand(x.shape[0], -1)], -1)
+        y = torch.tanh(self.first(y))
+        return self.second(torch.cat((self.more.expand(x.size(0), 1), y, x), dim=1))
+
+
 def frozen_body() -> nn.Module:
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 3))
     net[0].requires_grad_(False)
@@ -116,6 +130,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (2, 3),
     ),
     "residual": (Residual, (3,)),
+    "context": (Context, (3,)),
     "tied": (Tied, (3,)),
     "unused": (Unused, (3,)),
     "frozen": (frozen_body, (3,)),

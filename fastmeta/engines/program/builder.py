@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
 from fastmeta.engines.program.trace import LoweringError, Trace, caller
@@ -110,7 +111,8 @@ class Builder:
             self._adapts.add(y.at)
         self._sizes.append(math.prod(shape))
         self._instructions.append(instruction)
-        self.layers.append(name)
+        if name:  # a part of a layer has none
+            self.layers.append(name)
         return y
 
     def channels_last(self, x: Value) -> Value:
@@ -136,6 +138,11 @@ class Builder:
                 f"a parameter of it has shape {list(tensor.shape)}, not {list(shape)}"
             )
         return self.trace.reference(tensor)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """A tensor of zeros in the parameters' dtype, on their device, for ``constant``."""
+        layout = self.trace.layout
+        return torch.zeros(shape, dtype=layout.dtype, device=layout.device)
 
     def constant(self, buffer: Any, shape: tuple[int, ...]) -> int:
         """The number by which an instruction refers to a buffer, which joins ``frozen``."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastmeta.engines.program import image_layers as images
+from fastmeta.engines.program import joins
 from fastmeta.engines.program.builder import (
     BatchSize,
     Builder,
@@ -245,6 +246,8 @@ _FUNCTIONS: dict[Any, Handler] = {
     torch.flatten: _flatten,
     torch.reshape: _reshape_to,
     torch.add: _add,
+    torch.cat: joins.cat,
+    torch.concat: joins.cat,
     operator.add: _add,
     operator.iadd: partial(_add, inplace=True),
     operator.getitem: _item,  # x.shape[0] in a forward
@@ -266,6 +269,7 @@ _METHODS: dict[str, Handler] = {
     "reshape": _reshape,
     "contiguous": _identity,  # the program decides about memory itself
     "size": _size,
+    "expand": joins.expand,
     "mean": images.mean,
 }
 
