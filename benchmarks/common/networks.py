@@ -97,7 +97,86 @@ class Conv4:
         return [*convolutions, 2 * self.features * self.ways]
 
 
-Network = MLP | Conv4
+@dataclass(frozen=True)
+class ContextMLP:
+    """CAVIA: linear layers with ReLU, the first on inputs and on a context, which is adapted."""
+
+    sizes: tuple[int, ...]
+    context: int
+
+    def __str__(self) -> str:
+        return f"MLP {'-'.join(map(str, self.sizes))} with a context of {self.context}"
+
+    @property
+    def body(self) -> MLP:
+        return MLP((self.sizes[0] + self.context, *self.sizes[1:]))
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.sizes[:1]
+
+    @property
+    def outputs(self) -> int:
+        return self.sizes[-1]
+
+    def parameters(self) -> list[Parameter]:
+        """The context, then weight and bias of each layer."""
+        return [Parameter((self.context,), 0.1), *self.body.parameters()]
+
+    @property
+    def adapted(self) -> list[bool]:
+        """Of each parameter, whether a task adapts it."""
+        return [True] + [False] * len(self.body.parameters())
+
+    @property
+    def learned(self) -> list[bool]:
+        """Of each parameter, whether the outer loop learns it."""
+        return [True] * len(self.parameters())
+
+    def layer_flops(self) -> list[int]:
+        return self.body.layer_flops()
+
+
+@dataclass(frozen=True)
+class LoraMLP:
+    """LoRA: an MLP that is frozen, and two thin matrices a layer, which are adapted and learned."""
+
+    sizes: tuple[int, ...]
+    rank: int
+
+    def __str__(self) -> str:
+        return f"MLP {'-'.join(map(str, self.sizes))} with LoRA of rank {self.rank}"
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.sizes[:1]
+
+    @property
+    def outputs(self) -> int:
+        return self.sizes[-1]
+
+    def parameters(self) -> list[Parameter]:
+        """Weight and bias of each layer, then its matrices [rank, I] and [O, rank]."""
+        found = []
+        for inputs, outputs in itertools.pairwise(self.sizes):
+            down = Parameter((self.rank, inputs), inputs**-0.5)
+            up = Parameter((outputs, self.rank), 0.1)
+            found += [*weight_and_bias(outputs, inputs), down, up]
+        return found
+
+    @property
+    def adapted(self) -> list[bool]:
+        return [False, False, True, True] * (len(self.sizes) - 1)
+
+    @property
+    def learned(self) -> list[bool]:
+        return self.adapted
+
+    def layer_flops(self) -> list[int]:
+        return MLP(self.sizes).layer_flops()
+
+
+Network = MLP | Conv4 | ContextMLP | LoraMLP
 
 
 def parameter_count(network: Network) -> int:

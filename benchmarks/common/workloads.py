@@ -17,6 +17,10 @@ The input of the first layer needs no gradient and has no tangent: for this laye
 
     T (K (gradient of S + product at hand of S) + gradient of Q)
 
+Where some of the parameters are adapted ("some"), a gradient in the inner loop takes 2 f, as no
+layer's own weight needs one, and a product 4 f; on the queries it takes 3 f if the layers are
+learned, else 2 f. The thin matrices and the context are not counted.
+
 A head that is adapted on the features of a body ("head") is one linear layer whose inputs get
 gradients: then a gradient on the queries takes 3 f, and a product 4 f, two of them for the inputs.
 """
@@ -27,7 +31,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.common.networks import MLP, Conv4, Network, draw_parameters, parameter_count
+from benchmarks.common.networks import (
+    MLP,
+    ContextMLP,
+    Conv4,
+    LoraMLP,
+    Network,
+    draw_parameters,
+    parameter_count,
+)
 
 Arrays = dict[str, np.ndarray]
 
@@ -38,6 +50,8 @@ class Workload:
 
     "hvp": theta and vector [T, P] and a batch of S examples a task -> products [T, P].
     "head": as "meta" on features, with gradients also to the features of support and queries.
+    "some": as "meta", but some of the parameters are adapted and some learned: the gradient is of
+        the learned ones.
     "iteration": as "meta", with the drawing of the tasks and a step of Adam.
     """
 
@@ -71,6 +85,10 @@ class Workload:
         if self.kind == "head":
             inner = self.steps * self.support * 6 * first
             return self.tasks * (inner + self.queries * 3 * first)
+        if self.kind == "some":
+            every = first + rest
+            of_queries = 3 if all(self.network.learned) else 2
+            return self.tasks * every * (self.steps * self.support * 6 + self.queries * of_queries)
         product = 2 * first + 6 * rest
         inner = self.steps * self.support * (gradient + product)
         return self.tasks * (inner + self.queries * gradient)
@@ -103,6 +121,24 @@ _ALL = (
     _meta("anil_640", MLP((640, 5)), "cross_entropy", 0.1, 32, 5, 25, 75, kind="head", **_LATER),
     _meta("sin1_iteration", _SINE, "mse", 0.01, 25, 1, 10, 10, kind="iteration", **_LATER),
     _meta("sin5_iteration", _SINE, "mse", 0.01, 25, 5, 10, 10, kind="iteration", **_LATER),
+    _meta(
+        "cavia1", ContextMLP((1, 40, 40, 1), 5), "mse", 1.0, 25, 1, 10, 10, kind="some", **_LATER
+    ),
+    _meta(
+        "cavia5", ContextMLP((1, 40, 40, 1), 5), "mse", 1.0, 25, 5, 10, 10, kind="some", **_LATER
+    ),
+    _meta(
+        "lora",
+        LoraMLP((784, 512, 512, 10), 4),
+        "cross_entropy",
+        0.1,
+        16,
+        3,
+        50,
+        50,
+        kind="some",
+        **_LATER,
+    ),
     _meta("omni_conv1", Conv4(64, 5), "cross_entropy", 0.4, 32, 1, 5, 75, **_LATER),
     _meta("omni_conv5", Conv4(64, 5), "cross_entropy", 0.4, 8, 5, 5, 75, **_LATER),
     _meta("omni_paper", Conv4(64, 5), "cross_entropy", 0.4, 32, 1, 5, 5, **_LATER),

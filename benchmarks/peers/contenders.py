@@ -14,7 +14,7 @@ OURS = "fastmeta"
 class Contender:
     name: str  # on the command line
     label: str  # in tables
-    kind: str  # of the workloads that it can do: "meta", "hvp", "head" or "iteration"
+    kind: str  # of the workloads that it can do: "meta", "hvp", "head", "iteration" or "some"
     build: str  # "module:function" of a `Problem`, imported in the contender's own process
     dtype: str = "float32"
     in_graph: bool = False  # as the replay of a CUDA graph
@@ -81,7 +81,16 @@ _ITERATION = (
     _row("adjoint-compile", "adjoint, compiled", "iteration", "iteration_steps:adjoint_compiled"),
     _row("jax", "JAX jit, all in one", "iteration", "jax_steps:iteration"),
 )
-CONTENDERS = _META + _HVP + _HEAD + _ITERATION
+_SOME = (
+    _row(OURS, "fastmeta", "some", "some_steps:values"),
+    _row("fastmeta-functional", "fastmeta, functional engine", "some", "some_steps:functional"),
+    _row("autograd", "torch.autograd, task by task", "some", "some_steps:by_task"),
+    _row("higher", "higher", "some", "some_steps:higher"),
+    _row("torch-func", "torch.func vmap(grad)", "some", "some_steps:unrolled"),
+    _row("torch-compile", "torch.func, compiled", "some", "some_steps:unrolled_compiled"),
+    _row("jax", "JAX jit(vmap(grad))", "some", "jax_steps:some"),
+)
+CONTENDERS = _META + _HVP + _HEAD + _ITERATION + _SOME
 # The reference of all results: a plain loop, in float64. Not torch.func, whose vmap of gradients
 # that are differentiated again is wrong for convolutional networks in torch 2.13.
 REFERENCES = {
@@ -91,6 +100,7 @@ REFERENCES = {
         ("hvp", "torch_steps:twice"),
         ("head", "head_steps:by_task"),
         ("iteration", "torch_steps:by_task"),
+        ("some", "some_steps:by_task"),
     )
 }
 MATRIX = _row("matrix", "matrix product", "", "matrix:product")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks.common.networks import MLP, Network
+from benchmarks.common.networks import MLP, ContextMLP, LoraMLP, Network
 from benchmarks.common.workloads import Arrays, draw_episode
 from benchmarks.peers.step import Missing, Problem, Step
 
@@ -21,6 +21,16 @@ Params = list[Array]
 
 def _outputs(network: Network, params: Params, x: Array) -> Array:
     """Outputs of one task's examples, [B, ...] -> [B, N]."""
+    if isinstance(network, ContextMLP):
+        context, *params = params
+        rows = jnp.broadcast_to(context, (len(x), *context.shape))
+        return _outputs(network.body, params, jnp.concatenate([x, rows], -1))
+    if isinstance(network, LoraMLP):
+        for at in range(0, len(params), 4):
+            weight, bias, down, up = params[at : at + 4]
+            x = x @ weight.T + bias + (x @ down.T) @ up.T
+            x = x if at + 4 == len(params) else jax.nn.relu(x)
+        return x
     if isinstance(network, MLP):
         for weight, bias in zip(params[:-2:2], params[1:-2:2], strict=True):
             x = jax.nn.relu(x @ weight.T + bias)
@@ -112,6 +122,35 @@ def unrolled(problem: Problem) -> Step:
     _prepare(problem)
     function = jax.value_and_grad(_meta_loss(problem))
     return _step(problem, function, _inputs(problem), lambda result: _read_meta(*result))
+
+
+def some(problem: Problem) -> Step:
+    """`unrolled` where a task adapts some of the parameters and some are learned."""
+    _prepare(problem)
+    workload, loss_of = problem.workload, _loss_of(problem)
+    network, params = workload.network, _split(problem, problem.arrays["theta"])
+    learned = [p for p, learns in zip(params, network.learned, strict=True) if learns]
+
+    def placed(chosen: list[bool], own: Params, others: Params) -> Params:
+        rest = iter(own)
+        return [next(rest) if c else p for c, p in zip(chosen, others, strict=True)]
+
+    def task_loss(params: Params, sx: Array, sy: Array, qx: Array, qy: Array) -> Array:
+        own = [p for p, adapts in zip(params, network.adapted, strict=True) if adapts]
+        for _ in range(workload.steps):
+            gradients = jax.grad(lambda own: loss_of(placed(network.adapted, own, params), sx, sy))(
+                own
+            )
+            own = [p - workload.lr * g for p, g in zip(own, gradients, strict=True)]
+        return loss_of(placed(network.adapted, own, params), qx, qy)
+
+    def meta_loss(learned: Params, params: Params, *tasks: Array) -> Array:
+        every = placed(network.learned, learned, params)
+        return jax.vmap(task_loss, (None, 0, 0, 0, 0))(every, *tasks).mean()
+
+    _, *tasks = _inputs(problem)
+    function = jax.value_and_grad(meta_loss)
+    return _step(problem, function, (learned, params, *tasks), lambda result: _read_meta(*result))
 
 
 def iteration(problem: Problem) -> Step:

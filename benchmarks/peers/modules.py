@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
-from benchmarks.common.networks import MLP, Network
+from benchmarks.common.networks import MLP, ContextMLP, LoraMLP, Network
 from benchmarks.common.workloads import Arrays
 from benchmarks.peers.step import Missing, Problem, Step, nothing
 
@@ -29,7 +29,33 @@ def _block(inputs: int, hidden: int) -> list[nn.Module]:
     return [convolution, norm, nn.ReLU(), nn.MaxPool2d(2)]
 
 
+class _Context(nn.Module):
+    def __init__(self, network: ContextMLP) -> None:
+        super().__init__()
+        self.context = nn.Parameter(torch.zeros(network.context))
+        self.body = nn.Sequential(*_layers(network.body))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(torch.cat([x, self.context.expand(x.shape[0], -1)], -1))
+
+
+class _LoRA(nn.Module):
+    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs)
+        self.lora_down = nn.Linear(inputs, rank, bias=False)
+        self.lora_up = nn.Linear(rank, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.lora_up(self.lora_down(x))
+
+
 def _layers(network: Network) -> list[nn.Module]:
+    if isinstance(network, ContextMLP):
+        return [_Context(network)]
+    if isinstance(network, LoraMLP):
+        pairs = itertools.pairwise(network.sizes)
+        return [layer for i, o in pairs for layer in (_LoRA(i, o, network.rank), nn.ReLU())][:-1]
     if isinstance(network, MLP):
         pairs = itertools.pairwise(network.sizes)
         return [layer for i, o in pairs for layer in (nn.Linear(i, o), nn.ReLU())][:-1]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.common.networks import MLP, Conv4
+from benchmarks.common.networks import MLP, Conv4, LoraMLP
 from benchmarks.common.workloads import WORKLOADS, draw
 from benchmarks.peers.contenders import CONTENDERS, OURS, REFERENCES, prepared
 from benchmarks.peers.driver import disagreement
@@ -23,6 +23,8 @@ SMALL = {
     "images": replace(WORKLOADS["omni_conv1"], tasks=2, network=Conv4(2, 5, 1, 16), queries=10),
     "hvp": replace(WORKLOADS["hvp_mlp_t32"], tasks=2, network=MLP((5, 4, 3)), support=6),
     "iteration": replace(WORKLOADS["sin1_iteration"], tasks=2, steps=2),
+    "context": replace(WORKLOADS["cavia1"], tasks=2, steps=2),
+    "lora": replace(WORKLOADS["lora"], network=LoraMLP((4, 6, 3), 2), tasks=2, steps=2),
     "hvp of one task": replace(WORKLOADS["hvp_mlp_t1"], network=MLP((5, 4, 3)), support=6),
 }
 # torch.func differentiates a batch norm wrongly where vmap of a gradient is differentiated again.

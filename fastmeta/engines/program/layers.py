@@ -278,10 +278,15 @@ HANDLERS = Handlers(_LAYERS, _FUNCTIONS, _METHODS)
 
 def examples_that_fit(trace: Trace) -> Iterator[tuple[int, ...]]:
     """Yield shapes of an example that fit the first layer of a fixed size; none without one."""
+    joins_inputs = False
     for node in trace.graph.nodes:
+        joins_inputs = joins_inputs or node.target in (torch.cat, torch.concat)
         first = trace.attribute(node.target) if node.op == "call_module" else None
         if type(first) in _EXAMPLES:
-            yield from _EXAMPLES[type(first)](first)
+            shapes = list(_EXAMPLES[type(first)](first))
+            yield from shapes
+            if joins_inputs and len(shapes[0]) == 1:  # a part of the features is of the example
+                yield from ((n,) for n in range(1, shapes[0][0]))
             return
 
 
