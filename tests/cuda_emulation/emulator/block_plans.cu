@@ -27,7 +27,7 @@ class LinearCall {
     p.values = values_;
     p.value_count = 2;
     p.output = 1;
-    p.parameters = 8;
+    p.parameters = p.adapted = 8;
     p.example_elements = 4;
     p.writes_once = true;
     p.loss = {LossKind::kMse, 0, 0, true, 1};
@@ -48,7 +48,7 @@ class LinearCall {
 
  private:
   Instruction instruction_{};
-  Value values_[2] = {{3, 0, 0, false}, {2, 0, 0, true}};
+  Value values_[2] = {{3, 0, 0, false, false}, {2, 0, 0, true, true}};
 };
 
 using Change = std::function<void(LinearCall&)>;
