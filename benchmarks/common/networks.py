@@ -98,26 +98,17 @@ class Conv4:
 
 
 @dataclass(frozen=True)
-class ContextMLP:
+class ContextMLP(MLP):
     """CAVIA: linear layers with ReLU, the first on inputs and on a context, which is adapted."""
 
-    sizes: tuple[int, ...]
     context: int
 
     def __str__(self) -> str:
-        return f"MLP {'-'.join(map(str, self.sizes))} with a context of {self.context}"
+        return f"{super().__str__()} with a context of {self.context}"
 
     @property
     def body(self) -> MLP:
         return MLP((self.sizes[0] + self.context, *self.sizes[1:]))
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return self.sizes[:1]
-
-    @property
-    def outputs(self) -> int:
-        return self.sizes[-1]
 
     def parameters(self) -> list[Parameter]:
         """The context, then weight and bias of each layer."""
@@ -138,22 +129,13 @@ class ContextMLP:
 
 
 @dataclass(frozen=True)
-class LoraMLP:
+class LoraMLP(MLP):
     """LoRA: an MLP that is frozen, and two thin matrices a layer, which are adapted and learned."""
 
-    sizes: tuple[int, ...]
     rank: int
 
     def __str__(self) -> str:
-        return f"MLP {'-'.join(map(str, self.sizes))} with LoRA of rank {self.rank}"
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return self.sizes[:1]
-
-    @property
-    def outputs(self) -> int:
-        return self.sizes[-1]
+        return f"{super().__str__()} with LoRA of rank {self.rank}"
 
     def parameters(self) -> list[Parameter]:
         """Weight and bias of each layer, then its matrices [rank, I] and [O, rank]."""
@@ -172,11 +154,8 @@ class LoraMLP:
     def learned(self) -> list[bool]:
         return self.adapted
 
-    def layer_flops(self) -> list[int]:
-        return MLP(self.sizes).layer_flops()
 
-
-Network = MLP | Conv4 | ContextMLP | LoraMLP
+Network = MLP | Conv4
 
 
 def parameter_count(network: Network) -> int:
