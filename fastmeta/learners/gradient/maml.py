@@ -251,10 +251,11 @@ class MAML(UnrolledSteps, CurvatureProducts):
             TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
         """
         data = support_x, support_y, query_x, query_y
-        given = step_weights, start, support_weight, query_weight
         if reduction != "mean" or differentiable_outputs:
+            given = step_weights, start, support_weight, query_weight
             return self._loss_with_graph(data, *given, reduction, differentiable_outputs)
-        if all(option is None for option in given):
+        weighs = support_weight is not None or query_weight is not None
+        if step_weights is None and start is None and not weighs:
             replayed = self._programs.replay_loss(self, data)
             if replayed is not None:
                 return replayed
@@ -332,8 +333,8 @@ class MAML(UnrolledSteps, CurvatureProducts):
             torch.Size([2, 3])
         """
         data = support_x, support_y, query_x, query_y
-        given = step_weights, start, support_weight, query_weight
-        if all(option is None for option in given):
+        weighs = support_weight is not None or query_weight is not None
+        if step_weights is None and start is None and not weighs:
             replayed = self._programs.replay(self, data)
             if replayed is not None:
                 return replayed
