@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta.core.checks import check_choice, check_integer, check_number
+from fastmeta.core.memory import kept_pages
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.plain_module import plain_module
 from fastmeta.engines.autograd import entry_point, is_learned
@@ -173,7 +174,8 @@ class ANIL(CompilableLearner):
         lr = step_sizes(self._step_sizes(self.steps), self.steps, features)
         kernel_form = uses_kernel_form(self.form, head, self.steps)
         options = HeadOptions(self._inner_loss, self.weight_decay, self.first_order, kernel_form)
-        return head_loss(head, lr, self._features(query_x, "query_x"), query_targets, options)
+        with kept_pages():
+            return head_loss(head, lr, self._features(query_x, "query_x"), query_targets, options)
 
     def adapt_tasks(
         self, support_x: Tensor, support_y: Tensor, steps: int | None = None
