@@ -26,10 +26,15 @@ from tests.helpers.programs import (
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
-@pytest.fixture(autouse=True)
-def kernels(device):
+def skip_without_program(device: str) -> None:
+    """Skip a test of compiled programs where the extension has none for the device."""
     if (fm.core.backend.PROGRAM, device) not in fm.core.backend.KERNELS:
         pytest.skip(f"the extension has no task program for {device}")
+
+
+@pytest.fixture(autouse=True)
+def kernels(device):
+    skip_without_program(device)
 
 
 def assert_same(actual: Tensor, expected: Tensor, tolerance: float) -> None:

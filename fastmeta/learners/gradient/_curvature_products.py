@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 from torch import Tensor
 
 from fastmeta.engines.base import Engine, Examples
@@ -11,8 +13,9 @@ class CurvatureProducts:
     """Base of learners that multiply with the Hessian or Gauss-Newton matrix of their loss."""
 
     @property
+    @abstractmethod
     def _engine(self) -> Engine:
-        raise NotImplementedError
+        """The engine that takes the products."""
 
     def hvp(self, params: Tensor, batch: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
         """The Hessian of each task's loss times one vector or many (Pearlmutter 1994).

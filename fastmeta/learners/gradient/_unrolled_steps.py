@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -46,9 +47,9 @@ class UnrolledSteps(CompilableLearner):
     _is_clone = False  # a clone's parameters have a graph
 
     @property
+    @abstractmethod
     def layout(self) -> ParameterLayout:
         """Names and shapes of the parameters that the inner loop adapts, in their order."""
-        raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with its current parameters."""

@@ -280,8 +280,8 @@ class MAML(UnrolledSteps, CurvatureProducts):
             support_y: ``[T, S]`` int64 labels, or floating-point targets ``[T, S, ...]``.
             steps: inner steps; None for the learner's own. If ``lr`` has a row a step, the first
                 ``steps`` rows are used, and more steps than rows raise.
-            start: parameters to start from, as for ``meta_loss``; the ``params`` of adapted tasks
-                go on from there.
+            start: parameters to start from, as for ``meta_loss``; with the ``params`` of adapted
+                tasks, their adaptation continues.
             support_weight: as for ``meta_loss``.
 
         Returns:

@@ -20,7 +20,7 @@ from fastmeta.ops.task_program import NAMES
 from tests.helpers.engines import engines as both_engines
 from tests.helpers.engines import leaves
 from tests.helpers.networks import Tasks, relative_error
-from tests.helpers.program_checks import Setting
+from tests.helpers.program_checks import Setting, skip_without_program
 from tests.helpers.programs import IMAGES, build, tasks_for
 from tests.helpers.unrolled import meta_gradient, set_row, with_rows_by_hand
 
@@ -31,11 +31,8 @@ each_network = pytest.mark.parametrize("name", IMAGES)
 
 @pytest.fixture(params=["torch", "native"])
 def backend(request, device):
-    if (
-        request.param == "native"
-        and (fm.core.backend.PROGRAM, device) not in fm.core.backend.KERNELS
-    ):
-        pytest.skip(f"the extension has no task program for {device}")
+    if request.param == "native":
+        skip_without_program(device)
     with fm.use_backend(request.param):
         yield request.param
 
@@ -142,8 +139,7 @@ def test_any_number_of_examples_and_tasks(support, tasks, backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("per_task", [False, True])
 def test_every_compiled_op(name, dtype, per_task, device):
-    if (fm.core.backend.PROGRAM, device) not in fm.core.backend.KERNELS:
-        pytest.skip(f"the extension has no task program for {device}")
+    skip_without_program(device)
     setting = Setting(name, "cross_entropy", device, dtype, per_task=per_task, tasks=2)
     for op in NAMES:
         setting.check(op)
@@ -218,8 +214,7 @@ def test_explain_names_the_layers_without_a_batch(backend):
 @pytest.mark.parametrize("half", ["first", "second"])
 @each_network
 def test_parameters_that_are_learned_and_not_adapted(name, half, device):
-    if (fm.core.backend.PROGRAM, device) not in fm.core.backend.KERNELS:
-        pytest.skip(f"the extension has no task program for {device}")
+    skip_without_program(device)
     setting = Setting(name, "cross_entropy", device, half=half)
     for op in NAMES:
         setting.check(op)
