@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import traceback
 
-from torch import Tensor, nn
+from torch import nn
+
+from fastmeta.core.trees import Tree, named_tensors
 
 # Of a forward that cannot take its input. An error keeps its kind.
 KINDS = (IndexError, ValueError, TypeError, RuntimeError)
@@ -19,7 +21,7 @@ _WAYS_OUT = {
 }
 
 
-def described(error: Exception, module: nn.Module, name: str, x: Tensor) -> Exception:
+def described(error: Exception, module: nn.Module, name: str, x: Tree) -> Exception:
     """An error of ``module(x)`` of the same kind, which names argument, shape and layer.
 
     An exception of another class than Python's own is returned unchanged: somebody may catch it.
@@ -28,7 +30,7 @@ def described(error: Exception, module: nn.Module, name: str, x: Tensor) -> Exce
         error: raised by the module's forward.
         module: the module.
         name: of the argument.
-        x: what the module got: examples of one task, or of all.
+        x: what the module got: examples of one task, or of all; a tensor or a tree.
     """
     kind = type(error)
     if kind not in KINDS:
@@ -36,8 +38,13 @@ def described(error: Exception, module: nn.Module, name: str, x: Tensor) -> Exce
     sentence = " ".join(str(error).split()).rstrip(".")
     ways = [way for words, way in _WAYS_OUT.items() if words in sentence]
     way = f". {ways[0][0].upper()}{ways[0][1:]}" if ways else ""
+    # Of a tree each tensor, by its place: ['ids'] torch.int64 of shape [5, 7], ...
+    got = ", ".join(
+        f"{path} {tensor.dtype} of shape {list(tensor.shape)}".strip()
+        for path, tensor in named_tensors("", x).items()
+    )
     return kind(
-        f"{name}: {type(module).__name__} fails on {x.dtype} of shape {list(x.shape)}"
+        f"{name}: {type(module).__name__} fails on {got}"
         f"{_layer_at_fault(module, error)}: {sentence}{way}"
     )
 

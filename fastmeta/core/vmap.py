@@ -13,6 +13,8 @@ from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastmeta.core.trees import split
+
 
 def map_tasks(fn: Callable[..., Any], *args: Any) -> Any:
     """Map ``fn``, a function of one task's tensors, over the leading dimension of ``args``.
@@ -24,6 +26,20 @@ def map_tasks(fn: Callable[..., Any], *args: Any) -> Any:
         return vmap(fn, randomness="different")(*args)
     result = fn(*tree_map(lambda tensor: tensor.squeeze(0), args))
     return tree_map(lambda tensor: tensor.unsqueeze(0), result)
+
+
+def map_trees(fn: Callable[..., Any], *args: Any) -> Any:
+    """``map_tasks`` for trees of any kind; objects in a result that are no tensors become None."""
+    tensors, structure = split(args)
+    results = []
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        found, result = split(fn(*structure.of(tensors)), others=False)
+        results.append(result)
+        return tuple(found)
+
+    found = map_tasks(flat, *tensors)
+    return results[0].of(found)
 
 
 def under_derivative(fn: Callable[[Any], Tensor], params: Any) -> Tensor:

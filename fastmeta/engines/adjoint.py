@@ -26,8 +26,8 @@ backward then reads theta_k, g_k and s_k: K P a task for each of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.parameter_selection import shared_parameters
 from fastmeta.core.pieces import joined
 from fastmeta.core.step_sizes import StepSizes
+from fastmeta.core.trees import Structure, Tree, concatenated, split
 from fastmeta.engines.autograd import is_learned, once_differentiable
 from fastmeta.engines.base import Engine, Examples, InnerLoopOptions, MetaGradient, TaskBatch
 from fastmeta.engines.checks import (
@@ -79,14 +80,15 @@ def adapt(
     indices: Tensor | None = None,
 ) -> Tensor:
     """The parameters of every task after K steps, as ``Engine.adapt``; the inputs are checked."""
-    tasks = len(support.x)
+    tasks = support.tasks
     step_sizes = StepSizes.of(lr, passes.layout, tasks, options.steps)
     if indices is not None:
         passes = Minibatches(passes, check_indices(indices, options.steps, support))
     if options.steps == 0:
         return theta.expand(tasks, passes.layout.numel)
     loop = InnerLoop(passes, options)
-    sources = LoopInputs(theta, step_sizes, support).named()
+    inputs = LoopInputs(theta, step_sizes, support)
+    sources, rebuild = inputs.named(), inputs.rebuild()
     parts = (
         [of_tasks(name, tensor, chunk) for name, tensor in sources.items()]
         for chunk in options.chunks(tasks)
@@ -96,7 +98,9 @@ def adapt(
     # Read here: inside Function.forward gradients are always disabled.
     enabled = torch.is_grad_enabled()
     # One autograd node a chunk, so that the backward works through one chunk at a time.
-    chunks = [_Adapt.apply(loop, enabled, names, *part, *shared.values()) for part in parts]
+    chunks = [
+        _Adapt.apply(loop, enabled, names, rebuild, *part, *shared.values()) for part in parts
+    ]
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
 
@@ -107,17 +111,19 @@ def meta_loss(
     lr: float | Tensor,
     batch: TaskBatch,
     step_weights: Sequence[float] | Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tree]:
     """The meta-loss and the outputs, as ``Engine.meta_loss``; the inputs are checked."""
     weights = read_step_weights(step_weights, options.steps)
-    step_sizes = StepSizes.of(lr, passes.layout, len(batch.support_x), options.steps)
+    step_sizes = StepSizes.of(lr, passes.layout, batch.support.tasks, options.steps)
     # A step of weight 0 takes no query pass; the last one does, for the outputs.
     nonzero = {k: weight for k, weight in enumerate(weights, 1) if weight}
     by_step = {options.steps: 0.0, **nonzero} if weights else {options.steps: 1.0}
     loop = InnerLoop(passes, options)
-    inputs = LoopInputs(theta, step_sizes, batch.support, batch.query).named()
-    named = {**inputs, **loop.rule_parameters, **passes.outer}
-    return _MetaLoss.apply(loop, torch.is_grad_enabled(), tuple(named), by_step, *named.values())
+    inputs = LoopInputs(theta, step_sizes, batch.support, batch.query)
+    named = {**inputs.named(), **loop.rule_parameters, **passes.outer}
+    call = _MetaLossCall(loop, torch.is_grad_enabled(), tuple(named), inputs.rebuild(), by_step, [])
+    loss, *outputs = _MetaLoss.apply(call, *named.values())
+    return loss, call.outputs[0].of(outputs)
 
 
 def meta_gradient(
@@ -161,18 +167,18 @@ def query_losses(
     theta: Tensor,
     query: Examples,
     gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tree, Tensor | None]:
     """Each task's query loss, as ``Engine.query_losses``; the inputs are checked."""
     requires, parts = {"theta"} if gradient else set(), []
     with torch.no_grad():
-        theta = theta.expand(len(query.x), passes.layout.numel)
-        for tasks in options.chunks(len(query.x)):
+        theta = theta.expand(query.tasks, passes.layout.numel)
+        for tasks in options.chunks(query.tasks):
             part = query.of_tasks(tasks)
             # Norms with a row of parameters a step use the row of the last step.
             parts.append(passes.query(options.steps, theta[tasks], part, requires, 1.0))
     losses, outputs, grads, _ = zip(*parts, strict=True)
     to_theta = torch.cat([joined(g) for g in grads]) if gradient else None
-    return torch.cat(losses), torch.cat(outputs), to_theta
+    return torch.cat(losses), concatenated(outputs), to_theta
 
 
 class _Adapt(torch.autograd.Function):
@@ -180,13 +186,18 @@ class _Adapt(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, loop: InnerLoop, enabled: bool, names: tuple[str, ...], *inputs: Tensor
+        ctx: Any,
+        loop: InnerLoop,
+        enabled: bool,
+        names: tuple[str, ...],
+        rebuild: Callable[[Mapping[str, Tensor]], LoopInputs],
+        *inputs: Tensor,
     ) -> Tensor:
-        ctx.names = names
+        ctx.names, ctx.rebuild = names, rebuild
         # Detached: the passes enable gradients inside and must not reach the caller's graph.
         tensors = [tensor.detach() for tensor in inputs]
         ctx.requires = _requires(ctx, enabled, names)
-        sources = LoopInputs.of_named(dict(zip(names, tensors, strict=True)))
+        sources = rebuild(dict(zip(names, tensors, strict=True)))
         adapted, tape = loop.run(sources, ctx.requires)
         autocast = AutocastState(sources.theta.device)
         ctx.loop, ctx.randoms, ctx.autocast = loop, tape.randoms, autocast
@@ -200,7 +211,7 @@ class _Adapt(torch.autograd.Function):
         # Reading saved_tensors raises if any of them, the constants too, was changed in place.
         leaves = ctx.saved_tensors[: ctx.tree.num_leaves]
         tensors, thetas, grads, states = tree_unflatten(leaves, ctx.tree)
-        sources = LoopInputs.of_named(dict(zip(ctx.names, tensors, strict=True)))
+        sources = ctx.rebuild(dict(zip(ctx.names, tensors, strict=True)))
         loop, tape = ctx.loop, Tape(thetas, grads, states, ctx.randoms)
         # A backward runs outside the caller's autocast, but takes the passes again as they ran.
         with torch.no_grad(), ctx.autocast.restored():
@@ -213,7 +224,27 @@ class _Adapt(torch.autograd.Function):
             else None
             for name, tensor in zip(ctx.names, tensors, strict=True)
         ]
-        return None, None, None, *once_differentiable(shaped)
+        return None, None, None, None, *once_differentiable(shaped)
+
+
+class _MetaLossCall(NamedTuple):
+    """What a meta-loss takes besides tensors.
+
+    Attributes:
+        loop: the inner loop.
+        enabled: whether gradients are, at the call.
+        names: of the tensors.
+        rebuild: from names and tensors to the loop's inputs.
+        weights: as in ``InnerLoop.meta_gradient``.
+        outputs: the structure of the outputs, once they are known.
+    """
+
+    loop: InnerLoop
+    enabled: bool
+    names: tuple[str, ...]
+    rebuild: Callable[[Mapping[str, Tensor]], LoopInputs]
+    weights: Mapping[int, float]
+    outputs: list[Structure]
 
 
 class _MetaLoss(torch.autograd.Function):
@@ -224,28 +255,23 @@ class _MetaLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        loop: InnerLoop,
-        enabled: bool,
-        names: tuple[str, ...],
-        weights: Mapping[int, float],
-        *inputs: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        detached = {name: x.detach() for name, x in zip(names, inputs, strict=True)}
-        sources = LoopInputs.of_named(detached)
-        requires = _requires(ctx, enabled, names)
-        loss, outputs, grads = loop.meta_gradient(sources, requires, weights)
-        ctx.save_for_backward(*(grads.get(name) for name in names))
+    def forward(ctx: Any, call: _MetaLossCall, *inputs: Tensor) -> tuple[Tensor, ...]:
+        detached = {name: x.detach() for name, x in zip(call.names, inputs, strict=True)}
+        requires = _requires(ctx, call.enabled, call.names)
+        sources = call.rebuild(detached)
+        loss, outputs, grads = call.loop.meta_gradient(sources, requires, call.weights)
+        ctx.save_for_backward(*(grads.get(name) for name in call.names))
+        tensors, structure = split(outputs)
+        call.outputs.append(structure)
         # The outputs are for metrics: a loss on them would have no adjoint here.
-        ctx.mark_non_differentiable(outputs)
-        return loss, outputs
+        ctx.mark_non_differentiable(*tensors)
+        return loss, *tensors
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             grads = [None if g is None else g * grad_loss for g in ctx.saved_tensors]
-        return None, None, None, None, *once_differentiable(grads)
+        return None, *once_differentiable(grads)
 
 
 def _requires(ctx: Any, enabled: bool, names: tuple[str, ...]) -> set[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fastmeta.core.trees import Tree
 from fastmeta.engines.autograd import entry_point
 from fastmeta.engines.base import Examples, InnerLoopOptions, MetaGradient, TaskBatch
 from fastmeta.engines.functional.engine import FunctionalEngine
@@ -68,7 +69,7 @@ class AutoEngine:
         lr: float | Tensor,
         batch: TaskBatch,
         step_weights: Sequence[float] | Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tree]:
         """The mean query loss after adaptation, see ``FunctionalEngine.meta_loss``."""
         with suppress(LoweringError):
             return self.program.meta_loss(theta, lr, batch, step_weights)
@@ -90,7 +91,7 @@ class AutoEngine:
     @entry_point
     def query_losses(
         self, theta: Tensor, query: Examples, gradient: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tree, Tensor | None]:
         """Each task's query loss at given parameters, see ``FunctionalEngine.query_losses``."""
         with suppress(LoweringError):
             return self.program.query_losses(theta, query, gradient)
@@ -115,7 +116,7 @@ class AutoEngine:
         return self.functional.ggnvp(theta, examples, vector)
 
     @entry_point
-    def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
+    def outputs(self, theta: Tensor, x: Tree) -> Tree:
         """The module's outputs ``[T, B, ...]`` on x ``[T, B, ...]``, with parameters ``[T, P]``."""
         # The program engine falls back by itself here: adapted parameters may need a graph.
         return self.program.outputs(theta, x)

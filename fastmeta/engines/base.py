@@ -12,10 +12,19 @@ from torch._utils import _unflatten_dense_tensors
 
 from fastmeta.core.checks import check_choice, check_integer
 from fastmeta.core.derivatives import MODES
+from fastmeta.core.trees import (
+    Structure,
+    Tree,
+    first_tensor,
+    is_container,
+    map_tensors,
+    named_tensors,
+    split,
+)
 from fastmeta.rules.base import Rule
 from fastmeta.rules.sgd import PLAIN
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]  # of outputs and targets, which may be trees
 
 NORM_STATISTICS = ("batch", "running")
 MEMORY = ("auto", "recompute", "keep")
@@ -25,8 +34,8 @@ class Examples(NamedTuple):
     """Inputs and targets of T tasks, in one role: support, query or neither.
 
     Attributes:
-        x: ``[T, B, ...]``.
-        y: ``[T, B, ...]``; int64 labels or floating-point targets.
+        x: ``[T, B, ...]``, or a tree of such tensors: the module's arguments.
+        y: ``[T, B, ...]``; int64 labels or floating-point targets; or a tree of them.
         role: ``"support"``, ``"query"`` or empty. It is part of the tensors' names in errors and
             gradients.
         weight: ``[T, B]``: a task's loss is the sum of its examples' losses times these. An example
@@ -34,10 +43,32 @@ class Examples(NamedTuple):
             takes the examples together.
     """
 
-    x: Tensor
-    y: Tensor
+    x: Tree
+    y: Tree
     role: str = "support"
     weight: Tensor | None = None
+
+    @property
+    def tasks(self) -> int:
+        """T."""
+        return len(first_tensor(self.x))
+
+    @property
+    def size(self) -> int:
+        """B, by the first tensor of x."""
+        shape = first_tensor(self.x).shape
+        return shape[1] if len(shape) > 1 else 1
+
+    def trees(self) -> list[str]:
+        """The names of x and y, if they are containers of tensors."""
+        pairs = ((self.x_name, self.x), (self.y_name, self.y))
+        return [name for name, tree in pairs if is_container(tree)]
+
+    @property
+    def form(self) -> ExamplesForm:
+        """The examples without their tensors."""
+        x, y = split(self.x)[1], split(self.y)[1]
+        return ExamplesForm(self.role, x, y, self.weight is not None)
 
     @property
     def x_name(self) -> str:
@@ -53,42 +84,59 @@ class Examples(NamedTuple):
 
     def named(self) -> dict[str, Tensor]:
         """The tensors by name, those that there are."""
-        named = {self.x_name: self.x, self.y_name: self.y}
+        named = {**named_tensors(self.x_name, self.x), **named_tensors(self.y_name, self.y)}
         return named if self.weight is None else {**named, self.weight_name: self.weight}
 
-    @classmethod
-    def of_pair(cls, batch: tuple[Tensor, Tensor]) -> Examples:
-        """The examples of ``batch``, a pair ``(x, y)``, in neither role.
+    def replaced(self, named: Mapping[str, Tensor]) -> Examples:
+        """The examples with the tensors that have a name in ``named`` replaced."""
+        return self.form.of({**self.named(), **named}) if named else self
 
-        Raises:
-            TypeError, ValueError: no pair.
-        """
-        if not isinstance(batch, (tuple, list)):
-            raise TypeError(f"batch: expected a pair (x, y), got {type(batch).__name__}")
-        if len(batch) != 2:
-            raise ValueError(f"batch: expected a pair (x, y), got {len(batch)} entries")
-        return cls(*batch, role="")
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Examples:
+        """The examples with ``fn`` of each tensor."""
+        weight = None if self.weight is None else fn(self.weight)
+        return Examples(map_tensors(fn, self.x), map_tensors(fn, self.y), self.role, weight)
 
     def of_tasks(self, tasks: slice) -> Examples:
         """The examples of some of the tasks."""
-        weight = None if self.weight is None else self.weight[tasks]
-        return Examples(self.x[tasks], self.y[tasks], self.role, weight)
+        return self.map(lambda tensor: tensor[tasks])
+
+
+class ExamplesForm(NamedTuple):
+    """Examples without their tensors."""
+
+    role: str
+    x: Structure
+    y: Structure
+    weighted: bool
+
+    def of(self, named: Mapping[str, Tensor]) -> Examples:
+        """The examples whose tensors have these names, as ``Examples.named`` gives them."""
+        x, y, weight = (f"{self.role}_{part}" if self.role else part for part in _PARTS)
+        return Examples(
+            self.x.of(named[f"{x}{path}"] for path in self.x.paths),
+            self.y.of(named[f"{y}{path}"] for path in self.y.paths),
+            self.role,
+            named[weight] if self.weighted else None,
+        )
+
+
+_PARTS = "x", "y", "weight"
 
 
 class TaskBatch(NamedTuple):
     """A batch of T tasks: a support set to adapt to, a query set to score.
 
     Attributes:
-        support_x: ``[T, S, ...]``.
-        support_y: ``[T, S, ...]``; int64 labels or floating-point targets.
+        support_x: ``[T, S, ...]``, or a tree, see ``Examples``.
+        support_y: ``[T, S, ...]``; int64 labels or floating-point targets; or a tree.
         query_x, query_y: the same with Q examples.
         support_weight, query_weight: ``[T, S]`` and ``[T, Q]``, see ``Examples``; or None.
     """
 
-    support_x: Tensor
-    support_y: Tensor
-    query_x: Tensor
-    query_y: Tensor
+    support_x: Tree
+    support_y: Tree
+    query_x: Tree
+    query_y: Tree
     support_weight: Tensor | None = None
     query_weight: Tensor | None = None
 
@@ -101,14 +149,13 @@ class TaskBatch(NamedTuple):
         return Examples(self.query_x, self.query_y, "query", self.query_weight)
 
     @property
-    def data(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def data(self) -> tuple[Tree, Tree, Tree, Tree]:
         """The inputs and targets."""
         return self.support_x, self.support_y, self.query_x, self.query_y
 
     def detached(self) -> TaskBatch:
-        """The batch, detached. Entries that are no tensors are kept: the checks raise for them."""
-        entries: Any = (t.detach() if isinstance(t, Tensor) else t for t in self)
-        return TaskBatch(*entries)
+        """The batch, detached."""
+        return TaskBatch(*(map_tensors(Tensor.detach, entry) for entry in self))
 
 
 class MetaGradient(NamedTuple):
@@ -116,7 +163,7 @@ class MetaGradient(NamedTuple):
 
     Attributes:
         loss: scalar.
-        outputs: outputs on the queries after the last step ``[T, Q, N]``.
+        outputs: outputs on the queries after the last step ``[T, Q, N]``, or a tree of tensors.
         grads: gradient to the module's adapted parameters ``[P]``, in the order of
             ``ParameterLayout``.
         lr_grad: gradient to a learned ``lr``, in its shape; otherwise None.
@@ -128,7 +175,7 @@ class MetaGradient(NamedTuple):
     """
 
     loss: Tensor
-    outputs: Tensor
+    outputs: Tree
     grads: Tensor
     lr_grad: Tensor | None
     rule_grads: dict[str, Tensor]
@@ -292,7 +339,7 @@ class Engine(Protocol):
         lr: float | Tensor,
         batch: TaskBatch,
         step_weights: Sequence[float] | Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tree]:
         """The mean query loss after adaptation, and the outputs on the queries."""
         ...
 
@@ -308,7 +355,7 @@ class Engine(Protocol):
 
     def query_losses(
         self, theta: Tensor, query: Examples, gradient: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tree, Tensor | None]:
         """Each task's query loss at given parameters, the outputs, and the gradient or None."""
         ...
 
@@ -320,7 +367,7 @@ class Engine(Protocol):
         """The Gauss-Newton matrix of each task's loss, times one vector or many."""
         ...
 
-    def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
+    def outputs(self, theta: Tensor, x: Tree) -> Tree:
         """The module's outputs ``[T, B, ...]`` on x with the parameters of adapted tasks."""
         ...
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fastmeta.core.checks import check_dense
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.trees import check_tree, first_tensor, named_tensors
 from fastmeta.engines.base import Examples
 
 
@@ -46,13 +48,13 @@ def check_indices(indices: Tensor, steps: int, support: Examples) -> Tensor:
         raise ValueError(
             f"indices: expected shape [{steps}, B], a row a step, got {list(indices.shape)}"
         )
-    examples = support.x.shape[1]
+    examples = support.size
     if indices.numel() and not (indices.min() >= 0 and indices.max() < examples):
         low, high = int(indices.min()), int(indices.max())
         raise ValueError(
             f"indices: expected examples from 0 to {examples - 1}, got {low} to {high}"
         )
-    return indices.to(support.x.device)
+    return indices.to(first_tensor(support.x).device)
 
 
 def check_arena(name: str, layout: ParameterLayout, arena: Tensor, tasks: int) -> None:
@@ -94,42 +96,57 @@ def check_examples(layout: ParameterLayout, *sets: Examples) -> int:
         ValueError: no tasks or no examples, different numbers of them, or another device.
     """
     for examples in sets:
-        _check_tensor(examples.x_name, examples.x, layout)
-        _check_tensor(examples.y_name, examples.y, layout)
-    tasks = len(sets[0].x)
+        for name, tree in ((examples.x_name, examples.x), (examples.y_name, examples.y)):
+            check_tree(name, tree)
+            for path, tensor in named_tensors(name, tree).items():
+                _check_tensor(path, tensor, layout, in_tree=not isinstance(tree, Tensor))
+    tasks = sets[0].tasks
     for examples in sets:
-        expected = (tasks, examples.x.shape[1])
-        for name, tensor in ((examples.x_name, examples.x), (examples.y_name, examples.y)):
-            if tensor.shape[:2] != expected:
-                raise ValueError(
-                    f"{name}: expected shape [{expected[0]}, {expected[1]}, ...], "
-                    f"got {list(tensor.shape)}"
-                )
+        _check_sizes(examples, tasks)
         if examples.weight is not None:
-            _check_weight(examples.weight_name, examples.weight, expected, layout)
-        # Integer inputs, such as token ids of an embedding, have no dtype to agree on.
-        dtypes = {layout.dtype, *layout.frozen_dtypes}
-        mixed = examples.x.is_floating_point() and examples.x.dtype not in dtypes
-        # Under autocast the module itself brings its inputs to one dtype.
-        if mixed and not torch.is_autocast_enabled(layout.device.type):
-            raise TypeError(
-                f"{examples.x_name}: expected dtype {layout.dtype}, got {examples.x.dtype}"
-            )
+            _check_weight(examples, (tasks, examples.size), layout)
+        _check_inputs(examples, layout)
     return tasks
 
 
-def _check_weight(
-    name: str, weight: Tensor, shape: tuple[int, int], layout: ParameterLayout
-) -> None:
+def _check_sizes(examples: Examples, tasks: int) -> None:
+    """Raise unless all tensors have T tasks and, in no tree, B examples."""
+    in_tree = not (isinstance(examples.x, Tensor) and isinstance(examples.y, Tensor))
+    expected = [tasks] if in_tree else [tasks, examples.size]
+    for name, tree in ((examples.x_name, examples.x), (examples.y_name, examples.y)):
+        for path, tensor in named_tensors(name, tree).items():
+            if list(tensor.shape[: len(expected)]) != expected:
+                sizes = ", ".join(map(str, expected))
+                raise ValueError(f"{path}: expected shape [{sizes}, ...], got {list(tensor.shape)}")
+
+
+def _check_inputs(examples: Examples, layout: ParameterLayout) -> None:
+    """TypeError for a floating-point input of another dtype than the parameters."""
+    # Integer inputs, such as token ids of an embedding, have no dtype to agree on.
+    dtypes = {layout.dtype, *layout.frozen_dtypes}
+    # Under autocast the module itself brings its inputs to one dtype.
+    if torch.is_autocast_enabled(layout.device.type):
+        return
+    for name, x in named_tensors(examples.x_name, examples.x).items():
+        if x.is_floating_point() and x.dtype not in dtypes:
+            raise TypeError(f"{name}: expected dtype {layout.dtype}, got {x.dtype}")
+
+
+def _check_weight(examples: Examples, shape: tuple[int, int], layout: ParameterLayout) -> None:
+    name, weight = examples.weight_name, cast("Tensor", examples.weight)
     check_dense(name, weight)
     if weight.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(weight.shape)}")
     _check_kind(name, layout, weight)
 
 
-def _check_tensor(name: str, tensor: Tensor, layout: ParameterLayout) -> None:
+def _check_tensor(name: str, tensor: Tensor, layout: ParameterLayout, in_tree: bool) -> None:
     check_dense(name, tensor)
-    if tensor.ndim < 2 or 0 in tensor.shape[:2]:
+    if in_tree and (tensor.ndim < 1 or len(tensor) == 0):
+        raise ValueError(
+            f"{name}: expected shape [T, ...] with at least one task, got {list(tensor.shape)}"
+        )
+    if not in_tree and (tensor.ndim < 2 or 0 in tensor.shape[:2]):
         raise ValueError(
             f"{name}: expected shape [T, examples, ...] with at least one task and one "
             f"example, got {list(tensor.shape)}"

@@ -20,11 +20,12 @@ from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.pieces import Gradient, Pieces, add_gradients, joined, may_stay_in_pieces
 from fastmeta.core.random_state import RandomState
 from fastmeta.core.step_sizes import StepSizes
+from fastmeta.core.trees import Tree, concatenated
 from fastmeta.engines.base import Examples, InnerLoopOptions
 from fastmeta.rules.base import PREFIX, Rule, State, Step
 
-SUPPORT_NAMES = ("support_x", "support_y", "support_weight")
-QUERY_NAMES = ("query_x", "query_y", "query_weight")
+SUPPORT = "support_"  # then x, y or weight, and a place in a tree
+QUERY = "query_"
 OUTER = "outer."  # then a number: tensors of ``InnerLoopOptions.outer``
 SHARED = "shared."  # then a name: parameters that are learned and not adapted
 
@@ -95,7 +96,7 @@ class Passes(Protocol):
 
     def query(
         self, k: int, theta: Tensor, query: Examples, requires: set[str], weight: float
-    ) -> tuple[Tensor, Tensor, Gradient | None, Tensors]:
+    ) -> tuple[Tensor, Tree, Gradient | None, Tensors]:
         """The query losses ``[T]`` at theta_k, the outputs, and the gradient of weighted losses.
 
         If anything is required, the gradient is to theta ``[T, P]`` and to the required tensors.
@@ -132,16 +133,16 @@ class LoopInputs(NamedTuple):
         named = {"theta": self.theta, "lr": self.step_sizes.values, **self.support.named()}
         return named if self.query is None else {**named, **self.query.named()}
 
-    @classmethod
-    def of_named(cls, named: Mapping[str, Tensor]) -> LoopInputs:
-        """The inverse of ``named``; other names are ignored."""
+    def rebuild(self) -> Callable[[Mapping[str, Tensor]], LoopInputs]:
+        """The inverse of ``named``, which holds no tensor; it ignores other names."""
+        support, query = self.support.form, None if self.query is None else self.query.form
 
-        def examples(role: str) -> Examples:
-            x, y = named[f"{role}_x"], named[f"{role}_y"]
-            return Examples(x, y, role, named.get(f"{role}_weight"))
+        def of_named(named: Mapping[str, Tensor]) -> LoopInputs:
+            theta, step_sizes = named["theta"], StepSizes(named["lr"])
+            queries = None if query is None else query.of(named)
+            return LoopInputs(theta, step_sizes, support.of(named), queries)
 
-        query = examples("query") if "query_x" in named else None
-        return cls(named["theta"], StepSizes(named["lr"]), examples("support"), query)
+        return of_named
 
 
 def of_tasks(name: str, tensor: Tensor, tasks: slice) -> Tensor:
@@ -181,9 +182,8 @@ class Tape:
 class InnerLoop:
     """The inner loop of one call, its adjoint, and the query loss.
 
-    ``requires`` names the tensors that require a gradient, among ``theta``, ``lr``,
-    ``support_x``, ``support_y``, ``query_x``, ``query_y``, the rule's parameters, ``rule.NAME``,
-    and the passes' ``outer`` tensors.
+    ``requires`` names the tensors that require a gradient, among ``theta``, ``lr``, the tensors of
+    support and queries, the rule's parameters, ``rule.NAME``, and the passes' ``outer`` tensors.
 
     Attributes:
         passes: the passes of the module or of its task program; perhaps on minibatches.
@@ -217,10 +217,11 @@ class InnerLoop:
         """
         first_order, plain, tape = self.options.first_order, self.rule.is_plain, Tape()
         # A view without a copy: steps make new tensors and never write into theta_0.
-        theta = inputs.theta.expand(len(inputs.support.x), self.passes.layout.numel)
+        theta = inputs.theta.expand(inputs.support.tasks, self.passes.layout.numel)
         state = self.rule.start(theta)
         # The queries' gradients need no tape; in first order the support has none.
-        taped = bool(requires.difference(QUERY_NAMES, SUPPORT_NAMES if first_order else ()))
+        untaped = (QUERY, SUPPORT) if first_order else QUERY
+        taped = not all(name.startswith(untaped) for name in requires)
         with self.passes.conditions():
             for k in range(self.options.steps):
                 if on_step is not None:
@@ -323,11 +324,17 @@ class InnerLoop:
         direction = v.times(-at.lr)
         return _sum_of(v, self._curvature(tape, at.k, direction, support, mixed, result))
 
+    def _reached(self, requires: set[str]) -> set[str]:
+        """The required tensors that have a gradient; in first order the support has none."""
+        unreached = SUPPORT if self.options.first_order else ()
+        return {name for name in requires if not name.startswith(unreached)}
+
     def _mixed(self, requires: set[str]) -> set[str]:
         """The required tensors that H_k's mixed term reaches; in first order there is none."""
         if self.options.first_order:
             return set()
-        return requires & {*SUPPORT_NAMES, *self.passes.outer}
+        outer = self.passes.outer
+        return {name for name in requires if name.startswith(SUPPORT) or name in outer}
 
     def _curvature(
         self,
@@ -354,7 +361,7 @@ class InnerLoop:
 
     def meta_gradient(
         self, inputs: LoopInputs, requires: set[str], weights: Mapping[int, float]
-    ) -> tuple[Tensor, Tensor, Tensors]:
+    ) -> tuple[Tensor, Tree, Tensors]:
         """The meta-loss, the outputs on the queries, and the gradient of the meta-loss.
 
         Args:
@@ -362,15 +369,14 @@ class InnerLoop:
             weights: k -> weight of the query loss at theta_k; has K, with 0 if need be.
 
         Returns:
-            loss ``[]``, outputs at theta_K ``[T, Q, ...]``, and name -> gradient in the shape of
-            the tensor.
+            loss ``[]``, the outputs at theta_K, and name -> gradient in the shape of the tensor.
         """
-        unreached = SUPPORT_NAMES if self.options.first_order else ()
+        reached = self._reached(requires)
         shapes = {**inputs.named(), **self.rule_parameters, **self.passes.outer}
-        result = {n: torch.zeros_like(shapes[n]) for n in requires if n not in unreached}
+        result = {name: torch.zeros_like(shapes[name]) for name in reached}
         losses: list[Any] = []  # tensors, as the weights have K
-        outputs: list[Any] = []
-        tasks = len(inputs.support.x)
+        outputs: list[Tree] = []
+        tasks = inputs.support.tasks
         for chunk in self.options.chunks(tasks):
             part = inputs.of_tasks(chunk)
             queries = _WeightedQueries(self.passes, cast("Examples", part.query), requires, weights)
@@ -380,7 +386,7 @@ class InnerLoop:
             outputs.append(queries.outputs)
             grads = queries.input_grads
             # A gradient of the queries only is complete without the adjoint.
-            if requires.difference(QUERY_NAMES):
+            if not all(name.startswith(QUERY) for name in requires):
                 to_theta, others = self.adjoint(tape, queries.theta_grads, part, requires)
                 if "theta" in result:
                     _add(to_theta, of_tasks("theta", result["theta"], chunk))
@@ -392,7 +398,7 @@ class InnerLoop:
                 target = of_tasks(name, result[name], chunk)
                 target += grads[name].sum_to_size(target.shape)
         means = {name: total.div_(tasks) for name, total in result.items()}
-        return torch.cat(losses).mean(), torch.cat(outputs), means
+        return torch.cat(losses).mean(), concatenated(outputs), means
 
 
 def _sum_of(first: Gradient, *others: Gradient | None) -> Gradient:
@@ -429,7 +435,7 @@ class _WeightedQueries:
     requires: set[str]
     weights: Mapping[int, float]
     losses: Tensor | None = None
-    outputs: Tensor | None = None
+    outputs: Tree = None
     theta_grads: dict[int, Gradient] = field(default_factory=dict)
     input_grads: Tensors = field(default_factory=dict)
 
@@ -493,6 +499,4 @@ class Minibatches:
 
     def _seen(self, k: int, support: Examples) -> Examples:
         indices = self.indices[k]
-        x, y, role, weight = support
-        seen = None if weight is None else weight[:, indices]
-        return Examples(x[:, indices], y[:, indices], role, seen)
+        return support.map(lambda tensor: tensor[:, indices])

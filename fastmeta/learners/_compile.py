@@ -31,6 +31,9 @@ _LEARNERS: WeakValueDictionary[int, CompilableLearner] = WeakValueDictionary()
 # Options whose results have graphs of their own; torch.compile breaks its graph there.
 _WITH_GRAPH = {"reduction", "differentiable_outputs"}
 
+# Of trees, too: an op takes tensors.
+_BATCH = ("support_x", "support_y", "query_x", "query_y")
+
 # By qualified name: a subclass may call the method of its parent, which is another one.
 _METHODS: dict[str, Callable[..., Any]] = {}
 
@@ -53,7 +56,9 @@ def as_single_op(meta_loss: Method) -> Method:
     def call(learner: CompilableLearner, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             return meta_loss(learner, *args, **kwargs)
-        if kwargs.keys() & _WITH_GRAPH:
+        batch = [*args[:4], *(kwargs[name] for name in _BATCH[len(args) :] if name in kwargs)]
+        is_traced = len(batch) == 4 and all(isinstance(x, Tensor) for x in batch)
+        if kwargs.keys() & _WITH_GRAPH or not is_traced:
             return untraced(learner, *args, **kwargs)
         return _traced(method, learner, *args, **kwargs)
 

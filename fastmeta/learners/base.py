@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from fastmeta.core.checks import check_dense
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.trees import Tree, check_tree, is_container, named_tensors
 from fastmeta.engines.base import Engine
+from fastmeta.learners._batches import inputs_of
 
 
 class Learner(Protocol):
@@ -65,15 +67,19 @@ class AdaptedTasks:
     module: nn.Module
     engine: Engine = field(repr=False, compare=False)
 
-    def __call__(self, query_x: Tensor) -> Tensor:
+    def __call__(self, query_x: Tree) -> Tree:
         """Outputs of each task's module on its queries, ``[T, Q, ...]`` -> ``[T, Q, N]``.
 
+        ``query_x`` may be a tree, as for ``MAML.meta_loss``; of a dict or a dataclass the module
+        gets the entries that its forward has parameters for.
+
         Raises:
-            TypeError: ``query_x`` is not a tensor.
+            TypeError: ``query_x`` is neither a tensor nor a tree of tensors.
             ValueError: ``query_x`` has another number of tasks.
         """
-        check_queries(query_x, len(self))
-        return self.engine.outputs(self.params, query_x)
+        inputs = inputs_of(self.module, "query_x", query_x)
+        check_queries(inputs, len(self))
+        return self.engine.outputs(self.params, inputs)
 
     def __len__(self) -> int:
         return len(self.params)
@@ -98,8 +104,15 @@ class AdaptedTasks:
         return module
 
 
-def check_queries(query_x: Tensor, tasks: int) -> None:
-    """Raise unless ``query_x`` is a tensor ``[T, Q, ...]`` of the adapted tasks."""
+def check_queries(query_x: Tree, tasks: int) -> None:
+    """Raise unless ``query_x`` is a tensor ``[T, Q, ...]`` of the adapted tasks, or a tree."""
+    if is_container(query_x):
+        check_tree("query_x", query_x)
+        for name, tensor in named_tensors("query_x", query_x).items():
+            check_dense(name, tensor)
+            if tensor.ndim < 1 or len(tensor) != tasks:
+                raise ValueError(f"{name}: expected shape [{tasks}, ...], got {list(tensor.shape)}")
+        return
     check_dense("query_x", query_x)
     if query_x.ndim < 2 or len(query_x) != tasks:
         raise ValueError(f"query_x: expected shape [{tasks}, Q, ...], got {list(query_x.shape)}")

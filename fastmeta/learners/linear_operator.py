@@ -11,8 +11,9 @@ from torch import Tensor
 from fastmeta.core.checks import check_choice
 from fastmeta.core.optional import require
 from fastmeta.core.parameter_layout import ParameterLayout
-from fastmeta.engines.base import Examples
+from fastmeta.core.trees import Tree
 from fastmeta.engines.checks import check_arena, check_examples
+from fastmeta.learners._batches import examples_of
 from fastmeta.learners.gradient.imaml import CURVATURES
 from fastmeta.learners.gradient.maml import MAML
 
@@ -22,7 +23,7 @@ LIBRARIES = ("scipy", "curvlinops")
 def as_linear_operator(
     learner: MAML,
     params: Tensor,
-    batch: tuple[Tensor, Tensor],
+    batch: Tree,
     *,
     curvature: str = "hessian",
     library: str = "scipy",
@@ -36,7 +37,7 @@ def as_linear_operator(
     Args:
         learner: MAML or a learner derived from it: its module, loss and ``hvp_mode``.
         params: parameters at which the matrix is taken, ``[P]`` for all tasks or ``[T, P]``.
-        batch: ``(x, y)`` with x ``[T, B, ...]`` and its targets; for one data set T is 1.
+        batch: as for ``MAML.hvp``; for one data set T is 1.
         curvature: ``"hessian"``, or ``"ggn"``, see ``fastmeta.ggnvp``.
         library: ``"scipy"`` for a ``scipy.sparse.linalg.LinearOperator``, or ``"curvlinops"`` for a
             ``PyTorchLinearOperator``, which must be installed.
@@ -66,7 +67,7 @@ def as_linear_operator(
     check_choice("library", library, LIBRARIES)
     if not isinstance(learner, MAML):
         raise TypeError(f"learner: expected a MAML learner, got {type(learner).__name__}")
-    layout, examples = learner.layout, Examples.of_pair(batch)
+    layout, examples = learner.layout, examples_of(learner.module, batch)
     tasks = check_examples(layout, examples)
     check_arena("params", layout, params, tasks)
     matrix = _Matrix(learner, layout, params.detach().expand(tasks, -1), batch, curvature)
@@ -79,7 +80,7 @@ class _Matrix(NamedTuple):
     learner: MAML
     layout: ParameterLayout
     params: Tensor  # [T, P]
-    batch: tuple[Tensor, Tensor]
+    batch: Tree
     curvature: str
 
     @property

@@ -104,7 +104,7 @@ def test_an_operator_of_curvlinops(tasks):
         ({"curvature": "fisher"}, ValueError, "curvature: expected one of .* got 'fisher'"),
         ({"library": "numpy"}, ValueError, "library: expected one of .* got 'numpy'"),
         ({"params": torch.zeros(4)}, ValueError, r"params: expected shape \[31\] or \[1, 31\]"),
-        ({"batch": torch.zeros(4)}, TypeError, r"batch: expected a pair \(x, y\), got Tensor"),
+        ({"batch": torch.zeros(4)}, TypeError, r"batch: expected inputs .* got Tensor"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, error, message):

@@ -11,7 +11,8 @@ from fastmeta.core.curvature_products import gauss_newton_products, hessian_prod
 from fastmeta.core.derivatives import derivative
 from fastmeta.core.inner_step import inner_step
 from fastmeta.core.parameter_layout import ParameterLayout
-from fastmeta.core.vmap import map_tasks
+from fastmeta.core.trees import Tree, concatenated, map_tensors
+from fastmeta.core.vmap import map_trees
 from fastmeta.engines.base import Examples, InnerLoopOptions, Loss
 from fastmeta.engines.functional.task_module import TaskModule, scalar_loss
 
@@ -51,39 +52,34 @@ class TaskLosses(NamedTuple):
 
     def gradients(
         self, options: InnerLoopOptions, theta: Tensor, examples: Examples
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tree]:
         """The gradients ``[T, P]``, the losses and the detached outputs; ``task_chunk`` counts.
 
         With gradients enabled, gradients and losses have a graph.
         """
         has_graph = torch.is_grad_enabled()
-        theta = theta.expand(len(examples.x), self.layout.numel)
+        theta = theta.expand(examples.tasks, self.layout.numel)
         if not (has_graph and theta.requires_grad):
             theta = theta.detach().requires_grad_()
         chunks = []
         with self.task_module.conditions(), inner_step(0), torch.enable_grad():
             for tasks in options.chunks(len(theta)):
-                params, (x, y, _, weight) = (
-                    self.layout.views(theta[tasks]),
-                    examples.of_tasks(tasks),
-                )
-                losses, outputs = self.task_module.losses(
-                    params, x, y, self.loss, examples.x_name, weight
-                )
+                params, part = self.layout.views(theta[tasks]), examples.of_tasks(tasks)
+                losses, outputs = self.task_module.losses(params, part, self.loss)
                 ones, sources = torch.ones_like(losses), list(params.values())
                 grads = derivative([losses], [ones], sources, create_graph=has_graph)
                 named = dict(zip(params, grads, strict=True))
-                chunks.append((self.layout.flatten(named), losses, outputs.detach()))
-        gradients, values, outputs = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+                detached = map_tensors(Tensor.detach, outputs)
+                chunks.append((self.layout.flatten(named), losses, detached))
+        gradients, values, outputs = map(concatenated, zip(*chunks, strict=True))
         return gradients, values if has_graph else values.detach(), outputs
 
     def _hessian(
         self, theta: Tensor, examples: Examples, vector: Tensor, options: InnerLoopOptions
     ) -> Tensor:
         def total(theta: Tensor) -> Tensor:
-            params, (x, y, _, weight) = self.layout.views(theta), examples
-            losses, _ = self.task_module.losses(params, x, y, self.loss, examples.x_name, weight)
-            return losses.sum()
+            params = self.layout.views(theta)
+            return self.task_module.losses(params, examples, self.loss)[0].sum()
 
         many = vector.ndim == 3
         product: Tensor = hessian_products(total, theta, vector, options.hvp_mode, many)
@@ -94,11 +90,12 @@ class TaskLosses(NamedTuple):
     ) -> Tensor:
         loss = scalar_loss(self.loss, len(theta))
 
-        def outputs_at(theta: Tensor) -> Tensor:
+        def outputs_at(theta: Tensor) -> Tree:
             return self.task_module.outputs(self.layout.views(theta), examples.x, examples.x_name)
 
-        def total(outputs: Tensor) -> Tensor:
-            return map_tasks(loss, outputs, examples.y).sum()
+        def total(outputs: Tree) -> Tensor:
+            total: Tensor = map_trees(loss, outputs, examples.y).sum()
+            return total
 
         many = vector.ndim == 3
         product: Tensor = gauss_newton_products(

@@ -12,6 +12,7 @@ from fastmeta.core.checks import refuse_inference_mode
 from fastmeta.core.inner_step import inner_step
 from fastmeta.core.memory import kept_pages
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.trees import Tree, concatenated, map_tensors
 from fastmeta.engines import adjoint
 from fastmeta.engines.autograd import entry_point
 from fastmeta.engines.base import Examples, InnerLoopOptions, Loss, MetaGradient, TaskBatch
@@ -35,8 +36,8 @@ class FunctionalEngine:
     """Adaptation, meta-gradient and Hessian-vector product of any module.
 
     Args:
-        module: any module of one input and one output tensor; its trainable parameters are adapted,
-            or those that ``options.adapt`` names.
+        module: any module; its trainable parameters are adapted, or those that ``options.adapt``
+            names. Its inputs and outputs are tensors, or trees of them.
         loss: ``loss(outputs, targets)`` of one task -> scalar, the mean over the task's examples.
         options: options of the inner loop.
 
@@ -119,7 +120,7 @@ class FunctionalEngine:
         lr: float | Tensor,
         batch: TaskBatch,
         step_weights: Sequence[float] | Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tree]:
         """The mean over tasks of the query loss after adaptation, or after each of its steps.
 
         Args:
@@ -139,7 +140,7 @@ class FunctionalEngine:
         """
         theta = self.parameters() if theta is None else theta
 
-        def run(engine: FunctionalEngine) -> tuple[Tensor, Tensor]:
+        def run(engine: FunctionalEngine) -> tuple[Tensor, Tree]:
             passes, options = engine._prepared(theta, support=batch.support, query=batch.query)
             return adjoint.meta_loss(passes, options, theta, lr, batch, step_weights)
 
@@ -163,7 +164,7 @@ class FunctionalEngine:
     @entry_point
     def query_losses(
         self, theta: Tensor, query: Examples, gradient: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tree, Tensor | None]:
         """Each task's query loss at given parameters, for example after K steps.
 
         Args:
@@ -179,7 +180,7 @@ class FunctionalEngine:
             TypeError, ValueError, RuntimeError: as for ``adapt``.
         """
 
-        def run(engine: FunctionalEngine) -> tuple[Tensor, Tensor, Tensor | None]:
+        def run(engine: FunctionalEngine) -> tuple[Tensor, Tree, Tensor | None]:
             passes, options = engine._prepared(theta, query=query)
             return adjoint.query_losses(passes, options, theta, query, gradient)
 
@@ -232,7 +233,7 @@ class FunctionalEngine:
         return self._vmapped_if_possible(run)
 
     @entry_point
-    def task_gradients(self, theta: Tensor, examples: Examples) -> tuple[Tensor, Tensor, Tensor]:
+    def task_gradients(self, theta: Tensor, examples: Examples) -> tuple[Tensor, Tensor, Tree]:
         """The gradient of each task's loss, the losses, and the detached outputs.
 
         Args:
@@ -244,7 +245,7 @@ class FunctionalEngine:
             ``[T, B, ...]``.
         """
 
-        def run(engine: FunctionalEngine) -> tuple[Tensor, Tensor, Tensor]:
+        def run(engine: FunctionalEngine) -> tuple[Tensor, Tensor, Tree]:
             loss = with_checked_labels(engine.loss, examples.y, examples.y_name)
             task_losses = TaskLosses(engine.layout, engine._task_module(), loss)
             return task_losses.gradients(engine.options, theta, examples)
@@ -252,18 +253,19 @@ class FunctionalEngine:
         return self._vmapped_if_possible(run)
 
     @entry_point
-    def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
+    def outputs(self, theta: Tensor, x: Tree) -> Tree:
         """The module's outputs ``[T, B, ...]`` on x ``[T, B, ...]``, with parameters ``[T, P]``."""
         return self._vmapped_if_possible(lambda engine: engine._outputs(theta, x))
 
-    def _outputs(self, theta: Tensor, x: Tensor) -> Tensor:
+    def _outputs(self, theta: Tensor, x: Tree) -> Tree:
         layout, task_module = self.layout, self._task_module()
+
+        def of_tasks(chunk: slice) -> Tree:
+            part = map_tensors(lambda tensor: tensor[chunk], x)
+            return task_module.outputs(layout.views(theta[chunk]), part, "query_x")
+
         with task_module.conditions(), inner_step(self.options.steps):
-            outputs = [
-                task_module.outputs(layout.views(theta[chunk]), x[chunk], "query_x")
-                for chunk in self.options.chunks(len(x))
-            ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            return concatenated([of_tasks(c) for c in self.options.chunks(len(theta))])
 
     def explain(self, support: Examples | None = None) -> str:
         """Describe how this engine runs, in a few sentences."""

@@ -60,7 +60,7 @@ def with_sizes(
         examples: of a step, ``[T, S, ...]``.
         keeps: whether the adjoint follows at once and can use activations that are kept.
     """
-    tasks, device = len(examples.x), examples.x.device
+    tasks, device = examples.tasks, theta.device
     keeps = keeps and options.hvp_mode == "reverse" and options.memory != "recompute"
     is_measured = options.task_chunk == "auto" or (keeps and options.memory == "auto")
     found = _footprint(passes, options, theta, examples, keeps) if is_measured else Footprint(0, 0)
@@ -78,7 +78,7 @@ def with_sizes(
     fits = memory_limit(device) // max(together * found.kept, 1)
     kept_from = max(0, options.steps - fits)
     # A step of as many examples keeps no less than the queries.
-    limit = max(passes.query_limit or 0, examples.x.shape[1] * (fits - options.steps))
+    limit = max(passes.query_limit or 0, examples.size * (fits - options.steps))
     return replace(passes, kept_from=kept_from, query_limit=limit), options
 
 
@@ -87,11 +87,10 @@ def _footprint(
 ) -> Footprint:
     module = passes.task_module.module
     # Two tasks: a module that cannot be vmapped is then found here, as in the loop.
-    tasks = min(2, len(examples.x), options.chunk_size or 2)
-    tensors = (examples.x, examples.y)
+    tasks = min(2, examples.tasks, options.chunk_size or 2)
     # Inference mode keeps no graph, and autocast halves what is kept.
-    modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(examples.x.device.type)
-    shapes = ((t.shape[1:], t.dtype, t.device) for t in tensors)
+    modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(theta.device.type)
+    shapes = ((n, t.shape[1:], t.dtype, t.device) for n, t in examples.named().items())
     kind = (module.training, keeps, tasks, examples.weight is None, *modes, *shapes)
     known = _known.setdefault(module, {})
     if kind not in known:
@@ -104,10 +103,9 @@ def _measured(
     passes: ModulePasses, theta: Tensor, examples: Examples, keeps: bool
 ) -> tuple[int, int]:
     """Bytes kept and their peak in a step on the examples."""
-    tasks, size = len(examples.x), theta.shape[-1]
+    tasks, size = examples.tasks, theta.shape[-1]
     params = theta.detach().reshape(-1, size)[:tasks].expand(tasks, size)
-    x, y, role, weight = examples
-    part = Examples(x.detach(), y.detach(), role, None if weight is None else weight.detach())
+    part = examples.map(Tensor.detach)
     # The loop draws its own numbers afterwards, as if nothing had been drawn.
     draws = RandomState(theta.device).replay()
     with draws, torch.no_grad(), passes.conditions(), PeakBytes() as memory:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta.core.cuda_graphs import is_being_captured
+from fastmeta.core.trees import Tree
 from fastmeta.engines.base import Loss
 
 _DEFAULT_IGNORE_INDEX = -100
@@ -14,7 +15,7 @@ _OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
 _OF_DIFFERENCES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 
 
-def with_checked_labels(loss: Loss, labels: Tensor, name: str) -> Loss:
+def with_checked_labels(loss: Loss, labels: Tree, name: str) -> Loss:
     """Make PyTorch's losses raise for targets that do not fit; other losses are unchanged.
 
     A label without a class would otherwise fail a device-side assertion on CUDA, which ends the
@@ -36,14 +37,42 @@ def with_checked_labels(loss: Loss, labels: Tensor, name: str) -> Loss:
     if loss in (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss) or isinstance(
         loss, _OF_DIFFERENCES
     ):
-        return _with_equal_shapes(loss, labels, name)
+        return _of_tensors(_with_equal_shapes(loss, _tensor(loss, labels, name), name), loss)
     if not (loss in (F.cross_entropy, F.nll_loss) or isinstance(loss, _OF_CLASSES)):
         return loss
+    labels = _tensor(loss, labels, name)
     if labels.is_floating_point():
-        return _with_probabilities(loss, labels, name)
+        return _of_tensors(_with_probabilities(loss, labels, name), loss)
     if labels.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64 class labels, got {labels.dtype}; use long()")
-    return _with_labels(loss, labels, name)
+    return _of_tensors(_with_labels(loss, labels, name), loss)
+
+
+def _tensor(loss: Loss, labels: Tree, name: str) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"{name}: expected a tensor, which {title(loss)} takes, got a {type(labels).__name__}"
+        )
+    return labels
+
+
+def _of_tensors(checked: Loss, loss: Loss) -> Loss:
+    """The checked loss, raising for outputs of a module that are no tensor."""
+
+    def of_tensor(outputs: Tree, targets: Tensor) -> Tensor:
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"loss: {title(loss)} takes one tensor, and the module gives a "
+                f"{type(outputs).__name__}; give a loss(outputs, targets) that takes what it needs"
+            )
+        return checked(outputs, targets)
+
+    return of_tensor
+
+
+def title(loss: Loss) -> str:
+    """The name of a loss in errors."""
+    return getattr(loss, "__name__", type(loss).__name__)
 
 
 def _with_equal_shapes(loss: Loss, labels: Tensor, name: str) -> Loss:

@@ -36,6 +36,11 @@ _HIDDEN: dict[Any, str] = {
     Tensor.register_hook: "register_hook",
     Tensor.retain_grad: "retain_grad",
 }
+# Calls that make a number of a tensor of one element: branches on data, and sizes that it gives.
+_NUMBERS = {
+    *(Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__),
+    *(Tensor.item, Tensor.tolist),
+}
 _TORCH = str(Path(torch.__file__).parent)
 _DISPATCH = {f"{_TORCH}/_tensor.py", f"{_TORCH}/overrides.py"}  # between a method and a mode
 
@@ -95,6 +100,8 @@ class RoutedLayers(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._vmapped and func in _HIDDEN and not _is_called_by_torch(sys._getframe(1)):
             raise RuntimeError(f"its forward uses {_HIDDEN[func]} of a tensor, which vmap hides")
+        if self._vmapped and func in _NUMBERS:
+            return func(_shared_by_tasks(args[0]), *args[1:], **kwargs)
         # Asked at each call: a part of a forward may switch autocast on or off.
         narrow = None if self._device is None else autocast_dtype(self._device)
         if narrow is not None:
@@ -122,6 +129,20 @@ class RoutedLayers(TorchFunctionMode):
         if not _is_supported("task_batch_norm", input, input):
             return NotImplemented
         return task_batch_norm(input, weight, bias, eps)
+
+
+def _shared_by_tasks(tensor: Tensor) -> Tensor:
+    """One task's tensor, if all tasks have the same, so that they take the same branch.
+
+    Otherwise the tensor itself, of which vmap then refuses to make a number.
+    """
+    functorch = torch._C._functorch
+    if not functorch.is_batchedtensor(tensor):
+        return tensor
+    values = functorch.get_unwrapped(tensor).movedim(functorch.maybe_get_bdim(tensor), 0)
+    if functorch.is_functorch_wrapped_tensor(values) or not bool((values == values[0]).all()):
+        return tensor
+    return values[0].detach()
 
 
 def _cast(func: Callable[..., Any], arguments: Any, narrow: torch.dtype) -> Any:

@@ -15,6 +15,7 @@ from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.parameter_selection import shared_parameters
 from fastmeta.core.pieces import Gradient, Pieces
 from fastmeta.core.random_state import RandomState
+from fastmeta.core.trees import Tree, concatenated, map_tensors
 from fastmeta.engines.base import Examples, InnerLoopOptions, Loss
 from fastmeta.engines.functional.captured import CapturedNames, would_lose_gradients
 from fastmeta.engines.functional.label_checks import with_checked_labels
@@ -74,7 +75,7 @@ class ModulePasses:
         if support is not None and options.steps > 0:
             # As many activations as the support's Hessian-vector product keeps: a larger query set
             # then runs in groups and does not raise the peak of the memory.
-            query_limit = support.x.shape[1] * (1 if options.first_order else _HVP_ACTIVATIONS)
+            query_limit = support.size * (1 if options.first_order else _HVP_ACTIVATIONS)
         shared = shared_parameters(task_module.module, options.adapt)
         outer: Tensors = {
             **{f"{OUTER}{i}": tensor for i, tensor in enumerate(options.outer)},
@@ -147,9 +148,9 @@ class ModulePasses:
 
     def query(
         self, k: int, theta: Tensor, query: Examples, requires: set[str], weight: float
-    ) -> tuple[Tensor, Tensor, Gradient | None, Tensors]:
+    ) -> tuple[Tensor, Tree, Gradient | None, Tensors]:
         losses: list[Tensor] = []
-        outputs: list[Tensor] = []
+        outputs: list[Tree] = []
         to_theta: list[Tensors] = []
         grads: list[Tensors] = []
         with self.conditions(), inner_step(k):
@@ -171,7 +172,7 @@ class ModulePasses:
             for parts in [[group[name] for group in grads]]
         }
         found = Pieces(self.layout, _of_all_groups(to_theta)) if requires else None
-        return torch.cat(losses), torch.cat(outputs), found, joined
+        return torch.cat(losses), concatenated(outputs), found, joined
 
     def _tensors(self, gradient: Gradient) -> Tensors:
         if isinstance(gradient, Pieces):
@@ -190,7 +191,7 @@ class ModulePasses:
         examples: Examples,
         loss: Loss,
         weight: float = 1.0,
-        record: tuple[list[Tensor], list[Tensor]] | None = None,
+        record: tuple[list[Tensor], list[Tree]] | None = None,
     ) -> Total:
         """The summed loss as a function of parameters, and of inputs that replace the examples.
 
@@ -198,23 +199,19 @@ class ModulePasses:
         """
 
         def total(params: Tensors, inputs: Tensors) -> Tensor:
-            x = inputs.get(examples.x_name, examples.x)
-            y = inputs.get(examples.y_name, examples.y)
-            w = inputs.get(examples.weight_name, examples.weight)
-            losses, outputs = self.task_module.losses(params, x, y, loss, examples.x_name, w)
+            losses, outputs = self.task_module.losses(params, examples.replaced(inputs), loss)
             if record is not None:
                 record[0].append(losses.detach())
-                record[1].append(outputs.detach())
+                record[1].append(map_tensors(Tensor.detach, outputs))
             # The sum: tasks do not mix, so its gradient is the gradient of every task.
             return losses.sum() if weight == 1 else weight * losses.sum()
 
         return total
 
     def _query_groups(self, query: Examples) -> list[slice]:
-        tasks, queries = query.x.shape[:2]
-        size = tasks
+        size = tasks = query.tasks
         if self.query_limit is not None:
-            size = max(1, tasks * self.query_limit // queries)
+            size = max(1, tasks * self.query_limit // query.size)
         return [slice(start, start + size) for start in range(0, tasks, size)]
 
 

@@ -12,9 +12,10 @@ from torch.func import vmap
 
 from fastmeta.core.memory import kept_pages
 from fastmeta.core.module_errors import KINDS, described
-from fastmeta.core.vmap import differentiable_kernels, map_tasks, under_derivative
+from fastmeta.core.trees import Tree, called_with, first_tensor, map_tensors, split
+from fastmeta.core.vmap import differentiable_kernels, map_trees, under_derivative
 from fastmeta.engines.autograd import TURN
-from fastmeta.engines.base import Loss
+from fastmeta.engines.base import Examples, Loss
 from fastmeta.engines.functional.layer_routing import RoutedLayers, widened
 from fastmeta.engines.functional.vmap_errors import VmapError, vmap_errors
 
@@ -108,8 +109,10 @@ class TaskModule:
             stack.enter_context(differentiable_kernels(recurrent=bool(self._recurrent)))
             yield
 
-    def outputs(self, params: Mapping[str, Tensor], x: Tensor, name: str = "x") -> Tensor:
+    def outputs(self, params: Mapping[str, Tensor], x: Tree, name: str = "x") -> Tree:
         """The outputs ``[T, S, ...]`` for parameters ``[T, *shape]`` and x ``[T, S, ...]``.
+
+        Both may be trees, see ``core.trees.called_with``.
 
         Parameters that ``params`` lacks are the module's own, the same for every task. ``name`` is
         the argument's in errors.
@@ -117,38 +120,32 @@ class TaskModule:
         return self._mapped(lambda call, x: call(x), name, params, x)
 
     def losses(
-        self,
-        params: Mapping[str, Tensor],
-        x: Tensor,
-        y: Tensor,
-        loss: Loss,
-        name: str = "x",
-        weight: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Each task's loss ``[T]`` and outputs ``[T, S, ...]``; ``name`` is x's in errors.
+        self, params: Mapping[str, Tensor], examples: Examples, loss: Loss
+    ) -> tuple[Tensor, Tree]:
+        """Each task's loss ``[T]`` and outputs ``[T, S, ...]``.
 
-        With a weight ``[T, S]`` a task's loss is the sum of its examples' losses times it.
+        With weights ``[T, S]`` a task's loss is the sum of its examples' losses times them.
         """
-        checked = scalar_loss(loss, len(x))
+        x, y, _, weight = examples
+        checked = scalar_loss(loss, examples.tasks)
 
-        def task_loss(call: Callable[..., Tensor], x: Tensor, y: Tensor) -> Any:
+        def task_loss(call: Callable[..., Tree], x: Tree, y: Tree) -> Any:
             outputs = call(x)
             return checked(outputs, y), outputs
 
-        def weighted_loss(call: Callable[..., Tensor], x: Tensor, y: Tensor, w: Tensor) -> Any:
+        def weighted_loss(call: Callable[..., Tree], x: Tree, y: Tree, w: Tensor) -> Any:
             outputs = call(x, w)
-            # Each example by itself is a set of one, of which the loss is the mean.
-            each = vmap(lambda z, y: checked(z.unsqueeze(0), y.unsqueeze(0)))(outputs, y)
-            return (each * w).sum(), outputs
+            return (losses_of_examples(checked, outputs, y, len(w)) * w).sum(), outputs
 
         if weight is None:
-            return self._mapped(task_loss, name, params, x, y)
-        return self._mapped(weighted_loss, name, params, x, y, weight)
+            return self._mapped(task_loss, examples.x_name, params, x, y)
+        return self._mapped(weighted_loss, examples.x_name, params, x, y, weight)
 
     def _mapped(
-        self, fn: Callable[..., Any], name: str, params: Mapping[str, Tensor], *inputs: Tensor
+        self, fn: Callable[..., Any], name: str, params: Mapping[str, Tensor], *inputs: Tree
     ) -> Any:
-        tasks = inputs[0].shape[0]
+        first_input = first_tensor(inputs[0])
+        tasks = len(first_input)
         buffers = {
             name: b.expand(tasks, *b.shape).clone() for name, b in self._task_buffers.items()
         }
@@ -159,13 +156,13 @@ class TaskModule:
             # weights, so every task needs its own.
             own = {n: p.expand(tasks, *p.shape) for n, p in self._trainable.items()}
             params = {**own, **params}
-        routing = RoutedLayers(tasks != 1, inputs[0].device)
+        routing = RoutedLayers(tasks != 1, first_input.device)
 
-        def one_task(params: dict[str, Tensor], buffers: dict[str, Tensor], *inputs: Tensor) -> Any:
-            def call(x: Tensor, weight: Tensor | None = None) -> Tensor:
+        def one_task(params: dict[str, Tensor], buffers: dict[str, Tensor], *inputs: Tree) -> Any:
+            def call(x: Tree, weight: Tensor | None = None) -> Tree:
                 routing.present = None if weight is None else weight.detach() != 0
 
-                def run(params: dict[str, Tensor]) -> Tensor:
+                def run(params: dict[str, Tensor]) -> Tree:
                     tensors = {**self._trainable, **params, **buffers, **shared}
                     try:
                         return self._call(tensors, x, routing)
@@ -175,55 +172,74 @@ class TaskModule:
                 # PyTorch's recurrent kernels have no batching rule; under a derivative they
                 # decompose into ops that have one.
                 outputs = under_derivative(run, params) if decompose else run(params)
-                if not isinstance(outputs, Tensor):
+                if not split(outputs)[0]:
                     raise TypeError(
-                        f"module: expected one output tensor, got {type(outputs).__name__}"
+                        f"module: expected output tensors, got {type(outputs).__name__} without one"
                     )
-                return widened(outputs)
+                return map_tensors(widened, outputs)
 
             return fn(call, *inputs)
 
         try:
             with vmap_errors(type(self.module).__name__, tasks):
-                return map_tasks(one_task, dict(params), buffers, *inputs)
+                return map_trees(one_task, dict(params), buffers, *inputs)
         except _ForwardError as failed:
             first = {n: tensor[0] for n, tensor in {**params, **buffers}.items()}
             error = failed.__cause__
             raise self._told(error, name, inputs[0], {**first, **shared}) from error
 
-    def _told(self, error: Any, name: str, x: Tensor, first: dict[str, Tensor]) -> Exception:
+    def _told(self, error: Any, name: str, x: Tree, first: dict[str, Tensor]) -> Exception:
         """The error to raise for an error of the forward; ``first``: tensors of the first task."""
-        if len(x) > 1:
+        first_x = map_tensors(lambda tensor: tensor[0], x)
+        if len(first_tensor(x)) > 1:
             # PyTorch's message for one task speaks of the user's shapes, and there may be none.
-            plain = self._plain_error(x[0], first)
+            plain = self._plain_error(first_x, first)
             if plain is None:
                 return VmapError(type(self.module).__name__, error)
             error = plain
-        return described(error, self.module, name, x[0])
+        return described(error, self.module, name, first_x)
 
-    def _plain_error(self, x: Tensor, tensors: dict[str, Tensor]) -> Exception | None:
+    def _plain_error(self, x: Tree, tensors: dict[str, Tensor]) -> Exception | None:
         """The error of the forward for one task without vmap, if there is one."""
-        cuda = [x.device] if x.device.type == "cuda" else []
+        device = first_tensor(x).device
+        cuda = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             try:
-                self._call({**self._trainable, **tensors}, x, RoutedLayers(False, x.device))
+                self._call({**self._trainable, **tensors}, x, RoutedLayers(False, device))
             except KINDS as error:
                 return error
         return None
 
-    def _call(self, tensors: dict[str, Tensor], x: Tensor, routing: RoutedLayers) -> Tensor:
+    def _call(self, tensors: dict[str, Tensor], x: Tree, routing: RoutedLayers) -> Tree:
         with ExitStack() as stack:
             stack.enter_context(routing)
             for table, names in self._places:
                 values = {key: tensors[name] for key, name in names.items()}
                 stack.enter_context(_temporarily(table, values))
-            return self.module(x)
+            return called_with(self.module, x)
+
+
+def losses_of_examples(loss: Loss, outputs: Tree, y: Tree, count: int) -> Tensor:
+    """The loss of each of a task's examples ``[B]``, a set of one of which the loss is the mean."""
+    tensors, structure = split((outputs, y))
+    for tensor in tensors:
+        if tensor.ndim == 0 or len(tensor) != count:
+            raise ValueError(
+                f"weight: expected outputs and targets [{count}, ...] of each task, a row an "
+                f"example, got shape {list(tensor.shape)}"
+            )
+
+    def of_one(*rows: Tensor) -> Tensor:
+        return loss(*structure.of(row.unsqueeze(0) for row in rows))
+
+    losses: Tensor = vmap(of_one)(*tensors)
+    return losses
 
 
 def scalar_loss(loss: Loss, tasks: int) -> Loss:
     """One task's loss, raising for a value that is no scalar, and naming itself under vmap."""
 
-    def checked(outputs: Tensor, targets: Tensor) -> Tensor:
+    def checked(outputs: Tree, targets: Tree) -> Tensor:
         with vmap_errors("the loss", tasks):
             value = loss(outputs, targets)
         if not isinstance(value, Tensor) or value.ndim != 0:

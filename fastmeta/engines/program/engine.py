@@ -20,6 +20,7 @@ from fastmeta.core.memory import kept_pages
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.parameter_selection import shared_parameters
 from fastmeta.core.step_sizes import StepSizes
+from fastmeta.core.trees import Tree, is_container
 from fastmeta.engines import adjoint
 from fastmeta.engines.autograd import entry_point, is_learned
 from fastmeta.engines.base import Examples, InnerLoopOptions, Loss, MetaGradient, TaskBatch
@@ -152,7 +153,7 @@ class ProgramEngine:
         lr: float | Tensor,
         batch: TaskBatch,
         step_weights: Sequence[float] | Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tree]:
         """The mean query loss after adaptation, see ``FunctionalEngine.meta_loss``.
 
         Raises:
@@ -209,7 +210,7 @@ class ProgramEngine:
     @entry_point
     def query_losses(
         self, theta: Tensor, query: Examples, gradient: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tree, Tensor | None]:
         """Each task's query loss at given parameters, see ``FunctionalEngine.query_losses``."""
         passes, theta = self._passes(self._call(theta, [query]), theta, query)
         return adjoint.query_losses(passes, self.options, theta, query, gradient)
@@ -244,7 +245,7 @@ class ProgramEngine:
             return call.products(theta, examples, vectors, gauss_newton)
 
     @entry_point
-    def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
+    def outputs(self, theta: Tensor, x: Tree) -> Tree:
         """The module's outputs ``[T, B, ...]`` on x ``[T, B, ...]``, with parameters ``[T, P]``.
 
         The functional engine computes outputs that need a graph or have no program.
@@ -359,6 +360,8 @@ class ProgramEngine:
         self._check_losses()
         if any(examples.weight is not None for examples in sets):
             raise LoweringError("examples have weights")
+        for name in (name for examples in sets for name in examples.trees()):
+            raise LoweringError(f"{name} is a structure of tensors, and a program takes one")
         plan = self.cache.plan(self._source, sets)
         self._check_circumstances(plan.program.layout)
         # The program has no derivative in targets; the functional engine does.
@@ -380,7 +383,7 @@ class ProgramEngine:
             step_weights=weights,
         )
 
-    def _outputs_call(self, theta: Tensor, x: Tensor) -> Call | None:
+    def _outputs_call(self, theta: Tensor, x: Tree) -> Call | None:
         """The call for outputs without a graph; None if they need one or have no program."""
         shared = shared_parameters(self.module, self.options.adapt)
         if _require_gradients((theta, x, *shared.values())):
@@ -388,6 +391,8 @@ class ProgramEngine:
         try:
             self._check_losses()
             # No cached plan: plans are for examples with targets, and queries here have none.
+            if is_container(x):
+                return None
             check_plain("x", x)
             program = self.cache.lowering(self._source).program(tuple(x.shape[2:]))
             if isinstance(program, str) or not program.takes(x.shape[1]):

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastmeta.engines.base import Engine, Examples
+from fastmeta.core.trees import Tree
+from fastmeta.engines.base import Engine
+from fastmeta.learners._batches import examples_of
 
 
 class CurvatureProducts:
     """Base of learners that multiply with the Hessian or Gauss-Newton matrix of their loss."""
+
+    module: nn.Module
 
     @property
     @abstractmethod
     def _engine(self) -> Engine:
         """The engine that takes the products."""
 
-    def hvp(self, params: Tensor, batch: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
+    def hvp(self, params: Tensor, batch: Tree, vector: Tensor) -> Tensor:
         """The Hessian of each task's loss times one vector or many (Pearlmutter 1994).
 
         ``H v = d <grad L(params), v> / d params`` with the learner's loss and ``hvp_mode``. The
@@ -27,7 +31,7 @@ class CurvatureProducts:
             params: parameters at which the Hessian is taken, in the order of the module's trainable
                 parameters: ``[P]`` for all tasks, or ``[T, P]`` as in ``AdaptedTasks.params``.
             batch: ``(x, y)`` with x ``[T, B, ...]`` and y ``[T, B]`` int64 labels or floating-point
-                targets ``[T, B, ...]``.
+                targets ``[T, B, ...]``; or a dict or a dataclass, as for ``MAML.meta_loss``.
             vector: ``[P]`` for all tasks, or ``[T, P]``; or many vectors ``[K, T, P]``, whose
                 products share the passes that do not depend on the vector.
 
@@ -47,9 +51,9 @@ class CurvatureProducts:
             tensor([[18.],
                     [18.]])
         """
-        return self._engine.hvp(params, Examples.of_pair(batch), vector)
+        return self._engine.hvp(params, examples_of(self.module, batch), vector)
 
-    def ggnvp(self, params: Tensor, batch: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
+    def ggnvp(self, params: Tensor, batch: Tree, vector: Tensor) -> Tensor:
         """The Gauss-Newton matrix of each task's loss times one vector or many.
 
         ``J' H_L J v``, with J the derivative of the outputs in the parameters and H_L the Hessian
@@ -57,4 +61,4 @@ class CurvatureProducts:
         and cheaper than the Hessian, see ``fastmeta.ggnvp``. Arguments, result and errors are as
         for ``hvp``; ``hvp_mode`` says how J v is taken.
         """
-        return self._engine.ggnvp(params, Examples.of_pair(batch), vector)
+        return self._engine.ggnvp(params, examples_of(self.module, batch), vector)

@@ -2,29 +2,68 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.func import vmap
+from collections.abc import Sequence
 
-from fastmeta.core.vmap import map_tasks
-from fastmeta.engines.base import Examples, Loss
+from torch import Tensor
+
+from fastmeta.core.checks import check_choice
+from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.trees import Tree, map_tensors
+from fastmeta.core.vmap import map_trees
+from fastmeta.engines.autograd import entry_point
+from fastmeta.engines.base import Engine, Examples, Loss, TaskBatch
+from fastmeta.engines.checks import check_examples
 from fastmeta.engines.functional.label_checks import with_checked_labels
-from fastmeta.engines.functional.task_module import scalar_loss
+from fastmeta.engines.functional.task_module import losses_of_examples, scalar_loss
 
 REDUCTIONS = ("mean", "none")
 
 
-def loss_with_graph(loss: Loss, outputs: Tensor, examples: Examples) -> Tensor:
+@entry_point
+def meta_loss_with_graph(
+    engine: Engine,
+    loss: Loss,
+    theta: Tensor | None,
+    lr: float | Tensor,
+    batch: TaskBatch,
+    step_weights: Sequence[float] | Tensor | None,
+    reduction: str,
+    differentiable_outputs: bool,
+) -> tuple[Tensor, Tree]:
+    """``MAML.meta_loss`` without a reduction, or with outputs that have a graph.
+
+    Args:
+        engine, loss: of the learner.
+        theta, lr, batch: as the engine takes them.
+        step_weights: None; anything else raises.
+        reduction, differentiable_outputs: as for ``MAML.meta_loss``.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    if step_weights is not None:
+        raise ValueError(
+            "step_weights: expected None with reduction='none' or differentiable_outputs=True, "
+            "which are of the parameters after the last step"
+        )
+    layout = ParameterLayout.of(engine.module, engine.options.adapt)
+    check_examples(layout, batch.support, batch.query)
+    adapted = engine.adapt(theta, lr, batch.support)
+    outputs = engine.outputs(adapted, batch.query_x)
+    losses = loss_with_graph(loss, outputs, batch.query)
+    outputs = outputs if differentiable_outputs else map_tensors(Tensor.detach, outputs)
+    return losses if reduction == "none" else losses.mean(), outputs
+
+
+def loss_with_graph(loss: Loss, outputs: Tree, examples: Examples) -> Tensor:
     """The losses ``[T]`` of outputs ``[T, Q, ...]``, differentiable in them and in the weights."""
     labelled = with_checked_labels(loss, examples.y, examples.y_name)
-    checked = scalar_loss(labelled, len(outputs))
+    checked = scalar_loss(labelled, examples.tasks)
     losses: Tensor
     if examples.weight is None:
-        losses = map_tasks(checked, outputs, examples.y)
+        losses = map_trees(checked, outputs, examples.y)
         return losses
 
-    def weighted(outputs: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        each = vmap(lambda z, y: checked(z.unsqueeze(0), y.unsqueeze(0)))(outputs, y)
-        return (each * weight).sum()
+    def weighted(outputs: Tree, y: Tree, weight: Tensor) -> Tensor:
+        return (losses_of_examples(checked, outputs, y, len(weight)) * weight).sum()
 
-    losses = map_tasks(weighted, outputs, examples.y, examples.weight)
+    losses = map_trees(weighted, outputs, examples.y, examples.weight)
     return losses

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmeta.core.trees import Tree
 from fastmeta.engines.autograd import once_differentiable
 from fastmeta.engines.base import MetaGradient, TaskBatch
 from fastmeta.engines.functional.captured import taking_gradient
@@ -23,14 +24,14 @@ class PrecomputedGradientLearner(MAML):
 
     @as_single_op
     def meta_loss(  # type: ignore[override]  # there are no step weights
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, support_x: Tree, support_y: Tree, query_x: Tree = None, query_y: Tree = None
+    ) -> tuple[Tensor, Tree]:
         """The mean query loss after adaptation; its ``backward`` gives the meta-gradient.
 
         Args:
             support_x: ``[T, S, ...]``.
             support_y: ``[T, S]`` int64 labels, or floating-point targets ``[T, S, ...]``.
-            query_x, query_y: the same with Q examples.
+            query_x, query_y: the same with Q examples. Batches may be trees, as for ``MAML``.
 
         Returns:
             ``loss`` and the detached outputs on the queries ``[T, Q, N]``. Only the module's
@@ -40,19 +41,19 @@ class PrecomputedGradientLearner(MAML):
             TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
         """
         theta = self._engine.parameters()
-        batch = TaskBatch(support_x, support_y, query_x, query_y)
+        batch = self._batch((support_x, support_y, query_x, query_y), None, None)
         loss, outputs, grads = self._checked_gradient(batch)
         return _WithGradient.apply(theta, loss, grads), outputs
 
     def meta_gradient(  # type: ignore[override]
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+        self, support_x: Tree, support_y: Tree, query_x: Tree = None, query_y: Tree = None
     ) -> MetaGradient:
         """The meta-loss and its gradient as values, as ``MAML.meta_gradient``."""
-        batch = TaskBatch(support_x, support_y, query_x, query_y)
+        batch = self._batch((support_x, support_y, query_x, query_y), None, None)
         loss, outputs, grads = self._checked_gradient(batch)
         return MetaGradient(loss, outputs, grads, None, {})
 
-    def _checked_gradient(self, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def _checked_gradient(self, batch: TaskBatch) -> tuple[Tensor, Tree, Tensor]:
         if self.adapted_names is not None:
             raise ValueError(
                 f"adapt: {type(self).__name__} has a gradient to adapted parameters only; freeze "
@@ -70,7 +71,7 @@ class PrecomputedGradientLearner(MAML):
         finally:
             taking_gradient.reset(token)
 
-    def _gradient(self, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def _gradient(self, batch: TaskBatch) -> tuple[Tensor, Tree, Tensor]:
         """The loss, the outputs on the queries, and the gradient ``[P]``."""
         raise NotImplementedError(f"{type(self).__name__} does not implement _gradient")
 

@@ -38,15 +38,16 @@ def weighted(
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
-    if weight.shape != y.shape[:2]:
-        raise ValueError(f"{name}: expected shape {list(y.shape[:2])}, got {list(weight.shape)}")
+    expected = [examples.tasks, examples.size]
+    if list(weight.shape) != expected:
+        raise ValueError(f"{name}: expected shape {expected}, got {list(weight.shape)}")
     spec: Any = lower_loss(loss)[0]
     if isinstance(spec, LossCode) and not spec.mean:
         raise ValueError(
             "loss: expected a mean over the examples, which weights are for, got a sum"
         )
     weight = weight.to(layout.dtype)
-    if not y.is_floating_point():
+    if isinstance(y, Tensor) and not y.is_floating_point():
         absent = y == _ABSENT
         if isinstance(spec, LossCode) and spec.kind == LossKind.CROSS_ENTROPY:
             absent = absent | (y == spec.b)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta.core.checks import check_choice, check_integer, check_number
+from fastmeta.core.trees import Tree
 from fastmeta.engines.base import TaskBatch
 from fastmeta.learners.gradient._conjugate_gradients import conjugate_gradients
 from fastmeta.learners.gradient._precomputed_gradient import PrecomputedGradientLearner
@@ -90,11 +91,11 @@ class IMAML(PrecomputedGradientLearner):
         self.cg_steps, self.cg_damping = cg_steps, check_number("cg_damping", cg_damping)
         self.curvature = curvature
 
-    def _gradient(self, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def _gradient(self, batch: TaskBatch) -> tuple[Tensor, Tree, Tensor]:
         engine = self._engine
         adapted = engine.adapt(None, self._step_size(self.steps), batch.support)
         result = engine.query_losses(adapted, batch.query, gradient=True)
-        losses, outputs, grads = cast("tuple[Tensor, Tensor, Tensor]", result)
+        losses, outputs, grads = cast("tuple[Tensor, Tree, Tensor]", result)
 
         product_with_h = engine.ggnvp if self.curvature == "ggn" else engine.hvp
 

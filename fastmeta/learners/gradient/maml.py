@@ -14,17 +14,17 @@ from fastmeta.core.checks import check_choice
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.parameter_selection import Selector, selected_names
 from fastmeta.core.plain_module import plain_module
+from fastmeta.core.trees import Tree
 from fastmeta.engines.auto import AutoEngine
-from fastmeta.engines.autograd import entry_point
 from fastmeta.engines.base import Engine, Examples, InnerLoopOptions, MetaGradient, TaskBatch
-from fastmeta.engines.checks import check_examples
 from fastmeta.engines.functional.engine import FunctionalEngine
 from fastmeta.engines.program.cache import ProgramCache
 from fastmeta.engines.program.engine import ProgramEngine, ProgramOptions
+from fastmeta.learners._batches import Sets, pair_of
 from fastmeta.learners._compile import as_single_op
 from fastmeta.learners.base import AdaptedTasks
 from fastmeta.learners.gradient._curvature_products import CurvatureProducts
-from fastmeta.learners.gradient._graph_loss import REDUCTIONS, loss_with_graph
+from fastmeta.learners.gradient._graph_loss import meta_loss_with_graph
 from fastmeta.learners.gradient._start import Start, read_start
 from fastmeta.learners.gradient._step_size import StepSize, is_per_step, read_step_size
 from fastmeta.learners.gradient._unrolled_steps import UnrolledSteps
@@ -67,8 +67,7 @@ class MAML(UnrolledSteps, CurvatureProducts):
     (MAML++).
 
     Args:
-        model: any module of one input and one output tensor; of ``torch.compile(net)`` it is
-            ``net``.
+        model: any module; of ``torch.compile(net)`` it is ``net``.
         lr: inner step size: a number, a tensor, an ``nn.Parameter``, or a dict from the name of
             each trainable parameter to a number. A tensor is ``[]``, one number a parameter ``[L]``
             (in the order of ``named_parameters``), or one an element ``[P]`` (Meta-SGD, Li 2017).
@@ -76,7 +75,8 @@ class MAML(UnrolledSteps, CurvatureProducts):
         steps: inner gradient steps K; 0 adapts nothing.
         first_order: leave the Hessian out (FOMAML). Step sizes still get a gradient, the support
             inputs none.
-        loss: ``loss(outputs, targets)`` of one task -> scalar, the mean over its examples.
+        loss: ``loss(outputs, targets)`` of one task -> scalar, the mean over its examples; its
+            arguments are what the module gives and what the batch has, tensors or trees.
         inner_loss: the loss of the inner loop, on the support; None: ``loss``, as on the queries.
         adapt: the parameters that the inner loop adapts: names, patterns such as ``"blocks.*"``,
             modules or predicates ``(name, parameter) -> bool``; one of them or a list; None: all
@@ -203,10 +203,10 @@ class MAML(UnrolledSteps, CurvatureProducts):
     @as_single_op
     def meta_loss(
         self,
-        support_x: Tensor,
-        support_y: Tensor,
-        query_x: Tensor,
-        query_y: Tensor,
+        support_x: Tree,
+        support_y: Tree,
+        query_x: Tree = None,
+        query_y: Tree = None,
         step_weights: Sequence[float] | Tensor | None = None,
         start: Start | None = None,
         support_weight: Tensor | None = None,
@@ -214,12 +214,18 @@ class MAML(UnrolledSteps, CurvatureProducts):
         *,
         reduction: str = "mean",
         differentiable_outputs: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tree]:
         """The mean over tasks of the query loss after adaptation to the support.
 
+        ``meta_loss(support, query)`` takes both sets as trees, each a dict or a dataclass of
+        tensors ``[T, ...]``: the module gets the entries that its forward has parameters for, and
+        the loss is ``loss(outputs, batch)``. Or each is a pair of inputs and targets.
+
         Args:
-            support_x: ``[T, S, ...]``.
-            support_y: ``[T, S]`` int64 labels, or floating-point targets ``[T, S, ...]``.
+            support_x: ``[T, S, ...]``; or a tuple, dict or dataclass of tensors ``[T, ...]``, which
+                the module gets as its arguments.
+            support_y: ``[T, S]`` int64 labels, or floating-point targets ``[T, S, ...]``; or a tree
+                of tensors, for a loss that takes one.
             query_x, query_y: the same with Q examples.
             step_weights: K numbers w_1 .. w_K: the loss is ``sum_k w_k L_q(theta_k)`` over the
                 parameters theta_k after each inner step (the multi-step loss of MAML++, Antoniou
@@ -241,7 +247,8 @@ class MAML(UnrolledSteps, CurvatureProducts):
                 queries for the backward, which goes back through the inner steps.
 
         Returns:
-            ``loss`` and the detached outputs on the queries after the last step ``[T, Q, N]``.
+            ``loss`` and the detached outputs on the queries after the last step ``[T, Q, N]``, in
+            the module's own structure, if it is one.
             ``loss.backward()`` fills the ``.grad`` of the module's parameters, of a learned ``lr``,
             of the rule's hyperparameters and of floating-point inputs that require it. The gradient
             is computed during this call, unless gradients are disabled. A second derivative raises
@@ -252,8 +259,16 @@ class MAML(UnrolledSteps, CurvatureProducts):
         """
         data = support_x, support_y, query_x, query_y
         if reduction != "mean" or differentiable_outputs:
-            given = step_weights, start, support_weight, query_weight
-            return self._loss_with_graph(data, *given, reduction, differentiable_outputs)
+            return meta_loss_with_graph(
+                self._engine,
+                self.loss,
+                read_start(start, self.layout, self.module),
+                self._step_size(self.steps),
+                self._batch(data, support_weight, query_weight),
+                step_weights,
+                reduction,
+                differentiable_outputs,
+            )
         weighs = support_weight is not None or query_weight is not None
         if step_weights is None and start is None and not weighs:
             replayed = self._programs.replay_loss(self, data)
@@ -267,8 +282,8 @@ class MAML(UnrolledSteps, CurvatureProducts):
 
     def adapt_tasks(
         self,
-        support_x: Tensor,
-        support_y: Tensor,
+        support_x: Tree,
+        support_y: Tree = None,
         steps: int | None = None,
         start: Start | None = None,
         support_weight: Tensor | None = None,
@@ -276,8 +291,7 @@ class MAML(UnrolledSteps, CurvatureProducts):
         """The module adapted to every task.
 
         Args:
-            support_x: ``[T, S, ...]``.
-            support_y: ``[T, S]`` int64 labels, or floating-point targets ``[T, S, ...]``.
+            support_x, support_y: as for ``meta_loss``; or a batch of both as the first.
             steps: inner steps; None for the learner's own. If ``lr`` has a row a step, the first
                 ``steps`` rows are used, and more steps than rows raise.
             start: parameters to start from, as for ``meta_loss``; with the ``params`` of adapted
@@ -293,16 +307,16 @@ class MAML(UnrolledSteps, CurvatureProducts):
         engine = self._engine if steps is None else self._engine.with_steps(steps)
         lr = self._step_size(engine.options.steps)
         theta = read_start(start, self.layout, self.module)
-        support = self._weighted(Examples(support_x, support_y), support_weight)
-        params = engine.adapt(theta, lr, support)
+        support = Examples(*pair_of(self.module, "support", support_x, support_y))
+        params = engine.adapt(theta, lr, self._weighted(support, support_weight))
         return AdaptedTasks(params, self.layout, self.module, engine)
 
     def meta_gradient(
         self,
-        support_x: Tensor,
-        support_y: Tensor,
-        query_x: Tensor,
-        query_y: Tensor,
+        support_x: Tree,
+        support_y: Tree,
+        query_x: Tree = None,
+        query_y: Tree = None,
         step_weights: Sequence[float] | Tensor | None = None,
         start: Tensor | None = None,
         support_weight: Tensor | None = None,
@@ -351,7 +365,7 @@ class MAML(UnrolledSteps, CurvatureProducts):
         return result._replace(lr_grad=torch.autograd.grad(rows, leaf, result.lr_grad)[0])
 
     def task_gradients(
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+        self, support_x: Tree, support_y: Tree, query_x: Tree = None, query_y: Tree = None
     ) -> Tensor:
         """Each task's own meta-gradient to the adapted parameters ``[T, P]``.
 
@@ -366,24 +380,26 @@ class MAML(UnrolledSteps, CurvatureProducts):
             >>> torch.allclose(grads.mean(0), maml.meta_gradient(x, y, x, y).grads, atol=1e-6)
             True
         """
-        tasks = len(support_x)
+        data = Sets.of(self.module, support_x, support_y, query_x, query_y)
+        tasks = TaskBatch(*data).support.tasks
         start = self._engine.parameters().detach().expand(tasks, -1)
-        result = self.meta_gradient(support_x, support_y, query_x, query_y, start=start)
+        result = self.meta_gradient(*data, start=start)
         return cast("Tensor", result.start_grads) * tasks
 
-    def explain(self, support_x: Tensor | None = None, support_y: Tensor | None = None) -> str:
+    def explain(self, support_x: Tree = None, support_y: Tree = None) -> str:
         """Which engine runs, and how, in a few sentences.
 
         Args:
-            support_x, support_y: a batch as for ``adapt_tasks``; without one, any inputs and
-                targets that fit the module and the loss.
+            support_x, support_y: as for ``adapt_tasks``; without them, any inputs and targets that
+                fit the module and the loss.
 
         Raises:
             TypeError, ValueError: naming the argument that does not fit.
         """
         if support_x is None:
             return self._engine.explain()
-        return self._engine.explain(Examples(support_x, cast("Tensor", support_y)))
+        support = Examples(*pair_of(self.module, "support", support_x, support_y))
+        return self._engine.explain(support)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -427,38 +443,13 @@ class MAML(UnrolledSteps, CurvatureProducts):
         self._built_engine = engines[self.engine]
         return self._built_engine
 
-    @entry_point
-    def _loss_with_graph(
-        self,
-        data: tuple[Tensor, Tensor, Tensor, Tensor],
-        step_weights: Sequence[float] | Tensor | None,
-        start: Start | None,
-        support_weight: Tensor | None,
-        query_weight: Tensor | None,
-        reduction: str,
-        differentiable_outputs: bool,
-    ) -> tuple[Tensor, Tensor]:
-        check_choice("reduction", reduction, REDUCTIONS)
-        if step_weights is not None:
-            raise ValueError(
-                "step_weights: expected None with reduction='none' or differentiable_outputs=True, "
-                "which are of the parameters after the last step"
-            )
-        batch = self._batch(data, support_weight, query_weight)
-        check_examples(self.layout, batch.support, batch.query)
-        adapted = self.adapt_tasks(*data[:2], start=start, support_weight=support_weight)
-        outputs = adapted(batch.query_x)
-        losses = loss_with_graph(self.loss, outputs, batch.query)
-        outputs = outputs if differentiable_outputs else outputs.detach()
-        return losses if reduction == "none" else losses.mean(), outputs
-
     def _batch(
         self,
-        data: tuple[Tensor, Tensor, Tensor, Tensor],
+        data: tuple[Tree, Tree, Tree, Tree],
         support_weight: Tensor | None,
         query_weight: Tensor | None,
     ) -> TaskBatch:
-        batch = TaskBatch(*data)
+        batch = TaskBatch(*Sets.of(self.module, *data))
         if support_weight is None and query_weight is None:
             return batch
         support = self._weighted(batch.support, support_weight)

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fastmeta.core.checks import check_integer
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.parameter_selection import selected_names
+from fastmeta.core.trees import Tree
 from fastmeta.engines.base import Engine, MetaGradient
 from fastmeta.learners._compile import as_single_op
 from fastmeta.learners.gradient._start import Start
@@ -103,14 +104,14 @@ class MAMLPlusPlus(MAML):
     @as_single_op
     def meta_loss(  # type: ignore[override]  # it has step weights of its own
         self,
-        support_x: Tensor,
-        support_y: Tensor,
-        query_x: Tensor,
-        query_y: Tensor,
+        support_x: Tree,
+        support_y: Tree,
+        query_x: Tree = None,
+        query_y: Tree = None,
         start: Start | None = None,
         support_weight: Tensor | None = None,
         query_weight: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tree]:
         """The annealed loss of this iteration, as ``MAML.meta_loss`` with ``step_weights()``."""
         data = support_x, support_y, query_x, query_y
         weights = support_weight, query_weight
@@ -120,10 +121,10 @@ class MAMLPlusPlus(MAML):
 
     def meta_gradient(  # type: ignore[override]
         self,
-        support_x: Tensor,
-        support_y: Tensor,
-        query_x: Tensor,
-        query_y: Tensor,
+        support_x: Tree,
+        support_y: Tree,
+        query_x: Tree = None,
+        query_y: Tree = None,
         start: Tensor | None = None,
         support_weight: Tensor | None = None,
         query_weight: Tensor | None = None,

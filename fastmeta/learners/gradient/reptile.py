@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta.core.checks import check_integer
+from fastmeta.core.trees import Tree, concatenated
 from fastmeta.engines.base import Examples, TaskBatch
 from fastmeta.learners.gradient._precomputed_gradient import PrecomputedGradientLearner
 from fastmeta.rules import PersistentAdam, Rule
@@ -72,11 +73,11 @@ class Reptile(PrecomputedGradientLearner):
         super().__init__(model, lr, steps, first_order=True, loss=loss, rule=rule, **options)
         self.inner_batch = inner_batch
 
-    def _gradient(self, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def _gradient(self, batch: TaskBatch) -> tuple[Tensor, Tree, Tensor]:
         engine = self._engine
-        x = torch.cat((batch.support_x, batch.query_x), 1)
-        y = torch.cat((batch.support_y, batch.query_y), 1)
-        indices = self._draw_indices(x.shape[1])
+        x = concatenated((batch.support_x, batch.query_x), 1)
+        y = concatenated((batch.support_y, batch.query_y), 1)
+        indices = self._draw_indices(Examples(x, y).size)
         with engine.options.inner_rule.persist_state():
             lr = self._step_size(self.steps)
             adapted = engine.adapt(None, lr, Examples(x, y), indices)

@@ -49,12 +49,12 @@ def test_a_loss_that_is_no_scalar_is_refused(loss, message, device):
         gradients(regressor(device), regression(device), loss)
 
 
-def test_a_module_with_several_outputs_is_refused(device):
+def test_a_loss_of_one_tensor_refuses_several_outputs(device):
     class Pair(nn.Linear):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return x, super().forward(x)
 
-    with pytest.raises(TypeError, match="module: expected one output tensor, got tuple"):
+    with pytest.raises(TypeError, match=r"loss: .* takes one tensor, and the module gives a tuple"):
         gradients(Pair(3, 4).double().to(device), classification("mlp", device))
 
 

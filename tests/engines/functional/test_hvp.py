@@ -190,7 +190,7 @@ PAIR = TASKS[:2]
             r"vector: .* or \[5, 3, 83\], got \[5, 2, 83\]",
         ),
         ({"vector": THETA.to("meta")}, ValueError, "vector: expected device cpu, got meta"),
-        ({"batch": PAIR[0]}, TypeError, r"batch: expected a pair \(x, y\), got Tensor"),
+        ({"batch": PAIR[0]}, TypeError, r"batch: expected inputs .* got Tensor"),
         ({"batch": TASKS}, ValueError, r"batch: expected a pair \(x, y\), got 4 entries"),
         ({"batch": (PAIR[0], [1])}, TypeError, "y: expected a tensor, got list"),
         ({"batch": (PAIR[0][:0], PAIR[1])}, ValueError, "x: expected .* at least one task"),
