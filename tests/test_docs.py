@@ -28,7 +28,16 @@ from tests.helpers.documents import (
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
-OPTIONAL = ("accelerate", "curvlinops", "higher", "learn2learn", "lightning", "scipy")
+OPTIONAL = (
+    "accelerate",
+    "curvlinops",
+    "higher",
+    "learn2learn",
+    "lightning",
+    "peft",
+    "scipy",
+    "transformers",
+)
 OPS = [name for name in fm.ops.__all__ if name not in ("backend_of", "build_info", "use_backend")]
 LEARNERS = [name for name in fm.__all__ if name[0].isupper()]
 

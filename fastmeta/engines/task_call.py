@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta.core.checks import check_choice, check_dense
+from fastmeta.core.checks import check_choice
+from fastmeta.core.module_inputs import check_inputs, inputs_of
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.plain_module import plain_module
+from fastmeta.core.trees import Tree, first_tensor
 from fastmeta.engines.auto import AutoEngine
 from fastmeta.engines.base import NORM_STATISTICS, InnerLoopOptions, Loss
 from fastmeta.engines.checks import check_arena
@@ -26,25 +28,25 @@ _programs: WeakKeyDictionary[nn.Module, dict[_Kind, ProgramCache]] = WeakKeyDict
 def task_call(
     module: nn.Module,
     params: Tensor | Mapping[str, Tensor],
-    x: Tensor,
+    x: Tree,
     *,
     norm_statistics: str = "batch",
-) -> Tensor:
+) -> Tree:
     """The outputs of a module on the inputs of T tasks, each with its own parameters.
 
     By a compiled task program if the module lowers to one and no gradient is needed, else vmapped.
 
     Args:
-        module: any module of one input and one output tensor.
+        module: any module.
         params: its trainable parameters as ``[P]`` for all tasks or ``[T, P]``, in the order of
             ``named_parameters``, such as the output of a hypernetwork; or a dict from names to
             ``[T, *shape]``. Parameters that a dict lacks are the module's own.
-        x: ``[T, B, ...]``.
+        x: ``[T, B, ...]``, or a tree as for ``MAML.meta_loss``.
         norm_statistics: as for ``fastmeta.MAML``.
 
     Returns:
-        ``[T, B, ...]``, differentiable any number of times in ``params``, ``x`` and the module's
-        own parameters.
+        ``[T, B, ...]``, or a tree as the module gives it, differentiable any number of times in
+        ``params``, ``x`` and the module's own parameters.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -59,17 +61,17 @@ def task_call(
         torch.Size([4, 10, 2])
     """
     module = plain_module("module", module)
-    check_dense("x", x)
+    x = inputs_of(module, "x", x)
+    check_inputs("x", x)
     check_choice("norm_statistics", norm_statistics, NORM_STATISTICS)
-    if x.ndim < 2:
-        raise ValueError(f"x: expected shape [T, B, ...], got {list(x.shape)}")
     names = names_of(module, params) if isinstance(params, Mapping) else None
     layout = ParameterLayout.of(module, names)
     theta = layout.flatten(params) if isinstance(params, Mapping) else params
-    check_arena("params", layout, theta, len(x))
+    tasks = len(first_tensor(x))
+    check_arena("params", layout, theta, tasks)
     options = InnerLoopOptions(steps=0, norm_statistics=norm_statistics, adapt=names)
     engines = engines_of(module, F.mse_loss, options)  # the loss is never called
-    return AutoEngine(*engines).outputs(theta.expand(len(x), layout.numel), x)
+    return AutoEngine(*engines).outputs(theta.expand(tasks, layout.numel), x)
 
 
 def engines_of(

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from fastmeta.core.checks import check_choice, refuse_inference_mode
 from fastmeta.core.derivatives import derivative
+from fastmeta.core.module_inputs import inputs_of
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.plain_module import plain_module
+from fastmeta.core.trees import Tree
 from fastmeta.engines.autograd import entry_point
 from fastmeta.engines.base import NORM_STATISTICS, Examples, InnerLoopOptions, Loss
 from fastmeta.engines.checks import check_arena, check_examples
@@ -33,15 +35,15 @@ class TaskGradient(NamedTuple):
 
     grads: Tensor
     losses: Tensor
-    outputs: Tensor
+    outputs: Tree
 
 
 def task_gradient(
     module: nn.Module,
     loss: Loss,
     params: Tensor | Mapping[str, Tensor],
-    x: Tensor,
-    y: Tensor,
+    x: Tree,
+    y: Tree,
     weight: Tensor | None = None,
     *,
     norm_statistics: str = "batch",
@@ -55,12 +57,12 @@ def task_gradient(
     By a compiled task program if the module and the loss lower to one, else by autograd and vmap.
 
     Args:
-        module: any module of one input and one output tensor.
+        module: any module.
         loss: ``loss(outputs, targets)`` of one task -> scalar, the mean over its examples.
         params: as for ``fastmeta.task_call``: ``[P]``, ``[T, P]``, or a dict from names to
             ``[T, *shape]``, whose gradient is then the one that ``grads`` has.
-        x: ``[T, B, ...]``.
-        y: ``[T, B]`` int64 labels, or floating-point targets ``[T, B, ...]``.
+        x: ``[T, B, ...]``, or a tree as for ``MAML.meta_loss``.
+        y: ``[T, B]`` int64 labels, or floating-point targets ``[T, B, ...]``, or a tree.
         weight: ``[T, B]``: a task's loss is the sum of its examples' losses times it, without a
             division; None: the mean that the loss takes.
         norm_statistics: as for ``fastmeta.MAML``.
@@ -90,7 +92,8 @@ def task_gradient(
     names = names_of(module, params) if isinstance(params, Mapping) else None
     layout = ParameterLayout.of(module, names)
     theta = layout.flatten(params) if isinstance(params, Mapping) else params
-    return gradient_at(module, loss, theta, Examples(x, y, "", weight), norm_statistics, layout)
+    examples = Examples(inputs_of(module, "x", x), y, "", weight)
+    return gradient_at(module, loss, theta, examples, norm_statistics, layout)
 
 
 @entry_point

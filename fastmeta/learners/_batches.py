@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
-from fastmeta.core.trees import Tree, entries, is_container
+from fastmeta.core.module_inputs import inputs_of
+from fastmeta.core.trees import Tree, entries
 from fastmeta.engines.base import Examples
 
 
@@ -62,30 +62,3 @@ def examples_of(module: nn.Module, batch: Tree) -> Examples:
         TypeError, ValueError: as ``pair_of``.
     """
     return Examples(*pair_of(module, "batch", batch), role="")
-
-
-def inputs_of(module: nn.Module, name: str, x: Tree) -> Tree:
-    """The arguments of a module: of a dict or a dataclass, the entries that its forward takes.
-
-    A tensor that is all that the module takes, as its first argument, stands for itself.
-
-    Raises:
-        ValueError: the forward takes no entry.
-    """
-    if isinstance(x, Tensor) or not is_container(x):
-        return x
-    named = entries(x)
-    if named is None:
-        return x[0] if len(x) == 1 and isinstance(x[0], Tensor) else x
-    parameters = inspect.signature(module.forward).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        taken = {key: entry for key, entry in named.items() if key in parameters}
-        if not taken:
-            raise ValueError(
-                f"{name}: expected an entry that {type(module).__name__}.forward takes, "
-                f"{', '.join(parameters)}, got {', '.join(map(str, named))}"
-            )
-        named = taken
-    first = next(iter(parameters))
-    is_single = list(named) == [first] and isinstance(named[first], Tensor)
-    return named[first] if is_single else named

@@ -10,11 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fastmeta.core.checks import check_dense
+from fastmeta.core.module_inputs import check_inputs, inputs_of
 from fastmeta.core.parameter_layout import ParameterLayout
-from fastmeta.core.trees import Tree, check_tree, is_container, named_tensors
+from fastmeta.core.trees import Tree
 from fastmeta.engines.base import Engine
-from fastmeta.learners._batches import inputs_of
 
 
 class Learner(Protocol):
@@ -78,7 +77,7 @@ class AdaptedTasks:
             ValueError: ``query_x`` has another number of tasks.
         """
         inputs = inputs_of(self.module, "query_x", query_x)
-        check_queries(inputs, len(self))
+        check_inputs("query_x", inputs, len(self))
         return self.engine.outputs(self.params, inputs)
 
     def __len__(self) -> int:
@@ -102,17 +101,3 @@ class AdaptedTasks:
             for name, value in self.task(index).items():
                 module.get_parameter(name).copy_(value)
         return module
-
-
-def check_queries(query_x: Tree, tasks: int) -> None:
-    """Raise unless ``query_x`` is a tensor ``[T, Q, ...]`` of the adapted tasks, or a tree."""
-    if is_container(query_x):
-        check_tree("query_x", query_x)
-        for name, tensor in named_tensors("query_x", query_x).items():
-            check_dense(name, tensor)
-            if tensor.ndim < 1 or len(tensor) != tasks:
-                raise ValueError(f"{name}: expected shape [{tasks}, ...], got {list(tensor.shape)}")
-        return
-    check_dense("query_x", query_x)
-    if query_x.ndim < 2 or len(query_x) != tasks:
-        raise ValueError(f"query_x: expected shape [{tasks}, Q, ...], got {list(query_x.shape)}")

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmeta.core.checks import check_choice, check_integer, check_number
+from fastmeta.core.checks import check_choice, check_dense, check_integer, check_number
 from fastmeta.core.memory import kept_pages
+from fastmeta.core.module_inputs import check_inputs
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.plain_module import plain_module
 from fastmeta.engines.autograd import entry_point, is_learned
@@ -24,7 +25,6 @@ from fastmeta.engines.functional.task_module import TaskModule
 from fastmeta.engines.functional.vmap_errors import vmapped_if_possible, why_not_vmapped
 from fastmeta.engines.program.lowering import lower_loss
 from fastmeta.learners._compile import CompilableLearner, as_single_op
-from fastmeta.learners.base import check_queries
 from fastmeta.ops import backend_of
 from fastmeta.ops._checks import check_floating, check_labels, check_together
 from fastmeta.ops._linear_head_arguments import HeadOptions, checked_head, step_sizes
@@ -372,7 +372,8 @@ class AdaptedHeads:
             TypeError: ``query_x`` is not a tensor.
             ValueError: ``query_x`` has another number of tasks.
         """
-        check_queries(query_x, len(self))
+        check_dense("query_x", query_x)
+        check_inputs("query_x", query_x, len(self))
         params = self.layout.views(self.params)
         return self.learner._outputs(query_x, params["weight"], params.get("bias"))
 

@@ -361,3 +361,22 @@ def test_classification_still_takes_four_tensors(device):
     tasks = classification("mlp", device)
     with pytest.raises(TypeError, match="query: expected inputs and targets"):
         fm.MAML(nn.Linear(3, 4).double().to(device)).meta_loss(*tasks[:3])
+
+
+def test_a_module_is_called_with_trees_and_parameters_of_each_task(device):
+    net, data = network(device), batch(device, 5)
+    params = joined(net.parameters()).detach() + torch.arange(TASKS, device=device)[:, None]
+    outputs = fm.task_call(net, params, data)
+    grads, losses, again = fm.task_gradient(net, batch_loss, params, data, data)
+    layout = fm.MAML(net, loss=batch_loss).layout
+    for t in range(TASKS):
+        fast = {n: p.requires_grad_() for n, p in layout.views(params[t]).items()}
+        expected = functional_call(net, fast, (data["x"][t], data["z"][t]))
+        loss = label_loss(expected, data["y"][t])
+        exact = torch.autograd.grad(loss, list(fast.values()))
+        assert relative_error(outputs["logits"][t], expected["logits"]) < EXACT
+        assert relative_error(again["h"][t], expected["h"]) < EXACT
+        assert relative_error(losses[t], loss) < EXACT
+        assert relative_error(grads[t], joined(exact)) < EXACT
+    with pytest.raises(ValueError, match=r"x\['z'\]: expected shape \[3, ...\], got \[2, 5, 2\]"):
+        fm.task_call(net, params, data | {"z": data["z"][:2]})
