@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastmeta.core.autocast import AutocastState
 from fastmeta.core.checks import refuse_inference_mode
+from fastmeta.core.derivatives import Tensors
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.parameter_selection import shared_parameters
 from fastmeta.core.pieces import joined
@@ -167,18 +168,51 @@ def query_losses(
     theta: Tensor,
     query: Examples,
     gradient: bool,
-) -> tuple[Tensor, Tree, Tensor | None]:
+) -> tuple[Tensor, Tree, Tensor | None, Tensors]:
     """Each task's query loss, as ``Engine.query_losses``; the inputs are checked."""
-    requires, parts = {"theta"} if gradient else set(), []
+    requires = {"theta", *_learned(passes)} if gradient else set()
+    parts: list[list[Any]] = []
+    to_shared: Tensors = {}
     with torch.no_grad():
         theta = theta.expand(query.tasks, passes.layout.numel)
         for tasks in options.chunks(query.tasks):
             part = query.of_tasks(tasks)
             # Norms with a row of parameters a step use the row of the last step.
-            parts.append(passes.query(options.steps, theta[tasks], part, requires, 1.0))
-    losses, outputs, grads, _ = zip(*parts, strict=True)
+            *found, mixed = passes.query(options.steps, theta[tasks], part, requires, 1.0)
+            parts.append(found)
+            _add_by_name(to_shared, mixed)
+    losses, outputs, grads = zip(*parts, strict=True)
     to_theta = torch.cat([joined(g) for g in grads]) if gradient else None
-    return torch.cat(losses), concatenated(outputs), to_theta
+    return torch.cat(losses), concatenated(outputs), to_theta, to_shared
+
+
+def mixed_products(
+    passes: Passes, options: InnerLoopOptions, theta: Tensor, support: Examples, vector: Tensor
+) -> Tensors:
+    """The mixed derivative times a vector, as ``Engine.mixed_products``; checks the vector."""
+    tasks = support.tasks
+    check_arena("vector", passes.layout, vector, tasks)
+    theta, vector = (x.expand(tasks, passes.layout.numel) for x in (theta, vector))
+    to_shared: Tensors = {}
+    with torch.no_grad(), passes.conditions():
+        for chunk in options.chunks(tasks):
+            random, part = passes.random_state(theta.device), support.of_tasks(chunk)
+            # Row 0 of norms with a row a step, as in the products with H.
+            _, mixed = passes.curvature(
+                0, theta[chunk], vector[chunk], part, _learned(passes), random
+            )
+            _add_by_name(to_shared, mixed)
+    return to_shared
+
+
+def _learned(passes: Passes) -> set[str]:
+    """The names of what the tasks share and what requires a gradient."""
+    return {name for name, tensor in passes.outer.items() if tensor.requires_grad}
+
+
+def _add_by_name(totals: Tensors, parts: Tensors) -> None:
+    for name, part in parts.items():
+        totals[name] = totals[name] + part if name in totals else part
 
 
 class _Adapt(torch.autograd.Function):

@@ -91,11 +91,18 @@ class AutoEngine:
     @entry_point
     def query_losses(
         self, theta: Tensor, query: Examples, gradient: bool = False
-    ) -> tuple[Tensor, Tree, Tensor | None]:
+    ) -> tuple[Tensor, Tree, Tensor | None, dict[str, Tensor]]:
         """Each task's query loss at given parameters, see ``FunctionalEngine.query_losses``."""
         with suppress(LoweringError):
             return self.program.query_losses(theta, query, gradient)
         return self.functional.query_losses(theta, query, gradient)
+
+    @entry_point
+    def mixed_products(self, theta: Tensor, support: Examples, vector: Tensor) -> dict[str, Tensor]:
+        """The mixed derivative times a vector, see ``FunctionalEngine.mixed_products``."""
+        with suppress(LoweringError):
+            return self.program.mixed_products(theta, support, vector)
+        return self.functional.mixed_products(theta, support, vector)
 
     @entry_point
     def hvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:

@@ -355,8 +355,15 @@ class Engine(Protocol):
 
     def query_losses(
         self, theta: Tensor, query: Examples, gradient: bool = False
-    ) -> tuple[Tensor, Tree, Tensor | None]:
-        """Each task's query loss at given parameters, the outputs, and the gradient or None."""
+    ) -> tuple[Tensor, Tree, Tensor | None, dict[str, Tensor]]:
+        """Each task's query loss at given parameters, the outputs, and the gradient or None.
+
+        Last come the gradients of the summed losses to what the tasks share, by name.
+        """
+        ...
+
+    def mixed_products(self, theta: Tensor, support: Examples, vector: Tensor) -> dict[str, Tensor]:
+        """The gradient of ``<grad L_s(theta), vector>`` to what the tasks share, by name."""
         ...
 
     def hvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:

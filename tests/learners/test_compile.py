@@ -53,6 +53,7 @@ LEARNERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     ),
     "MetaCurvature": lambda net: fm.MetaCurvature(net, 0.1, steps=2),
     "IMAML": lambda net: fm.IMAML(net, 0.1, steps=3, cg_steps=2),
+    "IMAML of a head": lambda net: fm.IMAML(net, 0.1, steps=3, cg_steps=2, adapt="4.*"),
     "Reptile": lambda net: fm.Reptile(net, inner_batch=4),
 }
 

@@ -164,7 +164,7 @@ class FunctionalEngine:
     @entry_point
     def query_losses(
         self, theta: Tensor, query: Examples, gradient: bool = False
-    ) -> tuple[Tensor, Tree, Tensor | None]:
+    ) -> tuple[Tensor, Tree, Tensor | None, dict[str, Tensor]]:
         """Each task's query loss at given parameters, for example after K steps.
 
         Args:
@@ -173,16 +173,45 @@ class FunctionalEngine:
             gradient: whether to compute the gradient.
 
         Returns:
-            losses ``[T]``, outputs ``[T, Q, ...]``, and the gradient of each task's loss to its
-            parameters ``[T, P]``, or None. All are without a graph.
+            losses ``[T]``, outputs ``[T, Q, ...]``, the gradient of each task's loss to its
+            parameters ``[T, P]``, or None; and the gradient of the summed losses to each tensor
+            that the tasks share and that requires one, by the names of ``Passes.outer``. All are
+            without a graph.
 
         Raises:
             TypeError, ValueError, RuntimeError: as for ``adapt``.
         """
 
-        def run(engine: FunctionalEngine) -> tuple[Tensor, Tree, Tensor | None]:
+        def run(
+            engine: FunctionalEngine,
+        ) -> tuple[Tensor, Tree, Tensor | None, dict[str, Tensor]]:
             passes, options = engine._prepared(theta, query=query)
             return adjoint.query_losses(passes, options, theta, query, gradient)
+
+        return self._vmapped_if_possible(run)
+
+    @entry_point
+    def mixed_products(self, theta: Tensor, support: Examples, vector: Tensor) -> dict[str, Tensor]:
+        """The mixed derivative of the support loss times a vector, summed over the tasks.
+
+        It is the gradient of ``sum_t <grad L_s(theta_t), vector_t>`` to what the tasks share.
+
+        Args:
+            theta: ``[P]`` for all tasks or ``[T, P]``.
+            support: examples ``[T, S, ...]``.
+            vector: ``[P]`` for all tasks or ``[T, P]``.
+
+        Returns:
+            The gradient to each tensor that the tasks share and that requires one, in its shape, by
+            the names of ``Passes.outer``; without a graph.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as for ``adapt``.
+        """
+
+        def run(engine: FunctionalEngine) -> dict[str, Tensor]:
+            passes, options = engine._prepared(theta, support=support)
+            return adjoint.mixed_products(passes, options, theta, support, vector)
 
         return self._vmapped_if_possible(run)
 

@@ -210,10 +210,16 @@ class ProgramEngine:
     @entry_point
     def query_losses(
         self, theta: Tensor, query: Examples, gradient: bool = False
-    ) -> tuple[Tensor, Tree, Tensor | None]:
+    ) -> tuple[Tensor, Tree, Tensor | None, dict[str, Tensor]]:
         """Each task's query loss at given parameters, see ``FunctionalEngine.query_losses``."""
         passes, theta = self._passes(self._call(theta, [query]), theta, query)
         return adjoint.query_losses(passes, self.options, theta, query, gradient)
+
+    @entry_point
+    def mixed_products(self, theta: Tensor, support: Examples, vector: Tensor) -> dict[str, Tensor]:
+        """The mixed derivative times a vector, see ``FunctionalEngine.mixed_products``."""
+        passes, theta = self._passes(self._call(theta, [support]), theta, support)
+        return adjoint.mixed_products(passes, self.options, theta, support, vector)
 
     @entry_point
     def hvp(self, theta: Tensor, examples: Examples, vector: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 
-def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor], b: Tensor, iterations: int
+) -> tuple[Tensor, Tensor]:
     """An approximate solution x of ``A x = b`` for each task, with A symmetric.
 
     Hestenes & Stiefel 1952. Starts at 0. A task stops if its residual is 0, or if A is not
@@ -23,15 +25,16 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, iteratio
         iterations: largest number of iterations; P are exact up to rounding.
 
     Returns:
-        ``[T, P]``.
+        x ``[T, P]``; and ``[T, 1]`` bool, whether A is positive along b, so that x is no mere b.
 
     Warns:
         RuntimeWarning: A is not positive along b in some task.
 
     Example:
         >>> a = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
-        >>> conjugate_gradients(lambda v: v @ a, torch.tensor([[3.0, 4.0]]), 2).round(decimals=3)
-        tensor([[1., 1.]])
+        >>> x, solved = conjugate_gradients(lambda v: v @ a, torch.tensor([[3.0, 4.0]]), 2)
+        >>> x.round(decimals=3), solved
+        (tensor([[1., 1.]]), tensor([[True]]))
     """
     x, residual, direction = torch.zeros_like(b), b, b
     size = residual.square().sum(1, keepdim=True)
@@ -55,4 +58,4 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, iteratio
             RuntimeWarning,
             stacklevel=2,
         )
-    return torch.where(solvable, x, b)
+    return torch.where(solvable, x, b), solvable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,7 @@ from fastmeta.learners.gradient.maml import MAML
 class PrecomputedGradientLearner(MAML):
     """A learner that computes its own meta-gradient; it adapts as MAML does.
 
-    Subclasses implement ``_gradient``: the loss, the outputs on the queries and the meta-gradient
-    ``[P]``.
+    Subclasses implement ``_gradient``: the loss, the outputs on the queries and the meta-gradient.
     """
 
     @as_single_op
@@ -34,36 +34,25 @@ class PrecomputedGradientLearner(MAML):
             query_x, query_y: the same with Q examples. Batches may be trees, as for ``MAML``.
 
         Returns:
-            ``loss`` and the detached outputs on the queries ``[T, Q, N]``. Only the module's
-            parameters get a gradient; it can be taken once.
+            ``loss`` and the detached outputs on the queries ``[T, Q, N]``. The module's parameters
+            get a gradient, and the outer tensors if there are any; it can be taken once. Inputs,
+            ``lr`` and rules get none.
 
         Raises:
             TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
         """
-        theta = self._engine.parameters()
-        batch = self._batch((support_x, support_y, query_x, query_y), None, None)
-        loss, outputs, grads = self._checked_gradient(batch)
-        return _WithGradient.apply(theta, loss, grads), outputs
+        result = self.meta_gradient(support_x, support_y, query_x, query_y)
+        shared = [self.module.get_parameter(name) for name in result.shared_grads]
+        outer = [tensor for tensor in self.outer_tensors if tensor.requires_grad]
+        grads = result.grads, *result.shared_grads.values(), *result.outer_grads
+        sources = self._engine.parameters(), *shared, *outer
+        return _WithGradient.apply(result.loss, grads, *sources), result.outputs
 
     def meta_gradient(  # type: ignore[override]
         self, support_x: Tree, support_y: Tree, query_x: Tree = None, query_y: Tree = None
     ) -> MetaGradient:
         """The meta-loss and its gradient as values, as ``MAML.meta_gradient``."""
         batch = self._batch((support_x, support_y, query_x, query_y), None, None)
-        loss, outputs, grads = self._checked_gradient(batch)
-        return MetaGradient(loss, outputs, grads, None, {})
-
-    def _checked_gradient(self, batch: TaskBatch) -> tuple[Tensor, Tree, Tensor]:
-        if self.adapted_names is not None:
-            raise ValueError(
-                f"adapt: {type(self).__name__} has a gradient to adapted parameters only; freeze "
-                "the others (requires_grad=False) instead"
-            )
-        if any(tensor.requires_grad for tensor in self.outer_tensors):
-            raise ValueError(
-                f"outer: {type(self).__name__} has a gradient to the module's parameters only; "
-                "parameters of the loss and outer tensors must not require one"
-            )
         token = taking_gradient.set(torch.is_grad_enabled())
         try:
             with torch.no_grad():
@@ -71,8 +60,8 @@ class PrecomputedGradientLearner(MAML):
         finally:
             taking_gradient.reset(token)
 
-    def _gradient(self, batch: TaskBatch) -> tuple[Tensor, Tree, Tensor]:
-        """The loss, the outputs on the queries, and the gradient ``[P]``."""
+    def _gradient(self, batch: TaskBatch) -> MetaGradient:
+        """The loss, the outputs on the queries, and the gradients."""
         raise NotImplementedError(f"{type(self).__name__} does not implement _gradient")
 
 
@@ -80,12 +69,12 @@ class _WithGradient(torch.autograd.Function):
     """Identity on the loss; the backward returns the gradient that was computed for it."""
 
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, loss: Tensor, grads: Tensor) -> Tensor:
-        ctx.save_for_backward(grads)
+    def forward(ctx: Any, loss: Tensor, grads: Sequence[Tensor], *sources: Tensor) -> Tensor:
+        ctx.save_for_backward(*grads)
         return loss.clone()  # an input that is returned would be a view of itself
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            grads = grad_loss * ctx.saved_tensors[0]
-        return *once_differentiable([grads]), None, None
+            grads = [grad_loss * grad for grad in ctx.saved_tensors]
+        return None, None, *once_differentiable(grads)

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta.core.checks import check_choice, check_integer, check_number
-from fastmeta.core.trees import Tree
-from fastmeta.engines.base import TaskBatch
+from fastmeta.engines.base import MetaGradient, TaskBatch
+from fastmeta.engines.inner_loop import OUTER, SHARED
 from fastmeta.learners.gradient._conjugate_gradients import conjugate_gradients
 from fastmeta.learners.gradient._precomputed_gradient import PrecomputedGradientLearner
 from fastmeta.learners.gradient._step_size import StepSize
@@ -31,6 +32,12 @@ class IMAML(PrecomputedGradientLearner):
     larger ``regularization`` or ``cg_damping`` avoids it, and ``curvature="ggn"`` where the loss is
     convex in the outputs.
 
+    Parameters that are learned and not adapted (``adapt``) and outer tensors, phi, get the mean of
+    ``d L_q / d phi - d <grad L_s(theta*), v> / d phi / lambda``. At the solution,
+    ``grad L_s(theta*, phi) + lambda (theta* - theta_0) = 0``, so that
+    ``d theta* / d phi = -(H + lambda)^-1 d grad L_s / d phi``, and ``(H + lambda)^-1 grad L_q`` is
+    ``v / lambda``. First order leaves the second term out.
+
     Args:
         model: as for ``MAML``.
         lr: inner step size, as for ``MAML``; not learned.
@@ -46,8 +53,8 @@ class IMAML(PrecomputedGradientLearner):
             ``fastmeta.ggnvp``: positive semidefinite for the cross entropy and the squared error.
         rule: the rule that takes the inner steps with the gradient of the regularised loss; None:
             plain descent.
-        options: the options ``task_chunk``, ``hvp_mode``, ``engine`` and ``norm_statistics`` of
-            ``MAML``.
+        options: the options ``adapt``, ``outer``, ``inner_loss``, ``task_chunk``, ``hvp_mode``,
+            ``engine`` and ``norm_statistics`` of ``MAML``.
 
     Raises:
         TypeError, ValueError: as ``MAML``; numbers out of range.
@@ -91,11 +98,13 @@ class IMAML(PrecomputedGradientLearner):
         self.cg_steps, self.cg_damping = cg_steps, check_number("cg_damping", cg_damping)
         self.curvature = curvature
 
-    def _gradient(self, batch: TaskBatch) -> tuple[Tensor, Tree, Tensor]:
+    def _gradient(self, batch: TaskBatch) -> MetaGradient:
         engine = self._engine
         adapted = engine.adapt(None, self._step_size(self.steps), batch.support)
-        result = engine.query_losses(adapted, batch.query, gradient=True)
-        losses, outputs, grads = cast("tuple[Tensor, Tree, Tensor]", result)
+        losses, outputs, to_theta, to_shared = engine.query_losses(
+            adapted, batch.query, gradient=True
+        )
+        grads = cast("Tensor", to_theta)
 
         product_with_h = engine.ggnvp if self.curvature == "ggn" else engine.hvp
 
@@ -104,5 +113,18 @@ class IMAML(PrecomputedGradientLearner):
             return (1 + self.cg_damping) * v + curved / self.regularization
 
         if self.cg_steps > 0:
-            grads = conjugate_gradients(product, grads, self.cg_steps)
-        return losses.mean(), outputs, grads.mean(0)
+            grads, solved = conjugate_gradients(product, grads, self.cg_steps)
+            if to_shared:
+                # A task without a solution is first order: theta* does not depend on phi.
+                v = torch.where(solved, grads, 0.0)
+                mixed = engine.mixed_products(adapted, batch.support, v)
+                to_shared = {n: g - mixed[n] / self.regularization for n, g in to_shared.items()}
+        means = {name: grad / len(losses) for name, grad in to_shared.items()}
+        shared = {n.removeprefix(SHARED): g for n, g in means.items() if n.startswith(SHARED)}
+        # A task program reads no outer tensor.
+        outer = tuple(
+            means.get(f"{OUTER}{i}", torch.zeros_like(tensor))
+            for i, tensor in enumerate(self.outer_tensors)
+            if tensor.requires_grad
+        )
+        return MetaGradient(losses.mean(), outputs, grads.mean(0), None, {}, outer, shared)

@@ -25,6 +25,7 @@ from fastmeta.learners._compile import as_single_op
 from fastmeta.learners.base import AdaptedTasks
 from fastmeta.learners.gradient._curvature_products import CurvatureProducts
 from fastmeta.learners.gradient._graph_loss import meta_loss_with_graph
+from fastmeta.learners.gradient._outer_tensors import outer_tensors
 from fastmeta.learners.gradient._start import Start, read_start
 from fastmeta.learners.gradient._step_size import StepSize, is_per_step, read_step_size
 from fastmeta.learners.gradient._unrolled_steps import UnrolledSteps
@@ -410,9 +411,8 @@ class MAML(UnrolledSteps, CurvatureProducts):
     @property
     def outer_tensors(self) -> tuple[Tensor, ...]:
         """The tensors besides the module's that get a gradient: of the losses, then ``outer``."""
-        losses = (loss for loss in (self.loss, self.inner_loss) if isinstance(loss, nn.Module))
-        of_losses = (parameter for loss in losses for parameter in loss.parameters())
-        return tuple({id(tensor): tensor for tensor in (*of_losses, *self.outer)}.values())
+        losses = self.loss, self.inner_loss
+        return outer_tensors(losses, self.outer, self.module, self.adapted_names)
 
     @property
     def _engine(self) -> Engine:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta.core.checks import check_integer
-from fastmeta.core.trees import Tree, concatenated
-from fastmeta.engines.base import Examples, TaskBatch
+from fastmeta.core.trees import concatenated
+from fastmeta.engines.base import Examples, MetaGradient, TaskBatch
 from fastmeta.learners.gradient._precomputed_gradient import PrecomputedGradientLearner
 from fastmeta.rules import PersistentAdam, Rule
 
@@ -73,7 +73,8 @@ class Reptile(PrecomputedGradientLearner):
         super().__init__(model, lr, steps, first_order=True, loss=loss, rule=rule, **options)
         self.inner_batch = inner_batch
 
-    def _gradient(self, batch: TaskBatch) -> tuple[Tensor, Tree, Tensor]:
+    def _gradient(self, batch: TaskBatch) -> MetaGradient:
+        self._refuse_other_gradients()
         engine = self._engine
         x = concatenated((batch.support_x, batch.query_x), 1)
         y = concatenated((batch.support_y, batch.query_y), 1)
@@ -81,8 +82,22 @@ class Reptile(PrecomputedGradientLearner):
         with engine.options.inner_rule.persist_state():
             lr = self._step_size(self.steps)
             adapted = engine.adapt(None, lr, Examples(x, y), indices)
-        losses, outputs, _ = engine.query_losses(adapted, batch.query)
-        return losses.mean(), outputs, (engine.parameters() - adapted).mean(0)
+        losses, outputs, *_ = engine.query_losses(adapted, batch.query)
+        grads = (engine.parameters() - adapted).mean(0)
+        return MetaGradient(losses.mean(), outputs, grads, None, {})
+
+    def _refuse_other_gradients(self) -> None:
+        """Raise ValueError if what is not adapted is to be learned: its gradient would be 0."""
+        if self.adapted_names is not None:
+            raise ValueError(
+                "adapt: Reptile has a gradient to adapted parameters only; freeze the others "
+                "(requires_grad=False) instead"
+            )
+        if any(tensor.requires_grad for tensor in self.outer_tensors):
+            raise ValueError(
+                "outer: Reptile has a gradient to the module's parameters only; parameters of the "
+                "loss and outer tensors must not require one"
+            )
 
     def _draw_indices(self, examples: int) -> Tensor | None:
         """Indices ``[K, B]`` of each step's examples: consecutive parts of successive shuffles."""

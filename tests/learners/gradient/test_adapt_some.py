@@ -151,12 +151,11 @@ def test_relatives(learner, device):
     assert relative_error(grads_of(net), grads_of(twin.module)) < EXACT
 
 
-@pytest.mark.parametrize("learner", [fm.IMAML, fm.Reptile])
-def test_learners_without_such_a_gradient_say_so(learner, device):
+def test_a_learner_without_such_a_gradient_says_so(device):
     tasks = regression(device)
-    maml = learner(regressor(device), loss=F.mse_loss, adapt="2.*")
-    with pytest.raises(ValueError, match=r"adapt: .* has a gradient to adapted parameters only"):
-        maml.meta_loss(*tasks)
+    reptile = fm.Reptile(regressor(device), loss=F.mse_loss, adapt="2.*")
+    with pytest.raises(ValueError, match="adapt: Reptile has a gradient to adapted parameters o"):
+        reptile.meta_loss(*tasks)
 
 
 def test_it_says_which_parameters_are_shared(device):

@@ -277,7 +277,7 @@ def test_imaml_with_the_gauss_newton_matrix_solves_its_system(engine, device):
     adapted = learner.adapt_tasks(x[0], y[0]).params.detach()
     basis = torch.eye(13, dtype=torch.float64, device=device)[:, None].expand(13, 2, 13)
     matrices = learner.ggnvp(adapted, (x[0], y[0]), basis).transpose(0, 1)
-    _, _, grads = learner._engine.query_losses(adapted, Examples(x[1], y[1], "query"), True)
+    _, _, grads, _ = learner._engine.query_losses(adapted, Examples(x[1], y[1], "query"), True)
     expected = torch.linalg.solve(basis[:, 0] + matrices / 0.01, grads)
     assert relative_error(found, expected.mean(0)) < 1e-7
     with pytest.warns(RuntimeWarning, match="not positive along"):
@@ -289,9 +289,10 @@ def test_conjugate_gradients_stop_where_there_is_nothing_to_do():
     b = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     signs = torch.tensor([[1.0], [1.0], [-1.0]], dtype=torch.float64)
     with pytest.warns(RuntimeWarning, match="not positive along .* in 1 of 3 tasks"):
-        x = conjugate_gradients(lambda v: signs * (v @ matrix), b, 10)
+        x, solved = conjugate_gradients(lambda v: signs * (v @ matrix), b, 10)
     expected = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-14)
+    assert solved.flatten().tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -331,7 +332,7 @@ def test_query_losses_at_given_parameters(rule, engine, device):
     tasks = tasks_for("norms_of_each_step", "mse", device)
     learner = fm.MAML(net, 0.1, K, loss=F.mse_loss, rule=rule, engine=engine, task_chunk=2)
     params = learner.adapt_tasks(*tasks[:2]).params.detach().requires_grad_()
-    losses, outputs, grads = learner._engine.query_losses(
+    losses, outputs, grads, _ = learner._engine.query_losses(
         params, Examples(*tasks[2:], role="query"), gradient=True
     )
     plain = fm.MAML(net, 0.1, K, loss=F.mse_loss, engine="functional").adapt_tasks(*tasks[:2])
