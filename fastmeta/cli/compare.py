@@ -17,7 +17,9 @@ from fastmeta.training.learner_options import ALGORITHMS, OF_SOME_LEARNERS
 
 _SUMMARY = "meta-train learners on the same tasks, score them, draw a table and a picture"
 
-_SET = "option of one learner, such as maml.steps=2 or maml.learn_lr=true; repeatable"
+_SET = (
+    "option of one learner, such as maml.steps=2, maml.learn_lr=true or maml.adapt=A,B; repeatable"
+)
 
 
 def add_parser(commands: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,8 @@ def _form(kind: type, option: dataclasses.Field[Any]) -> dict[str, Any]:
         return {"action": "store_true"}
     if choices := option.metadata.get("choices"):
         return {"choices": choices}
+    if kind == Sequence[str]:
+        return {"nargs": "+", "metavar": "PATTERN"}
     metavar = {int: "N", float: "X"}.get(kind, option.name.upper())
     return {"type": kind, "metavar": metavar}
 

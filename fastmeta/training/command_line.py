@@ -28,5 +28,6 @@ def train_command(config: TrainConfig) -> str:
     for name, value in vars(config).items():
         if value != defaults[name] and name not in ("algorithm", "out"):
             flag = f"--{name.replace('_', '-')}"
-            words += [flag] if value is True else [flag, str(value)]
+            values = value if isinstance(value, list) else [str(value)]
+            words += [flag] if value is True else [flag, *values]
     return shlex.join([*words, "--out", config.out])

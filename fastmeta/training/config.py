@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -86,6 +87,10 @@ class TrainConfig:
     inner_lr: float | None = _inner("inner step size, or its initial value if it is learned")
     first_order: bool = _inner("leave out second derivatives", False)
     learn_lr: bool = _inner("learn the inner step size", False)
+    adapt: Sequence[str] | None = _inner(
+        "adapt these parameters, the others are shared and learned: names, or patterns such as "
+        "'head.*' (default: adapt all)"
+    )
     inner_batch: int | None = _inner("examples per inner step in training", least=1)
     multi_step_iterations: int | None = _inner(
         "iterations until only the loss after the last inner step counts", least=0
@@ -126,6 +131,8 @@ class TrainConfig:
         if not isinstance(self.data, str):
             raise TypeError(f"data: expected a string, got {type(self.data).__name__}")
         object.__setattr__(self, "out", str(self.out))
+        if self.adapt is not None:
+            object.__setattr__(self, "adapt", _patterns(self.adapt))
         self._check_applicable()
         for name, default in resolved_defaults(vars(self)).items():
             if getattr(self, name) is None:
@@ -167,6 +174,16 @@ class TrainConfig:
         if self.lr_cosine and self.lr_halve_every:
             raise ValueError("lr_cosine: lr_halve_every is given too, and they exclude each other")
         check_device(self.device, usable=True)
+
+
+def _patterns(adapt: Any) -> list[str]:
+    """Patterns of names as JSON has them; a text is one of them."""
+    found = [adapt] if isinstance(adapt, str) else adapt
+    if not isinstance(found, (list, tuple)) or not all(isinstance(p, str) for p in found):
+        raise TypeError(f"adapt: expected names or patterns, got {adapt!r}")
+    if not found:
+        raise ValueError("adapt: expected at least one name or pattern, got []")
+    return list(found)
 
 
 def option_types() -> dict[str, type]:

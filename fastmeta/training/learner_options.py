@@ -43,14 +43,14 @@ def _inner_loop(steps: int, inner_lr: float, **own: Any) -> dict[str, Any]:
 # Options that not all learners have, with their defaults on images.
 LEARNER_OPTIONS: dict[str, dict[str, Any]] = {
     "protonet": {"train_ways": ValueOf("ways"), "metric": "sqeuclidean"},
-    "maml": _inner_loop(1, 0.4, first_order=False, learn_lr=False),
-    "fomaml": _inner_loop(5, 0.1, learn_lr=False),
+    "maml": _inner_loop(1, 0.4, first_order=False, learn_lr=False, adapt=None),
+    "fomaml": _inner_loop(5, 0.1, learn_lr=False, adapt=None),
     "anil": _inner_loop(5, 0.1, first_order=False, learn_lr=False),
     "reptile": _inner_loop(5, 0.001, inner_batch=10) | {"eval_steps": 50},
-    "metasgd": _inner_loop(1, 0.4, first_order=False),
-    "mamlpp": _inner_loop(5, 0.1, multi_step_iterations=1000, first_order_iterations=0),
-    "metacurvature": _inner_loop(1, 0.4, first_order=False),
-    "imaml": _inner_loop(16, 0.1, regularization=2.0, cg_steps=5, cg_damping=1.0),
+    "metasgd": _inner_loop(1, 0.4, first_order=False, adapt=None),
+    "mamlpp": _inner_loop(5, 0.1, multi_step_iterations=1000, first_order_iterations=0, adapt=None),
+    "metacurvature": _inner_loop(1, 0.4, first_order=False, adapt=None),
+    "imaml": _inner_loop(16, 0.1, regularization=2.0, cg_steps=5, cg_damping=1.0, adapt=None),
 }
 
 OF_SOME_LEARNERS = tuple(dict.fromkeys(name for own in LEARNER_OPTIONS.values() for name in own))

@@ -20,6 +20,8 @@ from fastmeta.cli import demo
 from fastmeta.training import evaluation
 from fastmeta.training import loop as train
 from fastmeta.training.config import TrainConfig
+from fastmeta.training.learner_factory import build_learner
+from fastmeta.training.run_folder import load_run
 from tests.helpers.command_options import OPTIONS
 
 SMALL = ["--data", "sinusoid", "--hidden", "4", "--meta-batch", "2", "--iterations", "3"]
@@ -102,6 +104,34 @@ def test_resuming_with_other_options_is_refused(tmp_path, capsys):
     assert "steps: the run to resume began with 1, got 2" in capsys.readouterr().err
     assert cli.main(["train", "protonet", "--out", str(tmp_path), "--resume"]) == 2
     assert "algorithm: the run to resume began with 'maml'" in capsys.readouterr().err
+
+
+def test_a_run_that_adapts_some_parameters(tmp_path, capsys):
+    """Its folder says which, to resuming and to the evaluation."""
+    assert cli.main(sinusoid(tmp_path, "--adapt", "5.*", "3.bias")) == 0
+    assert json.loads((tmp_path / "config.json").read_text())["adapt"] == ["5.*", "3.bias"]
+    learner = load_run(tmp_path).learner
+    assert learner.layout.names == ("3.bias", "5.weight", "5.bias")
+    before = {n: p.clone() for n, p in build_learner_of(tmp_path).module.named_parameters()}
+    assert all((p != before[n]).any() for n, p in learner.module.named_parameters())
+    again = ["train", "maml", "--out", str(tmp_path), "--resume", "--iterations", "4"]
+    assert cli.main([*again, "--adapt", "5.*"]) == 2
+    assert "adapt: the run to resume began with ['5.*', '3.bias'], got" in capsys.readouterr().err
+    assert cli.main(again) == 0
+    assert cli.main(["eval", str(tmp_path), "--tasks", "20"]) == 0
+    found = json.loads((tmp_path / "eval.json").read_text())["mean"]
+    run = load_run(tmp_path)
+    evaluator = evaluation.Evaluator(fm.data.Sinusoid(), 1, 10, 10, tasks=20)
+    assert found == evaluator(run.learner, steps=1).mean
+    run.learner.adapted_names = None
+    assert found != evaluator(run.learner, steps=1).mean
+
+
+def build_learner_of(out):
+    """The untrained learner of a run."""
+    config = load_run(out).config
+    torch.manual_seed(config.seed)
+    return build_learner(config, [1])
 
 
 def test_the_time_limit_is_no_failure(tmp_path, capsys):
@@ -223,6 +253,14 @@ def test_the_demo_arrives(monkeypatch, tmp_path):
         ("train maml --data omniglot:OUT/none --out OUT", "none is not a folder"),
         ("train maml --data sinusoid --metric dot --out OUT", "metric: maml has no such option"),
         ("train maml --data sinusoid --ways 5 --out OUT", "ways: expected 1"),
+        (
+            "train maml --data sinusoid --out OUT --adapt head.*",
+            "adapt: 'head.*' matches no trainable parameter; the trainable ones are ['1.weight', ",
+        ),
+        (
+            "train reptile --data sinusoid --out OUT --adapt 5.*",
+            "adapt: reptile has no such option",
+        ),
         ("train maml --out OUT --resume", "holds no training run"),
         ("eval OUT", "holds no training run"),
         ("demo --out OUT --seconds 0", "seconds: expected a finite number above 0"),

@@ -17,6 +17,8 @@ OPTIONS = [
     ("maml", "--inner-lr 0.2", {"inner_lr": 0.2}),
     ("maml", "--first-order", {"first_order": True}),
     ("maml", "--learn-lr", {"learn_lr": True}),
+    ("maml", "--adapt head.*", {"adapt": ["head.*"]}),
+    ("imaml", "--adapt *bias", {"adapt": ["*bias"]}),
     ("maml", "--lr 0.01", {"lr": 0.01}),
     ("maml", "--lr-halve-every 50", {"lr_halve_every": 50}),
     ("maml", "--optimizer sgd", {"optimizer": "sgd"}),

@@ -38,6 +38,7 @@ CONFIGS = [
     TrainConfig("mamlpp", "glyphs", "x", lr_cosine=0),
     TrainConfig("mamlpp", "glyphs", "x", iterations=7, lr_cosine=9),
     TrainConfig("reptile", "glyphs", "x", steps=50, lr=1e-7),
+    TrainConfig("maml", "glyphs", "x", adapt=("*.1.*", "head.bias"), seed=3),
 ]
 
 
@@ -56,6 +57,7 @@ def test_the_command_makes_the_same_run(config, monkeypatch):
         ("maml", {"steps": 3, "eval_steps": 1}, "--steps 3 --eval-steps 1 "),
         ("protonet", {"ways": 7, "train_ways": 7}, "--ways 7 "),
         ("mamlpp", {"iterations": 7, "lr_cosine": 7}, "--iterations 7 "),
+        ("maml", {"adapt": "head.*"}, "--adapt 'head.*' "),
         ("fomaml", {"learn_lr": True, "time_limit": 0.5}, "--learn-lr --time-limit 0.5 "),
     ],
 )

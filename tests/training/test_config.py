@@ -113,6 +113,10 @@ def test_every_option_but_the_changeable_must_stay():
         ("fomaml", "glyphs", {"first_order": True}, "first_order: fomaml has no such option"),
         ("reptile", "glyphs", {"learn_lr": True}, "learn_lr: reptile has no such option"),
         ("maml", "glyphs", {"inner_batch": 5}, "inner_batch: maml has no such option"),
+        ("reptile", "glyphs", {"adapt": ["head.*"]}, "adapt: reptile has no such option"),
+        ("anil", "glyphs", {"adapt": ["head.*"]}, "adapt: anil has no such option"),
+        ("protonet", "glyphs", {"adapt": ["head.*"]}, "adapt: protonet has no such option"),
+        ("maml", "glyphs", {"adapt": []}, r"adapt: expected at least one name or .*, got \[\]"),
         ("maml", "glyphs", {"cg_steps": 5}, "cg_steps: maml has no such option"),
         ("imaml", "glyphs", {"multi_step_iterations": 5}, "multi_step_iterations: imaml has no"),
         ("reptile", "glyphs", {"inner_batch": -1}, "inner_batch: expected an integer >= 1, got -1"),
@@ -140,12 +144,14 @@ def test_options_of_the_wrong_type():
         TrainConfig("maml", "glyphs", "out", lr="fast")
     with pytest.raises(TypeError, match="ways: expected an integer"):
         TrainConfig("maml", "glyphs", "out", ways=2.5)
+    with pytest.raises(TypeError, match=r"adapt: expected names or patterns, got \[3\]"):
+        TrainConfig("maml", "glyphs", "out", adapt=[3])
 
 
 def test_a_run_from_before_an_option_was_there_is_read(tmp_path):
     config = TrainConfig("maml", "glyphs", "out")
     options = dataclasses.asdict(config)
-    added = ("lr_cosine", "inner_batch", "cg_steps", "cg_damping", "optimizer")
+    added = ("lr_cosine", "inner_batch", "cg_steps", "cg_damping", "optimizer", "adapt")
     older = {name: value for name, value in options.items() if name not in added}
     (tmp_path / "config.json").write_text(json.dumps(older))
     assert TrainConfig(**read_options(tmp_path)) == config

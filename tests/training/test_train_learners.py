@@ -47,6 +47,10 @@ OPTIONS = [
     ("imaml", {"regularization": 0.5}, lambda learner: learner.regularization == 0.5),
     ("imaml", {"cg_steps": 2}, lambda learner: learner.cg_steps == 2),
     ("imaml", {"cg_damping": 0.5}, lambda learner: learner.cg_damping == 0.5),
+    *(
+        (name, {"adapt": ["head.*"]}, lambda learner: learner.layout.numel == 25)
+        for name in ("fomaml", "metasgd", "mamlpp", "metacurvature", "imaml")
+    ),
 ]
 
 

@@ -104,6 +104,8 @@ def _types_of(algorithm: str) -> dict[str, type]:
 
 
 def _parsed(kind: type, value: str, text: str) -> Any:
+    if kind == Sequence[str]:
+        return value.split(",")
     try:
         return {"true": True, "false": False}[value] if kind is bool else kind(value)
     except (KeyError, ValueError):
