@@ -46,7 +46,8 @@ def by_autograd(maml: fm.MAML, tasks: Tasks) -> list[Tensor]:
     maml.zero_grad()
     loss, outputs = maml.meta_loss(*tasks)
     loss.backward()
-    return [loss.detach(), outputs, *(p.grad for p in maml.parameters())]
+    grads = (p.grad for p in maml.parameters() if p.requires_grad)
+    return [loss.detach(), outputs, *grads]
 
 
 def as_values(maml: fm.MAML, tasks: Tasks) -> list[Tensor]:
@@ -99,6 +100,52 @@ def test_the_options_of_a_call_are_part_of_its_kind():
     with torch.no_grad():
         assert torch.equal(calls[0]()[0], expected.meta_loss(*batch())[0])
     assert replays() == [1, 1, 2, 2, 1]
+
+
+def with_start(maml: fm.MAML, tasks: Tasks) -> list[Tensor]:
+    maml.zero_grad()
+    start = torch.linspace(-1, 1, maml.layout.numel, dtype=torch.float64).requires_grad_()
+    loss, outputs = maml.meta_loss(*tasks, start=start)
+    loss.backward()
+    shared = [p.grad for p in maml.module.parameters() if p.grad is not None]
+    return [loss.detach(), outputs, start.grad, *shared]
+
+
+def shared_as_values(maml: fm.MAML, tasks: Tasks) -> list[Tensor]:
+    result = maml.meta_gradient(*tasks)
+    return [result.loss, result.outputs, result.grads, *result.shared_grads.values()]
+
+
+@pytest.mark.parametrize("way", [by_autograd, shared_as_values, with_start])
+@pytest.mark.parametrize("adapt", ["17.*", "0.*", "*bias"])
+def test_replays_read_the_shared_and_the_frozen_parameters(adapt, way):
+    """Which change between the calls, by a step and by another tensor as data."""
+    maml, plain = learner(adapt=adapt), learner(adapt=adapt, cuda_graph=False)
+    for each in (maml, plain):
+        each.module[5].weight.requires_grad_(False)
+    found = []
+    for seed in range(6):
+        step(maml)
+        if seed == 4:
+            for p in maml.module.parameters():
+                p.data = p.data + 0.1
+        plain.load_state_dict(maml.state_dict())
+        found.append((way(maml, batch(seed)), way(plain, batch(seed))))
+        # Results of earlier calls are the caller's: no replay writes into them.
+        assert all(all(map(torch.equal, actual, expected)) for actual, expected in found)
+    assert len(found[0][0]) > 3
+    assert replays() == [4]
+
+
+def test_what_is_adapted_is_part_of_a_graph_s_kind():
+    maml = learner(adapt="17.*", cuda_graph=True)
+    maml.meta_loss(*batch())
+    maml.adapted_names = ("0.weight", "0.bias")
+    expected = learner(adapt="0.*", cuda_graph=False)
+    for _ in range(2):
+        results = [as_values(each, batch(1)) for each in (maml, expected)]
+        assert all(map(torch.equal, *results))
+    assert replays() == [1, 2]
 
 
 @pytest.mark.parametrize("name", ["support_y", "query_y"])
