@@ -33,6 +33,7 @@ class MetaGradient(NamedTuple):
     lr: Tensor | None
     support_x: Tensor | None
     query_x: Tensor | None
+    others: tuple[Tensor | None, ...] = ()
 
 
 def meta_gradient(
@@ -47,6 +48,9 @@ def meta_gradient(
     at_step: Callable[[nn.Module, int], object] = lambda module, k: None,
     adapt: Collection[str] | None = None,
     inner_loss: Loss | None = None,
+    start: Tensor | None = None,
+    weights: Sequence[Tensor] = (),
+    outer: Sequence[Tensor] = (),
 ) -> MetaGradient:
     """Loop over tasks and steps with ``create_graph=True``, and differentiate the graph.
 
@@ -55,7 +59,9 @@ def meta_gradient(
     weigh the query losses after each step. The module runs in training mode, so batch norm uses
     batch statistics; ``training`` sets another mode, and None keeps the module's. ``at_step(module,
     k)`` is called before each pass at theta_k. ``adapt``: names of the parameters that the steps
-    change; None: all. ``inner_loss``: of the steps; None: ``loss``.
+    change; None: all. ``inner_loss``: of the steps; None: ``loss``. ``start`` ``[T, P]``: of each
+    task's steps. ``weights``: of the examples, ``[T, S]`` and ``[T, Q]``. ``others`` of the result
+    are the gradients to ``start``, the weights, and ``outer``, which the losses read.
     """
     module = copy.deepcopy(module)
     if training is not None:
@@ -64,43 +70,76 @@ def meta_gradient(
     adapted = {name: p for name, p in params.items() if adapt is None or name in adapt}
     lr = lr.detach().requires_grad_()
     support_x, query_x = leaves_of(tasks)
+    support_weight, query_weight = weights or (None, None)
     losses, logits = [], []
     with twice_differentiable():
         for t in range(len(support_x)):
             fast = dict(params)
+            if start is not None:
+                fast |= zip(adapted, _split(start[t], adapted, t, 0), strict=True)
             weighted = []
             at_step(module, 0)
             for k in range(steps):
                 outputs = functional_call(module, fast, (support_x[t],))
-                value = (inner_loss or loss)(outputs, tasks.support_y[t])
-                before = [fast[name] for name in adapted]
-                grads = torch.autograd.grad(
-                    value, before, create_graph=not first_order, allow_unused=True
-                )
-                fast |= {
-                    name: p if g is None else p - step * g
-                    for name, p, g, step in zip(
-                        adapted, before, grads, _split(lr, adapted, t, k), strict=True
-                    )
-                }
+                value = _mean(inner_loss or loss, outputs, tasks.support_y[t], support_weight, t)
+                fast |= _stepped(fast, value, adapted, _split(lr, adapted, t, k), first_order)
                 at_step(module, k + 1)
                 if step_weights is not None:
                     outputs = functional_call(module, fast, (query_x[t],))
-                    weighted.append(step_weights[k] * loss(outputs, tasks.query_y[t]))
+                    value = _mean(loss, outputs, tasks.query_y[t], query_weight, t)
+                    weighted.append(step_weights[k] * value)
             outputs = functional_call(module, fast, (query_x[t],))
-            losses.append(sum(weighted) if weighted else loss(outputs, tasks.query_y[t]))
+            value = _mean(loss, outputs, tasks.query_y[t], query_weight, t)
+            losses.append(sum(weighted) if weighted else value)
             logits.append(outputs)
-        total = torch.stack(losses).mean()
-        data = [x for x in (support_x, query_x) if x.requires_grad]
-        grads = torch.autograd.grad(total, [*params.values(), lr, *data], allow_unused=True)
-        grads += (None,) * (2 - len(data))
+        others = [*([] if start is None else [start]), *weights, *outer]
+        return _differentiated(losses, logits, params, lr, [support_x, query_x], others)
+
+
+def _stepped(
+    params: dict[str, Tensor],
+    loss: Tensor,
+    adapted: Collection[str],
+    rates: list[Tensor],
+    first_order: bool,
+) -> dict[str, Tensor]:
+    """The adapted parameters after a step of plain descent."""
+    before = [params[name] for name in adapted]
+    grads = torch.autograd.grad(loss, before, create_graph=not first_order, allow_unused=True)
+    steps = zip(adapted, before, grads, rates, strict=True)
+    return {name: p if g is None else p - rate * g for name, p, g, rate in steps}
+
+
+def _differentiated(
+    losses: list[Tensor],
+    logits: list[Tensor],
+    params: dict[str, Tensor],
+    lr: Tensor,
+    inputs: list[Tensor],
+    others: list[Tensor],
+) -> MetaGradient:
+    """The mean of the losses with its gradients; inputs that are integers have none."""
+    total = torch.stack(losses).mean()
+    data = [x for x in inputs if x.requires_grad]
+    sources = [*params.values(), lr, *data, *others]
+    grads = list(torch.autograd.grad(total, sources, allow_unused=True))
+    to_params = [grads.pop(0) for _ in params]
+    to_lr, to_data = grads.pop(0), [grads.pop(0) for _ in data]
     by_name = {
         name: torch.zeros_like(p) if g is None else g
-        for (name, p), g in zip(params.items(), grads, strict=False)
+        for (name, p), g in zip(params.items(), to_params, strict=True)
     }
-    return MetaGradient(
-        total.detach(), torch.stack(logits).detach(), by_name, *grads[len(params) :]
-    )
+    to_data += [None] * (len(inputs) - len(data))
+    outputs = torch.stack(logits).detach()
+    return MetaGradient(total.detach(), outputs, by_name, to_lr, *to_data, tuple(grads))
+
+
+def _mean(loss: Loss, outputs: Tensor, y: Tensor, weight: Tensor | None, task: int) -> Tensor:
+    """The loss of one task, or the mean of its examples' losses with weights."""
+    if weight is None:
+        return loss(outputs, y)
+    pairs = zip(outputs.split(1), y.split(1), strict=True)
+    return (weight[task] * torch.stack([loss(*pair) for pair in pairs])).sum() / weight[task].sum()
 
 
 def leaves_of(tasks: Tasks) -> list[Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -10,16 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
+from fastmeta.core.parameter_layout import ParameterLayout
 from tests.helpers.networks import (
     NETWORKS,
+    Tasks,
     build,
     classification,
+    half_frozen,
     joined,
     regression,
     regressor,
     relative_error,
 )
-from tests.helpers.unrolled import meta_gradient
+from tests.helpers.programs import build as build_program
+from tests.helpers.programs import tasks_for
+from tests.helpers.unrolled import leaves_of, meta_gradient
 
 EXACT = 1e-10
 HALVES = {"even": slice(0, None, 2), "odd": slice(1, None, 2), "last": slice(-2, None)}
@@ -32,7 +39,112 @@ def names_of(net: nn.Module, half: str) -> tuple[str, ...]:
 
 
 def grads_of(net: nn.Module) -> Tensor:
-    return joined(torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters())
+    trainable = [p for p in net.parameters() if p.requires_grad]
+    return joined(torch.zeros_like(p) if p.grad is None else p.grad for p in trainable)
+
+
+def random(device: str, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    values = torch.rand(shape, generator=generator, dtype=torch.float64)
+    return (0.2 + values).to(device).requires_grad_()
+
+
+@dataclass
+class Form:
+    """A call that adapts some parameters, with what gets a gradient besides the parameters."""
+
+    lr: Tensor
+    step_weights: list[float] | None = None
+    start: Tensor | None = None
+    weights: tuple[Tensor, ...] = ()
+    scale: Tensor | None = None
+
+    @classmethod
+    def of(cls, name: str, layout: ParameterLayout, steps: int, device: str) -> Form:
+        one = torch.tensor(0.1, dtype=torch.float64, device=device)
+        rates = 0.1 * random(device, steps, len(layout.names)).detach()
+        step_weights = [0.5 + k for k in range(steps)]
+        start, scale = random(device, 3, layout.numel), random(device, 4)
+        weights = random(device, 3, 6), random(device, 3, 5)
+        forms = {
+            "plain": cls(one),
+            "rates of each step": cls(rates, step_weights),
+            "start": cls(0.1 * random(device, layout.numel).detach(), start=start),
+            "weights": cls(one, weights=weights),
+            "outer": cls(one, scale=scale),
+            "all at once": cls(rates, step_weights, start, weights, scale),
+        }
+        return forms[name]
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs * self.scale, targets)
+
+    @property
+    def outer(self) -> list[Tensor]:
+        return [] if self.scale is None else [self.scale]
+
+    @property
+    def others(self) -> list[Tensor]:
+        """What gets a gradient, in the order of the unrolled loop's."""
+        return [*([] if self.start is None else [self.start]), *self.weights, *self.outer]
+
+
+FORMS = ["plain", "rates of each step", "start", "weights", "outer", "all at once"]
+
+
+def hold_together(actual: Tensor | None, expected: Tensor | None) -> None:
+    if expected is None:  # in first order nothing reaches the support
+        assert actual is None or not actual.any()
+    else:
+        assert relative_error(actual, expected) < EXACT
+
+
+def equals_an_unrolled_loop(
+    net: nn.Module,
+    tasks: Tasks,
+    adapt: Any,
+    name: str,
+    steps: int,
+    first_order: bool,
+    engine: str,
+    **options: Any,
+) -> None:
+    """Gradients to parameters, rates, inputs, starts, weights and outer tensors."""
+    device = tasks.support_x.device.type
+    layout = fm.MAML(net, adapt=adapt).layout
+    form = Form.of(name, layout, steps, device)
+    loss = F.cross_entropy if form.scale is None else form.loss
+    more: dict[str, Any] = {"step_weights": form.step_weights, "start": form.start}
+    rates = form.lr.unsqueeze(1) if form.lr.ndim == 2 else form.lr
+    reference = {"adapt": layout.names, "weights": form.weights, "outer": form.outer, **more}
+    torch.manual_seed(1)  # of dropout
+    expected = meta_gradient(net, tasks, loss, rates, steps, first_order, **reference)
+    learned = {"learn_lr": True, "loss": loss, "outer": form.outer, **options}
+    maml = fm.MAML(net, form.lr, steps, first_order, adapt=adapt, engine=engine, **learned)
+    if form.weights:
+        more |= dict(zip(("support_weight", "query_weight"), form.weights, strict=True))
+    support_x, query_x = leaves_of(tasks)
+    data = support_x, tasks.support_y, query_x, tasks.query_y
+    torch.manual_seed(1)
+    value, outputs = maml.meta_loss(*data, **more)
+    value.backward()
+    assert relative_error(value, expected.loss) < EXACT
+    assert relative_error(outputs, expected.logits) < EXACT
+    wanted = joined(expected.params.values())
+    assert relative_error(grads_of(net), wanted) < EXACT
+    assert relative_error(maml.lr.grad, expected.lr.view_as(maml.lr)) < EXACT
+    inputs = zip((support_x, query_x), (expected.support_x, expected.query_x), strict=True)
+    others = zip(form.others, expected.others, strict=True)
+    for leaf, grad in (*((x.grad, g) for x, g in inputs), *((x.grad, g) for x, g in others)):
+        hold_together(leaf, grad)
+    net.zero_grad()
+    torch.manual_seed(1)
+    result = maml.meta_gradient(*tasks, **more)
+    assert set(result.shared_grads) == set(expected.params) - set(layout.names)
+    result.assign_to(maml)
+    assert relative_error(grads_of(net), wanted) < EXACT
+    if form.start is not None:
+        assert relative_error(result.start_grads, expected.others[0]) < EXACT
 
 
 @each_engine
@@ -42,19 +154,54 @@ def grads_of(net: nn.Module) -> Tensor:
 def test_equals_an_unrolled_loop(name, steps, first_order, half, engine, device):
     net, tasks = build(name, device), classification(name, device)
     adapt = names_of(net, half)
-    lr = torch.tensor(0.1, dtype=torch.float64, device=device)
-    expected = meta_gradient(net, tasks, F.cross_entropy, lr, steps, first_order, adapt=adapt)
-    maml = fm.MAML(net, lr, steps, first_order, learn_lr=True, adapt=list(adapt), engine=engine)
-    loss, outputs = maml.meta_loss(*tasks)
-    loss.backward()
-    assert relative_error(grads_of(net), joined(expected.params.values())) < EXACT
-    assert relative_error(maml.lr.grad, expected.lr) < EXACT
-    assert relative_error(outputs, expected.logits) < EXACT
-    net.zero_grad()
-    result = maml.meta_gradient(*tasks)
-    assert set(result.shared_grads) == {n for n, _ in net.named_parameters()} - set(adapt)
-    result.assign_to(maml)
-    assert relative_error(grads_of(net), joined(expected.params.values())) < EXACT
+    equals_an_unrolled_loop(net, tasks, adapt, "plain", steps, first_order, engine)
+
+
+@pytest.mark.rotating
+@each_engine
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_call_equals_an_unrolled_loop(form, steps, first_order, half, engine, device):
+    """With a frozen parameter too."""
+    net, tasks = half_frozen(device), classification("mlp", device)
+    adapt = tuple(name for name in names_of(net, half) if name != "0.weight")
+    equals_an_unrolled_loop(net, tasks, adapt, form, steps, first_order, engine)
+
+
+@pytest.mark.rotating
+@each_engine
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize(
+    ("form", "steps", "first_order"), [(f, 4 + i % 2, i == 2) for i, f in enumerate(FORMS)]
+)
+@pytest.mark.parametrize("name", ["conv4", "residual"])
+def test_batch_norms_in_every_form_of_call(name, form, steps, first_order, half, engine, device):
+    net, tasks = build(name, device), classification(name, device)
+    adapt = names_of(net, half)
+    equals_an_unrolled_loop(net, tasks, adapt, form, steps, first_order, engine)
+
+
+@pytest.mark.parametrize("adapt", [("0.weight", "0.bias"), ("3.weight", "3.bias"), ("0.bias",)])
+@pytest.mark.parametrize(("steps", "first_order"), [(1, False), (5, False), (4, True)])
+@pytest.mark.parametrize("form", ["plain", "start", "weights", "outer"])
+def test_dropout_has_the_masks_of_an_unrolled_loop(form, steps, first_order, adapt, device):
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 8), nn.Dropout(0.4), nn.Tanh(), nn.Linear(8, 4)]
+    net, tasks = nn.Sequential(*layers).double().to(device), classification("mlp", device)
+    order = steps, first_order, "functional"
+    equals_an_unrolled_loop(net, tasks, adapt, form, *order, task_chunk=1)
+
+
+@each_engine
+@pytest.mark.parametrize("adapt", ["twice.*", ["first.*", "second.*"], "*bias"])
+@pytest.mark.parametrize(("form", "steps"), [("plain", 5), ("rates of each step", 3), ("start", 4)])
+def test_tied_weights_are_of_one_kind(form, steps, adapt, engine, device):
+    net, tasks = build_program("tied", device), tasks_for("tied", "cross_entropy", device)
+    equals_an_unrolled_loop(net, tasks, adapt, form, steps, False, engine)
+    with pytest.raises(ValueError, match=r"adapt: 'first.weight' is selected and 'second.weight'"):
+        fm.MAML(net, adapt="first.*")
 
 
 @each_engine
