@@ -43,20 +43,10 @@ from fastmeta.core.step_sizes import StepSizes
 from fastmeta.core.trees import Structure, Tree, concatenated, split
 from fastmeta.engines.autograd import is_learned, once_differentiable
 from fastmeta.engines.base import Engine, Examples, InnerLoopOptions, MetaGradient, TaskBatch
-from fastmeta.engines.checks import (
-    check_arena,
-    check_examples,
-    check_indices,
-    read_step_weights,
-)
-from fastmeta.engines.inner_loop import (
-    InnerLoop,
-    LoopInputs,
-    Minibatches,
-    Passes,
-    Tape,
-    of_tasks,
-)
+from fastmeta.engines.checks import check_arena, check_examples, read_step_weights
+from fastmeta.engines.inner_loop import InnerLoop, LoopInputs, Passes, of_tasks
+from fastmeta.engines.minibatches import Minibatches
+from fastmeta.engines.tape import Tape
 
 
 def check_loop(
@@ -78,20 +68,18 @@ def adapt(
     theta: Tensor,
     lr: float | Tensor,
     support: Examples,
-    indices: Tensor | None = None,
+    batches: Minibatches | None = None,
 ) -> Tensor:
     """The parameters of every task after K steps, as ``Engine.adapt``; the inputs are checked."""
     tasks = support.tasks
     step_sizes = StepSizes.of(lr, passes.layout, tasks, options.steps)
-    if indices is not None:
-        passes = Minibatches(passes, check_indices(indices, options.steps, support))
     if options.steps == 0:
         return theta.expand(tasks, passes.layout.numel)
-    loop = InnerLoop(passes, options)
+    loop = InnerLoop(passes, options, batches)
     inputs = LoopInputs(theta, step_sizes, support)
     sources, rebuild = inputs.named(), inputs.rebuild()
     parts = (
-        [of_tasks(name, tensor, chunk) for name, tensor in sources.items()]
+        (loop.of_tasks(chunk), [of_tasks(name, tensor, chunk) for name, tensor in sources.items()])
         for chunk in options.chunks(tasks)
     )
     shared = {**loop.rule_parameters, **passes.outer}
@@ -100,7 +88,7 @@ def adapt(
     enabled = torch.is_grad_enabled()
     # One autograd node a chunk, so that the backward works through one chunk at a time.
     chunks = [
-        _Adapt.apply(loop, enabled, names, rebuild, *part, *shared.values()) for part in parts
+        _Adapt.apply(of, enabled, names, rebuild, *part, *shared.values()) for of, part in parts
     ]
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
@@ -112,6 +100,7 @@ def meta_loss(
     lr: float | Tensor,
     batch: TaskBatch,
     step_weights: Sequence[float] | Tensor | None = None,
+    batches: Minibatches | None = None,
 ) -> tuple[Tensor, Tree]:
     """The meta-loss and the outputs, as ``Engine.meta_loss``; the inputs are checked."""
     weights = read_step_weights(step_weights, options.steps)
@@ -119,7 +108,7 @@ def meta_loss(
     # A step of weight 0 takes no query pass; the last one does, for the outputs.
     nonzero = {k: weight for k, weight in enumerate(weights, 1) if weight}
     by_step = {options.steps: 0.0, **nonzero} if weights else {options.steps: 1.0}
-    loop = InnerLoop(passes, options)
+    loop = InnerLoop(passes, options, batches)
     inputs = LoopInputs(theta, step_sizes, batch.support, batch.query)
     named = {**inputs.named(), **loop.rule_parameters, **passes.outer}
     call = _MetaLossCall(loop, torch.is_grad_enabled(), tuple(named), inputs.rebuild(), by_step, [])
@@ -133,6 +122,7 @@ def meta_gradient(
     lr: float | Tensor,
     batch: TaskBatch,
     step_weights: Sequence[float] | Tensor | None = None,
+    batches: Minibatches | None = None,
 ) -> MetaGradient:
     """The meta-loss of an engine with its gradient, as ``Engine.meta_gradient``."""
     theta = (engine.parameters() if start is None else start).detach().requires_grad_()
@@ -145,7 +135,7 @@ def meta_gradient(
     outer = [tensor for tensor in options.outer if tensor.requires_grad]
     # The caller may have disabled gradients; this function exists to take one.
     with torch.enable_grad():
-        loss, outputs = engine.meta_loss(theta, lr, batch.detached(), step_weights)
+        loss, outputs = engine.meta_loss(theta, lr, batch.detached(), step_weights, batches)
     sources += [*learned.values(), *outer, *shared.values()]
     # A task program reads no outer tensor.
     grads = iter(torch.autograd.grad(loss, sources, allow_unused=True, materialize_grads=True))
@@ -235,9 +225,10 @@ class _Adapt(torch.autograd.Function):
         adapted, tape = loop.run(sources, ctx.requires)
         autocast = AutocastState(sources.theta.device)
         ctx.loop, ctx.randoms, ctx.autocast = loop, tape.randoms, autocast
+        ctx.complete_from = tape.complete_from
         leaves, ctx.tree = tree_flatten((tensors, tape.thetas, tape.grads, tape.states))
         # The module's constants are saved for their version check: the backward reads them.
-        ctx.save_for_backward(*leaves, *loop.passes.constants)
+        ctx.save_for_backward(*leaves, *loop.constants)
         return adapted
 
     @staticmethod
@@ -246,7 +237,9 @@ class _Adapt(torch.autograd.Function):
         leaves = ctx.saved_tensors[: ctx.tree.num_leaves]
         tensors, thetas, grads, states = tree_unflatten(leaves, ctx.tree)
         sources = ctx.rebuild(dict(zip(ctx.names, tensors, strict=True)))
-        loop, tape = ctx.loop, Tape(thetas, grads, states, ctx.randoms)
+        # A copy of the random states: the adjoint drops what it has read, and may be taken again.
+        tape = Tape(thetas, grads, states, dict(ctx.randoms), complete_from=ctx.complete_from)
+        loop = ctx.loop
         # A backward runs outside the caller's autocast, but takes the passes again as they ran.
         with torch.no_grad(), ctx.autocast.restored():
             to_theta, to_inputs = loop.adjoint(tape, {loop.options.steps: v}, sources, ctx.requires)

@@ -12,6 +12,7 @@ from fastmeta.core.trees import Tree
 from fastmeta.engines.autograd import entry_point
 from fastmeta.engines.base import Examples, InnerLoopOptions, MetaGradient, TaskBatch
 from fastmeta.engines.functional.engine import FunctionalEngine
+from fastmeta.engines.minibatches import Minibatches
 from fastmeta.engines.program.engine import ProgramEngine
 from fastmeta.engines.program.lowering import Program
 from fastmeta.engines.program.trace import LoweringError
@@ -54,13 +55,13 @@ class AutoEngine:
         theta: Tensor | None,
         lr: float | Tensor,
         support: Examples,
-        indices: Tensor | None = None,
+        batches: Minibatches | None = None,
     ) -> Tensor:
         """The parameters of every task after K steps, see ``FunctionalEngine.adapt``."""
         # Only LoweringError falls back: an argument that does not fit is the caller's to see.
         with suppress(LoweringError):
-            return self.program.adapt(theta, lr, support, indices)
-        return self.functional.adapt(theta, lr, support, indices)
+            return self.program.adapt(theta, lr, support, batches)
+        return self.functional.adapt(theta, lr, support, batches)
 
     @entry_point
     def meta_loss(
@@ -69,11 +70,12 @@ class AutoEngine:
         lr: float | Tensor,
         batch: TaskBatch,
         step_weights: Sequence[float] | Tensor | None = None,
+        batches: Minibatches | None = None,
     ) -> tuple[Tensor, Tree]:
         """The mean query loss after adaptation, see ``FunctionalEngine.meta_loss``."""
         with suppress(LoweringError):
-            return self.program.meta_loss(theta, lr, batch, step_weights)
-        return self.functional.meta_loss(theta, lr, batch, step_weights)
+            return self.program.meta_loss(theta, lr, batch, step_weights, batches)
+        return self.functional.meta_loss(theta, lr, batch, step_weights, batches)
 
     @entry_point
     def meta_gradient(
@@ -82,11 +84,12 @@ class AutoEngine:
         batch: TaskBatch,
         step_weights: Sequence[float] | Tensor | None = None,
         theta: Tensor | None = None,
+        batches: Minibatches | None = None,
     ) -> MetaGradient:
         """The meta-loss with its gradient, see ``FunctionalEngine.meta_gradient``."""
         with suppress(LoweringError):
-            return self.program.meta_gradient(lr, batch, step_weights, theta)
-        return self.functional.meta_gradient(lr, batch, step_weights, theta)
+            return self.program.meta_gradient(lr, batch, step_weights, theta, batches)
+        return self.functional.meta_gradient(lr, batch, step_weights, theta, batches)
 
     @entry_point
     def query_losses(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
@@ -24,10 +24,13 @@ from fastmeta.core.trees import (
 from fastmeta.rules.base import Rule
 from fastmeta.rules.sgd import PLAIN
 
+if TYPE_CHECKING:  # batches are taken from the examples of this file
+    from fastmeta.engines.minibatches import Minibatches
+
 Loss = Callable[[Any, Any], Tensor]  # of outputs and targets, which may be trees
 
 NORM_STATISTICS = ("batch", "running")
-MEMORY = ("auto", "recompute", "keep")
+MEMORY = ("auto", "recompute", "keep", "segments")
 
 
 class Examples(NamedTuple):
@@ -237,6 +240,8 @@ class InnerLoopOptions:
             memory of the K parameter vectors, or at most 512 MiB for the tasks computed at a time.
             The functional engine keeps them for as many steps as ``core.memory.memory_limit``
             allows; it recomputes them for ``adapt``, and if ``hvp_mode`` is not ``"reverse"``.
+            ``"segments"`` recomputes them, and theta_k too: it keeps every ceil(sqrt(K))-th, see
+            ``engines.segments``. A task program then takes its steps between compiled calls.
         rule: the inner update rule, see ``fastmeta.rules``; None: plain descent.
         outer: tensors that the module or the loss reads by itself and that get a gradient, such as
             the parameters of a learned loss. All tasks share them.
@@ -325,11 +330,11 @@ class Engine(Protocol):
         theta: Tensor | None,
         lr: float | Tensor,
         support: Examples,
-        indices: Tensor | None = None,
+        batches: Minibatches | None = None,
     ) -> Tensor:
         """The parameters of every task after K steps ``[T, P]``.
 
-        ``indices`` ``[K, B]`` are the examples that each step sees; None: all of them.
+        ``batches`` are what each step sees of the support; None: all of it.
         """
         ...
 
@@ -339,6 +344,7 @@ class Engine(Protocol):
         lr: float | Tensor,
         batch: TaskBatch,
         step_weights: Sequence[float] | Tensor | None = None,
+        batches: Minibatches | None = None,
     ) -> tuple[Tensor, Tree]:
         """The mean query loss after adaptation, and the outputs on the queries."""
         ...
@@ -349,6 +355,7 @@ class Engine(Protocol):
         batch: TaskBatch,
         step_weights: Sequence[float] | Tensor | None = None,
         theta: Tensor | None = None,
+        batches: Minibatches | None = None,
     ) -> MetaGradient:
         """The meta-loss with its gradient."""
         ...

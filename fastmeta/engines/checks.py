@@ -1,4 +1,4 @@
-"""Checks of the engines' arguments: step weights, arenas, examples and their indices."""
+"""Checks of the engines' arguments: step weights, arenas and examples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmeta.core.checks import check_dense
 from fastmeta.core.parameter_layout import ParameterLayout
-from fastmeta.core.trees import check_tree, first_tensor, named_tensors
+from fastmeta.core.trees import check_tree, named_tensors
 from fastmeta.engines.base import Examples
 
 
@@ -37,24 +37,6 @@ def read_step_weights(weights: Sequence[float] | Tensor | None, steps: int) -> l
     if len(weights) != steps or not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"{expected}, got {list(weights)}")
     return [float(weight) for weight in weights]
-
-
-def check_indices(indices: Tensor, steps: int, support: Examples) -> Tensor:
-    """The examples that each step sees ``[K, B]``, on the device of the support."""
-    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
-        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-        raise TypeError(f"indices: expected an int64 tensor, got {got}")
-    if indices.ndim != 2 or len(indices) != steps or indices.shape[1] == 0:
-        raise ValueError(
-            f"indices: expected shape [{steps}, B], a row a step, got {list(indices.shape)}"
-        )
-    examples = support.size
-    if indices.numel() and not (indices.min() >= 0 and indices.max() < examples):
-        low, high = int(indices.min()), int(indices.max())
-        raise ValueError(
-            f"indices: expected examples from 0 to {examples - 1}, got {low} to {high}"
-        )
-    return indices.to(first_tensor(support.x).device)
 
 
 def check_arena(name: str, layout: ParameterLayout, arena: Tensor, tasks: int) -> None:

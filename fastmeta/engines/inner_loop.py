@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -22,17 +22,15 @@ from fastmeta.core.random_state import RandomState
 from fastmeta.core.step_sizes import StepSizes
 from fastmeta.core.trees import Tree, concatenated
 from fastmeta.engines.base import Examples, InnerLoopOptions
+from fastmeta.engines.minibatches import Minibatches
+from fastmeta.engines.segments import Segments
+from fastmeta.engines.tape import LEFT_OUT, Product, Tape
 from fastmeta.rules.base import PREFIX, Rule, State, Step
 
 SUPPORT = "support_"  # then x, y or weight, and a place in a tree
 QUERY = "query_"
 OUTER = "outer."  # then a number: tensors of ``InnerLoopOptions.outer``
 SHARED = "shared."  # then a name: parameters that are learned and not adapted
-
-# direction -> H_k direction, and the gradient of <g_k, direction> to the support.
-Product = Callable[[Gradient], tuple[Gradient, Tensors]]
-
-_LEFT_OUT = cast("Tensor", None)  # on the tape of a plain step, whose derivative does not read it
 
 
 class Passes(Protocol):
@@ -154,30 +152,6 @@ def of_tasks(name: str, tensor: Tensor, tasks: slice) -> Tensor:
     return tensor if name == "theta" and tensor.ndim < 2 else tensor[tasks]
 
 
-@dataclass
-class Tape:
-    """The record of K steps that the adjoint recursion reads.
-
-    Attributes:
-        thetas: theta_0 .. theta_{K-1} ``[T, P]``, for the second order and for the rule.
-        grads: g_0 .. g_{K-1} ``[T, P]``, for the step sizes and for the rule.
-        states: the rule's state before each step.
-        randoms: step -> random state before it, for the second order, unless it is in products.
-        products: step -> its ``curvature``, for steps whose activations are kept.
-    """
-
-    thetas: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    states: list[State] = field(default_factory=list)
-    randoms: dict[int, RandomState | None] = field(default_factory=dict)
-    products: dict[int, Product] = field(default_factory=dict)
-
-    def at(self, k: int, step_sizes: Tensor) -> Step:
-        """The inputs of step k."""
-        theta, grads = (steps[k] if steps else _LEFT_OUT for steps in (self.thetas, self.grads))
-        return Step(k, theta, grads, step_sizes, self.states[k] if self.states else ())
-
-
 @dataclass(frozen=True)
 class InnerLoop:
     """The inner loop of one call, its adjoint, and the query loss.
@@ -186,12 +160,14 @@ class InnerLoop:
     support and queries, the rule's parameters, ``rule.NAME``, and the passes' ``outer`` tensors.
 
     Attributes:
-        passes: the passes of the module or of its task program; perhaps on minibatches.
+        passes: the passes of the module or of its task program.
         options: steps, order and rule.
+        batches: the examples that each step sees; None: the complete support.
     """
 
     passes: Passes
     options: InnerLoopOptions
+    batches: Minibatches | None = None
 
     @property
     def rule(self) -> Rule:
@@ -202,6 +178,16 @@ class InnerLoop:
     def rule_parameters(self) -> Tensors:
         """The rule's learned hyperparameters."""
         return {f"{PREFIX}{name}": p for name, p in self.rule.named_parameters()}
+
+    @property
+    def constants(self) -> list[Tensor]:
+        """Tensors that the loop reads besides its inputs; the backward reads them again."""
+        indices = None if self.batches is None else self.batches.indices
+        return [*self.passes.constants, *(() if indices is None else (indices,))]
+
+    def of_tasks(self, tasks: slice) -> InnerLoop:
+        """The loop of some of the tasks."""
+        return self if self.batches is None else replace(self, batches=self.batches.of_tasks(tasks))
 
     def run(
         self,
@@ -215,45 +201,72 @@ class InnerLoop:
         ``on_step(k, theta_k)`` is called before each step, for k = 0 .. K - 1. ``may_keep``: the
         adjoint follows at once, so that activations of steps may be kept for it.
         """
-        first_order, plain, tape = self.options.first_order, self.rule.is_plain, Tape()
+        first_order = self.options.first_order
         # A view without a copy: steps make new tensors and never write into theta_0.
         theta = inputs.theta.expand(inputs.support.tasks, self.passes.layout.numel)
         state = self.rule.start(theta)
         # The queries' gradients need no tape; in first order the support has none.
         untaped = (QUERY, SUPPORT) if first_order else QUERY
         taped = not all(name.startswith(untaped) for name in requires)
+        tape = Tape()
+        # The derivative of a plain step of first order reads nothing of the step.
+        reads = taped and (self.reads_gradients(requires) or not first_order)
+        segments = Segments.of(self.options) if reads else None
+        if segments is not None:
+            tape.complete_from = segments.complete_from(may_keep)
         with self.passes.conditions():
             for k in range(self.options.steps):
                 if on_step is not None:
                     on_step(k, theta)
-                kept = None
-                if may_keep and taped and not first_order:
-                    mixed = self._mixed(requires)
-                    kept = self.passes.linearize(k, theta, inputs.support, mixed)
-                if kept is not None:
-                    grads, tape.products[k] = kept
-                else:
-                    # Before the gradient draws: the curvature pass replays its dropout masks.
-                    if taped and not first_order:
-                        tape.randoms[k] = self.passes.random_state(theta.device)
-                    grads = self.passes.gradient(k, theta, inputs.support)
-                is_taped = taped and (not plain or "lr" in requires)
-                in_pieces = plain and not is_taped and may_stay_in_pieces(grads)
-                grads = grads if in_pieces else joined(grads)
-                # To first order a plain step is the identity in theta, so theta_k is not read.
-                if taped and not (plain and first_order):
-                    tape.thetas.append(theta)
-                if is_taped:
-                    tape.grads.append(cast("Tensor", grads))
-                if taped and state:
-                    tape.states.append(state)
-                lr = inputs.step_sizes.at(k)
-                if isinstance(grads, Pieces):
-                    theta = grads.descend(theta, lr)
-                else:
-                    theta, state = self.rule.step(Step(k, theta, grads, lr, state))
+                at = Step(k, theta, LEFT_OUT, inputs.step_sizes.at(k), state)
+                if segments is not None and k < tape.complete_from:
+                    segments.keep(tape, at, self.passes.random_state(theta.device))
+                into = tape if taped and k >= tape.complete_from else None
+                theta, state = self.take(at, inputs.support, requires, into, may_keep)
         self.rule.finish(state, self.options.steps)
         return theta, tape
+
+    def take(
+        self,
+        at: Step,
+        support: Examples,
+        requires: set[str],
+        tape: Tape | None,
+        may_keep: bool = False,
+    ) -> tuple[Tensor, State]:
+        """Take a step from ``at``, whose gradient is not read, and record it on the tape."""
+        k, theta, first_order = at.k, at.theta, self.options.first_order
+        plain, seen, kept = self.rule.is_plain, self._seen(k, support), None
+        if may_keep and tape is not None and not first_order:
+            kept = self.passes.linearize(k, theta, seen, self._mixed(requires))
+        if kept is not None:
+            grads, cast("Tape", tape).products[k] = kept
+        else:
+            # Before the gradient draws: the curvature pass replays its dropout masks.
+            if tape is not None and not first_order:
+                tape.randoms[k] = self.passes.random_state(theta.device)
+            grads = self.passes.gradient(k, theta, seen)
+        reads = self.reads_gradients(requires)
+        in_pieces = not reads and may_stay_in_pieces(grads)
+        grads = grads if in_pieces else joined(grads)
+        if tape is not None:
+            # To first order a plain step is the identity in theta, so theta_k is not read.
+            if not (plain and first_order):
+                tape.thetas[k] = theta
+            if reads:
+                tape.grads[k] = cast("Tensor", grads)
+            if at.state:
+                tape.states[k] = at.state
+        if isinstance(grads, Pieces):
+            return grads.descend(theta, at.lr), at.state
+        return self.rule.step(at._replace(grads=grads))
+
+    def reads_gradients(self, requires: set[str]) -> bool:
+        """Whether the adjoint reads the gradients g_k."""
+        return not self.rule.is_plain or "lr" in requires
+
+    def _seen(self, k: int, support: Examples) -> Examples:
+        return support if self.batches is None else self.batches.at(k, support)
 
     def adjoint(
         self,
@@ -279,7 +292,11 @@ class InnerLoop:
         named = {**inputs.named(), **self.rule_parameters, **self.passes.outer}
         mixed = self._mixed(requires)
         hyperparameters = requires.intersection({"lr", *self.rule_parameters})
-        result = {name: torch.zeros_like(named[name]) for name in mixed | hyperparameters}
+        dense = torch.contiguous_format
+        result = {
+            name: torch.zeros_like(named[name], memory_format=dense)
+            for name in mixed | hyperparameters
+        }
         # In first order v_{k+1} reaches theta_k directly, not through g_k.
         of_step = hyperparameters if self.options.first_order else {"grads", *hyperparameters}
         v = query_grads[self.options.steps]
@@ -287,8 +304,12 @@ class InnerLoop:
         # a remembered state.
         plain = self.rule.is_plain and not hyperparameters and may_stay_in_pieces(v)
         state_v = () if plain else Rule.start(self.rule, joined(v))
+        segments = Segments.of(self.options)
         with self.passes.conditions():
             for k in reversed(range(self.options.steps)):
+                tape.drop(k + 1)
+                if segments is not None and k < tape.complete_from:
+                    segments.complete(self, tape, k, inputs, requires)
                 at = tape.at(k, inputs.step_sizes.at(k))
                 if plain and isinstance(v, Pieces):
                     v = self._plain_adjoint(tape, at, v, inputs.support, mixed, result)
@@ -352,11 +373,15 @@ class InnerLoop:
         if k in tape.products:
             product, mixed = tape.products.pop(k)(direction)  # its activations are freed
         else:
+            seen = self._seen(k, support)
             product, mixed = self.passes.curvature(
-                k, tape.thetas[k], direction, support, requires, tape.randoms[k]
+                k, tape.thetas[k], direction, seen, requires, tape.randoms[k]
             )
         for name, tensor in mixed.items():
-            result[name] += tensor
+            if self.batches is not None and name.startswith(SUPPORT):
+                self.batches.add(k, name, tensor, result[name])
+            else:
+                result[name] += tensor
         return product
 
     def meta_gradient(
@@ -378,16 +403,16 @@ class InnerLoop:
         outputs: list[Tree] = []
         tasks = inputs.support.tasks
         for chunk in self.options.chunks(tasks):
-            part = inputs.of_tasks(chunk)
+            part, loop = inputs.of_tasks(chunk), self.of_tasks(chunk)
             queries = _WeightedQueries(self.passes, cast("Examples", part.query), requires, weights)
-            adapted, tape = self.run(part, requires, queries.add, may_keep=True)
+            adapted, tape = loop.run(part, requires, queries.add, may_keep=True)
             queries.add(self.options.steps, adapted)
             losses.append(queries.losses)
             outputs.append(queries.outputs)
             grads = queries.input_grads
             # A gradient of the queries only is complete without the adjoint.
             if not all(name.startswith(QUERY) for name in requires):
-                to_theta, others = self.adjoint(tape, queries.theta_grads, part, requires)
+                to_theta, others = loop.adjoint(tape, queries.theta_grads, part, requires)
                 if "theta" in result:
                     _add(to_theta, of_tasks("theta", result["theta"], chunk))
                 for name, grad in others.items():
@@ -455,48 +480,3 @@ class _WeightedQueries:
         for name, grad in grads.items():
             total = self.input_grads.get(name)
             self.input_grads[name] = grad if total is None else total + grad
-
-
-@dataclass(frozen=True)
-class Minibatches:
-    """Passes whose inner steps each see a minibatch of the support.
-
-    Attributes:
-        passes: the passes on the complete support.
-        indices: ``[K, B]``, the examples of each step.
-    """
-
-    passes: Passes
-    indices: Tensor
-
-    def __getattr__(self, name: str) -> Any:
-        # Everything that does not read the support is the same for minibatches.
-        return getattr(self.passes, name)
-
-    def gradient(self, k: int, theta: Tensor, support: Examples) -> Gradient:
-        return self.passes.gradient(k, theta, self._seen(k, support))
-
-    def curvature(
-        self,
-        k: int,
-        theta: Tensor,
-        direction: Gradient,
-        support: Examples,
-        requires: set[str],
-        random: Any,
-    ) -> tuple[Gradient, Tensors]:
-        seen = self._seen(k, support)
-        product, mixed = self.passes.curvature(k, theta, direction, seen, requires, random)
-        tensors = support.named()
-        # Back to all examples; one that the step saw twice gets both of its gradients.
-        for name in mixed.keys() & tensors.keys():
-            complete = torch.zeros_like(tensors[name])
-            mixed[name] = complete.index_add_(1, self.indices[k], mixed[name])
-        return product, mixed
-
-    def linearize(self, *_: Any) -> None:
-        """None: minibatches are for ``adapt``, whose backward comes later."""
-
-    def _seen(self, k: int, support: Examples) -> Examples:
-        indices = self.indices[k]
-        return support.map(lambda tensor: tensor[:, indices])

@@ -28,8 +28,8 @@ _NAME = "fastmeta::meta_loss"
 
 _LEARNERS: WeakValueDictionary[int, CompilableLearner] = WeakValueDictionary()
 
-# Options whose results have graphs of their own; torch.compile breaks its graph there.
-_WITH_GRAPH = {"reduction", "differentiable_outputs"}
+# Options that the op has not; torch.compile breaks its graph at calls with them.
+_UNTRACED = {"inner_batches", "reduction", "differentiable_outputs"}
 
 # Of trees, too: an op takes tensors.
 _BATCH = ("support_x", "support_y", "query_x", "query_y")
@@ -58,7 +58,7 @@ def as_single_op(meta_loss: Method) -> Method:
             return meta_loss(learner, *args, **kwargs)
         batch = [*args[:4], *(kwargs[name] for name in _BATCH[len(args) :] if name in kwargs)]
         is_traced = len(batch) == 4 and all(isinstance(x, Tensor) for x in batch)
-        if kwargs.keys() & _WITH_GRAPH or not is_traced:
+        if kwargs.keys() & _UNTRACED or not is_traced:
             return untraced(learner, *args, **kwargs)
         return _traced(method, learner, *args, **kwargs)
 

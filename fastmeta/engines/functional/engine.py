@@ -29,6 +29,7 @@ from fastmeta.engines.functional.vmap_errors import (
     vmapped_if_possible,
     why_not_vmapped,
 )
+from fastmeta.engines.minibatches import Minibatches, seen_first
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class FunctionalEngine:
         theta: Tensor | None,
         lr: float | Tensor,
         support: Examples,
-        indices: Tensor | None = None,
+        batches: Minibatches | None = None,
     ) -> Tensor:
         """The parameters of every task after K steps.
 
@@ -95,8 +96,7 @@ class FunctionalEngine:
             lr: a number or a tensor, as for ``StepSizes.of``; three dimensions are one matrix a
                 step.
             support: examples ``[T, S, ...]``.
-            indices: ``[K, B]`` int64: the examples that each step sees, the same in every task;
-                None: all of them at every step.
+            batches: the examples that each step sees; None: all of them at every step.
 
         Returns:
             ``[T, P]``, differentiable once in theta, lr and floating-point support.
@@ -108,8 +108,8 @@ class FunctionalEngine:
         theta = self.parameters() if theta is None else theta
 
         def run(engine: FunctionalEngine) -> Tensor:
-            passes, options = engine._prepared(theta, support=support)
-            return adjoint.adapt(passes, options, theta, lr, support, indices)
+            passes, options = engine._prepared(theta, support=support, batches=batches)
+            return adjoint.adapt(passes, options, theta, lr, support, batches)
 
         return self._vmapped_if_possible(run)
 
@@ -120,6 +120,7 @@ class FunctionalEngine:
         lr: float | Tensor,
         batch: TaskBatch,
         step_weights: Sequence[float] | Tensor | None = None,
+        batches: Minibatches | None = None,
     ) -> tuple[Tensor, Tree]:
         """The mean over tasks of the query loss after adaptation, or after each of its steps.
 
@@ -129,6 +130,7 @@ class FunctionalEngine:
             step_weights: w_1 .. w_K of the query losses after each step, ``sum_k w_k L_q(theta_k)``
                 (MAML++: Antoniou 2019). A step of weight 0 takes no query pass, except for the
                 outputs of the last. None: only the last step's loss.
+            batches: as for ``adapt``.
 
         Returns:
             loss (scalar), differentiable once in theta, lr, floating-point data, and what all
@@ -141,8 +143,8 @@ class FunctionalEngine:
         theta = self.parameters() if theta is None else theta
 
         def run(engine: FunctionalEngine) -> tuple[Tensor, Tree]:
-            passes, options = engine._prepared(theta, support=batch.support, query=batch.query)
-            return adjoint.meta_loss(passes, options, theta, lr, batch, step_weights)
+            passes, options = engine._prepared(theta, batch.support, batch.query, batches)
+            return adjoint.meta_loss(passes, options, theta, lr, batch, step_weights, batches)
 
         return self._vmapped_if_possible(run)
 
@@ -153,13 +155,14 @@ class FunctionalEngine:
         batch: TaskBatch,
         step_weights: Sequence[float] | Tensor | None = None,
         theta: Tensor | None = None,
+        batches: Minibatches | None = None,
     ) -> MetaGradient:
         """The meta-loss with its gradient; arguments are as for ``meta_loss``.
 
         Raises:
             TypeError, ValueError, RuntimeError: as for ``meta_loss``.
         """
-        return adjoint.meta_gradient(self, theta, lr, batch, step_weights)
+        return adjoint.meta_gradient(self, theta, lr, batch, step_weights, batches)
 
     @entry_point
     def query_losses(
@@ -318,14 +321,21 @@ class FunctionalEngine:
         return TaskModule(self.module, self.options.norm_statistics)
 
     def _prepared(
-        self, theta: Tensor, support: Examples | None = None, query: Examples | None = None
+        self,
+        theta: Tensor,
+        support: Examples | None = None,
+        query: Examples | None = None,
+        batches: Minibatches | None = None,
     ) -> tuple[ModulePasses, InnerLoopOptions]:
         """The passes for checked inputs, and the options with the size of chunks."""
-        layout = self.layout
+        layout, labels = self.layout, None if support is None else support.y
+        support = None if support is None else seen_first(support, batches)
         sets = [examples for examples in (support, query) if examples is not None]
         # The checks come before the labels are read, which may wait for the device.
         adjoint.check_loop(layout, self.options, theta, *sets)
         task_module = self._task_module()
+        if support is not None and labels is not None:
+            support = support._replace(y=labels)  # of all steps: they are checked once
         passes = ModulePasses.of(layout, task_module, self.loss, self.options, support, query)
         # With queries the adjoint follows in the same call.
         keeps = len(sets) > 1 and self.options.steps > 0 and not self.options.first_order

@@ -61,7 +61,7 @@ def with_sizes(
         keeps: whether the adjoint follows at once and can use activations that are kept.
     """
     tasks, device = examples.tasks, theta.device
-    keeps = keeps and options.hvp_mode == "reverse" and options.memory != "recompute"
+    keeps = keeps and options.hvp_mode == "reverse" and options.memory in ("auto", "keep")
     is_measured = options.task_chunk == "auto" or (keeps and options.memory == "auto")
     found = _footprint(passes, options, theta, examples, keeps) if is_measured else Footprint(0, 0)
     if options.task_chunk == "auto":

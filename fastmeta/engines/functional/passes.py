@@ -20,7 +20,8 @@ from fastmeta.engines.base import Examples, InnerLoopOptions, Loss
 from fastmeta.engines.functional.captured import CapturedNames, would_lose_gradients
 from fastmeta.engines.functional.label_checks import with_checked_labels
 from fastmeta.engines.functional.task_module import TaskModule
-from fastmeta.engines.inner_loop import OUTER, SHARED, Product
+from fastmeta.engines.inner_loop import OUTER, SHARED
+from fastmeta.engines.tape import Product
 
 # Activations that a reverse Hessian-vector product keeps, as a multiple of the activations that a
 # gradient keeps: measured 2.9 on Conv4-64 and 2.8 on an MLP.

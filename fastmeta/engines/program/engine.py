@@ -26,6 +26,7 @@ from fastmeta.engines.autograd import entry_point, is_learned
 from fastmeta.engines.base import Examples, InnerLoopOptions, Loss, MetaGradient, TaskBatch
 from fastmeta.engines.checks import check_arena, check_vector, read_step_weights
 from fastmeta.engines.functional.engine import FunctionalEngine
+from fastmeta.engines.minibatches import Minibatches, seen_first
 from fastmeta.engines.program.cache import (
     LastCall,
     LoweredSource,
@@ -38,6 +39,7 @@ from fastmeta.engines.program.explain import describe_program
 from fastmeta.engines.program.lowering import Program
 from fastmeta.engines.program.passes import ProgramPasses
 from fastmeta.engines.program.trace import LoweringError
+from fastmeta.engines.segments import SEGMENTS
 from fastmeta.ops import task_program
 
 _MOST_KEPT = 512 << 20  # bytes of activations that "auto" keeps
@@ -74,9 +76,9 @@ class ProgramEngine:
     Args:
         module, loss: as for ``FunctionalEngine``.
         options: options of the inner loop. The program's Hessian-vector products are exact, so
-            ``hvp_mode="finite_difference"`` has no program. A rule other than plain descent takes
-            its steps between compiled calls: one gradient a step, and one product a step in the
-            backward.
+            ``hvp_mode="finite_difference"`` has no program. A rule other than plain descent,
+            another batch at each step and ``memory="segments"`` take the steps between compiled
+            calls: one gradient a step, and one product a step in the backward.
         program_options: options of the program.
         cache: programs lowered before, shared by the engines of one learner.
 
@@ -131,13 +133,14 @@ class ProgramEngine:
         theta: Tensor | None,
         lr: float | Tensor,
         support: Examples,
-        indices: Tensor | None = None,
+        batches: Minibatches | None = None,
     ) -> Tensor:
         """The parameters of every task after K steps, see ``FunctionalEngine.adapt``."""
-        call = self._call(theta, [support])
-        if not self.options.is_plain or indices is not None or self.options.steps == 0:
-            passes, theta = self._passes(call, theta, support)
-            return adjoint.adapt(passes, self.options, theta, lr, support, indices)
+        seen = seen_first(support, batches)
+        call = self._call(theta, [seen])
+        if self.why_stepwise(batches) or self.options.steps == 0:
+            passes, theta = self._passes(call, theta, seen)
+            return adjoint.adapt(passes, self.options, theta, lr, support, batches)
         values = self._step_sizes(call, lr)
         start = call.program.learned if theta is None else (call.with_shared(theta),)
         # An autograd Function costs microseconds, also where nothing is recorded.
@@ -153,6 +156,7 @@ class ProgramEngine:
         lr: float | Tensor,
         batch: TaskBatch,
         step_weights: Sequence[float] | Tensor | None = None,
+        batches: Minibatches | None = None,
     ) -> tuple[Tensor, Tree]:
         """The mean query loss after adaptation, see ``FunctionalEngine.meta_loss``.
 
@@ -161,10 +165,11 @@ class ProgramEngine:
             RuntimeError: also if ``cuda_graph=True`` and the capture of the graph failed.
         """
         weights = read_step_weights(step_weights, self.options.steps)
-        call = self._meta_call(theta, batch, weights)
-        if not self.options.is_plain:
-            passes, theta = self._passes(call, theta, batch.support, batch.query)
-            return adjoint.meta_loss(passes, self.options, theta, lr, batch, step_weights)
+        call = self._meta_call(theta, batch, weights, batches)
+        if self.why_stepwise(batches):
+            seen = seen_first(batch.support, batches)
+            passes, theta = self._passes(call, theta, seen, batch.query)
+            return adjoint.meta_loss(passes, self.options, theta, lr, batch, step_weights, batches)
         values = self._step_sizes(call, lr)
         start = call.program.learned if theta is None else (call.with_shared(theta),)
         if torch.is_grad_enabled():
@@ -182,6 +187,7 @@ class ProgramEngine:
         batch: TaskBatch,
         step_weights: Sequence[float] | Tensor | None = None,
         theta: Tensor | None = None,
+        batches: Minibatches | None = None,
     ) -> MetaGradient:
         """The meta-loss with its gradient, see ``FunctionalEngine.meta_gradient``.
 
@@ -189,9 +195,9 @@ class ProgramEngine:
             ValueError, RuntimeError: as for ``meta_loss``.
         """
         weights = read_step_weights(step_weights, self.options.steps)
-        call = self._meta_call(theta, batch, weights)
-        if not self.options.is_plain or theta is not None:
-            return adjoint.meta_gradient(self, theta, lr, batch, step_weights)
+        call = self._meta_call(theta, batch, weights, batches)
+        if self.why_stepwise(batches) or theta is not None:
+            return adjoint.meta_gradient(self, theta, lr, batch, step_weights, batches)
         if not is_learned(lr):
             values = self._step_sizes(call, lr)
             loss, outputs, grads, _ = call.loss_and_gradient(values, batch)
@@ -278,10 +284,9 @@ class ProgramEngine:
 
     def why_no_graph(self, program: Program) -> str:
         """The reason why meta-gradients are not replayed from CUDA graphs; empty if they are."""
-        if not self.options.is_plain:
-            return (
-                f"the inner rule is {self.options.inner_rule.title}, which steps between the calls"
-            )
+        stepwise = self.why_stepwise()
+        if stepwise:
+            return stepwise
         layout = program.layout
         if layout.device.type != DEVICE_TYPE:
             return f"the parameters are on {layout.device.type}"
@@ -291,6 +296,16 @@ class ProgramEngine:
         if self.program_options.cuda_graph == "auto" and one_launch and not program.has_images:
             return "the program is a few launches, which take no longer than a graph's copies"
         return ""
+
+    def why_stepwise(self, batches: Minibatches | None = None) -> str:
+        """The reason why steps are taken one by one, between compiled calls; empty if not."""
+        if not self.options.is_plain:
+            return (
+                f"the inner rule is {self.options.inner_rule.title}, which steps between the calls"
+            )
+        if self.options.memory == SEGMENTS:
+            return f"memory={SEGMENTS!r} takes the steps between the calls"
+        return "" if batches is None else "each inner step sees another batch, between the calls"
 
     def _remember(
         self,
@@ -326,11 +341,18 @@ class ProgramEngine:
         adjoint.check_loop(call.program.layout, self.options, theta, *sets)
         return ProgramPasses(call), theta
 
-    def _meta_call(self, theta: Tensor | None, batch: TaskBatch, weights: Sequence[float]) -> Call:
+    def _meta_call(
+        self,
+        theta: Tensor | None,
+        batch: TaskBatch,
+        weights: Sequence[float],
+        batches: Minibatches | None = None,
+    ) -> Call:
         """The call of a meta-gradient, with the CUDA graphs that it may replay."""
         required = self.program_options.cuda_graph is True
         try:
-            call = self._call(theta, (batch.support, batch.query), weights)
+            sets = seen_first(batch.support, batches), batch.query
+            call = self._call(theta, sets, weights)
         except LoweringError as error:
             if required:
                 # Not a LoweringError: the automatic engine would fall back on that.
@@ -338,7 +360,7 @@ class ProgramEngine:
             raise
         if self.program_options.cuda_graph is False:
             return call
-        why = self.why_no_graph(call.program)
+        why = self.why_stepwise(batches) or self.why_no_graph(call.program)
         if not (why or call.is_one_compiled):
             why = "the program does not run as one compiled call for all tasks"
         if not why:

@@ -6,6 +6,7 @@ from fastmeta.core.cuda_graphs import CALLS, DEVICE_TYPE, Graphs
 from fastmeta.engines.base import InnerLoopOptions
 from fastmeta.engines.explain import count_parameters, describe_backend, describe_steps
 from fastmeta.engines.program.lowering import Program
+from fastmeta.engines.segments import SEGMENTS
 
 
 def describe_program(
@@ -20,7 +21,8 @@ def describe_program(
     shared = sum(parameter.numel() for parameter in program.shared.values())
     size = options.chunk_size
     tasks = "all tasks together" if size is None else f"{size} tasks at a time"
-    calls = "one call for all steps" if options.is_plain else "one call a step"
+    together = options.is_plain and options.memory != SEGMENTS
+    calls = "one call for all steps" if together else "one call a step"
     if cuda_graph is True and why_no_graph:
         graph_sentence = f" cuda_graph=True, but {why_no_graph}. Meta-losses raise ValueError."
     elif cuda_graph is False or program.layout.device.type != DEVICE_TYPE:

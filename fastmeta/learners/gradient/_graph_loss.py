@@ -15,6 +15,7 @@ from fastmeta.engines.base import Engine, Examples, Loss, TaskBatch
 from fastmeta.engines.checks import check_examples
 from fastmeta.engines.functional.label_checks import with_checked_labels
 from fastmeta.engines.functional.task_module import losses_of_examples, scalar_loss
+from fastmeta.engines.minibatches import Minibatches, seen_first
 
 REDUCTIONS = ("mean", "none")
 
@@ -27,6 +28,7 @@ def meta_loss_with_graph(
     lr: float | Tensor,
     batch: TaskBatch,
     step_weights: Sequence[float] | Tensor | None,
+    batches: Minibatches | None,
     reduction: str,
     differentiable_outputs: bool,
 ) -> tuple[Tensor, Tree]:
@@ -34,7 +36,7 @@ def meta_loss_with_graph(
 
     Args:
         engine, loss: of the learner.
-        theta, lr, batch: as the engine takes them.
+        theta, lr, batch, batches: as the engine takes them.
         step_weights: None; anything else raises.
         reduction, differentiable_outputs: as for ``MAML.meta_loss``.
     """
@@ -45,8 +47,8 @@ def meta_loss_with_graph(
             "which are of the parameters after the last step"
         )
     layout = ParameterLayout.of(engine.module, engine.options.adapt)
-    check_examples(layout, batch.support, batch.query)
-    adapted = engine.adapt(theta, lr, batch.support)
+    check_examples(layout, seen_first(batch.support, batches), batch.query)
+    adapted = engine.adapt(theta, lr, batch.support, batches)
     outputs = engine.outputs(adapted, batch.query_x)
     losses = loss_with_graph(loss, outputs, batch.query)
     outputs = outputs if differentiable_outputs else map_tensors(Tensor.detach, outputs)

@@ -52,7 +52,7 @@ class PrecomputedGradientLearner(MAML):
         self, support_x: Tree, support_y: Tree, query_x: Tree = None, query_y: Tree = None
     ) -> MetaGradient:
         """The meta-loss and its gradient as values, as ``MAML.meta_gradient``."""
-        batch = self._batch((support_x, support_y, query_x, query_y), None, None)
+        batch, _ = self._batch((support_x, support_y, query_x, query_y), None, None)
         token = taking_gradient.set(torch.is_grad_enabled())
         try:
             with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from fastmeta.core.parameter_layout import ParameterLayout
@@ -209,6 +210,29 @@ class UnrolledSteps(CompilableLearner):
         )
         losses, outputs, _ = stream.run(theta.expand(tasks, layout.numel), memory)
         return losses.mean(), outputs
+
+    def _step_size(self, steps: int) -> float | Tensor:
+        """``lr`` in the form of the engines: one row a step becomes one matrix a step."""
+        lr = self.lr
+        if not is_per_step(lr):
+            return lr
+        if steps > len(lr):
+            raise ValueError(
+                f"steps: expected at most {len(lr)}, as lr has a row for each of {len(lr)} steps, "
+                f"got {steps}"
+            )
+        return lr[:steps].unsqueeze(1)
+
+    def _set_step_size(self, lr: float | Tensor, learn: bool) -> None:
+        layout = self.layout
+        if learn and not isinstance(lr, nn.Parameter):
+            value = torch.as_tensor(lr, dtype=layout.dtype, device=layout.device)
+            lr = nn.Parameter(value.detach().clone())
+        # A fixed tensor is a buffer, so that it follows .to() and is part of the state dict.
+        if isinstance(lr, Tensor) and not isinstance(lr, nn.Parameter):
+            self.register_buffer("lr", lr)
+        else:
+            self.lr = lr
 
 
 def _default(value: bool | None, otherwise: bool) -> bool:

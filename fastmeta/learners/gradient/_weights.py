@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from fastmeta.core.parameter_layout import ParameterLayout
+from fastmeta.core.trees import first_tensor
 from fastmeta.engines.base import Examples, TaskBatch
+from fastmeta.engines.minibatches import Minibatches
 from fastmeta.engines.program.lowering import lower_loss
 from fastmeta.ops.task_program.bytecode import LossCode, LossKind
 
@@ -22,11 +24,12 @@ def weighted(
     loss: Callable[[Tensor, Tensor], Tensor],
     layout: ParameterLayout,
     normalize: bool,
+    batches: Minibatches | None = None,
 ) -> Examples:
     """The examples with weights ``[T, B]`` that make up a mean; unchanged for None.
 
     Examples whose label is -1, or the loss's ``ignore_index``, get weight 0 and a label that the
-    loss takes.
+    loss takes. With ``batches`` the weights are ``[T, K, B]`` and make up a mean over each batch.
 
     Raises:
         TypeError, ValueError: naming what does not fit.
@@ -38,9 +41,10 @@ def weighted(
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
-    expected = [examples.tasks, examples.size]
-    if list(weight.shape) != expected:
-        raise ValueError(f"{name}: expected shape {expected}, got {list(weight.shape)}")
+    dims = 2 if batches is None else batches.leading
+    leading = first_tensor(examples.x).shape[:dims]
+    if weight.shape != leading:
+        raise ValueError(f"{name}: expected shape {list(leading)}, got {list(weight.shape)}")
     spec: Any = lower_loss(loss)[0]
     if isinstance(spec, LossCode) and not spec.mean:
         raise ValueError(
@@ -51,14 +55,15 @@ def weighted(
         absent = y == _ABSENT
         if isinstance(spec, LossCode) and spec.kind == LossKind.CROSS_ENTROPY:
             absent = absent | (y == spec.b)
-        absent = absent.flatten(2).all(-1) if y.ndim > 2 else absent
+        absent = absent.flatten(dims).all(-1) if y.ndim > dims else absent
         weight = weight.masked_fill(absent, 0.0)
-        y = y.masked_fill(absent.view(*absent.shape, *[1] * (y.ndim - 2)), 0)
+        y = y.masked_fill(absent.view(*absent.shape, *[1] * (y.ndim - dims)), 0)
+    weight = weight if batches is None else batches.of_weights(weight)
     if normalize:
-        total = weight.sum(1, keepdim=True)
+        total = weight.sum(-1, keepdim=True)
         weight = weight / torch.where(total == 0, 1.0, total)  # without an example the loss is 0
     else:
-        weight = weight / weight.shape[1]
+        weight = weight / weight.shape[-1]
     return Examples(x, y, role, weight)
 
 

@@ -18,41 +18,21 @@ from fastmeta.core.trees import Tree
 from fastmeta.engines.auto import AutoEngine
 from fastmeta.engines.base import Engine, Examples, InnerLoopOptions, MetaGradient, TaskBatch
 from fastmeta.engines.functional.engine import FunctionalEngine
+from fastmeta.engines.minibatches import Minibatches
 from fastmeta.engines.program.cache import ProgramCache
 from fastmeta.engines.program.engine import ProgramEngine, ProgramOptions
 from fastmeta.learners._batches import Sets, pair_of
 from fastmeta.learners._compile import as_single_op
 from fastmeta.learners.base import AdaptedTasks
 from fastmeta.learners.gradient._curvature_products import CurvatureProducts
+from fastmeta.learners.gradient._engine_options import ENGINE_OPTIONS, ENGINES
 from fastmeta.learners.gradient._graph_loss import meta_loss_with_graph
 from fastmeta.learners.gradient._outer_tensors import outer_tensors
 from fastmeta.learners.gradient._start import Start, read_start
-from fastmeta.learners.gradient._step_size import StepSize, is_per_step, read_step_size
+from fastmeta.learners.gradient._step_size import StepSize, read_step_size
 from fastmeta.learners.gradient._unrolled_steps import UnrolledSteps
 from fastmeta.learners.gradient._weights import batch_of, weighted
 from fastmeta.rules import Rule
-
-ENGINES = ("auto", "program", "functional")
-
-# Attributes from which the engine is built.
-_ENGINE_OPTIONS = frozenset(
-    {
-        "module",
-        "loss",
-        "inner_loss",
-        "adapted_names",
-        "steps",
-        "first_order",
-        "hvp_mode",
-        "task_chunk",
-        "norm_statistics",
-        "rule",
-        "outer",
-        "engine",
-        "memory",
-        "cuda_graph",
-    }
-)
 
 
 class MAML(UnrolledSteps, CurvatureProducts):
@@ -110,6 +90,9 @@ class MAML(UnrolledSteps, CurvatureProducts):
             tasks computed at a time; in the functional engine for as many steps as fit in a
             quarter of the free memory, or in ``FASTMETA_MEMORY_LIMIT`` MiB of the environment.
             ``adapt_tasks`` always recomputes them, and so do other modes than ``"reverse"``.
+            ``"segments"`` is for many steps: of K parameter vectors, and states of the rule, about
+            2 sqrt(K) are alive at a time; the others are computed again, which takes another
+            gradient a step. The program then takes its steps one by one.
         norm_statistics: what batch and instance norms with running statistics normalise by.
             ``"batch"``: the current batch, in training and in evaluation (Finn 2017).
             ``"running"``: as in any module, the current batch in ``train()``, and ``running_mean``
@@ -213,6 +196,7 @@ class MAML(UnrolledSteps, CurvatureProducts):
         support_weight: Tensor | None = None,
         query_weight: Tensor | None = None,
         *,
+        inner_batches: Tensor | str | None = None,
         reduction: str = "mean",
         differentiable_outputs: bool = False,
     ) -> tuple[Tensor, Tree]:
@@ -242,6 +226,11 @@ class MAML(UnrolledSteps, CurvatureProducts):
                 over examples. An example of weight 0 is absent; so is, in a set with weights, one
                 whose label is -1 or the loss's ``ignore_index``. Batch norms leave it out. Weights
                 may require a gradient. None: all are 1.
+            inner_batches: the batch of the support that each inner step sees; None: all of it.
+                Either int64 indices of a task's examples, ``[K, B]`` for all tasks or
+                ``[T, K, B]``. Or ``"per_step"``: the support holds the batches, ``support_x`` and
+                ``support_y`` ``[T, K, B, ...]``, ``support_weight`` ``[T, K, B]``. Each batch has
+                a mean of its own, also with weights. A task program takes the steps one by one.
             reduction: ``"mean"`` over the tasks, or ``"none"`` for the losses ``[T]``.
             differentiable_outputs: whether the outputs have a graph, for a loss of your own on
                 them. Such a call, and one without a reduction, keeps the activations of the
@@ -260,24 +249,26 @@ class MAML(UnrolledSteps, CurvatureProducts):
         """
         data = support_x, support_y, query_x, query_y
         if reduction != "mean" or differentiable_outputs:
+            batch, batches = self._batch(data, support_weight, query_weight, inner_batches)
             return meta_loss_with_graph(
                 self._engine,
                 self.loss,
                 read_start(start, self.layout, self.module),
                 self._step_size(self.steps),
-                self._batch(data, support_weight, query_weight),
+                batch,
                 step_weights,
+                batches,
                 reduction,
                 differentiable_outputs,
             )
-        weighs = support_weight is not None or query_weight is not None
-        if step_weights is None and start is None and not weighs:
+        others = step_weights, start, support_weight, query_weight, inner_batches
+        if all(x is None for x in others):
             replayed = self._programs.replay_loss(self, data)
             if replayed is not None:
                 return replayed
-        lr, batch = self._step_size(self.steps), self._batch(data, support_weight, query_weight)
-        theta = read_start(start, self.layout, self.module)
-        result = self._engine.meta_loss(theta, lr, batch, step_weights)
+        batch, batches = self._batch(data, support_weight, query_weight, inner_batches)
+        lr, theta = self._step_size(self.steps), read_start(start, self.layout, self.module)
+        result = self._engine.meta_loss(theta, lr, batch, step_weights, batches)
         self._programs.prepare(self)
         return result
 
@@ -288,6 +279,8 @@ class MAML(UnrolledSteps, CurvatureProducts):
         steps: int | None = None,
         start: Start | None = None,
         support_weight: Tensor | None = None,
+        *,
+        inner_batches: Tensor | str | None = None,
     ) -> AdaptedTasks:
         """The module adapted to every task.
 
@@ -297,7 +290,7 @@ class MAML(UnrolledSteps, CurvatureProducts):
                 ``steps`` rows are used, and more steps than rows raise.
             start: parameters to start from, as for ``meta_loss``; with the ``params`` of adapted
                 tasks, their adaptation continues.
-            support_weight: as for ``meta_loss``.
+            support_weight, inner_batches: as for ``meta_loss``; K is ``steps``.
 
         Returns:
             ``AdaptedTasks``: call it on queries ``[T, Q, ...]``; its ``params`` are ``[T, P]``.
@@ -309,7 +302,9 @@ class MAML(UnrolledSteps, CurvatureProducts):
         lr = self._step_size(engine.options.steps)
         theta = read_start(start, self.layout, self.module)
         support = Examples(*pair_of(self.module, "support", support_x, support_y))
-        params = engine.adapt(theta, lr, self._weighted(support, support_weight))
+        batches = Minibatches.of(inner_batches, engine.options.steps, support)
+        support = self._weighted(support, support_weight, batches)
+        params = engine.adapt(theta, lr, support, batches)
         return AdaptedTasks(params, self.layout, self.module, engine)
 
     def meta_gradient(
@@ -322,6 +317,8 @@ class MAML(UnrolledSteps, CurvatureProducts):
         start: Tensor | None = None,
         support_weight: Tensor | None = None,
         query_weight: Tensor | None = None,
+        *,
+        inner_batches: Tensor | str | None = None,
     ) -> MetaGradient:
         """The meta-loss and its gradient as values: ``meta_loss`` and ``backward`` in one call.
 
@@ -332,6 +329,7 @@ class MAML(UnrolledSteps, CurvatureProducts):
             support_x, support_y, query_x, query_y, step_weights: as for ``meta_loss``.
             start: ``[P]`` or ``[T, P]``, as for ``meta_loss``; its gradient is ``start_grads``.
             support_weight, query_weight: as for ``meta_loss``; they get no gradient.
+            inner_batches: as for ``meta_loss``.
 
         Raises:
             TypeError, ValueError: as for ``meta_loss``.
@@ -348,16 +346,17 @@ class MAML(UnrolledSteps, CurvatureProducts):
             torch.Size([2, 3])
         """
         data = support_x, support_y, query_x, query_y
-        weighs = support_weight is not None or query_weight is not None
-        if step_weights is None and start is None and not weighs:
+        others = step_weights, start, support_weight, query_weight, inner_batches
+        if all(x is None for x in others):
             replayed = self._programs.replay(self, data)
             if replayed is not None:
                 return replayed
-        engine, batch = self._engine, self._batch(data, support_weight, query_weight)
+        engine = self._engine
+        batch, batches = self._batch(data, support_weight, query_weight, inner_batches)
         # With gradients enabled: the rows of a learned lr would otherwise lose their graph.
         with torch.enable_grad() if isinstance(self.lr, Tensor) else nullcontext():
             lr = self._step_size(self.steps)
-        result = engine.meta_gradient(lr, batch, step_weights, start)
+        result = engine.meta_gradient(lr, batch, step_weights, start, batches)
         self._programs.prepare(self)
         if result.lr_grad is None or lr is self.lr:
             return result
@@ -366,7 +365,13 @@ class MAML(UnrolledSteps, CurvatureProducts):
         return result._replace(lr_grad=torch.autograd.grad(rows, leaf, result.lr_grad)[0])
 
     def task_gradients(
-        self, support_x: Tree, support_y: Tree, query_x: Tree = None, query_y: Tree = None
+        self,
+        support_x: Tree,
+        support_y: Tree,
+        query_x: Tree = None,
+        query_y: Tree = None,
+        *,
+        inner_batches: Tensor | str | None = None,
     ) -> Tensor:
         """Each task's own meta-gradient to the adapted parameters ``[T, P]``.
 
@@ -384,7 +389,7 @@ class MAML(UnrolledSteps, CurvatureProducts):
         data = Sets.of(self.module, support_x, support_y, query_x, query_y)
         tasks = TaskBatch(*data).support.tasks
         start = self._engine.parameters().detach().expand(tasks, -1)
-        result = self.meta_gradient(*data, start=start)
+        result = self.meta_gradient(*data, start=start, inner_batches=inner_batches)
         return cast("Tensor", result.start_grads) * tasks
 
     def explain(self, support_x: Tree = None, support_y: Tree = None) -> str:
@@ -404,7 +409,7 @@ class MAML(UnrolledSteps, CurvatureProducts):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in _ENGINE_OPTIONS:
+        if name in ENGINE_OPTIONS:
             # Through the dict: this method would be called again. The next use builds the engine.
             self.__dict__["_built_engine"] = None
 
@@ -448,37 +453,19 @@ class MAML(UnrolledSteps, CurvatureProducts):
         data: tuple[Tree, Tree, Tree, Tree],
         support_weight: Tensor | None,
         query_weight: Tensor | None,
-    ) -> TaskBatch:
+        inner_batches: Tensor | str | None = None,
+    ) -> tuple[TaskBatch, Minibatches | None]:
+        """The batch with its weights, and the batches of the support that the steps see."""
         batch = TaskBatch(*Sets.of(self.module, *data))
+        batches = Minibatches.of(inner_batches, self.steps, batch.support)
         if support_weight is None and query_weight is None:
-            return batch
-        support = self._weighted(batch.support, support_weight)
-        return batch_of(support, self._weighted(batch.query, query_weight))
+            return batch, batches
+        support = self._weighted(batch.support, support_weight, batches)
+        return batch_of(support, self._weighted(batch.query, query_weight)), batches
 
-    def _weighted(self, examples: Examples, weight: Tensor | None) -> Examples:
+    def _weighted(
+        self, examples: Examples, weight: Tensor | None, batches: Minibatches | None = None
+    ) -> Examples:
         inner = self.loss if self.inner_loss is None else self.inner_loss
         loss = inner if examples.role == "support" else self.loss
-        return weighted(examples, weight, loss, self.layout, self.normalize_weights)
-
-    def _step_size(self, steps: int) -> float | Tensor:
-        """``lr`` in the form of the engines: one row a step becomes one matrix a step."""
-        lr = self.lr
-        if not is_per_step(lr):
-            return lr
-        if steps > len(lr):
-            raise ValueError(
-                f"steps: expected at most {len(lr)}, as lr has a row for each of {len(lr)} steps, "
-                f"got {steps}"
-            )
-        return lr[:steps].unsqueeze(1)
-
-    def _set_step_size(self, lr: float | Tensor, learn: bool) -> None:
-        layout = self.layout
-        if learn and not isinstance(lr, nn.Parameter):
-            value = torch.as_tensor(lr, dtype=layout.dtype, device=layout.device)
-            lr = nn.Parameter(value.detach().clone())
-        # A fixed tensor is a buffer, so that it follows .to() and is part of the state dict.
-        if isinstance(lr, Tensor) and not isinstance(lr, nn.Parameter):
-            self.register_buffer("lr", lr)
-        else:
-            self.lr = lr
+        return weighted(examples, weight, loss, self.layout, self.normalize_weights, batches)

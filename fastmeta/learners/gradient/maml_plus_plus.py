@@ -111,11 +111,13 @@ class MAMLPlusPlus(MAML):
         start: Start | None = None,
         support_weight: Tensor | None = None,
         query_weight: Tensor | None = None,
+        *,
+        inner_batches: Tensor | str | None = None,
     ) -> tuple[Tensor, Tree]:
         """The annealed loss of this iteration, as ``MAML.meta_loss`` with ``step_weights()``."""
         data = support_x, support_y, query_x, query_y
-        weights = support_weight, query_weight
-        result = super().meta_loss(*data, self.step_weights(), start, *weights)
+        given = self.step_weights(), start, support_weight, query_weight
+        result = super().meta_loss(*data, *given, inner_batches=inner_batches)
         self._count(torch.is_grad_enabled())
         return result
 
@@ -128,11 +130,13 @@ class MAMLPlusPlus(MAML):
         start: Tensor | None = None,
         support_weight: Tensor | None = None,
         query_weight: Tensor | None = None,
+        *,
+        inner_batches: Tensor | str | None = None,
     ) -> MetaGradient:
         """The annealed loss and its gradient, as ``MAML.meta_gradient`` with its weights."""
         data = support_x, support_y, query_x, query_y
-        weights = support_weight, query_weight
-        result = super().meta_gradient(*data, self.step_weights(), start, *weights)
+        given = self.step_weights(), start, support_weight, query_weight
+        result = super().meta_gradient(*data, *given, inner_batches=inner_batches)
         self._count(True)
         return result
 

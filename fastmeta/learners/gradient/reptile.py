@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastmeta.core.checks import check_integer
 from fastmeta.core.trees import concatenated
 from fastmeta.engines.base import Examples, MetaGradient, TaskBatch
+from fastmeta.engines.minibatches import Minibatches
 from fastmeta.learners.gradient._precomputed_gradient import PrecomputedGradientLearner
 from fastmeta.rules import PersistentAdam, Rule
 
@@ -78,10 +79,11 @@ class Reptile(PrecomputedGradientLearner):
         engine = self._engine
         x = concatenated((batch.support_x, batch.query_x), 1)
         y = concatenated((batch.support_y, batch.query_y), 1)
-        indices = self._draw_indices(Examples(x, y).size)
+        examples = Examples(x, y)
+        batches = Minibatches.of(self._draw_indices(examples.size), self.steps, examples)
         with engine.options.inner_rule.persist_state():
             lr = self._step_size(self.steps)
-            adapted = engine.adapt(None, lr, Examples(x, y), indices)
+            adapted = engine.adapt(None, lr, examples, batches)
         losses, outputs, *_ = engine.query_losses(adapted, batch.query)
         grads = (engine.parameters() - adapted).mean(0)
         return MetaGradient(losses.mean(), outputs, grads, None, {})

@@ -1,4 +1,4 @@
-"""Reptile and iMAML, whose meta-gradient is not that of the inner loop; and minibatches."""
+"""Reptile and iMAML, whose meta-gradient is not that of the inner loop."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
-from fastmeta.engines.base import Examples, InnerLoopOptions
-from fastmeta.engines.functional.engine import FunctionalEngine
+from fastmeta.engines.base import Examples
 from fastmeta.learners.gradient._conjugate_gradients import conjugate_gradients
 from tests.helpers.learners import EXACT, K, engine, gradient, problem
-from tests.helpers.networks import Tasks, regression, regressor, relative_error
+from tests.helpers.networks import Tasks, relative_error
 from tests.helpers.programs import build as build_program
 from tests.helpers.programs import tasks_for
 
@@ -128,60 +127,6 @@ def test_reptile_adapts_to_the_support_alone(problem):
 def test_bad_options_of_reptile(options, error, message):
     with pytest.raises(error, match=message):
         fm.Reptile(nn.Linear(3, 2), **options)
-
-
-# The engine's minibatches
-
-
-def test_minibatches_have_exact_derivatives(device):
-    net, tasks = regressor(device), regression(device, tasks=2, examples=4)
-    engine = FunctionalEngine(net, F.mse_loss, InnerLoopOptions(2, rule=fm.rules.SGD(0.5)))
-    rows = torch.tensor([[0, 1, 1], [3, 2, 0]])
-    inputs = [engine.parameters().detach(), *tasks[:2]]
-    inputs = [tensor.requires_grad_() for tensor in inputs]
-    assert torch.autograd.gradcheck(
-        lambda p, x, y: engine.adapt(p, 0.1, Examples(x, y), rows), inputs
-    )
-
-
-@pytest.mark.parametrize("rule", [None, fm.rules.SGD(0.5)], ids=["plain", "momentum"])
-def test_minibatches_are_the_same_by_both_engines(problem, rule, engine):
-    net, tasks = problem
-    rows = torch.tensor([[0, 1, 4], [3, 2, 5], [0, 0, 1]])
-    found = [
-        fm.MAML(net, 0.1, K, rule=rule, engine=which)._engine.adapt(
-            None, 0.1, Examples(*tasks[:2]), rows
-        )
-        for which in ("functional", engine)
-    ]
-    assert relative_error(found[1], found[0]) < EXACT
-    whole = fm.MAML(net, 0.1, K, rule=rule).adapt_tasks(*tasks[:2]).params
-    assert relative_error(found[0], whole) > 1e-6
-
-
-@pytest.mark.parametrize(
-    ("rows", "error", "message"),
-    [
-        ([[0]], TypeError, "indices: expected an int64 tensor, got list"),
-        (torch.zeros(K, 2), TypeError, "indices: expected an int64 tensor, got torch.float32"),
-        (
-            torch.zeros(2, 2, dtype=torch.int64),
-            ValueError,
-            r"indices: expected shape \[3, B\].*2, 2",
-        ),
-        (
-            torch.zeros(K, 0, dtype=torch.int64),
-            ValueError,
-            r"indices: expected shape \[3, B\].*3, 0",
-        ),
-        (torch.full((K, 1), 6), ValueError, "indices: expected examples from 0 to 5"),
-        (torch.full((K, 1), -1), ValueError, "indices: expected examples from 0 to 5"),
-    ],
-)
-def test_bad_rows_are_named(problem, rows, error, message):
-    net, tasks = problem
-    with pytest.raises(error, match=message):
-        fm.MAML(net, 0.1, K)._engine.adapt(None, 0.1, Examples(*tasks[:2]), rows)
 
 
 # iMAML
