@@ -278,6 +278,15 @@ class Call(NamedTuple):
         theta, frozen = self.with_shared(theta), self.frozen(theta)
         return self.shaped(self.ops.forward(code, theta, frozen, x))
 
+    def check_support_labels(self, y: Tensor) -> None:
+        """ValueError for a label without a class in the support ``[T, S]`` or ``[T, K, B]``.
+
+        An op of one step names its labels as the queries'. Ops in plain PyTorch check nothing.
+        """
+        if hasattr(self.ops, "check_labels") and not y.is_floating_point():
+            labels = y.flatten(1)
+            self.ops.check_labels(self.program.code, labels, labels)
+
     def shaped(self, outputs: Tensor) -> Tensor:
         """Outputs ``[T, B, n]`` in the module's shape."""
         shape = self.program.output_shape

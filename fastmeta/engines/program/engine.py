@@ -140,6 +140,7 @@ class ProgramEngine:
         call = self._call(theta, [seen])
         if self.why_stepwise(batches) or self.options.steps == 0:
             passes, theta = self._passes(call, theta, seen)
+            call.check_support_labels(support.y)
             return adjoint.adapt(passes, self.options, theta, lr, support, batches)
         values = self._step_sizes(call, lr)
         start = call.program.learned if theta is None else (call.with_shared(theta),)
@@ -169,6 +170,7 @@ class ProgramEngine:
         if self.why_stepwise(batches):
             seen = seen_first(batch.support, batches)
             passes, theta = self._passes(call, theta, seen, batch.query)
+            call.check_support_labels(batch.support_y)
             return adjoint.meta_loss(passes, self.options, theta, lr, batch, step_weights, batches)
         values = self._step_sizes(call, lr)
         start = call.program.learned if theta is None else (call.with_shared(theta),)
