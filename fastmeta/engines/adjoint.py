@@ -42,10 +42,16 @@ from fastmeta.core.pieces import joined
 from fastmeta.core.step_sizes import StepSizes
 from fastmeta.core.trees import Structure, Tree, concatenated, split
 from fastmeta.engines.autograd import is_learned, once_differentiable
-from fastmeta.engines.base import Engine, Examples, InnerLoopOptions, MetaGradient, TaskBatch
+from fastmeta.engines.base import (
+    Engine,
+    Examples,
+    InnerLoopOptions,
+    MetaGradient,
+    Minibatches,
+    TaskBatch,
+)
 from fastmeta.engines.checks import check_arena, check_examples, read_step_weights
 from fastmeta.engines.inner_loop import InnerLoop, LoopInputs, Passes, of_tasks
-from fastmeta.engines.minibatches import Minibatches
 from fastmeta.engines.tape import Tape
 
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from fastmeta.core.trees import Tree
 from fastmeta.engines.autograd import entry_point
-from fastmeta.engines.base import Examples, InnerLoopOptions, MetaGradient, TaskBatch
+from fastmeta.engines.base import Examples, InnerLoopOptions, MetaGradient, Minibatches, TaskBatch
 from fastmeta.engines.functional.engine import FunctionalEngine
-from fastmeta.engines.minibatches import Minibatches
 from fastmeta.engines.program.engine import ProgramEngine
 from fastmeta.engines.program.lowering import Program
 from fastmeta.engines.program.trace import LoweringError

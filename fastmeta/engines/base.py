@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 
@@ -23,9 +24,6 @@ from fastmeta.core.trees import (
 )
 from fastmeta.rules.base import Rule
 from fastmeta.rules.sgd import PLAIN
-
-if TYPE_CHECKING:  # batches are taken from the examples of this file
-    from fastmeta.engines.minibatches import Minibatches
 
 Loss = Callable[[Any, Any], Tensor]  # of outputs and targets, which may be trees
 
@@ -301,6 +299,75 @@ class InnerLoopOptions:
         """Slices of the tasks that run together."""
         size = self.chunk_size or tasks
         return [slice(start, start + size) for start in range(0, tasks, size)]
+
+
+@dataclass(frozen=True)
+class Minibatches:
+    """The batch of B examples that each of K inner steps sees.
+
+    A step takes its batch from the support when it comes to it, so that no more than one batch is
+    ever copied. Weights of the support are weights of the batches, ``[T, K, B]``, in both forms.
+
+    Attributes:
+        indices: int64, the examples of each step: ``[K, B]`` in every task, or ``[T, K, B]``. None:
+            the support holds the batches, ``[T, K, B, ...]``.
+    """
+
+    indices: Tensor | None = None
+
+    @property
+    def leading(self) -> int:
+        """Leading dimensions of the support's tensors that no single example has."""
+        return 3 if self.indices is None else 2
+
+    def at(self, k: int, support: Examples) -> Examples:
+        """The examples that step k sees, ``[T, B, ...]``."""
+        x, y, role, weight = support
+        weight = None if weight is None else weight[:, k]
+
+        def taken(tensor: Tensor) -> Tensor:
+            return self._taken(k, tensor)
+
+        return Examples(map_tensors(taken, x), map_tensors(taken, y), role, weight)
+
+    def add(self, k: int, name: str, grad: Tensor, total: Tensor) -> None:
+        """Add the gradient of step k's batch to the gradient of the support's tensor of a name.
+
+        ``total`` is contiguous. An example that the step saw twice gets both of its gradients.
+        """
+        if self.indices is None or name == "support_weight":
+            total[:, k] += grad
+        elif self.indices.ndim == 2:
+            total.index_add_(1, self.indices[k], grad)
+        else:
+            tasks, examples, *rest = total.shape
+            first = examples * torch.arange(tasks, device=total.device).unsqueeze(1)
+            rows = (first + self.indices[:, k]).flatten()
+            # Views, which raise instead of copying: what is added must reach the total.
+            total.view(-1, *rest).index_add_(0, rows, grad.flatten(0, 1))
+
+    def of_weights(self, weight: Tensor) -> Tensor:
+        """Weights of the examples of the support as weights of the batches ``[T, K, B]``."""
+        if self.indices is None:
+            return weight
+        if self.indices.ndim == 2:
+            return weight[:, self.indices]
+        tasks = torch.arange(len(weight), device=weight.device).view(-1, 1, 1)
+        return weight[tasks, self.indices]
+
+    def of_tasks(self, tasks: slice) -> Minibatches:
+        """The batches of some of the tasks."""
+        if self.indices is None or self.indices.ndim == 2:
+            return self
+        return Minibatches(self.indices[tasks])
+
+    def _taken(self, k: int, tensor: Tensor) -> Tensor:
+        if self.indices is None:
+            return tensor[:, k]
+        if self.indices.ndim == 2:
+            return tensor[:, self.indices[k]]
+        tasks = torch.arange(len(tensor), device=tensor.device).unsqueeze(1)
+        return tensor[tasks, self.indices[:, k]]
 
 
 class Engine(Protocol):

@@ -21,8 +21,7 @@ from fastmeta.core.pieces import Gradient, Pieces, add_gradients, joined, may_st
 from fastmeta.core.random_state import RandomState
 from fastmeta.core.step_sizes import StepSizes
 from fastmeta.core.trees import Tree, concatenated
-from fastmeta.engines.base import Examples, InnerLoopOptions
-from fastmeta.engines.minibatches import Minibatches
+from fastmeta.engines.base import Examples, InnerLoopOptions, Minibatches
 from fastmeta.engines.segments import Segments
 from fastmeta.engines.tape import LEFT_OUT, Product, Tape
 from fastmeta.rules.base import PREFIX, Rule, State, Step
@@ -222,11 +221,11 @@ class InnerLoop:
                 if segments is not None and k < tape.complete_from:
                     segments.keep(tape, at, self.passes.random_state(theta.device))
                 into = tape if taped and k >= tape.complete_from else None
-                theta, state = self.take(at, inputs.support, requires, into, may_keep)
+                theta, state = self._take(at, inputs.support, requires, into, may_keep)
         self.rule.finish(state, self.options.steps)
         return theta, tape
 
-    def take(
+    def _take(
         self,
         at: Step,
         support: Examples,
@@ -304,12 +303,16 @@ class InnerLoop:
         # a remembered state.
         plain = self.rule.is_plain and not hyperparameters and may_stay_in_pieces(v)
         state_v = () if plain else Rule.start(self.rule, joined(v))
-        segments = Segments.of(self.options)
+        segments, reads = Segments.of(self.options), self.reads_gradients(requires)
+
+        def take(at: Step) -> tuple[Tensor, State]:
+            return self._take(at, inputs.support, requires, tape)
+
         with self.passes.conditions():
             for k in reversed(range(self.options.steps)):
                 tape.drop(k + 1)
                 if segments is not None and k < tape.complete_from:
-                    segments.complete(self, tape, k, inputs, requires)
+                    segments.complete(tape, k, inputs.step_sizes, reads, take)
                 at = tape.at(k, inputs.step_sizes.at(k))
                 if plain and isinstance(v, Pieces):
                     v = self._plain_adjoint(tape, at, v, inputs.support, mixed, result)

@@ -9,17 +9,20 @@ a step.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from fastmeta.core.random_state import RandomState
+from fastmeta.core.step_sizes import StepSizes
 from fastmeta.engines.base import InnerLoopOptions
 from fastmeta.engines.tape import LEFT_OUT, Tape
-from fastmeta.rules.base import Step
+from fastmeta.rules.base import State, Step
 
-if TYPE_CHECKING:  # the loop itself calls its segments
-    from fastmeta.engines.inner_loop import InnerLoop, LoopInputs
+# Takes the step from its inputs without a gradient, and records it: theta and the state after it.
+Take = Callable[[Step], tuple[Tensor, State]]
 
 SEGMENTS = "segments"
 
@@ -33,6 +36,7 @@ class Segments:
         size: steps of a segment; the last may have fewer.
 
     Example:
+        >>> from fastmeta.engines.base import InnerLoopOptions
         >>> segments = Segments.of(InnerLoopOptions(steps=10, memory="segments"))
         >>> segments.size, [k for k in range(10) if segments.start(k) == k]
         (4, [0, 4, 8])
@@ -68,18 +72,21 @@ class Segments:
                 tape.states[at.k] = at.state
 
     def complete(
-        self, loop: InnerLoop, tape: Tape, k: int, inputs: LoopInputs, requires: set[str]
+        self, tape: Tape, k: int, step_sizes: StepSizes, reads_gradients: bool, take: Take
     ) -> None:
-        """Take the steps of a segment again, up to its last step k, and record them in full."""
+        """Take the steps of a segment again, up to its last step k, which records them in full.
+
+        ``reads_gradients``: whether the derivative of a step reads g_k.
+        """
         start = self.start(k)
         theta, state = tape.thetas[start], tape.states.get(start, ())
         for j in range(start, k + 1):
-            at = Step(j, theta, LEFT_OUT, inputs.step_sizes.at(j), state)
-            if j == k and not loop.reads_gradients(requires):
+            at = Step(j, theta, LEFT_OUT, step_sizes.at(j), state)
+            if j == k and not reads_gradients:
                 tape.thetas[k] = theta  # the derivative of the last step reads nothing else
                 break
             with _replayed(tape.randoms[j]):
-                theta, state = loop.take(at, inputs.support, requires, tape)
+                theta, state = take(at)
         tape.complete_from = start
 
 

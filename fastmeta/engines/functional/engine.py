@@ -15,7 +15,14 @@ from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.trees import Tree, concatenated, map_tensors
 from fastmeta.engines import adjoint
 from fastmeta.engines.autograd import entry_point
-from fastmeta.engines.base import Examples, InnerLoopOptions, Loss, MetaGradient, TaskBatch
+from fastmeta.engines.base import (
+    Examples,
+    InnerLoopOptions,
+    Loss,
+    MetaGradient,
+    Minibatches,
+    TaskBatch,
+)
 from fastmeta.engines.checks import check_arena, check_examples, check_vector
 from fastmeta.engines.explain import describe_functional
 from fastmeta.engines.functional.curvature import TaskLosses
@@ -29,7 +36,7 @@ from fastmeta.engines.functional.vmap_errors import (
     vmapped_if_possible,
     why_not_vmapped,
 )
-from fastmeta.engines.minibatches import Minibatches, seen_first
+from fastmeta.engines.minibatches import seen_first
 
 
 @dataclass(frozen=True)

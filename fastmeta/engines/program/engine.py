@@ -23,10 +23,17 @@ from fastmeta.core.step_sizes import StepSizes
 from fastmeta.core.trees import Tree, is_container
 from fastmeta.engines import adjoint
 from fastmeta.engines.autograd import entry_point, is_learned
-from fastmeta.engines.base import Examples, InnerLoopOptions, Loss, MetaGradient, TaskBatch
+from fastmeta.engines.base import (
+    Examples,
+    InnerLoopOptions,
+    Loss,
+    MetaGradient,
+    Minibatches,
+    TaskBatch,
+)
 from fastmeta.engines.checks import check_arena, check_vector, read_step_weights
 from fastmeta.engines.functional.engine import FunctionalEngine
-from fastmeta.engines.minibatches import Minibatches, seen_first
+from fastmeta.engines.minibatches import seen_first
 from fastmeta.engines.program.cache import (
     LastCall,
     LoweredSource,

@@ -11,11 +11,11 @@ from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.trees import Tree, map_tensors
 from fastmeta.core.vmap import map_trees
 from fastmeta.engines.autograd import entry_point
-from fastmeta.engines.base import Engine, Examples, Loss, TaskBatch
+from fastmeta.engines.base import Engine, Examples, Loss, Minibatches, TaskBatch
 from fastmeta.engines.checks import check_examples
 from fastmeta.engines.functional.label_checks import with_checked_labels
 from fastmeta.engines.functional.task_module import losses_of_examples, scalar_loss
-from fastmeta.engines.minibatches import Minibatches, seen_first
+from fastmeta.engines.minibatches import seen_first
 
 REDUCTIONS = ("mean", "none")
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.trees import first_tensor
-from fastmeta.engines.base import Examples, TaskBatch
-from fastmeta.engines.minibatches import Minibatches
+from fastmeta.engines.base import Examples, Minibatches, TaskBatch
 from fastmeta.engines.program.lowering import lower_loss
 from fastmeta.ops.task_program.bytecode import LossCode, LossKind
 

@@ -16,9 +16,16 @@ from fastmeta.core.parameter_selection import Selector, selected_names
 from fastmeta.core.plain_module import plain_module
 from fastmeta.core.trees import Tree
 from fastmeta.engines.auto import AutoEngine
-from fastmeta.engines.base import Engine, Examples, InnerLoopOptions, MetaGradient, TaskBatch
+from fastmeta.engines.base import (
+    Engine,
+    Examples,
+    InnerLoopOptions,
+    MetaGradient,
+    Minibatches,
+    TaskBatch,
+)
 from fastmeta.engines.functional.engine import FunctionalEngine
-from fastmeta.engines.minibatches import Minibatches
+from fastmeta.engines.minibatches import read_minibatches
 from fastmeta.engines.program.cache import ProgramCache
 from fastmeta.engines.program.engine import ProgramEngine, ProgramOptions
 from fastmeta.learners._batches import Sets, pair_of
@@ -302,7 +309,7 @@ class MAML(UnrolledSteps, CurvatureProducts):
         lr = self._step_size(engine.options.steps)
         theta = read_start(start, self.layout, self.module)
         support = Examples(*pair_of(self.module, "support", support_x, support_y))
-        batches = Minibatches.of(inner_batches, engine.options.steps, support)
+        batches = read_minibatches(inner_batches, engine.options.steps, support)
         support = self._weighted(support, support_weight, batches)
         params = engine.adapt(theta, lr, support, batches)
         return AdaptedTasks(params, self.layout, self.module, engine)
@@ -457,7 +464,7 @@ class MAML(UnrolledSteps, CurvatureProducts):
     ) -> tuple[TaskBatch, Minibatches | None]:
         """The batch with its weights, and the batches of the support that the steps see."""
         batch = TaskBatch(*Sets.of(self.module, *data))
-        batches = Minibatches.of(inner_batches, self.steps, batch.support)
+        batches = read_minibatches(inner_batches, self.steps, batch.support)
         if support_weight is None and query_weight is None:
             return batch, batches
         support = self._weighted(batch.support, support_weight, batches)

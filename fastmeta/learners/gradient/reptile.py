@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastmeta.core.checks import check_integer
 from fastmeta.core.trees import concatenated
 from fastmeta.engines.base import Examples, MetaGradient, TaskBatch
-from fastmeta.engines.minibatches import Minibatches
+from fastmeta.engines.minibatches import read_minibatches
 from fastmeta.learners.gradient._precomputed_gradient import PrecomputedGradientLearner
 from fastmeta.rules import PersistentAdam, Rule
 
@@ -80,7 +80,7 @@ class Reptile(PrecomputedGradientLearner):
         x = concatenated((batch.support_x, batch.query_x), 1)
         y = concatenated((batch.support_y, batch.query_y), 1)
         examples = Examples(x, y)
-        batches = Minibatches.of(self._draw_indices(examples.size), self.steps, examples)
+        batches = read_minibatches(self._draw_indices(examples.size), self.steps, examples)
         with engine.options.inner_rule.persist_state():
             lr = self._step_size(self.steps)
             adapted = engine.adapt(None, lr, examples, batches)

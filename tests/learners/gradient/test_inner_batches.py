@@ -13,7 +13,7 @@ import fastmeta as fm
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.engines.base import Examples, InnerLoopOptions
 from fastmeta.engines.functional.engine import FunctionalEngine
-from fastmeta.engines.minibatches import Minibatches
+from fastmeta.engines.minibatches import read_minibatches
 from tests.helpers.engines import step_sizes
 from tests.helpers.inner_batches import (
     FORMS,
@@ -276,7 +276,7 @@ def test_derivatives_pass_gradcheck(device):
 
     def adapted(p: Tensor, x: Tensor, y: Tensor) -> Tensor:
         support = Examples(x, y)
-        return loop.adapt(p, 0.1, support, Minibatches.of(rows, 2, support))
+        return loop.adapt(p, 0.1, support, read_minibatches(rows, 2, support))
 
     assert torch.autograd.gradcheck(adapted, inputs)
 

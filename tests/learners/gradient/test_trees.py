@@ -380,3 +380,29 @@ def test_a_module_is_called_with_trees_and_parameters_of_each_task(device):
         assert relative_error(grads[t], joined(exact)) < EXACT
     with pytest.raises(ValueError, match=r"x\['z'\]: expected shape \[3, ...\], got \[2, 5, 2\]"):
         fm.task_call(net, params, data | {"z": data["z"][:2]})
+
+
+@pytest.mark.parametrize("form", ["per_step", "indices"])
+def test_each_step_sees_a_batch_of_a_tree(form, device):
+    net, query = network(device), batch(device, 7, seed=1)
+    steps = [batch(device, 4, seed) for seed in (2, 3)]
+    maml = fm.MAML(net, 0.3, 2, loss=batch_loss)
+    if form == "per_step":
+        support = {name: torch.stack([s[name] for s in steps], 1) for name in query}
+        result = maml.meta_gradient(support, query, inner_batches="per_step")
+    else:
+        support = {name: torch.cat([s[name] for s in steps], 1) for name in query}
+        indices = torch.arange(8, device=device).view(2, 4)
+        result = maml.meta_gradient(support, query, inner_batches=indices)
+    losses = []
+    for t in range(TASKS):
+        fast = dict(net.named_parameters())
+        for data in (*steps, query):
+            outputs = functional_call(net, fast, (data["x"][t], data["z"][t]))
+            loss = label_loss(outputs, data["y"][t])
+            if data is not query:
+                grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+                fast = {n: p - 0.3 * g for (n, p), g in zip(fast.items(), grads, strict=True)}
+        losses.append(loss)
+    exact = torch.autograd.grad(torch.stack(losses).mean(), list(net.parameters()))
+    assert relative_error(result.grads, joined(exact)) < EXACT
