@@ -12,7 +12,8 @@ backward takes one Hessian-vector product a step (Maclaurin 2015, Franceschi 201
 phi are the parameters that are learned and not adapted, and the outer tensors, which tasks share.
 So memory is K P a task and the activations of one step; an unrolled graph keeps K times the
 activations. If they fit (``memory``), so does the meta-gradient, whose adjoint follows in the same
-call: then no activation is computed twice.
+call: then no activation is computed twice. ``fastmeta.engines.segments`` keeps sqrt(K) of the
+theta_k instead, and takes the steps between again. L_s and x_s may be another batch at each step.
 
 With a query loss at every step, ``sum_k w_k L_q(theta_k)`` (MAML++: Antoniou 2019), the recursion
 starts from ``w_K grad L_q(theta_K)`` and adds ``w_k grad L_q(theta_k)`` to v_k. Each weight other

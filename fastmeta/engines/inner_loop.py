@@ -291,11 +291,8 @@ class InnerLoop:
         named = {**inputs.named(), **self.rule_parameters, **self.passes.outer}
         mixed = self._mixed(requires)
         hyperparameters = requires.intersection({"lr", *self.rule_parameters})
-        dense = torch.contiguous_format
-        result = {
-            name: torch.zeros_like(named[name], memory_format=dense)
-            for name in mixed | hyperparameters
-        }
+        # Contiguous, so that batches of the support can be added to rows of it.
+        result = {name: _zeros_like(named[name]) for name in mixed | hyperparameters}
         # In first order v_{k+1} reaches theta_k directly, not through g_k.
         of_step = hyperparameters if self.options.first_order else {"grads", *hyperparameters}
         v = query_grads[self.options.steps]
@@ -303,7 +300,7 @@ class InnerLoop:
         # a remembered state.
         plain = self.rule.is_plain and not hyperparameters and may_stay_in_pieces(v)
         state_v = () if plain else Rule.start(self.rule, joined(v))
-        segments, reads = Segments.of(self.options), self.reads_gradients(requires)
+        segments = Segments.of(self.options)
 
         def take(at: Step) -> tuple[Tensor, State]:
             return self._take(at, inputs.support, requires, tape)
@@ -312,7 +309,9 @@ class InnerLoop:
             for k in reversed(range(self.options.steps)):
                 tape.drop(k + 1)
                 if segments is not None and k < tape.complete_from:
-                    segments.complete(tape, k, inputs.step_sizes, reads, take)
+                    segments.complete(
+                        tape, k, inputs.step_sizes, self.reads_gradients(requires), take
+                    )
                 at = tape.at(k, inputs.step_sizes.at(k))
                 if plain and isinstance(v, Pieces):
                     v = self._plain_adjoint(tape, at, v, inputs.support, mixed, result)
@@ -427,6 +426,10 @@ class InnerLoop:
                 target += grads[name].sum_to_size(target.shape)
         means = {name: total.div_(tasks) for name, total in result.items()}
         return torch.cat(losses).mean(), concatenated(outputs), means
+
+
+def _zeros_like(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _sum_of(first: Gradient, *others: Gradient | None) -> Gradient:
