@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmeta.core.trees import Tree
-from fastmeta.engines.autograd import once_differentiable
+from fastmeta.engines.autograd import is_learned, once_differentiable
 from fastmeta.engines.base import MetaGradient, TaskBatch
 from fastmeta.engines.functional.captured import taking_gradient
 from fastmeta.learners._compile import as_single_op
@@ -35,11 +35,12 @@ class PrecomputedGradientLearner(MAML):
 
         Returns:
             ``loss`` and the detached outputs on the queries ``[T, Q, N]``. The module's parameters
-            get a gradient, and the outer tensors if there are any; it can be taken once. Inputs,
-            ``lr`` and rules get none.
+            get a gradient, and the outer tensors if there are any; it can be taken once. Inputs
+            get none.
 
         Raises:
-            TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
+            TypeError, ValueError: naming the argument that does not fit; no tasks or no examples;
+                an ``lr`` or a rule that is to be learned.
         """
         result = self.meta_gradient(support_x, support_y, query_x, query_y)
         shared = [self.module.get_parameter(name) for name in result.shared_grads]
@@ -52,6 +53,7 @@ class PrecomputedGradientLearner(MAML):
         self, support_x: Tree, support_y: Tree, query_x: Tree = None, query_y: Tree = None
     ) -> MetaGradient:
         """The meta-loss and its gradient as values, as ``MAML.meta_gradient``."""
+        self._refuse_learned_rates()
         batch, _ = self._batch((support_x, support_y, query_x, query_y), None, None)
         token = taking_gradient.set(torch.is_grad_enabled())
         try:
@@ -59,6 +61,20 @@ class PrecomputedGradientLearner(MAML):
                 return self._gradient(batch)
         finally:
             taking_gradient.reset(token)
+
+    def _refuse_learned_rates(self) -> None:
+        """ValueError for step sizes and rules that are to be learned: they get no gradient here."""
+        learned = [f"rule.{n}" for n, p in self._rule_parameters() if p.requires_grad]
+        if is_learned(self.lr):
+            learned.insert(0, "lr")
+        if learned:
+            raise ValueError(
+                f"{learned[0]}: expected one that is not learned, as {type(self).__name__} has no "
+                "gradient to it; requires_grad_(False) fixes it"
+            )
+
+    def _rule_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [] if self.rule is None else list(self.rule.named_parameters())
 
     def _gradient(self, batch: TaskBatch) -> MetaGradient:
         """The loss, the outputs on the queries, and the gradients."""

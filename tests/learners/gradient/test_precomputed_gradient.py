@@ -129,6 +129,19 @@ def test_bad_options_of_reptile(options, error, message):
         fm.Reptile(nn.Linear(3, 2), **options)
 
 
+@pytest.mark.parametrize("kind", [fm.Reptile, fm.IMAML])
+def test_what_would_get_no_gradient_is_refused(kind, problem):
+    net, tasks = problem
+    learned = kind(net, 0.1, steps=2, learn_lr=True)
+    with pytest.raises(ValueError, match="lr: expected one that is not learned"):
+        learned.meta_loss(*tasks)
+    learned.lr.requires_grad_(False)
+    assert learned.meta_loss(*tasks)[0].requires_grad
+    rule = fm.rules.MetaCurvature(net)
+    with pytest.raises(ValueError, match=r"rule\.\S+: expected one that is not learned"):
+        kind(net, 0.1, steps=2, rule=rule).meta_gradient(*tasks)
+
+
 # iMAML
 
 
