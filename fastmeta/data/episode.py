@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastmeta.core.absence import ABSENT
 
 
 class Episode(NamedTuple):
@@ -16,6 +18,9 @@ class Episode(NamedTuple):
     Classification: ``support_x`` [T, S, ...] with ``support_y`` [T, S] int64 labels in 0..N-1,
     ``query_x`` [T, Q, ...] with ``query_y`` [T, Q]; S = N * shots, Q = N * queries, in class-major
     order. Regression: ``support_y`` [T, S, 1] and ``query_y`` [T, Q, 1] in the dtype of x.
+
+    Tasks of unequal size have S and Q of the largest one. Behind the examples of a smaller task
+    there is padding: label -1, inputs 0. Learners and ops take label -1 for an absent example.
     """
 
     support_x: Tensor
@@ -32,11 +37,31 @@ class Episode(NamedTuple):
         return self._replace(support_x=function(self.support_x), query_x=function(self.query_x))
 
 
+def padded(episodes: Sequence[Episode]) -> Episode:
+    """One episode of the tasks of several, padded to the most examples: label -1, inputs 0."""
+    columns = zip(*episodes, strict=True)
+    fills = (0, ABSENT) * 2
+    return Episode(*(_cat(column, fill) for column, fill in zip(columns, fills, strict=True)))
+
+
+def _cat(parts: Sequence[Tensor], fill: int) -> Tensor:
+    """Concatenate parts ``[T, E, ...]`` along the tasks, each filled up to the largest E."""
+    most = max(part.shape[1] for part in parts)
+    if all(part.shape[1] == most for part in parts):
+        return torch.cat(list(parts))
+    first = parts[0]
+    out = first.new_full((sum(map(len, parts)), most, *first.shape[2:]), fill)
+    for target, part in zip(out.split([len(part) for part in parts]), parts, strict=True):
+        target[:, : part.shape[1]] = part
+    return out
+
+
 class Origin(NamedTuple):
     """Where the examples of an episode of T tasks and N ways come from.
 
     ``class_names`` [T][N]: the class of each label. ``support`` [T][S] and ``query`` [T][Q]: the
-    name of each example: its file, or its number in the source.
+    name of each example: its file, or its number in the source. Padding has no name: N, S and Q are
+    those that the task has.
     """
 
     class_names: list[list[str]]

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from fastmeta.core.checks import check_count, check_device
 from fastmeta.data.class_examples import ClassExamples
-from fastmeta.data.episode import Episode, Origin, Source
+from fastmeta.data.episode import Episode, Origin, Source, padded
 from fastmeta.data.labelled import ClassDataset, ClassTensors
 
 # A generator's key is (seed, index). Its counter says for what: the second of four words.
-_EPISODE, _TASK, _ORDER, _TRANSFORM = range(4)
+_EPISODE, _TASK, _ORDER, _TRANSFORM, _SIZES, _TASK_SIZES = range(6)
+
+# A number, or the least and the largest of a range from which each task draws its own.
+Size = int | tuple[int, int]
 
 
 class Episodes:
@@ -31,8 +34,10 @@ class Episodes:
         source: an :class:`Omniglot`, :class:`ImageFolder`, :class:`Sinusoid`, or any
             :class:`Source`; or a pair ``(features, labels)``, see :class:`ClassTensors`; or a data
             set of PyTorch with items ``(x, label)``, see :class:`ClassDataset`.
-        ways: N, classes per task, at least 1 (1 for regression).
-        shots: support examples per class, at least 1.
+        ways: N, classes per task, at least 1 (1 for regression). A pair ``(5, 20)`` is a range
+            with both ends, from which each task draws its own number; so are pairs of the next two.
+            Smaller tasks are then padded, see :class:`Episode`.
+        shots: support examples per class, at least 1; the same for all classes of a task.
         queries: query examples per class; 0 gives empty query tensors.
         tasks: T, tasks per episode; 0 gives empty tensors.
         seed: 0 to 2**64 - 1.
@@ -46,9 +51,10 @@ class Episodes:
             PyTorch follow the seed, too.
 
     Raises:
-        TypeError: a count or the seed is not an integer, or ``source`` is not a source.
-        ValueError: a count or the seed is out of range, the device is unknown, or the source has
-            too few classes or too few examples per class.
+        TypeError: a count or the seed is not an integer, or ``source`` is not a source; a range
+            with a source of regression, whose targets have no number that means padding.
+        ValueError: a count or the seed is out of range, a range ends before it begins, the device
+            is unknown, or the source has too few classes or too few examples per class.
 
     Example::
 
@@ -57,14 +63,23 @@ class Episodes:
         >>> episodes[7].support_x.shape, episodes[7].query_y.shape
         (torch.Size([4, 10, 1]), torch.Size([4, 15, 1]))
         >>> first = next(iter(episodes))        # equals episodes[0]
+
+    Tasks of unequal size::
+
+        >>> import torch
+        >>> from fastmeta.data import ClassTensors
+        >>> source = ClassTensors(torch.randn(30, 8), torch.arange(30) // 3)
+        >>> episodes = Episodes(source, ways=(2, 5), shots=(1, 2), queries=1, tasks=4)
+        >>> (episodes[0].query_y >= 0).sum(1)        # their numbers of ways
+        tensor([5, 2, 3, 5])
     """
 
     def __init__(
         self,
         source: Source | tuple[Any, Any] | Any,
-        ways: int,
-        shots: int,
-        queries: int,
+        ways: Size,
+        shots: Size,
+        queries: Size,
         tasks: int,
         seed: int = 0,
         device: str | torch.device = "cpu",
@@ -73,9 +88,9 @@ class Episodes:
         transform: Callable[[Episode], Episode] | None = None,
     ) -> None:
         self.length = None if length is None else check_count("length", length, least=0)
-        self.ways = check_count("ways", ways, least=1)
-        self.shots = check_count("shots", shots, least=1)
-        self.queries = check_count("queries", queries, least=0)
+        self.ways = _check_size("ways", ways, least=1)
+        self.shots = _check_size("shots", shots, least=1)
+        self.queries = _check_size("queries", queries, least=0)
         self.tasks = check_count("tasks", tasks, least=0)
         self.seed = check_count("seed", seed, least=0, below=2**64)
         self.num_tasks = None if num_tasks is None else check_count("num_tasks", num_tasks, least=1)
@@ -83,21 +98,21 @@ class Episodes:
             raise TypeError(f"transform: expected a function, got {type(transform).__name__}")
         self.transform = transform
         source = as_source(source)
-        source.check(self.ways, self.shots, self.queries)
+        source.check(*self._largest)
         self.source = source.to(check_device(device))
+        if self._is_ragged and self._no_task().support_y.is_floating_point():
+            raise TypeError(
+                "source: expected one with labels for ranges of ways, shots or queries, as label "
+                "-1 marks padding, got one of regression"
+            )
 
     def __getitem__(self, index: int) -> Episode:
         index = self._check(index)
-        shape = self.ways, self.shots, self.queries
-        if self.num_tasks is None:
-            episode = self.source.sample(self._rng(index), self.tasks, *shape)
+        if self._draws_together:
+            episode = self.source.sample(self._rng(index), self.tasks, *self._largest)
         else:
-            drawn = [
-                self.source.sample(self._rng(task, _TASK), 1, *shape)
-                for task in self._fixed_tasks(index)
-            ]
-            nothing = [] if drawn else [self.source.sample(self._rng(0), 0, *shape)]
-            episode = Episode(*map(torch.cat, zip(*drawn, *nothing, strict=True)))
+            drawn = [self.source.sample(rng, 1, *sizes) for rng, sizes in self._each_task(index)]
+            episode = padded(drawn or [self._no_task()])
         return episode if self.transform is None else self._transformed(episode, index)
 
     def origin(self, index: int) -> Origin:
@@ -113,13 +128,9 @@ class Episodes:
                 "source: expected classes of examples, which have names, got "
                 f"{type(self.source).__name__}"
             )
-        shape = self.ways, self.shots, self.queries
-        if self.num_tasks is None:
-            return self.source.origin(self._rng(index), self.tasks, *shape)
-        origins = [
-            self.source.origin(self._rng(task, _TASK), 1, *shape)
-            for task in self._fixed_tasks(index)
-        ]
+        if self._draws_together:
+            return self.source.origin(self._rng(index), self.tasks, *self._largest)
+        origins = [self.source.origin(rng, 1, *sizes) for rng, sizes in self._each_task(index)]
         return Origin(*([task for (task,) in column] for column in zip(*origins, strict=True)))
 
     def __iter__(self) -> Iterator[Episode]:
@@ -145,6 +156,40 @@ class Episodes:
         counter = [0, purpose, 0, 0] if purpose else None
         return np.random.Generator(np.random.Philox(key, counter=counter))
 
+    @property
+    def _ranges(self) -> list[tuple[int, int]]:
+        sizes = self.ways, self.shots, self.queries
+        return [size if isinstance(size, tuple) else (size, size) for size in sizes]
+
+    @property
+    def _largest(self) -> list[int]:
+        """Ways, shots and queries of the largest task."""
+        return [most for _, most in self._ranges]
+
+    @property
+    def _is_ragged(self) -> bool:
+        return any(isinstance(size, tuple) for size in (self.ways, self.shots, self.queries))
+
+    @property
+    def _draws_together(self) -> bool:
+        """Whether one call of the source draws all tasks of an episode."""
+        return self.num_tasks is None and not self._is_ragged
+
+    def _no_task(self) -> Episode:
+        return self.source.sample(self._rng(0), 0, *self._largest)
+
+    def _each_task(self, index: int) -> Iterator[tuple[np.random.Generator, list[int]]]:
+        """The generator of each task of an episode, and its ways, shots and queries."""
+        if self.num_tasks is None:
+            rng, sizes_rng = self._rng(index), self._rng(index, _SIZES)
+            pairs = [(rng, sizes_rng)] * self.tasks
+        else:
+            tasks = self._fixed_tasks(index)
+            pairs = [(self._rng(task, _TASK), self._rng(task, _TASK_SIZES)) for task in tasks]
+        low, high = zip(*self._ranges, strict=True)
+        for rng, sizes_rng in pairs:
+            yield rng, sizes_rng.integers(low, high, endpoint=True).tolist()
+
     def _fixed_tasks(self, index: int) -> list[int]:
         """Numbers of the tasks of an episode, of the ``num_tasks`` that there are."""
         assert self.num_tasks is not None
@@ -169,6 +214,18 @@ class Episodes:
                 f"transform: expected it to return an Episode, got {type(changed).__name__}"
             )
         return Episode(*changed)
+
+
+def _check_size(name: str, size: Size, least: int) -> Size:
+    """The size as a number, or as a range of numbers."""
+    if not isinstance(size, (tuple, list)):
+        return check_count(name, size, least=least)
+    if len(size) != 2:
+        raise ValueError(f"{name}: expected a number or a range (least, most), got {size!r}")
+    low, high = (check_count(name, end, least=least) for end in size)
+    if low > high:
+        raise ValueError(f"{name}: expected a range (least, most) with least <= most, got {size!r}")
+    return low, high
 
 
 def as_source(source: Any) -> Source:
