@@ -91,7 +91,9 @@ inline HeadArguments checked_head(const at::Tensor& x, const at::Tensor& targets
                   with_contiguous_tasks(weight),
                   bias ? bias->contiguous() : at::Tensor(),
                   lr.contiguous()};
-  if (kind != HeadLoss::kMse) check_label_range(a.targets, label_classes(kind, shape), name);
+  if (kind != HeadLoss::kMse && check_label_range(a.targets, label_classes(kind, shape), name)) {
+    a.x = without_absent(a.x, a.targets);
+  }
   return a;
 }
 

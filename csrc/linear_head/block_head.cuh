@@ -6,7 +6,9 @@
 #include <cstdint>
 #include <limits>
 
+#include "common/absent.h"
 #include "common/cuda/launch.cuh"
+#include "common/cuda/reduce.cuh"
 #include "linear_head/block_products.cuh"
 #include "linear_head/linear_head.h"
 
@@ -20,7 +22,7 @@ struct Task {
   using value_t = acc_t<scalar_t>;
   LinearHeadShape s;
   LinearHeadOptions o;
-  value_t factor, weight_decay;
+  value_t factor, weight_decay;  // factor of the task's present examples
   const scalar_t *x, *weight, *bias, *targets;
   const int64_t* labels;
   const value_t* lr;
@@ -30,10 +32,13 @@ struct Task {
   __device__ int64_t head() const { return s.ways * s.features; }
   __device__ value_t decay(int64_t k) const { return 1 - lr[k] * weight_decay; }
   __device__ value_t* path(int64_t k) const { return products + (k - 1) * head(); }
-  // Target y[n, i]; NaN for a label out of range.
+  __device__ bool is_absent(int64_t i) const { return labels != nullptr && labels[i] == kAbsent; }
+  __device__ value_t factor_of(int64_t i) const { return is_absent(i) ? 0 : factor; }
+  // Target y[n, i]; 0 for an absent example, NaN for a label out of range.
   __device__ value_t wanted(int64_t n, int64_t i) const {
     if (o.loss == HeadLoss::kMse) return widen(targets[i * s.ways + n]);
     const int64_t label = labels[i];
+    if (label == kAbsent) return 0;
     const int64_t classes = o.loss == HeadLoss::kLogistic ? 2 : s.ways;
     // A kernel cannot raise: NaN spreads to the whole head of the task, where it is seen.
     if (label < 0 || label >= classes) return std::numeric_limits<value_t>::quiet_NaN();
@@ -41,12 +46,23 @@ struct Task {
   }
 };
 
+// Counts the present ones of the examples, by a whole warp.
+__device__ inline int64_t count_present(const int64_t* labels, int64_t examples) {
+  int64_t count = 0;
+  for (int64_t first = 0; first < examples; first += kWarp) {
+    const int64_t i = first + threadIdx.x % kWarp;
+    count += __popc(__ballot_sync(kAllLanes, i < examples && labels[i] != kAbsent));
+  }
+  return count;
+}
+
 // Operands of all tasks.
 template <typename scalar_t>
 struct Tasks {
   Task<scalar_t> first;
   int64_t weight_stride;
 
+  // For whole warps.
   __device__ Task<scalar_t> operator[](int64_t t) const {
     Task<scalar_t> task = first;
     const auto& s = first.s;
@@ -54,7 +70,11 @@ struct Tasks {
     task.weight += t * weight_stride;
     if (task.bias != nullptr) task.bias += t * s.ways;
     if (task.targets != nullptr) task.targets += t * s.support * s.ways;
-    if (task.labels != nullptr) task.labels += t * s.support;
+    if (task.labels != nullptr) {
+      task.labels += t * s.support;
+      const int64_t present = count_present(task.labels, s.support);
+      if (present < s.support) task.factor = present == 0 ? 0 : acc_t<scalar_t>(1) / present;
+    }
     task.lr += t * s.steps;
     task.predictions += t * s.steps * s.ways * s.support;
     task.products += t * (first.o.dual ? s.support * s.support : s.steps * s.ways * s.features);
@@ -148,11 +168,16 @@ __device__ void combine_examples(const Task<scalar_t>& task, acc_t<scalar_t> sha
   });
 }
 
-// Replaces outputs z [N, S] by predictions; for the owner of example i.
+// Replaces outputs z [N, S] by predictions, 0 for an absent example; for the owner of example i.
 template <typename scalar_t>
 __device__ void predict(const Task<scalar_t>& task, acc_t<scalar_t>* z, int64_t i) {
   using value_t = acc_t<scalar_t>;
   const int64_t step = task.s.support;
+  if (task.is_absent(i)) {
+    // Its outputs may overflow, and the softmax of such outputs is NaN.
+    for (int64_t n = 0; n < task.s.ways; ++n) z[n * step + i] = 0;
+    return;
+  }
   // The logistic loss has one output, row 0.
   if (task.o.loss == HeadLoss::kLogistic) z[i] = 1 / (1 + std::exp(-z[i]));
   if (task.o.loss != HeadLoss::kCrossEntropy) return;
@@ -174,6 +199,7 @@ __device__ void curve(const Task<scalar_t>& task, const acc_t<scalar_t>* p, acc_
                       const acc_t<scalar_t>* v, acc_t<scalar_t>* out, int64_t i) {
   using value_t = acc_t<scalar_t>;
   const int64_t step = task.s.support;
+  const value_t factor = task.factor_of(i);
   // The softmax' derivative: J v = p (v - p.v).
   value_t mean = 0;
   for (int64_t n = 0; task.o.loss == HeadLoss::kCrossEntropy && n < task.s.ways; ++n) {
@@ -184,7 +210,7 @@ __device__ void curve(const Task<scalar_t>& task, const acc_t<scalar_t>* p, acc_
     value_t along = v[at];
     if (task.o.loss == HeadLoss::kCrossEntropy) along = p[at] * (v[at] - mean);
     if (task.o.loss == HeadLoss::kLogistic) along = p[at] * (1 - p[at]) * v[at];
-    out[at] = task.factor * scale * along;
+    out[at] = factor * scale * along;
   }
 }
 

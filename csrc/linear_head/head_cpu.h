@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/absent.h"
 #include "common/ceil_div.h"
 #include "common/cpu/register_gemm.h"
 #include "common/cpu/row_sums.h"
@@ -51,9 +52,7 @@ class CpuHead {
         gram_(zeros(options.dual ? shape.support * width_ : 0)),
         coefficients_(zeros((shape.steps + 1) * lanes_)),
         residuals_(zeros(shape.steps * lanes_)),
-        shares_(zeros(shape.steps + 1)) {
-    std::fill_n(factor_.data(), s_.support, value_t(residual_factor(o_.loss, s_)));
-  }
+        shares_(zeros(shape.steps + 1)) {}
 
   void forward(const HeadTask<value_t>& task, const HeadKept<value_t>& kept, value_t* weight,
                value_t* bias) {
@@ -195,8 +194,12 @@ class CpuHead {
     copy_lanes(kept.predictions + k * s_.ways * s_.support, s_.support, out, width_);
   }
 
-  // Fills wanted_: y [N, S], one column a task example.
+  // Fills wanted_, y [N, S], one column a task example, and their factors f, 0 for absent ones.
   void set_wanted(const HeadTask<value_t>& task) {
+    const int64_t absent =
+        task.labels == nullptr ? 0 : std::count(task.labels, task.labels + s_.support, kAbsent);
+    std::fill_n(factor_.data(), s_.support,
+                value_t(residual_factor(o_.loss, s_, s_.support - absent)));
     if (task.labels == nullptr) {
       for (int64_t i = 0; i < s_.support * s_.ways; ++i) {
         wanted_[i % s_.ways * width_ + i / s_.ways] = task.targets[i];
@@ -205,6 +208,10 @@ class CpuHead {
     }
     std::fill_n(wanted_.data(), lanes_, value_t(0));
     for (int64_t i = 0; i < s_.support; ++i) {
+      if (task.labels[i] == kAbsent) {
+        factor_[i] = 0;
+        continue;
+      }
       const int64_t row = o_.loss == HeadLoss::kLogistic ? 0 : task.labels[i];
       wanted_[row * width_ + i] = o_.loss == HeadLoss::kLogistic ? value_t(task.labels[i]) : 1;
     }

@@ -48,10 +48,11 @@ __global__ void __launch_bounds__(kHeadThreads)
     value_t* predictions = task.predictions + k * task.lanes();
     for_each(s.support, [&](int64_t i) {
       predict(task, z, i);
+      const value_t factor = task.factor_of(i);
       for (int64_t n = 0; n < s.ways; ++n) {
         const int64_t at = n * s.support + i;
         predictions[at] = z[at];
-        z[at] = task.factor * (z[at] - task.wanted(n, i));  // G_k
+        z[at] = factor * (z[at] - task.wanted(n, i));  // G_k
         c[at] = task.decay(k) * c[at] - task.lr[k] * z[at];
       }
     });
@@ -153,13 +154,14 @@ __global__ void __launch_bounds__(kHeadThreads)
     for (int k = 0; k < steps; ++k) shares[k + 1] = task.decay(k) * shares[k];
   }
   for_each(support, [&](int i) {
+    const value_t factor = task.factor_of(i);
     for (int n = 0; n < ways; ++n) {
       const int at = n * support + i;
       const value_t wanted = task.wanted(n, i);
       // Recomputes C_k and G_k from the kept predictions: cheaper than keeping them too.
       sum[at] = coefficients[at] = 0;
       for (int k = 0; k < steps; ++k) {
-        const value_t g = task.factor * (task.predictions[k * lanes + at] - wanted);
+        const value_t g = factor * (task.predictions[k * lanes + at] - wanted);
         residuals[k * lanes + at] = g;
         coefficients[(k + 1) * lanes + at] =
             task.decay(k) * coefficients[k * lanes + at] - task.lr[k] * g;
@@ -250,18 +252,19 @@ __global__ void __launch_bounds__(kHeadThreads)
 template <typename scalar_t>
 Tasks<scalar_t> tasks_of(const LinearHeadOperands& o) {
   using value_t = acc_t<scalar_t>;
-  const Task<scalar_t> first{o.shape,
-                             o.options,
-                             static_cast<value_t>(residual_factor(o.options.loss, o.shape)),
-                             static_cast<value_t>(o.options.weight_decay),
-                             static_cast<const scalar_t*>(o.x),
-                             static_cast<const scalar_t*>(o.weight),
-                             static_cast<const scalar_t*>(o.bias),
-                             static_cast<const scalar_t*>(o.targets),
-                             o.labels,
-                             static_cast<const value_t*>(o.lr),
-                             static_cast<value_t*>(o.predictions),
-                             static_cast<value_t*>(o.products)};
+  const Task<scalar_t> first{
+      o.shape,
+      o.options,
+      static_cast<value_t>(residual_factor(o.options.loss, o.shape, o.shape.support)),
+      static_cast<value_t>(o.options.weight_decay),
+      static_cast<const scalar_t*>(o.x),
+      static_cast<const scalar_t*>(o.weight),
+      static_cast<const scalar_t*>(o.bias),
+      static_cast<const scalar_t*>(o.targets),
+      o.labels,
+      static_cast<const value_t*>(o.lr),
+      static_cast<value_t*>(o.predictions),
+      static_cast<value_t*>(o.products)};
   return {first, o.weight_stride};
 }
 

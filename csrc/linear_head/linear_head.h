@@ -22,6 +22,8 @@
 //   d X = Y W + C_K V + sum_k (Y_k C_k' + C_k Y_k') X
 //   d targets = -sum_k Y_k                         (mean squared error)
 //
+// An absent example, of label -1, has G_k = 0 and J_k = 0, and means are over the others.
+//
 // The sum in d X is an [S, S] matrix in the dual, and in the primal Y_k P_k + C_k Q_k with
 // Q_k = Y_k' X. To first order all Y_k are 0, and nothing goes to x and targets.
 //
@@ -55,8 +57,10 @@ struct LinearHeadOptions {
 };
 
 // Factor f in G = f (p - y): the loss is a mean over examples, of squares over all their outputs.
-inline double residual_factor(HeadLoss loss, const LinearHeadShape& shape) {
-  const auto examples = static_cast<double>(shape.support);
+// A task of which `present` examples are there, fewer than `support`, has another one.
+inline double residual_factor(HeadLoss loss, const LinearHeadShape& shape, int64_t present) {
+  const auto examples = static_cast<double>(present);
+  if (present == 0) return 0;
   return loss == HeadLoss::kMse ? 2 / (examples * static_cast<double>(shape.ways)) : 1 / examples;
 }
 
@@ -83,8 +87,8 @@ struct LinearHeadGradients {
 };
 
 // Launchers, for at least one task; workspace of as many bytes as the function before returns,
-// result a cudaError_t. A label out of range makes its task's whole head NaN, and the gradients
-// too.
+// result a cudaError_t. A label that is neither in range nor absent makes its task's whole head
+// NaN, and the gradients too.
 int64_t linear_head_workspace(const LinearHeadOperands& operands);
 int launch_linear_head(const LinearHeadOperands& operands, void* weight, void* bias,
                        void* workspace, void* stream);

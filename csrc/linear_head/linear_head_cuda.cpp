@@ -39,7 +39,9 @@ Arguments prepared(const LinearHeadShape& shape, HeadLoss loss, const at::Tensor
               lr.contiguous(),
               {}};
   const bool has_labels = loss != HeadLoss::kMse;
-  if (has_labels) check_cuda_label_range(a.targets, label_classes(loss, shape), "targets");
+  if (has_labels && check_cuda_label_range(a.targets, label_classes(loss, shape), "targets")) {
+    a.x = without_absent(a.x, a.targets);
+  }
   a.operands = {dtype_of(x),
                 shape,
                 {loss, weight_decay, dual, bias.has_value()},

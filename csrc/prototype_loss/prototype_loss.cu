@@ -85,6 +85,7 @@ __device__ void write_weights(const Queries<scalar_t>& queries, const Rows<scala
     const int64_t row = tile.row + Tile::row(i);
     if (row >= query.count) continue;
     const int64_t q = tile.task * query.task_stride + row;
+    const bool is_absent = queries.labels[q] == kAbsent;
     // Relative to this tile: -1 if the label's prototype lies in another tile.
     const int label = index_in(columns, queries.labels[q] - tile.column);
     const auto weight = queries.weight[q];
@@ -100,7 +101,8 @@ __device__ void write_weights(const Queries<scalar_t>& queries, const Rows<scala
       const auto distance = distances[i][j];
       const auto probability = std::exp(-queries.scale * distance - softmax.largest) * inverse_sum;
       const auto upstream = distance_upstream(queries.scale, weight, probability, column == label);
-      target[column] = gradient_weight(queries.metric, upstream, distance);
+      // Not by a weight of 0: values at absent places may have no softmax.
+      target[column] = is_absent ? 0 : gradient_weight(queries.metric, upstream, distance);
     }
   }
 }
@@ -163,10 +165,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #pragma unroll
     for (int w = 1; w < Tile::kWarpColumns; ++w) softmax = merged(softmax, softmaxes[w][thread]);
     const bool is_valid = labels[thread] >= 0 && labels[thread] < classes;
+    const bool is_absent = labels[thread] == kAbsent;
     // A kernel cannot raise: an invalid label shows as NaN in the loss and the gradient.
-    if (!is_valid) softmax.sum = std::numeric_limits<value_t>::quiet_NaN();
+    if (!is_valid && !is_absent) softmax.sum = std::numeric_limits<value_t>::quiet_NaN();
     (queries.loss + first_query)[thread] =
-        std::log(softmax.sum) + (softmax.largest - label_logits[thread]);
+        is_absent ? 0 : std::log(softmax.sum) + (softmax.largest - label_logits[thread]);
     if (queries.softmax != nullptr) (queries.softmax + first_query)[thread] = softmax;
     // For write_weights() below.
     softmaxes[0][thread] = softmax;

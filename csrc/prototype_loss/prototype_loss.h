@@ -10,8 +10,11 @@
 //
 // goes through the weighted sums of pairwise_distance.h. The [Q, N] matrix exists a block of rows
 // at a time, so memory beyond inputs and outputs is O(N D).
+//
+// An absent query, of label -1, has loss 0 and upstream 0, whatever its weight is.
 #pragma once
 
+#include "common/absent.h"
 #include "common/host_device.h"
 #include "pairwise_distance/operands.h"
 
@@ -24,8 +27,9 @@ FASTMETA_HOST_DEVICE inline value_t distance_upstream(value_t scale, value_t wei
 }
 
 // CUDA launchers: device pointers, at least one query, workspace of as many bytes as the function
-// before returns, result a cudaError_t. W exists a chunk of bounded size at a time. A label outside
-// 0 <= label < N makes the loss of its query NaN, and so every gradient that depends on the query.
+// before returns, result a cudaError_t. W exists a chunk of bounded size at a time. A label that is
+// neither 0 <= label < N nor absent makes the loss of its query NaN, and so every gradient that
+// depends on the query.
 struct LossOperands {
   PairwiseOperands pairwise;  // x: query, y: prototypes
   const int64_t* labels;

@@ -88,9 +88,12 @@ void loss_task(const Task<scalar_t>& task, const ClassRows<acc_t<scalar_t>>& pro
       distance_rows(task.metric, query, count, prototypes, distances.data(), shape.classes);
       for (int64_t r = 0; r < count; ++r) {
         value_t* no_exponentials = nullptr;
-        loss[first + r] = softmax_row(&distances[r * shape.classes], no_exponentials, shape.classes,
-                                      task.labels[first + r], task.scale)
-                              .loss;
+        const int64_t label = task.labels[first + r];
+        loss[first + r] = label == kAbsent
+                              ? value_t(0)
+                              : softmax_row(&distances[r * shape.classes], no_exponentials,
+                                            shape.classes, label, task.scale)
+                                    .loss;
       }
     }
   });
@@ -110,6 +113,11 @@ auto weights_of(const Task<scalar_t>& task, const ClassRows<acc_t<scalar_t>>& pr
           for (int64_t r = 0; r < rows; ++r) {
             value_t* row = weights + r * classes;  // distances in, weights out
             const int64_t label = task.labels[first + r];
+            if (label == kAbsent) {
+              loss[first + r] = 0;
+              std::fill_n(row, classes, value_t(0));
+              continue;
+            }
             const auto softmax = softmax_row(row, exponentials.data(), classes, label, task.scale);
             loss[first + r] = softmax.loss;
             const value_t w = weight[first + r], inverse_sum = 1 / softmax.sum;
@@ -148,7 +156,9 @@ Arguments checked(const at::Tensor& query, const at::Tensor& labels, const at::T
   const PairwiseShape shape = checked_loss_shape(query, labels, prototypes);
   Arguments arguments{checked_metric(metric), shape, query.contiguous(), labels.contiguous(),
                       prototypes.contiguous()};
-  check_label_range(arguments.labels, shape.classes, "query_labels");
+  if (check_label_range(arguments.labels, shape.classes, "query_labels")) {
+    arguments.query = without_absent(arguments.query, arguments.labels);
+  }
   return arguments;
 }
 

@@ -23,7 +23,9 @@ struct Arguments {
 Arguments prepared(const PairwiseShape& shape, const at::Tensor& query, const at::Tensor& labels,
                    const at::Tensor& prototypes, std::string_view metric, double scale) {
   Arguments a{query.contiguous(), labels.contiguous(), prototypes.contiguous(), {}};
-  check_cuda_label_range(a.labels, shape.classes, "query_labels");
+  if (check_cuda_label_range(a.labels, shape.classes, "query_labels")) {
+    a.query = without_absent(a.query, a.labels);
+  }
   const PairwiseOperands pairwise{dtype_of(query), checked_metric(metric), shape,
                                   a.query.const_data_ptr(), a.prototypes.const_data_ptr()};
   a.operands = {pairwise, a.labels.const_data_ptr<int64_t>(), scale};

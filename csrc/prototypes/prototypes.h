@@ -3,6 +3,7 @@
 //   prototypes[t, n]  = mean of x[t, s] over the s with labels[t, s] == n, zero without any
 //   grad_x[t, s]      = grad_prototypes[t, labels[t, s]] / count[t, labels[t, s]]
 //
+// An absent example, of label -1, belongs to no class: nothing reads it, and its gradient is zero.
 // x [T, S, D], labels [T, S], prototypes [T, N, D], all contiguous. Both maps are linear and each
 // is the other's derivative, so these two kernels serve every order. Sums run over s in order, in
 // float for bfloat16 and half.

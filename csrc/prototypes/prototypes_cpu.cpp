@@ -21,7 +21,9 @@ using Slice = std::array<value_t, kSlice>;
 
 std::vector<int64_t> counts_of(const int64_t* labels, const PrototypesShape& shape) {
   std::vector<int64_t> counts(shape.classes, 0);
-  for (int64_t s = 0; s < shape.support; ++s) ++counts[labels[s]];
+  for (int64_t s = 0; s < shape.support; ++s) {
+    if (labels[s] != kAbsent) ++counts[labels[s]];
+  }
   return counts;
 }
 
@@ -67,8 +69,10 @@ void prototypes_kernel(const scalar_t* x, const int64_t* labels, scalar_t* out,
     std::vector<value_t> sums(shape.classes * n, 0);
     Slice<value_t> row;
     for (int64_t s = 0; s < shape.support; ++s) {
+      const int64_t label = labels[t * shape.support + s];
+      if (label == kAbsent) continue;
       const auto* source = x + (t * shape.support + s) * shape.features + first;
-      add(widen(source, row.data(), n), &sums[labels[t * shape.support + s] * n], n);
+      add(widen(source, row.data(), n), &sums[label * n], n);
     }
     for (int64_t c = 0; c < shape.classes; ++c) {
       // A class without examples keeps its sum 0.
@@ -86,9 +90,14 @@ void prototypes_backward_kernel(const scalar_t* grad, const int64_t* labels, sca
     Slice<value_t> row;
     for (int64_t s = 0; s < shape.support; ++s) {
       const int64_t label = labels[t * shape.support + s];
+      scalar_t* target = grad_x + (t * shape.support + s) * shape.features + first;
+      if (label == kAbsent) {
+        std::fill_n(target, n, scalar_t(0));
+        continue;
+      }
       const auto* source = grad + (t * shape.classes + label) * shape.features + first;
       divide(widen(source, row.data(), n), row.data(), n, counts[label]);
-      narrow(row.data(), grad_x + (t * shape.support + s) * shape.features + first, n);
+      narrow(row.data(), target, n);
     }
   });
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastmeta.core.absence import without_absent
 from fastmeta.core.checks import check_number
 from fastmeta.ops import reference
 from fastmeta.ops._checks import check_shape
@@ -63,9 +64,11 @@ def linear_head_hvp(
         reference.check_label_range(
             head.targets, 2 if loss == "logistic" else head.weight.shape[1], "targets"
         )
-    z_dot = task_linear(head.x, vector.weight, vector.bias)
-    residual_dot = _residual_tangent(task_linear(head.x, head.weight, head.bias), z_dot, loss)
-    weight_part = product(residual_dot, head.x, transpose_a=True) + weight_decay * vector.weight
+    examples = head.x if loss == "mse" else without_absent(head.x, head.targets)
+    z_dot = task_linear(examples, vector.weight, vector.bias)
+    outputs = task_linear(examples, head.weight, head.bias)
+    residual_dot = _residual_tangent(outputs, z_dot, loss, head.targets)
+    weight_part = product(residual_dot, examples, transpose_a=True) + weight_decay * vector.weight
     bias_part = None
     if vector.bias is not None:
         bias_part = residual_dot.sum(1) + weight_decay * vector.bias
@@ -74,13 +77,13 @@ def linear_head_hvp(
     return weight_part, bias_part
 
 
-def _residual_tangent(outputs: Tensor, z_dot: Tensor, loss: str) -> Tensor:
+def _residual_tangent(outputs: Tensor, z_dot: Tensor, loss: str, targets: Tensor) -> Tensor:
     """J z_dot: the tangent of ``reference.head_residual`` at outputs [T, S, N] along z_dot."""
     examples, ways = outputs.shape[1:]
     if loss == "mse":
         return 2 / (examples * ways) * z_dot
     if loss == "logistic":
         p = outputs.sigmoid()
-        return p * (1 - p) * z_dot / examples
+        return reference.mean_of_labelled(p * (1 - p) * z_dot, targets)
     p = outputs.softmax(2)
-    return p * (z_dot - (p * z_dot).sum(2, keepdim=True)) / examples
+    return reference.mean_of_labelled(p * (z_dot - (p * z_dot).sum(2, keepdim=True)), targets)

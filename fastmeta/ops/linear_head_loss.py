@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastmeta.core import backend
+from fastmeta.core.absence import ABSENT, mean_over_present, without_absent
 from fastmeta.core.autocast import without_autocast
 from fastmeta.core.backend import HEAD_LOSS
 from fastmeta.ops._linear_head_arguments import Head, HeadOptions
@@ -59,6 +60,8 @@ def composed(
     """The mean loss over tasks and the outputs [T, Q, N], of ops with all derivatives."""
     with without_autocast(query.device):  # all in the head's dtype, like the kernel
         weight, bias = adapted_head(head, step_sizes, options)
+        if options.loss != "mse":
+            query = without_absent(query, query_targets)
         outputs = task_linear(query, weight, bias)
         return _loss(outputs, query_targets, options.loss), outputs
 
@@ -68,8 +71,14 @@ def _loss(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
     if loss == "mse":
         return F.mse_loss(outputs, targets)
     if loss == "logistic":
-        return F.binary_cross_entropy_with_logits(outputs, targets.unsqueeze(2).to(outputs.dtype))
-    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+        each = F.binary_cross_entropy_with_logits(
+            outputs.squeeze(2), targets.to(outputs.dtype), reduction="none"
+        ).masked_fill(targets == ABSENT, 0)
+    else:
+        each = F.cross_entropy(
+            outputs.flatten(0, 1), targets.flatten(), ignore_index=ABSENT, reduction="none"
+        ).view_as(targets)
+    return mean_over_present(each, targets)
 
 
 class HeadLoss(Function):

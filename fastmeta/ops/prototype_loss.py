@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from fastmeta.core.absence import (
+    ABSENT,
+    may_have_absent,
+    mean_factor,
+    mean_over_present,
+    without_absent,
+)
 from fastmeta.core.checks import check_choice
 from fastmeta.core.dtypes import accumulation_dtype
 from fastmeta.ops import reference
@@ -59,10 +65,13 @@ def loss_tangent(
     # In the dtype of the loss, which is float32 for half types.
     wide = accumulation_dtype(query.dtype)
     x, y, x_dot, y_dot = (z.to(wide) for z in (query, prototypes, query_dot, prototypes_dot))
+    # Without a direction an absent query has no derivative, and neither has its derivative.
+    x, x_dot = without_absent(x, labels), without_absent(x_dot, labels)
     probability = (-scale * reference.pairwise_distance(x, y, metric)).softmax(-1)
     distance_dot = distance_tangent(x, y, x_dot, y_dot, metric)
     at_label = reference.at_labels(distance_dot, labels)
-    return scale * (at_label - (probability * distance_dot).sum(2))
+    loss_dot = scale * (at_label - (probability * distance_dot).sum(2))
+    return loss_dot.masked_fill(labels == ABSENT, 0) if may_have_absent(labels) else loss_dot
 
 
 def _loss(
@@ -97,7 +106,7 @@ _LOSS = PairwiseOp(_loss, _backward, loss_tangent)
 
 
 class WeightedLoss(Function):
-    """Each task's loss [T], weight * its sum over queries, and in the same pass its gradient.
+    """Each task's loss [T], the weighted sum over queries, and in the same pass its gradient.
 
     The gradient is a second output, so that autograd can differentiate it: its cotangents arrive in
     ``backward``, which answers them with a Hessian-vector product.
@@ -112,37 +121,36 @@ class WeightedLoss(Function):
         labels: Tensor,
         metric: str,
         scale: float,
-        weight: float,
+        weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        weights = torch.full_like(labels, weight, dtype=accumulation_dtype(query.dtype))
         loss, *gradient = _gradient(weights, query, prototypes, labels, metric, scale)
-        return weight * loss.sum(1), *gradient
+        return (weights * loss).sum(1), *gradient
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         # None for an output that nobody differentiates tells a first derivative from a second.
         ctx.set_materialize_grads(False)
-        query, prototypes, labels, metric, scale, ctx.weight = inputs
-        save(ctx, (query, prototypes, *output[1:]), labels, metric, scale)
+        query, prototypes, labels, metric, scale, weights = inputs
+        save(ctx, (query, prototypes, weights, *output[1:]), labels, metric, scale)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Any, *direction: Any) -> tuple[Any, ...]:
-        (query, prototypes, *gradient), options = saved(ctx)
+        (query, prototypes, weights, *gradient), options = saved(ctx)
         # Two terms: the cotangent of the loss, and the cotangents of the gradient itself.
         grads = [None, None] if grad_loss is None else _scaled(grad_loss, gradient)
         if any(d is not None for d in direction):
-            second = _second(query, prototypes, direction, options, ctx.weight)
+            second = _second(query, prototypes, direction, options, weights)
             grads = [b if a is None else a + b for a, b in zip(grads, second, strict=True)]
         return *grads, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, query_dot: Any, prototypes_dot: Any, *_: Any) -> tuple[Any, ...]:
-        (query, prototypes, *gradient), options = saved(ctx)
+        (query, prototypes, weights, *gradient), options = saved(ctx)
         direction = (query_dot, prototypes_dot)
         pairs = zip(gradient, direction, strict=True)
         along = [(g * d).sum((1, 2)) for g, d in pairs if d is not None]
         loss_dot = sum(along[1:], along[0]).to(accumulation_dtype(query.dtype))
-        return loss_dot, *_second(query, prototypes, direction, options, ctx.weight)
+        return loss_dot, *_second(query, prototypes, direction, options, weights)
 
 
 class WeightedLossCompiled(WeightedLoss):
@@ -153,7 +161,7 @@ class WeightedLossCompiled(WeightedLoss):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        query, prototypes, labels, metric, scale, _weight = inputs
+        query, prototypes, labels, metric, scale, _weights = inputs
         save(ctx, (query, prototypes, *output[1:]), labels, metric, scale)
 
     @staticmethod
@@ -185,11 +193,9 @@ def _second(
     prototypes: Tensor,
     direction: tuple[Any, ...],
     options: PairwiseOptions,
-    weight: float,
+    weights: Tensor,
 ) -> tuple[Any, ...]:
     """Hessian-vector product of the weighted loss."""
-    labels = cast("Tensor", options.labels)
-    weights = torch.full_like(labels, weight, dtype=accumulation_dtype(query.dtype))
     return hessian_vector_product(loss_tangent, weights, (query, prototypes), direction, options)
 
 
@@ -274,9 +280,11 @@ def prototype_loss(
         loss = pairwise(_LOSS, query, prototypes, query_labels, metric, float(scale))
     else:
         loss = reference.prototype_loss(query, query_labels, prototypes, metric, float(scale))
-    reductions: dict[str, Callable[[Tensor], Tensor]]
-    reductions = {"mean": torch.mean, "sum": torch.sum, "none": Tensor.contiguous}
-    return reductions[reduction](loss).to(query.dtype)
+    if reduction == "mean":
+        loss = mean_over_present(loss, query_labels)
+    elif reduction == "sum":
+        loss = loss.sum()
+    return loss.contiguous().to(query.dtype)
 
 
 def _masked_loss(
@@ -284,7 +292,10 @@ def _masked_loss(
 ) -> Tensor:
     """Loss [T, Q] with logit minus infinity for the classes that a task lacks."""
     reference.check_label_range(labels, prototypes.shape[1], "query_labels")
+    query = without_absent(query, labels)
     logits = masked_logits(-scale * pairwise_distance(query, prototypes, metric), present)
+    # A task may have no class at all, and a softmax of nothing but minus infinities is NaN.
+    logits = without_absent(logits, labels)
     return -reference.at_labels(logits.log_softmax(2), labels)
 
 
@@ -301,6 +312,9 @@ def _reduced_with_gradient(
     # torch.compile knows no number of queries that may change, and divides afterwards.
     compiling = torch.compiler.is_compiling()
     weight = 1.0 if reduction == "sum" or compiling or count == 0 else 1 / count
-    total = _weighted_loss(query, prototypes, labels, metric, float(scale), weight).sum()
+    weights = torch.full_like(labels, weight, dtype=accumulation_dtype(query.dtype))
+    if reduction == "mean" and may_have_absent(labels):
+        weights = weights * mean_factor(labels, weights.dtype)
+    total = _weighted_loss(query, prototypes, labels, metric, float(scale), weights).sum()
     divide = reduction == "mean" and (compiling or count == 0)
     return (total / count if divide else total).to(query.dtype)

@@ -16,8 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmeta.core.absence import (
+    ABSENT,
+    is_readable,
+    may_have_absent,
+    mean_factor,
+    without_absent,
+)
 from fastmeta.core.autocast import without_autocast
-from fastmeta.core.cuda_graphs import is_being_captured
 from fastmeta.core.dtypes import accumulation_dtype
 
 Op = TypeVar("Op", bound=Callable[..., Any])
@@ -45,23 +51,19 @@ def inner_update(params: Tensor, grads: Tensor, lr: Tensor) -> Tensor:
 
 
 def check_label_range(labels: Tensor, classes: int, name: str) -> None:
-    """Raise ValueError for the first label outside [0, classes).
+    """Raise ValueError for the first label that is neither in [0, classes) nor ABSENT.
 
     Labels whose values cannot be read (fake, traced, vmapped, or of a CUDA stream that is being
     captured) are not checked.
     """
-    real = type(labels) is Tensor and labels.device.type != "meta"
-    if torch.compiler.is_compiling() or not real:
+    if not is_readable(labels):
         return
-    if torch._C._functorch.is_functorch_wrapped_tensor(labels):
-        return
-    if is_being_captured(labels):
-        return
-    bad = ((labels < 0) | (labels >= classes)).nonzero()
+    bad = ((labels < ABSENT) | (labels >= classes)).nonzero()
     if len(bad):
         first = bad[0].tolist()
         raise ValueError(
-            f"{name}{first} is {int(labels[tuple(first)])}, expected 0 <= label < {classes}"
+            f"{name}{first} is {int(labels[tuple(first)])}, expected 0 <= label < {classes} or "
+            f"{ABSENT} for an absent example"
         )
 
 
@@ -69,7 +71,7 @@ def check_label_range(labels: Tensor, classes: int, name: str) -> None:
 def prototypes(x: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Class means [T, N, D] of x [T, S, D]; a class without an example has mean zero."""
     check_label_range(labels, num_classes, "labels")
-    wide = x.to(accumulation_dtype(x.dtype))
+    wide = without_absent(x.to(accumulation_dtype(x.dtype)), labels)
     member = (labels.unsqueeze(-1) == torch.arange(num_classes, device=x.device)).to(wide.dtype)
     counts = member.sum(1).clamp(min=1)
     return ((member.mT @ wide) / counts.unsqueeze(-1)).to(x.dtype)
@@ -114,11 +116,15 @@ def pairwise_distance(x: Tensor, y: Tensor, metric: str) -> Tensor:
 
 
 def at_labels(values: Tensor, labels: Tensor) -> Tensor:
-    """values [T, Q, N] at labels [T, Q]; NaN, with a NaN gradient, for a label out of range."""
-    known = (labels >= 0) & (labels < values.shape[2])
+    """values [T, Q, N] at labels [T, Q], and 0 for an absent one.
+
+    It is NaN, with a NaN gradient, for a label out of range.
+    """
+    known, absent = (labels >= 0) & (labels < values.shape[2]), labels == ABSENT
     # Labels may be unchecked here, and a gather out of range would end the CUDA context.
     gathered = values.gather(2, labels.where(known, 0).unsqueeze(2)).squeeze(2)
-    return gathered * torch.where(known, 1.0, math.nan).to(values.dtype)
+    factor = torch.where(known | absent, 1.0, math.nan).to(values.dtype)
+    return (gathered * factor).masked_fill(absent, 0)
 
 
 @_in_own_dtype
@@ -128,6 +134,7 @@ def prototype_loss(
     """Loss [T, Q] of each query: cross entropy of logits -scale * distance."""
     check_label_range(labels, prototypes.shape[1], "query_labels")
     a, b = (z.to(accumulation_dtype(query.dtype)) for z in (query, prototypes))
+    a = without_absent(a, labels)
     logits = -scale * pairwise_distance(a, b, metric)
     return -at_labels(logits.log_softmax(2), labels)
 
@@ -138,9 +145,17 @@ def head_residual(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
     if loss == "mse":
         return 2 / (examples * ways) * (outputs - targets.to(outputs.dtype))
     if loss == "logistic":
-        return (outputs.sigmoid() - targets.unsqueeze(2)) / examples
+        return mean_of_labelled(outputs.sigmoid() - targets.unsqueeze(2), targets)
     one_hot = targets.unsqueeze(2) == torch.arange(ways, device=targets.device)
-    return (outputs.softmax(2) - one_hot.to(outputs.dtype)) / examples
+    return mean_of_labelled(outputs.softmax(2) - one_hot.to(outputs.dtype), targets)
+
+
+def mean_of_labelled(values: Tensor, labels: Tensor) -> Tensor:
+    """values [T, S, N] over each task's number of present examples, and 0 for the absent ones."""
+    if may_have_absent(labels):
+        values = values.masked_fill((labels == ABSENT).unsqueeze(2), 0)
+        values = values * mean_factor(labels, values.dtype).unsqueeze(2)
+    return values / values.shape[1]
 
 
 @_in_own_dtype
@@ -158,6 +173,8 @@ def linear_head(
     if loss != "mse":
         check_label_range(targets, 2 if loss == "logistic" else weight.shape[1], "targets")
     features, w = x.to(lr.dtype), weight.to(lr.dtype, copy=True)
+    if loss != "mse":
+        features = without_absent(features, targets)
     b = None if bias is None else bias.to(lr.dtype, copy=True)
     for step_size in lr.T:
         outputs = features @ w.mT if b is None else features @ w.mT + b.unsqueeze(1)

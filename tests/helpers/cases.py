@@ -71,10 +71,21 @@ def inner_update_case(name: str, shape: tuple[int, ...], lr: Callable, **options
     return Case("inner_update", name, build, small=size <= 30)
 
 
-def prototypes_case(name: str, t: int, s: int, n: int, d: int, missing: bool = False) -> Case:
+def with_absent(labels: torch.Tensor) -> torch.Tensor:
+    """Labels [T, E] of which every third is absent, and all of the last of several tasks."""
+    labels = labels.clone()
+    labels.flatten()[1::3] = -1
+    if len(labels) > 1:
+        labels[-1] = -1
+    return labels
+
+
+def prototypes_case(
+    name: str, t: int, s: int, n: int, d: int, missing: bool = False, absent: bool = False
+) -> Case:
     def build(make: CaseFactory) -> Arguments:
         labels = make.labels(n - 1 if missing else n, t, s)
-        return (make.randn(t, s, d), labels, n), {}
+        return (make.randn(t, s, d), with_absent(labels) if absent else labels, n), {}
 
     return Case("prototypes", name, build, small=t * s * d <= 60)
 
@@ -88,13 +99,22 @@ def distance_case(metric: str, t: int, q: int, n: int, d: int) -> Case:
 
 
 def loss_case(
-    metric: str, reduction: str, t: int, q: int, n: int, d: int, scale: float = 1.0
+    metric: str,
+    reduction: str,
+    t: int,
+    q: int,
+    n: int,
+    d: int,
+    scale: float = 1.0,
+    absent: bool = False,
 ) -> Case:
     def build(make: CaseFactory) -> Arguments:
-        rows = (make.randn(t, q, d), make.labels(n, t, q), make.randn(t, n, d))
-        return rows, {"metric": metric, "reduction": reduction, "scale": scale}
+        query, labels, prototypes = make.randn(t, q, d), make.labels(n, t, q), make.randn(t, n, d)
+        labels = with_absent(labels) if absent else labels
+        options = {"metric": metric, "reduction": reduction, "scale": scale}
+        return (query, labels, prototypes), options
 
-    name = f"{metric}-{reduction}-{t}x{q}x{n}x{d}"
+    name = f"{metric}-{reduction}-{t}x{q}x{n}x{d}{'-absent' if absent else ''}"
     return Case("prototype_loss", name, build, small=t * (q + n) * d <= 60)
 
 
@@ -141,6 +161,7 @@ def head_case(
     d: int,
     bias: bool = True,
     lr: Callable = lambda make, t, k: make.randn(k),
+    absent: bool = False,
     **options: Any,
 ) -> Case:
     """Make a linear-head case whose step sizes are too small to amplify rounding."""
@@ -152,11 +173,13 @@ def head_case(
             if loss == "mse"
             else make.labels(2 if loss == "logistic" else n, t, s)
         )
+        targets = with_absent(targets) if absent else targets
         head = make.randn(t, n, d), make.randn(t, n) if bias else None
         step_sizes = 0.5 * d**-0.5 * abs(lr(make, t, k))
         return (x, targets, *head, step_sizes), {"steps": k, "loss": loss, **options}
 
     more = "".join(f"-{name}={value}" for name, value in options.items())
+    more += "-absent" if absent else ""
     name = f"{loss}-{t}x{k}x{s}x{n}x{d}{'' if bias else '-no_bias'}{more}"
     return Case("linear_head", name, build, small=t * k * (s + n) * d <= 60)
 
@@ -212,6 +235,8 @@ PROTOTYPES = [
     prototypes_case("2x5x3x4", 2, 5, 3, 4),
     prototypes_case("one", 1, 1, 1, 1),
     prototypes_case("missing_class", 2, 4, 5, 3, missing=True),
+    prototypes_case("absent", 2, 5, 3, 4, absent=True),
+    prototypes_case("absent-slices", 3, 40, 7, 257, absent=True),
     unbatched(prototypes_case("2x5x3x4", 2, 5, 3, 4)),
     prototypes_case("slices", 3, 40, 7, 257),
     prototypes_case("proto_small", 2, 300, 60, 64),
@@ -234,6 +259,10 @@ PROTOTYPE_LOSS = [
     *(loss_case(metric, "mean", 2, 7, 65, 17, scale=0.5) for metric in METRICS),
     *(loss_case(metric, "none", 1, 130, 129, 65, scale=0.1) for metric in METRICS),
     loss_case("sqeuclidean", "sum", 2, 600, 31, 5),
+    *(loss_case(metric, "mean", 2, 4, 3, 2, absent=True) for metric in METRICS),
+    loss_case("euclidean", "none", 2, 4, 3, 2, absent=True),
+    *(loss_case(metric, "mean", 2, 130, 65, 17, scale=0.5, absent=True) for metric in METRICS),
+    loss_case("sqeuclidean", "sum", 2, 600, 31, 5, absent=True),
     unbatched(loss_case("sqeuclidean", "none", 2, 4, 3, 2)),
     unbatched(loss_case("cosine", "mean", 2, 4, 3, 2)),
 ]
@@ -279,6 +308,12 @@ LINEAR_HEAD = [
     head_case("mse", 1, 2, 2, 1, 1, bias=False, lr=lambda make, t, k: make.randn()),
     unbatched(head_case("cross_entropy", 1, 2, 3, 2, 2)),
     unbatched(head_case("mse", 2, 1, 3, 2, 2, bias=False)),
+    *(head_case("cross_entropy", 2, 2, 3, 2, 2, form=form, absent=True) for form in FORMS),
+    *(head_case("logistic", 2, 2, 4, 1, 2, form=form, absent=True) for form in FORMS),
+    *(
+        head_case("cross_entropy", 3, 5, 41, 5, 161, form=form, weight_decay=0.1, absent=True)
+        for form in FORMS
+    ),
     *(head_case("cross_entropy", 3, 5, 25, 5, 161, form=form) for form in FORMS),
     *(head_case("mse", 2, 3, 33, 7, 64, bias=False, form=form) for form in FORMS),
     *(head_case("logistic", 2, 4, 17, 1, 70, form=form) for form in FORMS),

@@ -58,13 +58,23 @@ void check_cuda_labels_once(const at::Tensor& labels, const LabelRange& range, c
   checked.add(std::move(now));
 }
 
-// Raises ValueError for the first entry of labels [T, E], contiguous, outside 0 <= label < classes.
-inline void check_cuda_label_range(const at::Tensor& labels, int64_t classes, const char* name) {
-  check_cuda_labels_once(labels, {classes}, [&] {
-    if (has_cuda_label_out_of_range(labels, classes, name)) {
-      check_label_range(labels.cpu(), classes, name);
-    }
-  });
+// Same as check_label_range, for labels [T, E] on a GPU, contiguous. Labels that a graph captures
+// count as present: the kernels find the absent ones, whose values must then be finite.
+inline bool check_cuda_label_range(const at::Tensor& labels, int64_t classes, const char* name) {
+  if (labels.numel() == 0 || is_being_captured()) return false;
+  const auto has_absent = [&] {
+    return has_cuda_label_out_of_range(labels, classes, name) &&
+           check_label_range(labels.cpu(), classes, name);
+  };
+  if (!LabelsInRange::can_be_known(labels)) return has_absent();
+  auto& checked = CheckedLabels::instance();
+  LabelsInRange all_present(labels, {classes});  // before the check, as above
+  if (checked.has(all_present)) return false;
+  LabelsInRange some_absent(labels, {classes, kAbsent});
+  if (checked.has(some_absent)) return true;
+  const bool found = has_absent();
+  checked.add(std::move(found ? some_absent : all_present));
+  return found;
 }
 
 }  // namespace fastmeta
