@@ -15,7 +15,8 @@ def is_readable(labels: Tensor) -> bool:
     real = type(labels) is Tensor and labels.device.type != "meta"
     if torch.compiler.is_compiling() or not real:
         return False
-    return not (torch._C._functorch.is_functorch_wrapped_tensor(labels) or is_being_captured(labels))
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(labels)
+    return not (wrapped or is_being_captured(labels))
 
 
 def has_absent(labels: Tensor) -> bool:

@@ -226,7 +226,7 @@ BAD_INPUT = {
     "label device": (lambda g: fm.prototypes(g.x, g.labels.to("meta"), 5), ValueError, "labels: expected device DEVICE, got meta"),
     "label type": (lambda g: fm.prototypes(g.x, [0], 5), TypeError, "labels: expected a tensor, got list"),
     "label high": (lambda g: fm.prototypes(g.x, g.labels, 4), ValueError, "labels[1, 0] is 4, expected 0 <= label < 4"),
-    "label negative": (lambda g: fm.prototypes(g.x, g.labels - 1, 5), ValueError, "labels[0, 0] is -1, expected 0 <= label < 5"),
+    "label negative": (lambda g: fm.prototypes(g.x, g.labels - 2, 5), ValueError, "labels[0, 0] is -2, expected 0 <= label < 5"),
     "num_classes type": (lambda g: fm.prototypes(g.x, g.labels, 5.0), TypeError, "num_classes: expected an integer, got 5.0"),
     "num_classes negative": (lambda g: fm.prototypes(g.x, g.labels, -1), ValueError, "num_classes: expected at least 0, got -1"),
     "loss label": (lambda g: fm.prototype_loss(g.x, g.labels + 2, g.y), ValueError, "query_labels[0, 3] is 5, expected 0 <= label < 5"),

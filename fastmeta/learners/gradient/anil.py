@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmeta.core.absence import ABSENT, is_readable
 from fastmeta.core.checks import check_choice, check_dense, check_integer, check_number
 from fastmeta.core.memory import kept_pages
 from fastmeta.core.module_inputs import check_inputs
@@ -24,14 +25,17 @@ from fastmeta.engines.explain import describe_tasks
 from fastmeta.engines.functional.task_module import TaskModule
 from fastmeta.engines.functional.vmap_errors import vmapped_if_possible, why_not_vmapped
 from fastmeta.engines.program.lowering import lower_loss
+from fastmeta.learners._absent import on_present_of_tasks, present_examples
 from fastmeta.learners._compile import CompilableLearner, as_single_op
 from fastmeta.ops import backend_of
-from fastmeta.ops._checks import check_floating, check_labels, check_together
+from fastmeta.ops._checks import check_floating, check_labels, check_mask, check_together
 from fastmeta.ops._linear_head_arguments import HeadOptions, checked_head, step_sizes
 from fastmeta.ops.linear_head import FORMS, linear_head, uses_kernel_form
 from fastmeta.ops.linear_head_loss import head_loss
 from fastmeta.ops.reference import check_label_range
 from fastmeta.ops.task_linear import task_linear
+
+_IGNORED = -100  # the ignore_index of F.cross_entropy without options
 
 _LOSSES = {
     lower_loss(function)[0]: name
@@ -53,6 +57,11 @@ class ANIL(CompilableLearner):
     of all tasks are one call of ``fastmeta.linear_head``; the body sees each example once.
 
     The body's batch norms use the statistics of each task's batch, as in ``MAML``.
+
+    Tasks may have unequal numbers of examples: one whose label is -1, or the ``ignore_index`` -100
+    of the cross entropy, is absent. The body does not see it, losses are means over the others, and
+    its gradient is 0. A task without present queries has loss 0. Where labels cannot be read, under
+    ``torch.vmap`` and in a CUDA graph, the body sees absent examples too.
 
     Args:
         body: any module of one input and one output, the features ``[B, D]``. It may be frozen
@@ -153,12 +162,13 @@ class ANIL(CompilableLearner):
             support_x: ``[T, S, ...]``.
             support_y: int64 labels ``[T, S]`` for the cross entropy; targets ``[T, S, N]`` of the
                 head's dtype for the squared error; 0 or 1 in ``[T, S, 1]``, of the head's dtype,
-                for the binary cross entropy.
+                for the binary cross entropy. Label -1: an absent example.
             query_x, query_y: the same with Q examples.
 
         Returns:
-            ``loss`` and the detached outputs on the queries ``[T, Q, N]``. The loss has an ordinary
-            autograd graph, which can be differentiated as many times as the body can.
+            ``loss`` and the detached outputs on the queries ``[T, Q, N]``; those of absent queries
+            have no meaning. The loss has an ordinary autograd graph, which can be differentiated as
+            many times as the body can.
 
         Raises:
             TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
@@ -168,14 +178,16 @@ class ANIL(CompilableLearner):
         targets, query_targets = (
             self._targets(e.y_name, e.y) for e in (batch.support, batch.query)
         )
-        features = self._support_features(support_x)
+        features = self._support_features(support_x, targets)
         weight, bias = self.head.weight, self.head.bias
         head = checked_head(features, targets, weight, bias, self._inner_loss)
         lr = step_sizes(self._step_sizes(self.steps), self.steps, features)
         kernel_form = uses_kernel_form(self.form, head, self.steps)
         options = HeadOptions(self._inner_loss, self.weight_decay, self.first_order, kernel_form)
+        present = _present(query_targets)
         with kept_pages():
-            return head_loss(head, lr, self._features(query_x, "query_x"), query_targets, options)
+            query = self._features(query_x, "query_x", present)
+            return head_loss(head, lr, query, query_targets, options)
 
     def adapt_tasks(
         self, support_x: Tensor, support_y: Tensor, steps: int | None = None
@@ -259,7 +271,7 @@ class ANIL(CompilableLearner):
     ) -> tuple[Tensor, Tensor | None]:
         """Each task's weight ``[T, N, D]`` and bias ``[T, N]``."""
         targets = self._targets("support_y", support_y)
-        features = self._support_features(support_x)
+        features = self._support_features(support_x, targets)
         return linear_head(
             features,
             targets,
@@ -273,43 +285,56 @@ class ANIL(CompilableLearner):
             first_order=self.first_order,
         )
 
-    def _support_features(self, x: Tensor) -> Tensor:
+    def _support_features(self, x: Tensor, targets: Tensor) -> Tensor:
         # To first order the support features get no gradient, so no graph of them is kept.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.first_order):
-            return self._features(x, "support_x")
+            return self._features(x, "support_x", _present(targets))
 
-    def _outputs(self, query_x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return task_linear(self._features(query_x, "query_x"), weight, bias)
+    def _outputs(
+        self, query_x: Tensor, weight: Tensor, bias: Tensor | None, present: Tensor | None
+    ) -> Tensor:
+        return task_linear(self._features(query_x, "query_x", present), weight, bias)
 
     @entry_point
-    def _features(self, x: Tensor, name: str) -> Tensor:
+    def _features(self, x: Tensor, name: str, present: Tensor | None) -> Tensor:
         """``[T, B, ...]`` -> ``[T, B, D]``, in the head's dtype, also under autocast.
 
-        ``name`` is the argument's in errors.
+        ``name`` is the argument's in errors. ``present``: bool ``[T, B]``, the examples that the
+        body sees; the others have features 0.
         """
         call = TaskModule(self.body, self.norm_statistics)
 
-        def outputs(chunk: int | None) -> Tensor:
-            # Not split if one chunk is all: the backward of a split copies the gradient.
-            if chunk is None or chunk >= len(x):
-                return call.outputs({}, x, name)
-            return torch.cat([call.outputs({}, part, name) for part in x.split(chunk)])
+        def features_of(x: Tensor) -> Tensor:
+            def outputs(chunk: int | None) -> Tensor:
+                # Not split if one chunk is all: the backward of a split copies the gradient.
+                if chunk is None or chunk >= len(x):
+                    return call.outputs({}, x, name)
+                return torch.cat([call.outputs({}, part, name) for part in x.split(chunk)])
+
+            features = vmapped_if_possible(self.body, self.task_chunk, outputs)
+            expected = (*x.shape[:2], self.head.in_features)
+            if features.shape != expected:
+                raise ValueError(
+                    f"body: expected features {list(expected[1:])} of a task, as head takes "
+                    f"{expected[-1]}, got {list(features.shape[1:])}"
+                )
+            return features.to(self.head.weight.dtype)
 
         with call.conditions():
-            features = vmapped_if_possible(self.body, self.task_chunk, outputs)
-        expected = (*x.shape[:2], self.head.in_features)
-        if features.shape != expected:
-            raise ValueError(
-                f"body: expected features {list(expected[1:])} of a task, as head takes "
-                f"{expected[-1]}, got {list(features.shape[1:])}"
-            )
-        return features.to(self.head.weight.dtype)
+            if present is None:
+                return features_of(x)
+            features = on_present_of_tasks(features_of, x, present)
+        if features is None:
+            return self.head.weight.new_zeros(*present.shape, self.head.in_features)
+        return features
 
     def _targets(self, name: str, y: Tensor) -> Tensor:
         """Check labels or targets; returns them in the form of ``linear_head``."""
         weight, ways = self.head.weight, self.head.out_features
         if self._inner_loss == "cross_entropy":
             check_labels(name, y, y.shape[:2], weight.device)
+            if is_readable(y) and int(y.min()) < ABSENT:
+                y = y.masked_fill(y == _IGNORED, ABSENT)
             check_label_range(y, ways, name)
             return y
         check_floating(name, y)
@@ -365,17 +390,24 @@ class AdaptedHeads:
     layout: ParameterLayout
     learner: ANIL
 
-    def __call__(self, query_x: Tensor) -> Tensor:
+    def __call__(self, query_x: Tensor, present: Tensor | None = None) -> Tensor:
         """Outputs of each task's head on its queries, ``[T, Q, ...]`` -> ``[T, Q, N]``.
 
+        Args:
+            query_x: ``[T, Q, ...]``.
+            present: bool ``[T, Q]``, the queries that the body sees; None for all of them. The
+                outputs of the others have no meaning.
+
         Raises:
-            TypeError: ``query_x`` is not a tensor.
-            ValueError: ``query_x`` has another number of tasks.
+            TypeError: ``query_x`` is not a tensor, or ``present`` not bool.
+            ValueError: ``query_x`` has another number of tasks, or ``present`` another shape.
         """
         check_dense("query_x", query_x)
         check_inputs("query_x", query_x, len(self))
+        if present is not None:
+            check_mask("present", present, query_x.shape[:2], query_x.device)
         params = self.layout.views(self.params)
-        return self.learner._outputs(query_x, params["weight"], params.get("bias"))
+        return self.learner._outputs(query_x, params["weight"], params.get("bias"), present)
 
     def __len__(self) -> int:
         return len(self.params)
@@ -423,9 +455,17 @@ def _check_step_size(lr: float | Tensor, steps: int) -> None:
         raise ValueError(f"{expected}, got {lr}")
 
 
+def _present(targets: Tensor) -> Tensor | None:
+    """Which examples are present, bool ``[T, B]``; None if all are."""
+    return None if targets.is_floating_point() else present_examples(targets)
+
+
 def _binary_labels(name: str, y: Tensor) -> Tensor:
     """Targets ``[T, examples, 1]`` -> labels ``[T, examples]``."""
     labels = y.squeeze(2).long()
     if not (labels == y.squeeze(2)).all():
-        raise ValueError(f"{name}: expected 0 or 1 for the binary cross entropy")
+        raise ValueError(
+            f"{name}: expected 0 or 1 for the binary cross entropy, or {ABSENT} for an absent "
+            "example"
+        )
     return labels

@@ -5,18 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmeta.core.absence import ABSENT
+
 
 def count_classes(labels: Tensor) -> int:
     """N, the largest label ``[T, S]`` + 1.
 
     Raises:
-        ValueError: there are no labels, or no task has some class between 0 and N - 1.
+        ValueError: no example is present, or no task has some class between 0 and N - 1.
     """
-    if labels.numel() == 0:
-        raise ValueError("num_classes: expected a number, as support_y is empty, got None")
     found = labels.unique()
+    found = found[found != ABSENT]
+    if len(found) == 0:
+        raise ValueError("num_classes: expected a number, as support_y is empty, got None")
     largest = int(found[-1])
-    # Negative labels are reported by the op that reads them.
+    # Other negative labels are reported by the op that reads them.
     if int(found[0]) >= 0 and len(found) <= largest:
         first = next(n for n, label in enumerate(found.tolist()) if n != label)
         raise ValueError(
@@ -32,8 +35,9 @@ def classes_present(labels: Tensor, num_classes: int) -> Tensor | None:
 
     ``torch.compile`` knows no values, so it always gets the tensor.
     """
-    present = torch.zeros(len(labels), num_classes, dtype=torch.bool, device=labels.device)
-    present = present.scatter(1, labels, True)
+    # One class more, of the absent examples.
+    found = torch.zeros(len(labels), num_classes + 1, dtype=torch.bool, device=labels.device)
+    present = found.scatter(1, labels.remainder(num_classes + 1), True)[:, :num_classes]
     if torch.compiler.is_compiling() or not bool(present.all()):
         return present
     return None
@@ -43,8 +47,9 @@ def check_present(query_labels: Tensor, present: Tensor) -> None:
     """ValueError for a query of a class that its task lacks; out of range is the op's to report."""
     if torch.compiler.is_compiling():
         return
-    known = present.gather(1, query_labels.clamp(0, present.shape[1] - 1))
-    _refuse_unknown(query_labels, known)
+    if present.shape[1]:
+        known = present.gather(1, query_labels.clamp(0, present.shape[1] - 1))
+        _refuse_unknown(query_labels, known | (query_labels == ABSENT))
 
 
 def number_classes(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,31 +57,40 @@ def number_classes(labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         The label of each class ``[T, N]``, -1 where a task has fewer than N; and the numbers
-        ``[T, S]``.
+        ``[T, S]``, ABSENT for an absent example.
 
     Raises:
-        ValueError: a negative label.
+        ValueError: a negative label other than ABSENT.
     """
-    if labels.numel() and int(labels.min()) < 0:
-        raise ValueError(f"support_y: expected labels of at least 0, got {int(labels.min())}")
+    if labels.numel() and int(labels.min()) < ABSENT:
+        raise ValueError(
+            f"support_y: expected labels of at least 0, or {ABSENT} for an absent example, "
+            f"got {int(labels.min())}"
+        )
     ordered, order = labels.sort(1)
-    is_new = torch.ones_like(ordered, dtype=torch.bool)
-    is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    number = is_new.cumsum(1) - 1
-    count = int(number[:, -1].max()) + 1 if labels.numel() else 0
-    classes = labels.new_full((len(labels), count), -1).scatter(1, number, ordered)
+    is_new = ordered != ABSENT
+    is_new[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
+    number = is_new.cumsum(1) - 1  # absent examples come first, and get -1
+    count = int(number.max()) + 1 if labels.numel() else 0
+    # They fall into one class more.
+    classes = labels.new_full((len(labels), count + 1), -1)
+    classes = classes.scatter(1, number.remainder(count + 1), ordered)[:, :count]
     return classes, torch.empty_like(labels).scatter(1, order, number)
 
 
 def numbers_of(labels: Tensor, classes: Tensor) -> Tensor:
-    """The numbers ``[T, Q]`` of labels among a task's classes ``[T, N]``.
+    """The numbers ``[T, Q]`` of labels among a task's classes ``[T, N]``; ABSENT stays.
 
     Raises:
         ValueError: a label that its task lacks.
     """
+    absent = labels == ABSENT
+    if not classes.shape[1]:
+        _refuse_unknown(labels, absent)
+        return labels
     matches = labels.unsqueeze(2) == classes.unsqueeze(1)
-    _refuse_unknown(labels, matches.any(2))
-    return matches.int().argmax(2)
+    _refuse_unknown(labels, matches.any(2) | absent)
+    return matches.int().argmax(2).masked_fill(absent, ABSENT)
 
 
 def _refuse_unknown(labels: Tensor, known: Tensor) -> None:

@@ -8,8 +8,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
+from fastmeta.core.absence import ABSENT
 from fastmeta.core.checks import check_choice, check_dense
 from fastmeta.core.module_errors import KINDS, described
+from fastmeta.learners._absent import on_present, present_examples
 from fastmeta.learners.metric._classes import (
     check_present,
     classes_present,
@@ -18,10 +20,12 @@ from fastmeta.learners.metric._classes import (
     numbers_of,
 )
 from fastmeta.ops import backend_of
-from fastmeta.ops._checks import METRICS
+from fastmeta.ops._checks import METRICS, check_mask
 from fastmeta.ops.pairwise_distance import pairwise_distance
 from fastmeta.ops.prototype_loss import masked_logits, prototype_loss
 from fastmeta.ops.prototypes import prototypes
+
+_COMPILED = "labels: expected no -1 in a compiled call, whose encoder sees all examples"
 
 
 class ProtoNet(nn.Module):
@@ -32,6 +36,11 @@ class ProtoNet(nn.Module):
     ``logits = -scale * distance(encoder(query), prototypes)``. The examples of all tasks
     pass through the encoder in one call, so batch norm sees them together: batch statistics in
     ``train()``, running statistics in ``eval()``, as in any module.
+
+    Tasks may have unequal ways, shots and queries: an example of label -1 is absent. The encoder
+    does not see it, it belongs to no class, and its gradient is 0. A class without a support
+    example in a task has logit minus infinity there. ``torch.compile`` knows no values, and
+    compiled calls refuse label -1 when they run.
 
     Args:
         encoder: any module ``[B, ...] -> [B, ...]``; its output is flattened to ``[B, D]``.
@@ -120,13 +129,15 @@ class ProtoNet(nn.Module):
         """The mean query loss of a batch of tasks, and the logits of the queries.
 
         ``loss = mean over tasks and queries of logsumexp(logits) - logits[y]`` (Snell et al. 2017,
-        eq. 2), through the fused op: no Q x N matrix is kept for the backward pass.
+        eq. 2), through the fused op: no Q x N matrix is kept for the backward pass. With absent
+        queries it is the mean over tasks of each task's mean over its present queries, 0 for a task
+        without one.
 
         Args:
             support_x: ``[T, S, ...]``.
-            support_y: ``[T, S]``, int64, in ``[0, N)``.
+            support_y: ``[T, S]``, int64, in ``[0, N)``, or -1 for an absent example.
             query_x: ``[T, Q, ...]``, shaped like ``support_x`` after the first two dimensions.
-            query_y: ``[T, Q]``, int64, in ``[0, N)``.
+            query_y: ``[T, Q]``, int64, in ``[0, N)``, or -1 for an absent example.
             num_classes: N; ``None``: the largest support label + 1, and no label below it may be
                 missing in all tasks.
             return_logits: ``False``: do not compute the logits, and return ``None`` for them.
@@ -136,7 +147,7 @@ class ProtoNet(nn.Module):
         Returns:
             The scalar loss, differentiable in the encoder's parameters and in both inputs, and the
             detached logits ``[T, Q, N]``. A class without a support example in a task has logit
-        minus infinity there.
+            minus infinity there. The logits of an absent query have no meaning.
 
         Raises:
             ValueError, TypeError: shapes, dtypes, devices or labels that do not fit together; a
@@ -150,7 +161,8 @@ class ProtoNet(nn.Module):
             query_y = numbers_of(query_y, classes)
         num_classes = count_classes(support_y) if num_classes is None else num_classes
         shots = support_x.shape[1]
-        embedding = self._embed_tasks(torch.cat([support_x, query_x], dim=1))
+        examples = torch.cat([support_x, query_x], dim=1)
+        embedding = self._embed_labelled(examples, support_y, query_y)
         support, query = embedding[:, :shots], embedding[:, shots:]
         centres = prototypes(support, support_y, num_classes)
         present = classes_present(support_y, num_classes)
@@ -174,7 +186,7 @@ class ProtoNet(nn.Module):
 
         Args:
             support_x: ``[T, S, ...]``.
-            support_y: ``[T, S]``, int64, in ``[0, N)``.
+            support_y: ``[T, S]``, int64, in ``[0, N)``, or -1 for an absent example.
             steps: ``None``: a ProtoNet takes no inner steps; the ``adapt_tasks`` of every learner
                 has this argument.
             num_classes, relabel: as for ``meta_loss``.
@@ -202,7 +214,7 @@ class ProtoNet(nn.Module):
         if relabel:
             classes, support_y = number_classes(support_y)
         num_classes = count_classes(support_y) if num_classes is None else num_classes
-        centres = prototypes(self._embed_tasks(support_x), support_y, num_classes)
+        centres = prototypes(self._embed_labelled(support_x, support_y), support_y, num_classes)
         return AdaptedProtoNet(centres, self, classes_present(support_y, num_classes), classes)
 
     def explain(self) -> str:
@@ -219,9 +231,28 @@ class ProtoNet(nn.Module):
     def extra_repr(self) -> str:
         return f"metric={self.metric!r}, scale={self.scale:g}"
 
-    def _embed_tasks(self, x: Tensor) -> Tensor:
-        """``[T, B, ...] -> [T, B, D]`` in one encoder call."""
-        return self(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    def _embed_labelled(self, x: Tensor, *labels: Tensor) -> Tensor:
+        """Same as ``_embed_tasks``, of the examples that the labels say are present.
+
+        The labels of all sets together are ``[T, B]``.
+        """
+        if torch.compiler.is_compiling():
+            for y in labels:
+                torch._assert_async((y != ABSENT).all(), _COMPILED)
+        if all(present_examples(y) is None for y in labels):
+            return self._embed_tasks(x)
+        return self._embed_tasks(x, torch.cat([y != ABSENT for y in labels], dim=1))
+
+    def _embed_tasks(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """``[T, B, ...] -> [T, B, D]`` in one encoder call, 0 for those not ``present`` [T, B]."""
+        if present is None:
+            return self(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        embedding = on_present(self, x, present)
+        if embedding is not None:
+            return embedding
+        # Joined to the parameters: backward() gives them gradients of 0.
+        nothing = sum(0 * p.sum() for p in self.encoder.parameters())
+        return x.new_zeros(*present.shape, 1) + nothing
 
     def _encode(self, x: Tensor) -> Tensor:
         """The encoder's output; an error of it names the layer and the shape that came."""
@@ -254,12 +285,17 @@ class AdaptedProtoNet:
     present: Tensor | None = None
     classes: Tensor | None = None
 
-    def __call__(self, query_x: Tensor) -> Tensor:
+    def __call__(self, query_x: Tensor, present: Tensor | None = None) -> Tensor:
         """Map queries ``[T, Q, ...]`` to logits ``[T, Q, N]``, differentiable.
 
+        Args:
+            query_x: ``[T, Q, ...]``.
+            present: bool ``[T, Q]``, the queries that the encoder sees; ``None``: all of them. The
+                logits of the others have no meaning.
+
         Raises:
-            TypeError: ``query_x`` is not a tensor.
-            ValueError: ``query_x`` has another number of tasks.
+            TypeError: ``query_x`` is not a tensor, or ``present`` not bool.
+            ValueError: ``query_x`` has another number of tasks, or ``present`` another shape.
         """
         check_dense("query_x", query_x)
         if query_x.ndim < 3 or len(query_x) != len(self.prototypes):
@@ -267,7 +303,9 @@ class AdaptedProtoNet:
             raise ValueError(
                 f"query_x: expected shape [{len(self.prototypes)}, Q, ...], got {shape}"
             )
-        query = self.learner._embed_tasks(query_x)
+        if present is not None:
+            check_mask("present", present, query_x.shape[:2], query_x.device)
+        query = self.learner._embed_tasks(query_x, present)
         return self.learner._logits(query, self.prototypes, self.present)
 
 

@@ -452,7 +452,7 @@ X, Y = torch.zeros(2, 4, 3), torch.zeros(2, 4, dtype=torch.long)
         ((X, Y, X[..., :2], Y), ValueError, r"body: expected features \[4, 3\] .*got \[4, 2\]"),
         ((X, Y.int(), X, Y), TypeError, "support_y: expected dtype torch.int64, got torch.int32"),
         ((X, Y + 2, X, Y), ValueError, r"support_y\[0, 0\] is 2, expected 0 <= label < 2"),
-        ((X, Y, X, Y - 1), ValueError, r"query_y\[0, 0\] is -1, expected 0 <= label < 2"),
+        ((X, Y, X, Y - 2), ValueError, r"query_y\[0, 0\] is -2, expected 0 <= label < 2 or -1"),
         ((X, Y, X, X), TypeError, "query_y: expected dtype torch.int64, got torch.float32"),
     ],
 )
