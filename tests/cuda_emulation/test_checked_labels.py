@@ -106,6 +106,40 @@ def test_a_label_that_a_program_ignores_is_none_of_another_op():
         fm.prototypes(X, y, classes)
 
 
+def test_labels_with_absent_examples_are_checked_once():
+    y, x = labels(0, -1, 2, 2, -1, 0), X.clone()
+    x[0, 1] = x[0, 4] = torch.nan
+    assert checks_of(y, y, y) == 1
+    query, prototypes = x.requires_grad_(), torch.zeros(1, 3, 2)
+    for _ in range(2):  # what is known of the labels is that some are absent
+        fm.prototype_loss(query, y, prototypes).backward()
+        assert (query.grad[0, [1, 4]] == 0).all() and query.grad.isfinite().all()
+    assert checks_of(y) == 0
+    y[0, 1] = y[0, 4] = 1
+    assert checks_of(y, y) == 1
+    assert fm.prototypes(x, y, 3).isnan().any()
+
+
+def test_a_capture_leaves_absent_examples_out():
+    y, x = labels(0, -1, 2, 2, -1, 0), X.clone()
+    x[0, 1] = 1e30  # its distances and outputs overflow
+    start = torch.zeros(3, 2)
+
+    def values() -> list[Tensor]:
+        leaves = [x.clone().requires_grad_(), start.clone().requires_grad_()]
+        head = fm.linear_head(leaves[0], y, leaves[1] + 1, lr=0.1, steps=2)[0]
+        means = fm.prototypes(leaves[0], y, 3)
+        loss = fm.prototype_loss(leaves[0], y, means) + head.square().sum()
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    expected = values()
+    with emulator.capturing():
+        captured = values()
+    for a, e in zip(captured, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-6)
+    assert not captured[1][0, [1, 4]].any()
+
+
 def test_writes_in_inference_mode_are_not_counted_so_labels_are_checked_again():
     with torch.inference_mode():
         y = labels()

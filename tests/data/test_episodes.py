@@ -309,3 +309,102 @@ def test_a_data_loader_reads_episodes() -> None:
     for i, episode in enumerate(found):
         assert isinstance(episode, Episode)
         assert all(map(torch.equal, episode, episodes[i]))
+
+
+# Ranges of sizes
+
+
+def sizes_of(episode: Episode) -> list[tuple[int, int, int]]:
+    """Ways, shots and queries of each task, of a padded episode that is checked on the way."""
+    found = []
+    for support_x, support_y, query_x, query_y in zip(*episode, strict=True):
+        ways = int(support_y.max()) + 1
+        per_class = []
+        for x, y in ((support_x, support_y), (query_x, query_y)):
+            each = int((y == 0).sum())
+            labels = torch.arange(ways).repeat_interleave(each)
+            assert y.tolist() == labels.tolist() + [-1] * (len(y) - len(labels))
+            assert not x[len(labels) :].any()
+            per_class.append(each)
+        found.append((ways, *per_class))
+    return found
+
+
+RANGES = {"ways": (2, 6), "shots": (1, 3), "queries": (0, 2), "tasks": 40}
+
+
+def test_ranges_give_each_task_its_own_size() -> None:
+    episode = Episodes(coded_source(), **RANGES, seed=3)[1]
+    sizes = sizes_of(episode)
+    for column, (low, high) in zip(zip(*sizes, strict=True), [(2, 6), (1, 3), (0, 2)], strict=True):
+        assert set(column) == set(range(low, high + 1))
+    assert episode.support_x.shape[1] == max(ways * shots for ways, shots, _ in sizes)
+    assert episode.query_x.shape[1] == max(ways * queries for ways, _, queries in sizes)
+    assert [t.dtype for t in episode] == [torch.float32, torch.int64] * 2
+    for t, (ways, shots, queries) in enumerate(sizes):
+        classes, examples = decode(episode.support_x)
+        asked_classes, asked = decode(episode.query_x)
+        drawn = list(zip(classes[t, : ways * shots].tolist(), examples[t].tolist(), strict=False))
+        drawn += zip(asked_classes[t, : ways * queries].tolist(), asked[t].tolist(), strict=False)
+        assert len(set(drawn)) == ways * (shots + queries)
+
+
+def test_sizes_are_uniform() -> None:
+    episodes = Episodes(coded_source(), (2, 5), (1, 2), 1, tasks=1000)
+    counts = np.bincount([ways for ways, _, _ in sizes_of(episodes[0])], minlength=6)[2:]
+    assert ((counts - 250) ** 2 / 250).sum() < 16.27  # chi-squared of 3, p = 0.001
+
+
+def test_ranges_depend_on_seed_and_index() -> None:
+    first, second = (Episodes(coded_source(), **RANGES, seed=3) for _ in range(2))
+    assert_same(first[5], second[5])
+    assert sizes_of(first[5]) != sizes_of(first[6])
+    assert sizes_of(first[5]) != sizes_of(Episodes(coded_source(), **RANGES, seed=4)[5])
+
+
+def test_the_first_ragged_episode_of_seed_0_never_changes() -> None:
+    episode = Episodes(coded_source(), ways=(1, 3), shots=(1, 2), queries=1, tasks=2)[0]
+    assert episode.support_y.tolist() == [[0, 1, 2], [0, 0, -1]]
+    assert decode(episode.support_x)[0].tolist() == [[0, 2, 11], [7, 7, 0]]
+
+
+def test_ranges_of_a_fixed_number_of_tasks() -> None:
+    """Each task keeps its size and its examples, whatever the episode pads it to."""
+    episodes = Episodes(coded_source(), **{**RANGES, "tasks": 5}, num_tasks=10, seed=1)
+    seen = [sorted(sizes_of(episodes[i]) + sizes_of(episodes[i + 1])) for i in (0, 2, 4)]
+    assert seen[0] == seen[1] == seen[2] and len(set(seen[0])) > 3
+
+
+def test_the_origin_of_a_ragged_episode_has_no_padding() -> None:
+    episodes = Episodes(coded_source(), **RANGES, seed=3)
+    origin, sizes = episodes.origin(2), sizes_of(episodes[2])
+    classes, examples = decode(episodes[2].support_x)
+    for t, (ways, shots, queries) in enumerate(sizes):
+        assert origin.class_names[t] == [
+            str(c) for c in classes[t, : ways * shots : shots].tolist()
+        ]
+        assert len(origin.support[t]) == ways * shots and len(origin.query[t]) == ways * queries
+        rows = classes[t] * 8 + examples[t]
+        assert origin.support[t] == [str(row) for row in rows[: ways * shots].tolist()]
+
+
+def test_an_episode_without_tasks_of_ranges() -> None:
+    episode = Episodes(coded_source(), **{**RANGES, "tasks": 0})[0]
+    assert episode.support_x.shape == (0, 18, 1, 1, 2) and episode.query_y.shape == (0, 12)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"ways": (0, 3)}, ValueError, "ways: expected an integer >= 1, got 0"),
+        ({"ways": (2, 13)}, ValueError, "ways: expected at most the 12 classes .*, got 13"),
+        ({"shots": (3, 2)}, ValueError, r"shots: expected a range .* least <= most, got \(3, 2\)"),
+        ({"shots": (1, 2, 3)}, ValueError, r"shots: expected a number or a range .*\(1, 2, 3\)"),
+        ({"queries": (1, 2.0)}, TypeError, "queries: expected an integer >= 0, got 2.0"),
+        ({"shots": (1, 6), "queries": 3}, ValueError, r"at most the 8 examples .* got 6 \+ 3"),
+        ({"source": Sinusoid(), "ways": 1, "shots": (1, 2)}, TypeError, "source: .* regression"),
+    ],
+)
+def test_bad_ranges(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Episodes(**{"source": coded_source(), **GOOD, **change})

@@ -62,7 +62,7 @@ def loss_backward(labels: Tensor) -> Tensor:
 
 # The last is behind 64 parts of 256 labels, what the check reads in one go.
 @pytest.mark.parametrize(
-    ("task", "example", "label"), [(0, 0, -1), (1, 7, 5), (2, 9_999, 2**40), (0, 9_000, -(2**63))]
+    ("task", "example", "label"), [(0, 0, -2), (1, 7, 5), (2, 9_999, 2**40), (0, 9_000, -(2**63))]
 )
 @pytest.mark.parametrize("op", [prototypes, loss, prototypes_backward, loss_backward])
 def test_the_first_wrong_label_is_named_and_the_op_goes_on(op, task, example, label):
