@@ -96,14 +96,16 @@ TORCH_LIBRARY(fastmeta, m) {
   // A network and its loss as a list of instructions: code, see task_program/program/program.h.
   // theta [P] or [T, P], of which the first A are adapted, and the tasks share the others; frozen
   // [F]; lr [K or 1, T or 1, A or 1]; x [T, B, ...]; y [T, B] int64 labels, or [T, B, ...]; n
-  // elements in an example's output. A gradient has the shape of its input, and is empty if not
-  // requested.
+  // elements in an example's output. weight [T, B]: a task's loss is the sum of its examples' losses
+  // times it; none: as the code says. A label -1 marks an absent example. A program with a batch norm
+  // takes neither. A gradient has the shape of its input, and is empty if not requested.
   // -> outputs [T, B, n]
   m.def("task_program_forward(Tensor code, Tensor theta, Tensor frozen, Tensor x) -> Tensor");
   // -> loss [T], outputs [T, B, n], grad_theta [T, P], grad_x
   m.def(
       "task_program_gradient(Tensor code, Tensor theta, Tensor frozen, Tensor x, Tensor y,"
-      " bool input_grad) -> (Tensor loss, Tensor outputs, Tensor grad_theta, Tensor grad_x)");
+      " bool input_grad, Tensor? weight=None)"
+      " -> (Tensor loss, Tensor outputs, Tensor grad_theta, Tensor grad_x)");
   // Raises ValueError for a label that the ops refuse; ignores targets of another loss. The ops
   // check labels themselves, but cannot while a CUDA graph is captured: whoever replays a graph
   // calls this.
@@ -111,39 +113,43 @@ TORCH_LIBRARY(fastmeta, m) {
   // vector [T, A] -> H vector [T, P], and the derivative of <gradient, vector> with respect to x
   m.def(
       "task_program_hvp(Tensor code, Tensor theta, Tensor frozen, Tensor x, Tensor y,"
-      " Tensor vector, bool input_grad) -> (Tensor product, Tensor grad_x)");
+      " Tensor vector, bool input_grad, Tensor? weight=None) -> (Tensor product, Tensor grad_x)");
   // vectors [T, N, A] -> H vector of each, or of the Gauss-Newton matrix J' H_L J [T, N, P]
   m.def(
       "task_program_products(Tensor code, Tensor theta, Tensor frozen, Tensor x, Tensor y,"
-      " Tensor vectors, bool gauss_newton) -> Tensor");
+      " Tensor vectors, bool gauss_newton, Tensor? weight=None) -> Tensor");
   // -> theta after `steps` steps of gradient descent [T, A]; shared: P - A
   m.def(
       "task_program_adapt(Tensor code, Tensor theta, Tensor frozen, Tensor lr, Tensor x, Tensor y,"
-      " int steps, int shared=0) -> Tensor");
+      " int steps, int shared=0, Tensor? weight=None) -> Tensor");
   // grad_out [T, A]
   m.def(
       "task_program_adapt_backward(Tensor code, Tensor theta, Tensor frozen, Tensor lr, Tensor x,"
       " Tensor y, int steps, Tensor grad_out, bool first_order, bool keep, bool lr_grad,"
-      " bool input_grad) -> (Tensor grad_theta, Tensor grad_lr, Tensor grad_x)");
+      " bool input_grad, Tensor? weight=None)"
+      " -> (Tensor grad_theta, Tensor grad_lr, Tensor grad_x)");
   // -> the mean over tasks of the query loss after the steps (with weights, the weighted sum over
   // all steps), outputs [T, Q, n] after the last, and gradients of this mean
   m.def(
       "task_program_meta_gradient(Tensor code, Tensor theta, Tensor frozen, Tensor lr,"
       " Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, float[] step_weights,"
       " int steps, bool first_order, bool keep, bool gradient, bool lr_grad, bool support_grad,"
-      " bool query_grad) -> (Tensor loss, Tensor outputs, Tensor grad_theta, Tensor grad_lr,"
-      " Tensor grad_support_x, Tensor grad_query_x)");
+      " bool query_grad, Tensor? support_weight=None, Tensor? query_weight=None)"
+      " -> (Tensor loss, Tensor outputs, Tensor grad_theta, Tensor grad_lr, Tensor grad_support_x,"
+      " Tensor grad_query_x)");
   // task_program_meta_gradient on a module's own parameters, for autograd: once differentiable in
   // parameters, lr, support_x and query_x
   m.def(
       "task_program_meta_loss(Tensor code, Tensor[] parameters, Tensor frozen, Tensor lr,"
       " Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, float[] step_weights,"
-      " int steps, bool first_order, bool keep) -> (Tensor loss, Tensor outputs)");
+      " int steps, bool first_order, bool keep, Tensor? support_weight=None,"
+      " Tensor? query_weight=None) -> (Tensor loss, Tensor outputs)");
   // task_program_meta_loss with its gradients with respect to the parameters [P] and to lr, without
   // autograd
   m.def(
       "task_program_loss_and_gradient(Tensor code, Tensor[] parameters, Tensor frozen, Tensor lr,"
       " Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, float[] step_weights,"
-      " int steps, bool first_order, bool keep, bool lr_grad)"
+      " int steps, bool first_order, bool keep, bool lr_grad, Tensor? support_weight=None,"
+      " Tensor? query_weight=None)"
       " -> (Tensor loss, Tensor outputs, Tensor grad_parameters, Tensor grad_lr)");
 }

@@ -128,9 +128,10 @@ class CachedStep {
     {
       const auto own = unpacked(parameters), others = unpacked(frozen);
       const py::gil_scoped_release no_gil;
-      std::tie(loss, outputs) = meta_loss_op().call(
-          code_, own, others.empty() ? no_frozen_ : joined(others), lr_, inputs[0], inputs[1],
-          inputs[2], inputs[3], at::ArrayRef<double>(), steps_, first_order_, keep_);
+      std::tie(loss, outputs) =
+          meta_loss_op().call(code_, own, others.empty() ? no_frozen_ : joined(others), lr_,
+                              inputs[0], inputs[1], inputs[2], inputs[3], at::ArrayRef<double>(),
+                              steps_, first_order_, keep_, std::nullopt, std::nullopt);
       if (output_shape_.size() != 1) outputs = outputs.view(shape_of(outputs));
     }
     return py::make_tuple(std::move(loss), std::move(outputs));
@@ -176,10 +177,10 @@ class CachedStep {
       const py::gil_scoped_release no_gil;
       const at::AutoDispatchBelowAutograd below;
       std::tie(loss, outputs, grads, std::ignore, std::ignore, std::ignore) =
-          meta_gradient_op().call(code_, joined(parameters),
-                                  frozen.empty() ? no_frozen_ : joined(frozen), lr_, inputs[0],
-                                  inputs[1], inputs[2], inputs[3], at::ArrayRef<double>(), steps_,
-                                  first_order_, keep_, true, false, false, false);
+          meta_gradient_op().call(
+              code_, joined(parameters), frozen.empty() ? no_frozen_ : joined(frozen), lr_,
+              inputs[0], inputs[1], inputs[2], inputs[3], at::ArrayRef<double>(), steps_,
+              first_order_, keep_, true, false, false, false, std::nullopt, std::nullopt);
       if (output_shape_.size() != 1) outputs = outputs.view(shape_of(outputs));
     }
     return py::make_tuple(std::move(loss), std::move(outputs), std::move(grads));

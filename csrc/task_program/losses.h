@@ -8,7 +8,8 @@
 //                                               dz_dot = norm s (1 - s) z_dot
 //   Huber (delta)      z - y within delta: (z - y)^2/2, else delta (|z - y| - delta/2)
 //   absolute error     |z - y|
-// Rows with the label to ignore, here -1, have no loss and no gradient.
+// Rows with a negative label have no loss and no gradient: -1 marks an absent example, -2 here one
+// with the label to ignore. Weights of examples multiply the loss and the gradient of their rows.
 #pragma once
 
 #include "execution/executor.h"
@@ -16,6 +17,16 @@
 #include "task_program/program/program.h"
 
 namespace fastmeta {
+
+// A label [T, B] that marks an absent example, and what the label to ignore becomes.
+inline constexpr int64_t kAbsentLabel = -1, kIgnoredLabel = -2;
+
+// The factor of the loss of each of `counted` examples; 0 for a task without an example.
+FASTMETA_HOST_DEVICE inline double norm_of_labels(double scale, bool mean, double counted,
+                                                  bool all_absent) {
+  if (!mean) return scale;
+  return all_absent ? 0 : scale / counted;
+}
 
 template <typename storage_t>
 struct LossArrays {
@@ -212,6 +223,27 @@ struct RegressionTangent {
     using number_t = typename Accessor::number_t;
     const number_t norm = at.load_one(l.norm, 0) * number_t(l.weight);
     at.store(l.dz_dot, norm * loss.curvature(at.load(l.z), at.load(l.targets)) * at.load(l.z_dot));
+  }
+};
+
+// Multiplies rows of numbers, and the losses of the rows, by the weights of their examples; either
+// may be missing. A weight of 0 leaves a row out, whatever its numbers are.
+template <typename storage_t>
+struct WeightRows {
+  int64_t columns;
+  Array<storage_t> weight, numbers, row_loss;
+
+  template <typename ThreadGroup>
+  FASTMETA_HOST_DEVICE void operator()(const ThreadGroup& group, int64_t row) const {
+    using number_t = typename ThreadGroup::number_t;
+    const number_t zero(0), own = group.load(weight, row);
+    const auto scale = [&](const Array<storage_t>& a, int64_t i) {
+      group.store(a, i, Math<number_t>::if_equal(own, zero, zero, own * group.load(a, i)));
+    };
+    if (numbers) {
+      for (int64_t n = group.lane; n < columns; n += group.size) scale(numbers, row * columns + n);
+    }
+    if (row_loss && group.lane == 0) scale(row_loss, row);
   }
 };
 

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <span>
 #include <tuple>
 #include <vector>
@@ -25,6 +26,7 @@ struct MetaLossOptions {
   std::vector<double> step_weights;
   int64_t steps;
   bool first_order, keep;
+  std::optional<Tensor> support_weight, query_weight;  // without a gradient
 };
 
 // Identity whose derivative raises.
@@ -82,7 +84,7 @@ struct MetaLoss : torch::autograd::Function<MetaLoss> {
     auto [loss, outputs, to_theta, to_lr, to_support, to_query] = meta_gradient_op().call(
         o.code, joined(parameters), o.frozen, inputs[kLr], inputs[kSupportX], inputs[kSupportY],
         inputs[kQueryX], inputs[kQueryY], o.step_weights, o.steps, o.first_order, o.keep,
-        theta || lr || query || support, lr, support, query);
+        theta || lr || query || support, lr, support, query, o.support_weight, o.query_weight);
     ctx->save_for_backward({theta ? to_theta : Tensor(), lr ? to_lr : Tensor(),
                             support ? to_support : Tensor(), query ? to_query : Tensor()});
     std::vector<int64_t> shapes;  // of each parameter: its number of dimensions and its sizes
@@ -118,16 +120,16 @@ struct MetaLoss : torch::autograd::Function<MetaLoss> {
   }
 };
 
-std::tuple<Tensor, Tensor> meta_loss(const Tensor& code, at::TensorList parameters,
-                                     const Tensor& frozen, const Tensor& lr,
-                                     const Tensor& support_x, const Tensor& support_y,
-                                     const Tensor& query_x, const Tensor& query_y,
-                                     at::ArrayRef<double> step_weights, int64_t steps,
-                                     bool first_order, bool keep) {
+std::tuple<Tensor, Tensor> meta_loss(
+    const Tensor& code, at::TensorList parameters, const Tensor& frozen, const Tensor& lr,
+    const Tensor& support_x, const Tensor& support_y, const Tensor& query_x, const Tensor& query_y,
+    at::ArrayRef<double> step_weights, int64_t steps, bool first_order, bool keep,
+    const std::optional<Tensor>& support_weight, const std::optional<Tensor>& query_weight) {
   TORCH_CHECK(!parameters.empty(), "parameters: expected at least one tensor, got none");
   variable_list inputs{lr, support_x, support_y, query_x, query_y};
   inputs.insert(inputs.end(), parameters.begin(), parameters.end());
-  const MetaLossOptions options{code, frozen, step_weights.vec(), steps, first_order, keep};
+  const MetaLossOptions options{code,        frozen, step_weights.vec(), steps,
+                                first_order, keep,   support_weight,     query_weight};
   const auto results = MetaLoss::apply(at::TensorList(inputs), options);
   return {results[0], results[1]};
 }
@@ -135,12 +137,13 @@ std::tuple<Tensor, Tensor> meta_loss(const Tensor& code, at::TensorList paramete
 std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient(
     const Tensor& code, at::TensorList parameters, const Tensor& frozen, const Tensor& lr,
     const Tensor& support_x, const Tensor& support_y, const Tensor& query_x, const Tensor& query_y,
-    at::ArrayRef<double> step_weights, int64_t steps, bool first_order, bool keep, bool lr_grad) {
+    at::ArrayRef<double> step_weights, int64_t steps, bool first_order, bool keep, bool lr_grad,
+    const std::optional<Tensor>& support_weight, const std::optional<Tensor>& query_weight) {
   TORCH_CHECK(!parameters.empty(), "parameters: expected at least one tensor, got none");
   const at::AutoDispatchBelowAutograd below;
   auto [loss, outputs, to_theta, to_lr, to_support, to_query] = meta_gradient_op().call(
       code, joined(parameters), frozen, lr, support_x, support_y, query_x, query_y, step_weights,
-      steps, first_order, keep, true, lr_grad, false, false);
+      steps, first_order, keep, true, lr_grad, false, false, support_weight, query_weight);
   return {loss, outputs, to_theta, to_lr};
 }
 

@@ -28,6 +28,8 @@ struct ExampleSet {
   int64_t x_stride = 0;
   const void* targets = nullptr;  // [T, B] int64 labels, or [T, B, outputs]
   int64_t targets_stride = 0;
+  const void* weight = nullptr;  // [T, B], or none
+  int64_t weight_stride = 0;
 };
 
 struct OpArguments {
@@ -74,6 +76,16 @@ struct OpArguments {
   bool has_loss() const { return kind != OpKind::kForward; }
   // Targets of an example: its label, or a number for each output.
   int64_t target_elements() const { return has_labels() ? 1 : program.output_elements(); }
+  // Whether an example's factor is its share of a mean over the set; a weight has it in itself.
+  bool divides_by_examples(const ExampleSet& set) const {
+    return program.loss.mean && set.weight == nullptr;
+  }
+  // The factor of a regression's loss of one element.
+  double norm_of_targets(const ExampleSet& set) const {
+    const int64_t examples = divides_by_examples(set) ? set.count : 1;
+    const auto elements = static_cast<double>(examples * program.output_elements());
+    return program.loss.mean ? program.loss.scale / elements : program.loss.scale;
+  }
   TaskNeeds needs() const {
     TaskNeeds needs{};
     needs.options = options;

@@ -2,7 +2,8 @@
 //
 //   run(args, theta)   runs the op; results that tasks share are zeros, to be added to
 //   has_fused_bands(args)   whether it fuses bands of conv-norm-pool (parse.h)
-//   check_labels(labels [T, B], classes, ignored, name)   ValueError for a label without a class
+//   check_labels(labels [T, B], lowest, classes, ignored, name)   ValueError for another label than
+//       lowest .. classes - 1, and the ignored one
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -55,16 +56,15 @@ class Call {
 
   // Raises ValueError for a label without a class.
   template <typename Device>
-  ExampleSet examples(const at::Tensor& x, const at::Tensor& y, const std::string& name) {
+  ExampleSet examples(const at::Tensor& x, const at::Tensor& y, const std::string& name,
+                      const std::optional<at::Tensor>& weight) {
     ExampleSet set = inputs(x, name);
     const at::Tensor targets = keep(dense_tasks(y));
     TORCH_CHECK(set.count > 0, name, "_x: expected at least one example, got ", x.sizes());
     if (args.program.loss.kind == LossKind::kCrossEntropy) {
       check_labels(y, x, (name + "_y").c_str());
       check_shape(y, {args.tasks, set.count}, (name + "_y").c_str());
-      const auto& loss = args.program.loss;
-      Device::check_labels(targets, args.program.output_elements(), static_cast<int64_t>(loss.b),
-                           (name + "_y").c_str());
+      check_labels_of<Device>(args.program, targets, (name + "_y").c_str());
     } else {
       check_same(x, y, (name + "_x and " + name + "_y").c_str());
       TORCH_CHECK(y.dim() >= 2 && y.size(0) == args.tasks && y.size(1) == set.count &&
@@ -74,7 +74,17 @@ class Call {
     }
     set.targets = targets.const_data_ptr();
     set.targets_stride = args.tasks > 0 ? targets.stride(0) : 0;
+    if (weight) weigh(set, *weight, name + "_weight");
     return set;
+  }
+
+  // Raises ValueError for a label that the program does not take.
+  template <typename Device>
+  static void check_labels_of(const Program& program, const at::Tensor& labels, const char* name) {
+    // Kernels of a batch norm cannot leave out an absent example.
+    const int64_t lowest = program.has_batch_norm ? 0 : kAbsentLabel;
+    Device::check_labels(labels, lowest, program.output_elements(),
+                         static_cast<int64_t>(program.loss.b), name);
   }
 
   ExampleSet inputs(const at::Tensor& x, const std::string& name) {
@@ -203,6 +213,15 @@ class Call {
     if (!theta_.is_cpu()) return at::empty(shape, theta_.options());
     return at::Tensor(at::detail::empty_cpu(shape, theta_.scalar_type()));
   }
+  void weigh(ExampleSet& set, const at::Tensor& weight, const std::string& name) {
+    TORCH_CHECK_VALUE(!args.program.has_batch_norm, name,
+                      ": expected none for a program with a batch norm, got ", weight.sizes());
+    check_same(theta_, weight, ("theta and " + name).c_str());
+    check_shape(weight, {args.tasks, set.count}, name.c_str());
+    const at::Tensor dense = keep(dense_tasks(weight));
+    set.weight = dense.const_data_ptr();
+    set.weight_stride = args.tasks > 0 ? dense.stride(0) : 0;
+  }
   void set_tasks(int64_t tasks, const std::string& name) {
     TORCH_CHECK(kept_.empty() || tasks == args.tasks, name, "_x: expected ", args.tasks,
                 " tasks, got ", tasks);
@@ -228,6 +247,7 @@ class Call {
 template <typename Device>
 struct TaskProgramOps {
   using Tensor = at::Tensor;
+  using Weight = std::optional<at::Tensor>;  // of examples [T, B]
 
   static void check_labels(const Tensor& code, const Tensor& support_y, const Tensor& query_y) {
     const ParsedProgram parsed(code);
@@ -236,8 +256,7 @@ struct TaskProgramOps {
     const auto check = [&](const Tensor& y, const char* name) {
       TORCH_CHECK(y.scalar_type() == at::kLong && y.dim() == 2, name,
                   ": expected int64 [T, B], got ", y.scalar_type(), " ", y.sizes());
-      Device::check_labels(y.contiguous(), program.output_elements(),
-                           static_cast<int64_t>(program.loss.b), name);
+      Call::check_labels_of<Device>(program, y.contiguous(), name);
     };
     check(support_y, "support_y");
     check(query_y, "query_y");
@@ -256,10 +275,11 @@ struct TaskProgramOps {
   static std::tuple<Tensor, Tensor, Tensor, Tensor> gradient(const Tensor& code,
                                                              const Tensor& theta,
                                                              const Tensor& frozen, const Tensor& x,
-                                                             const Tensor& y, bool input_grad) {
+                                                             const Tensor& y, bool input_grad,
+                                                             const Weight& weight) {
     Call call(OpKind::kGradient, code, theta, frozen);
     OpArguments& args = call.args;
-    args.query = call.examples<Device>(x, y, "query");
+    args.query = call.examples<Device>(x, y, "query", weight);
     args.gradient = true;
     auto loss = call.result({args.tasks}, args.loss);
     auto outputs =
@@ -272,10 +292,11 @@ struct TaskProgramOps {
 
   static std::tuple<Tensor, Tensor> hvp(const Tensor& code, const Tensor& theta,
                                         const Tensor& frozen, const Tensor& x, const Tensor& y,
-                                        const Tensor& vector, bool input_grad) {
+                                        const Tensor& vector, bool input_grad,
+                                        const Weight& weight) {
     Call call(OpKind::kHvp, code, theta, frozen);
     OpArguments& args = call.args;
-    args.support = call.examples<Device>(x, y, "support");
+    args.support = call.examples<Device>(x, y, "support", weight);
     args.gradient = true;
     args.given = call.given(vector, "vector");
     auto product = call.result({args.tasks, args.program.parameters}, args.grad_theta);
@@ -285,11 +306,11 @@ struct TaskProgramOps {
   }
 
   static Tensor products(const Tensor& code, const Tensor& theta, const Tensor& frozen,
-                         const Tensor& x, const Tensor& y, const Tensor& vectors,
-                         bool gauss_newton) {
+                         const Tensor& x, const Tensor& y, const Tensor& vectors, bool gauss_newton,
+                         const Weight& weight) {
     Call call(OpKind::kHvp, code, theta, frozen);
     OpArguments& args = call.args;
-    args.support = call.examples<Device>(x, y, "support");
+    args.support = call.examples<Device>(x, y, "support", weight);
     args.gradient = true;
     args.gauss_newton = gauss_newton;
     call.vectors(vectors);
@@ -301,27 +322,25 @@ struct TaskProgramOps {
 
   static Tensor adapt(const Tensor& code, const Tensor& theta, const Tensor& frozen,
                       const Tensor& lr, const Tensor& x, const Tensor& y, int64_t steps,
-                      int64_t shared) {
+                      int64_t shared, const Weight& weight) {
     Call call(OpKind::kAdapt, code, theta, frozen);
     OpArguments& args = call.args;
     TORCH_CHECK(shared == args.program.parameters - args.program.adapted, "shared: expected ",
                 args.program.parameters - args.program.adapted, " as in the code, got ", shared);
-    args.support = call.examples<Device>(x, y, "support");
+    args.support = call.examples<Device>(x, y, "support", weight);
     call.step_sizes(lr, steps);
     auto adapted = call.result({args.tasks, args.program.adapted}, args.adapted);
     call.run<Device>();
     return adapted;
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> adapt_backward(const Tensor& code, const Tensor& theta,
-                                                           const Tensor& frozen, const Tensor& lr,
-                                                           const Tensor& x, const Tensor& y,
-                                                           int64_t steps, const Tensor& grad_out,
-                                                           bool first_order, bool keep,
-                                                           bool lr_grad, bool input_grad) {
+  static std::tuple<Tensor, Tensor, Tensor> adapt_backward(
+      const Tensor& code, const Tensor& theta, const Tensor& frozen, const Tensor& lr,
+      const Tensor& x, const Tensor& y, int64_t steps, const Tensor& grad_out, bool first_order,
+      bool keep, bool lr_grad, bool input_grad, const Weight& weight) {
     Call call(OpKind::kAdaptBackward, code, theta, frozen);
     OpArguments& args = call.args;
-    args.support = call.examples<Device>(x, y, "support");
+    args.support = call.examples<Device>(x, y, "support", weight);
     call.step_sizes(lr, steps);
     call.backward(first_order, keep);
     args.given = call.given(grad_out, "grad_out");
@@ -336,11 +355,12 @@ struct TaskProgramOps {
       const Tensor& code, const Tensor& theta, const Tensor& frozen, const Tensor& lr,
       const Tensor& support_x, const Tensor& support_y, const Tensor& query_x,
       const Tensor& query_y, at::ArrayRef<double> step_weights, int64_t steps, bool first_order,
-      bool keep, bool gradient, bool lr_grad, bool support_grad, bool query_grad) {
+      bool keep, bool gradient, bool lr_grad, bool support_grad, bool query_grad,
+      const Weight& support_weight, const Weight& query_weight) {
     Call call(OpKind::kMeta, code, theta, frozen);
     OpArguments& args = call.args;
-    args.support = call.examples<Device>(support_x, support_y, "support");
-    args.query = call.examples<Device>(query_x, query_y, "query");
+    args.support = call.examples<Device>(support_x, support_y, "support", support_weight);
+    args.query = call.examples<Device>(query_x, query_y, "query", query_weight);
     call.step_sizes(lr, steps);
     TORCH_CHECK(step_weights.empty() || static_cast<int64_t>(step_weights.size()) == steps,
                 "step_weights: expected ", steps, " numbers, got ", step_weights.size());

@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 
 #include <cstring>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -40,7 +41,7 @@ inline auto meta_gradient_op() {
   using Op = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
       const Tensor&, const Tensor&, at::ArrayRef<double>, int64_t, bool, bool, bool, bool, bool,
-      bool);
+      bool, const std::optional<Tensor>&, const std::optional<Tensor>&);
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastmeta::task_program_meta_gradient", "")
                              .typed<Op>();
@@ -52,7 +53,8 @@ inline auto meta_loss_op() {
   using at::Tensor;
   using Op = std::tuple<Tensor, Tensor>(const Tensor&, at::TensorList, const Tensor&, const Tensor&,
                                         const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                        at::ArrayRef<double>, int64_t, bool, bool);
+                                        at::ArrayRef<double>, int64_t, bool, bool,
+                                        const std::optional<Tensor>&, const std::optional<Tensor>&);
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastmeta::task_program_meta_loss", "")
                              .typed<Op>();

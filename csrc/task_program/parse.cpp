@@ -127,6 +127,7 @@ ParsedProgram::ParsedProgram(const at::Tensor& code) {
   pair_activations();
   pair_norms();
   program_.has_images = std::any_of(instructions_.begin(), instructions_.end(), is_of_images);
+  program_.has_batch_norm = std::any_of(instructions_.begin(), instructions_.end(), is_batch_norm);
   program_.instructions = instructions_.data();
   program_.instruction_count = static_cast<int>(instructions_.size());
   program_.values = values_.data();

@@ -64,6 +64,7 @@ class Passes {
         exec_.rows(net_.examples.count, RegressionLoss<Loss, storage_t>{loss, l});
       });
     }
+    weigh(l.dz, l.row_loss);
     if (!target) return;
     exec_.reduce(net_.examples.count,
                  WeightedElement<storage_t>{l.row_loss, net_.examples.norm, weight}, target);
@@ -292,12 +293,21 @@ class Passes {
     const auto& spec = net_.program.loss;
     if (spec.kind == LossKind::kCrossEntropy) {
       exec_.rows(net_.examples.count, CrossEntropyTangent<storage_t>{l});
-      return;
+    } else {
+      with_regression_loss(spec, [&](const auto& loss) {
+        using Loss = std::decay_t<decltype(loss)>;
+        exec_.map(net_.size(net_.program.output), RegressionTangent<Loss, storage_t>{loss, l});
+      });
     }
-    with_regression_loss(spec, [&](const auto& loss) {
-      using Loss = std::decay_t<decltype(loss)>;
-      exec_.map(net_.size(net_.program.output), RegressionTangent<Loss, storage_t>{loss, l});
-    });
+    weigh(l.dz_dot, {});
+  }
+
+  // Multiplies rows [B, outputs] and their losses by the examples' weights, if there are any.
+  FASTMETA_HOST_DEVICE void weigh(Arena rows, Arena row_loss) const {
+    const auto& examples = net_.examples;
+    if (!examples.weight) return;
+    const int64_t columns = net_.program.output_elements();
+    exec_.rows(examples.count, WeightRows<storage_t>{columns, examples.weight, rows, row_loss});
   }
 
   Executor& exec_;

@@ -125,10 +125,10 @@ class AutoEngine:
         return self.functional.ggnvp(theta, examples, vector)
 
     @entry_point
-    def outputs(self, theta: Tensor, x: Tree) -> Tree:
-        """The module's outputs ``[T, B, ...]`` on x ``[T, B, ...]``, with parameters ``[T, P]``."""
+    def outputs(self, theta: Tensor, x: Tree, present: Tensor | None = None) -> Tree:
+        """The module's outputs ``[T, B, ...]``, see ``FunctionalEngine.outputs``."""
         # The program engine falls back by itself here: adapted parameters may need a graph.
-        return self.program.outputs(theta, x)
+        return self.program.outputs(theta, x, present)
 
     def explain(self, support: Examples | None = None) -> str:
         """Which engine runs, and how, in a few sentences."""

@@ -36,7 +36,9 @@ class Examples(NamedTuple):
 
     Attributes:
         x: ``[T, B, ...]``, or a tree of such tensors: the module's arguments.
-        y: ``[T, B, ...]``; int64 labels or floating-point targets; or a tree of them.
+        y: ``[T, B, ...]``; int64 labels or floating-point targets; or a tree of them. An example
+            whose class label is -1 is absent: the loss is what it is without it, and so are batch
+            norms.
         role: ``"support"``, ``"query"`` or empty. It is part of the tensors' names in errors and
             gradients.
         weight: ``[T, B]``: a task's loss is the sum of its examples' losses times these. An example
@@ -153,6 +155,10 @@ class TaskBatch(NamedTuple):
     def data(self) -> tuple[Tree, Tree, Tree, Tree]:
         """The inputs and targets."""
         return self.support_x, self.support_y, self.query_x, self.query_y
+
+    def of_tasks(self, tasks: slice) -> TaskBatch:
+        """The batch of some of the tasks."""
+        return TaskBatch(*(map_tensors(lambda tensor: tensor[tasks], entry) for entry in self))
 
     def detached(self) -> TaskBatch:
         """The batch, detached."""
@@ -448,8 +454,11 @@ class Engine(Protocol):
         """The Gauss-Newton matrix of each task's loss, times one vector or many."""
         ...
 
-    def outputs(self, theta: Tensor, x: Tree) -> Tree:
-        """The module's outputs ``[T, B, ...]`` on x with the parameters of adapted tasks."""
+    def outputs(self, theta: Tensor, x: Tree, present: Tensor | None = None) -> Tree:
+        """The module's outputs ``[T, B, ...]`` on x with the parameters of adapted tasks.
+
+        Batch norms take their statistics over the examples ``present`` ``[T, B]``; None: all.
+        """
         ...
 
     def explain(self, support: Examples | None = None) -> str:

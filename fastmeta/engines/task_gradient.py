@@ -62,7 +62,8 @@ def task_gradient(
         params: as for ``fastmeta.task_call``: ``[P]``, ``[T, P]``, or a dict from names to
             ``[T, *shape]``, whose gradient is then the one that ``grads`` has.
         x: ``[T, B, ...]``, or a tree as for ``MAML.meta_loss``.
-        y: ``[T, B]`` int64 labels, or floating-point targets ``[T, B, ...]``, or a tree.
+        y: ``[T, B]`` int64 labels, or floating-point targets ``[T, B, ...]``, or a tree. An example
+            with the label -1 is absent.
         weight: ``[T, B]``: a task's loss is the sum of its examples' losses times it, without a
             division; None: the mean that the loss takes.
         norm_statistics: as for ``fastmeta.MAML``.
@@ -122,19 +123,23 @@ def gradient_at(
 def _by_program(
     program: ProgramEngine, functional: FunctionalEngine, theta: Tensor, examples: Examples
 ) -> TaskGradient:
-    call, (x, y, *_) = program.call(theta, examples), examples
+    call, (x, y, _, weight) = program.call(theta, examples), examples
     if not torch.is_grad_enabled():
-        return TaskGradient(*_values(call, theta, x, y))
+        return TaskGradient(*_values(call, theta, x, y, weight))
     if call.program.shared_names:
         raise LoweringError("parameters that are not given may need a gradient")
     if theta.requires_grad or x.requires_grad:
-        return TaskGradient(*_Compiled.apply(call, functional, theta, x, y))
-    return TaskGradient(*_values(call, theta, x, y))
+        return TaskGradient(*_Compiled.apply(call, functional, theta, x, y, weight))
+    return TaskGradient(*_values(call, theta, x, y, weight))
 
 
-def _values(call: Call, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _values(
+    call: Call, theta: Tensor, x: Tensor, y: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     arena, frozen = call.with_shared(theta), call.frozen(theta)
-    losses, outputs, grads, _ = call.ops.gradient(call.program.code, arena, frozen, x, y, False)
+    losses, outputs, grads, _ = call.ops.gradient(
+        call.program.code, arena, frozen, x, y, False, weight
+    )
     return call.program.by_kind(grads)[0].contiguous(), losses, call.shaped(outputs)
 
 
@@ -143,11 +148,17 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, functional: FunctionalEngine, theta: Tensor, x: Tensor, y: Tensor
+        ctx: Any,
+        call: Call,
+        functional: FunctionalEngine,
+        theta: Tensor,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grads, losses, outputs = _values(call, theta, x, y)
+        grads, losses, outputs = _values(call, theta, x, y, weight)
         ctx.call, ctx.functional = call, functional
-        ctx.save_for_backward(theta, x, y)
+        ctx.save_for_backward(theta, x, y, weight)
         ctx.mark_non_differentiable(outputs)
         ctx.set_materialize_grads(False)
         return grads, losses, outputs
@@ -159,21 +170,21 @@ class _Compiled(torch.autograd.Function):
         # With create_graph=True the result has a derivative too, which the ops have not.
         take = _differentiable_products if torch.is_grad_enabled() else _products
         to_theta, to_x = take(ctx, v, to_losses)
-        return None, None, to_theta, to_x, None
+        return None, None, to_theta, to_x, None, None
 
 
 def _products(
     ctx: Any, v: Tensor | None, to_losses: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients to theta and x from those to ``grads`` ``[T, P]`` and losses ``[T]``."""
-    call, (theta, x, y), x_grad = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[3]
+    call, (theta, x, y, weight), x_grad = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[3]
     code, frozen = call.program.code, call.frozen(theta)
     to_theta, to_x = torch.zeros_like(theta), torch.zeros_like(x) if x_grad else None
     if v is not None:
-        product, mixed = call.ops.hvp(code, theta, frozen, x, y, v.contiguous(), x_grad)
+        product, mixed = call.ops.hvp(code, theta, frozen, x, y, v.contiguous(), x_grad, weight)
         to_theta, to_x = to_theta + product.sum_to_size(theta.shape), mixed if x_grad else None
     if to_losses is not None:
-        _, _, grads, of_x = call.ops.gradient(code, theta, frozen, x, y, x_grad)
+        _, _, grads, of_x = call.ops.gradient(code, theta, frozen, x, y, x_grad, weight)
         to_theta = to_theta + (to_losses[:, None] * grads).sum_to_size(theta.shape)
         if to_x is not None:
             to_x = to_x + to_losses.view(-1, *[1] * (x.ndim - 1)) * of_x
@@ -184,9 +195,9 @@ def _differentiable_products(
     ctx: Any, v: Tensor | None, to_losses: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The same, with a graph."""
-    theta, x, y = ctx.saved_tensors
+    theta, x, y, weight = ctx.saved_tensors
     needed = ctx.needs_input_grad[2:4]
-    grads, losses, _ = ctx.functional.task_gradients(theta, Examples(x, y, ""))
+    grads, losses, _ = ctx.functional.task_gradients(theta, Examples(x, y, "", weight))
     pairs = [(o, u) for o, u in ((grads, v), (losses, to_losses)) if u is not None]
     outputs, upstream = zip(*pairs, strict=True)
     sources = [tensor for tensor, need in zip((theta, x), needed, strict=True) if need]

@@ -14,10 +14,11 @@
 
 namespace fastmeta {
 
-// A label is in range if 0 <= label < classes, or if it is `ignored`.
+// A label is in range if lowest <= label < classes, or if it is `ignored`.
 struct LabelRange {
   int64_t classes;
   std::optional<int64_t> ignored = {};
+  int64_t lowest = 0;
   bool operator==(const LabelRange&) const = default;
 };
 

@@ -31,12 +31,12 @@ inline bool is_being_captured() {
   return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
 }
 
-// Whether an entry of labels [T, E], contiguous, is outside 0 <= label < classes. Waits for the
+// Whether an entry of labels [T, E], contiguous, is outside lowest <= label < classes. Waits for the
 // answer.
-inline bool has_cuda_label_out_of_range(const at::Tensor& labels, int64_t classes,
-                                        const char* name) {
+inline bool has_cuda_label_out_of_range(const at::Tensor& labels, int64_t classes, const char* name,
+                                        int64_t lowest = 0) {
   const auto bad = at::empty({kLabelRangeParts}, labels.options().dtype(at::kInt));
-  check_launch(launch_label_range(labels.const_data_ptr<int64_t>(), labels.numel(), classes,
+  check_launch(launch_label_range(labels.const_data_ptr<int64_t>(), labels.numel(), lowest, classes,
                                   bad.mutable_data_ptr<int>(), current_stream()),
                name);
   const auto answer = bad.cpu();

@@ -10,9 +10,9 @@ namespace fastmeta {
 namespace {
 
 struct OnCpu {
-  static void check_labels(const at::Tensor& labels, int64_t classes, int64_t ignored,
-                           const char* name) {
-    check_class_labels(labels, classes, ignored, name);
+  static void check_labels(const at::Tensor& labels, int64_t lowest, int64_t classes,
+                           int64_t ignored, const char* name) {
+    check_class_labels(labels, lowest, classes, ignored, name);
   }
 
   // Whether each task has one thread.

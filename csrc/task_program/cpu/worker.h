@@ -105,7 +105,10 @@ class CpuWorker {
     if (args_.has_loss() && (in_lanes || args_.has_labels())) {
       examples.targets = allocator.take(set.count * args_.target_elements());
     }
-    if (in_lanes) room = allocator.take(set.count * args_.program.values[0].elements);
+    if (in_lanes) {
+      room = allocator.take(set.count * args_.program.values[0].elements);
+      if (set.weight != nullptr) examples.weight = allocator.take(set.count);
+    }
   }
 
   // Array that this worker's tasks read: a filled copy; a single task needs no copy.
@@ -158,14 +161,16 @@ class CpuWorker {
     const bool is_support = &set == &args_.support;
     examples.x = loaded(set.x, set.x_stride, elements, is_support ? support_room_ : query_room_);
     if (!args_.has_loss()) return;
+    if (set.weight != nullptr) {
+      examples.weight = loaded(set.weight, set.weight_stride, set.count, examples.weight);
+    }
     if (args_.has_labels()) {
       load_labels(set, examples);
       return;
     }
     const int64_t outputs = set.count * args_.program.output_elements();
     examples.targets = loaded(set.targets, set.targets_stride, outputs, examples.targets);
-    const auto& loss = args_.program.loss;
-    fill_norm(examples, loss.mean ? loss.scale / static_cast<double>(outputs) : loss.scale);
+    fill_norm(examples, args_.norm_of_targets(set));
   }
 
   void fill_norm(const Examples<storage_t>& examples, double value) const {
@@ -180,15 +185,16 @@ class CpuWorker {
     for (int64_t lane = 0; lane < tasks_; ++lane) {
       const auto* labels =
           static_cast<const int64_t*>(set.targets) + (first_ + lane) * set.targets_stride;
-      int64_t valid = 0;
+      int64_t counted = 0, absent = 0;
       for (int64_t r = 0; r < set.count; ++r) {
-        const bool is_ignored = labels[r] == ignored;
-        valid += is_ignored ? 0 : 1;
-        numbers(examples.targets)[r * kLanes + lane] =
-            static_cast<value_t>(is_ignored ? -1 : labels[r]);
+        const int64_t label = labels[r] == ignored ? kIgnoredLabel : labels[r];
+        counted += label < 0 ? 0 : 1;
+        absent += label == kAbsentLabel ? 1 : 0;
+        numbers(examples.targets)[r * kLanes + lane] = static_cast<value_t>(label);
       }
-      const double norm = loss.mean ? loss.scale / static_cast<double>(valid) : loss.scale;
-      numbers(examples.norm)[lane] = static_cast<value_t>(norm);
+      numbers(examples.norm)[lane] =
+          static_cast<value_t>(norm_of_labels(loss.scale, args_.divides_by_examples(set),
+                                              static_cast<double>(counted), absent == set.count));
     }
   }
 

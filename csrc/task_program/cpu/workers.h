@@ -116,6 +116,7 @@ OpArguments vectors_of_task(const OpArguments& args, int64_t t, int64_t part, in
   own.support.x = moved(args.support.x, t * args.support.x_stride, sizeof(value_t));
   own.support.targets = moved(args.support.targets, t * args.support.targets_stride,
                               args.has_labels() ? sizeof(int64_t) : sizeof(value_t));
+  own.support.weight = moved(args.support.weight, t * args.support.weight_stride, sizeof(value_t));
   own.given = moved(args.given, given, sizeof(value_t));
   own.grad_theta = static_cast<value_t*>(args.grad_theta) + gradient;
   return own;

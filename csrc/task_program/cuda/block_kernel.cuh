@@ -53,14 +53,16 @@ struct Transfer {
   }
 };
 
-inline constexpr int kMostTransfers = 8;
+// Transfers in: two more where weights of examples come with a long list of steps, see BlockRun.
+inline constexpr int kMostTransfers = 8, kMostWithWeights = kMostTransfers + 2;
 
 template <typename value_t, int bytes>
 struct BlockArguments {
-  Transfer in[kMostTransfers], out[kMostTransfers];
+  static constexpr bool kHasWeights = bytes > 4096;
+  Transfer in[kHasWeights ? kMostWithWeights : kMostTransfers], out[kMostTransfers];
   int ins, outs;
   int first_labels;  // transfers from here on are of int64 labels
-  int64_t ignored;   // a label that becomes -1
+  int64_t ignored;   // a label that becomes kIgnoredLabel
   StepList<bytes> steps;
 };
 
@@ -74,7 +76,7 @@ __device__ void load_task(const BlockArguments<value_t, bytes>& j) {
 #pragma unroll 4
   for (int i = threadIdx.x; i < total; i += blockDim.x) {
     int t = 0, at = i;
-    // At most kMostTransfers steps: a search would cost more.
+    // At most kMostWithWeights steps: a search would cost more.
     for (; at >= j.in[t].count; ++t) at -= j.in[t].count;
     value_t number;
     if (t < j.first_labels) {
@@ -82,7 +84,7 @@ __device__ void load_task(const BlockArguments<value_t, bytes>& j) {
     } else {
       const int64_t label = *j.in[t].template place<const int64_t>(task, at);
       // Labels become numbers, so that all arrays of a task have one type.
-      number = label == j.ignored ? value_t(-1) : static_cast<value_t>(label);
+      number = static_cast<value_t>(label == j.ignored ? kIgnoredLabel : label);
     }
     numbers[j.in[t].inside + at] = number;
   }

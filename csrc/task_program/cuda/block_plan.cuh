@@ -71,6 +71,7 @@ class BlockPlanner {
       examples->norm = allocator.take(1);
       examples->x = allocator.take(set->count * program.values[0].elements);
       examples->targets = allocator.take(set->count * args.target_elements());
+      if (set->weight != nullptr) examples->weight = allocator.take(set->count);
     }
     plan_.shared_bytes = allocator.used() * static_cast<int64_t>(sizeof(value_t));
     if (plan_.shared_bytes > largest_shared_memory()) return false;
@@ -85,13 +86,12 @@ class BlockPlanner {
 
   void record_norm(Recorder& recorder, const ExampleSet& set, const Examples<Storage>& examples) {
     if (set.count == 0 || !args_.has_loss()) return;
-    const auto& loss = args_.program.loss;
     if (args_.has_labels()) {
-      recorder.rows(1, NormOfLabels<Storage>{set.count, loss.mean, loss.scale, examples.targets,
-                                             examples.norm});
+      recorder.rows(
+          1, NormOfLabels<Storage>{set.count, args_.divides_by_examples(set),
+                                   args_.program.loss.scale, examples.targets, examples.norm});
     } else {
-      const auto elements = static_cast<double>(set.count * args_.target_elements());
-      recorder.map(1, Fill<Storage>{loss.mean ? loss.scale / elements : loss.scale, examples.norm});
+      recorder.map(1, Fill<Storage>{args_.norm_of_targets(set), examples.norm});
     }
   }
 
@@ -122,6 +122,8 @@ inline std::vector<int64_t> plan_key(const OpArguments& args) {
            int64_t{args.grad_lr != nullptr},
            int64_t{args.grad_support != nullptr},
            int64_t{args.grad_query != nullptr},
+           int64_t{args.support.weight != nullptr},
+           int64_t{args.query.weight != nullptr},
            std::bit_cast<int64_t>(args.scale),
            int64_t{largest_shared_memory()},
        }) {

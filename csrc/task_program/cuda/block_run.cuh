@@ -29,8 +29,11 @@ class BlockRun {
   int64_t workspace_bytes() const { return workspace_bytes_; }
 
   int run(void* stream) const {
-    // The short list if it has room: fewer bytes of arguments go with each launch.
-    int error = plan_.is_short() ? launch_with<kShortList>(stream) : launch_with<kLongList>(stream);
+    // The short list if it has room: fewer bytes of arguments go with each launch. Beside it there is
+    // none for the transfers of weights.
+    const bool has_weights = args_.support.weight != nullptr || args_.query.weight != nullptr;
+    int error = plan_.is_short() && !has_weights ? launch_with<kShortList>(stream)
+                                                 : launch_with<kLongList>(stream);
     const auto add_up = [&](const value_t* rows, int64_t count, void* target) {
       // Tasks that share theta or lr: each block wrote a row, summed here in order.
       if (error != cudaSuccess || rows == nullptr) return;
@@ -91,8 +94,11 @@ class BlockRun {
     add_in(j, args_.support.x, args_.support.x_stride, args_.support.count * input,
            task_.support.x);
     add_in(j, args_.query.x, args_.query.x_stride, args_.query.count * input, task_.query.x);
+    add_in(j, args_.support.weight, args_.support.weight_stride, args_.support.count,
+           task_.support.weight);
+    add_in(j, args_.query.weight, args_.query.weight_stride, args_.query.count, task_.query.weight);
     // Targets are the last transfers, so one index separates labels from numbers.
-    j.first_labels = args_.has_labels() ? j.ins : kMostTransfers;
+    j.first_labels = args_.has_labels() ? j.ins : kMostWithWeights;
     j.ignored = static_cast<int64_t>(program.loss.b);
     for (auto [set, examples] :
          {std::pair(&args_.support, &task_.support), std::pair(&args_.query, &task_.query)}) {

@@ -27,7 +27,7 @@ struct BlockSum {
   Array<storage_t> target;
 };
 
-// Computes norm = scale/labels that count, or scale; a label to ignore becomes -1.
+// Computes norm = scale/labels that count, or scale, from labels as numbers.
 template <typename storage_t>
 struct NormOfLabels {
   int64_t count;
@@ -38,13 +38,16 @@ struct NormOfLabels {
   template <typename ThreadGroup>
   FASTMETA_HOST_DEVICE void operator()(const ThreadGroup& group, int64_t) const {
     using number_t = typename ThreadGroup::number_t;
-    number_t valid(0);
+    number_t counted(0), absent(0);
     for (int64_t i = group.lane; i < count; i += group.size) {
-      // The transfer has made ignored labels -1.
-      valid = valid + number_t(group.load(targets, i) < 0 ? 0 : 1);
+      const number_t label = group.load(targets, i);
+      counted = counted + number_t(label < 0 ? 0 : 1);
+      absent = absent + number_t(label == kAbsentLabel ? 1 : 0);
     }
-    valid = group.sum(valid);
-    if (group.lane == 0) group.store(norm, 0, static_cast<number_t>(mean ? scale / valid : scale));
+    counted = group.sum(counted);
+    absent = group.sum(absent);
+    const double factor = norm_of_labels(scale, mean, counted, absent == count);
+    if (group.lane == 0) group.store(norm, 0, static_cast<number_t>(factor));
   }
 };
 
@@ -69,11 +72,12 @@ using MapKinds =
               RegressionTangent<BceWithLogits, S>, RegressionTangent<Huber, S>,
               RegressionTangent<AbsoluteError, S>>;
 template <typename S>
-using RowKinds = StepKinds<NormOfLabels<S>, CrossEntropy<S>, CrossEntropyTangent<S>,
-                           RegressionLoss<SquaredError, S>, RegressionLoss<BceWithLogits, S>,
-                           RegressionLoss<Huber, S>, RegressionLoss<AbsoluteError, S>, CopyParts<S>,
-                           LayerNormForward<S>, LayerNormTangentForward<S>, LayerNormBackward<S>,
-                           LayerNormTangentBackward<S>>;
+using RowKinds =
+    StepKinds<NormOfLabels<S>, CrossEntropy<S>, CrossEntropyTangent<S>,
+              RegressionLoss<SquaredError, S>, RegressionLoss<BceWithLogits, S>,
+              RegressionLoss<Huber, S>, RegressionLoss<AbsoluteError, S>, WeightRows<S>,
+              CopyParts<S>, LayerNormForward<S>, LayerNormTangentForward<S>, LayerNormBackward<S>,
+              LayerNormTangentBackward<S>>;
 template <typename S>
 using SumKinds = StepKinds<BlockSum<WeightedElement<S>, S>, BlockSum<NegativeProduct<S>, S>>;
 

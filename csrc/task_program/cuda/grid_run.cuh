@@ -1,6 +1,8 @@
 // A call as one launch for each step: its memory, and the copies of the tasks' numbers in and out.
 #pragma once
 
+#include <cmath>
+
 #include "common/cuda/workspace.h"
 #include "task_program/cuda/grid_executor.cuh"
 #include "task_program/cuda/host_passes.cuh"
@@ -12,26 +14,30 @@
 
 namespace fastmeta {
 
-// Converts labels to numbers, -1 for those to ignore, and computes norm = scale/labels that count
-// (mean), or scale. A warp owns a task.
+// Converts labels to numbers, and computes norm = scale/labels that count (mean), or scale; NaN for
+// an absent example that the program cannot leave out. A warp owns a task.
 template <typename value_t>
 struct LoadLabels {
   const int64_t* labels;
   int64_t task_stride, count, ignored;
-  bool mean;
+  bool mean, takes_absent;
   double scale;
   Array<value_t> targets, norm;
 
   __device__ void operator()(const GlobalThreadGroup<value_t>& group, int64_t) const {
     const int64_t* label = labels + group.task * task_stride;
-    value_t valid = 0;
+    value_t counted = 0, absent = 0;
     for (int64_t i = group.lane; i < count; i += group.size) {
-      const bool is_ignored = label[i] == ignored;
-      valid += is_ignored ? 0 : 1;
-      group.store(targets, i, is_ignored ? value_t(-1) : static_cast<value_t>(label[i]));
+      const int64_t own = label[i] == ignored ? kIgnoredLabel : label[i];
+      counted += own < 0 ? 0 : 1;
+      absent += own == kAbsentLabel ? 1 : 0;
+      group.store(targets, i, static_cast<value_t>(own));
     }
-    valid = group.sum(valid);
-    if (group.lane == 0) group.store(norm, 0, static_cast<value_t>(mean ? scale / valid : scale));
+    counted = group.sum(counted);
+    absent = group.sum(absent);
+    const bool is_right = takes_absent || absent == 0;
+    const double factor = norm_of_labels(scale, mean, counted, absent == count);
+    if (group.lane == 0) group.store(norm, 0, static_cast<value_t>(is_right ? factor : NAN));
   }
 };
 
@@ -120,17 +126,18 @@ class GridRun {
     if (set.count == 0) return;
     examples.x = rows_of(set.x, first, set.x_stride);
     if (args_.kind == OpKind::kForward) return;
+    examples.weight = rows_of(set.weight, first, set.weight_stride);
     const auto& loss = args_.program.loss;
     if (args_.has_labels()) {
       const auto* labels = static_cast<const int64_t*>(set.targets) + first * set.targets_stride;
-      executor.rows(1, LoadLabels<value_t>{labels, set.targets_stride, set.count,
-                                           static_cast<int64_t>(loss.b), loss.mean, loss.scale,
-                                           examples.targets, examples.norm});
+      executor.rows(1, LoadLabels<value_t>{
+                           labels, set.targets_stride, set.count, static_cast<int64_t>(loss.b),
+                           args_.divides_by_examples(set), !args_.program.has_batch_norm,
+                           loss.scale, examples.targets, examples.norm});
       return;
     }
     examples.targets = rows_of(set.targets, first, set.targets_stride);
-    const auto elements = static_cast<double>(set.count * args_.program.output_elements());
-    executor.map(1, Fill<value_t>{loss.mean ? loss.scale / elements : loss.scale, examples.norm});
+    executor.map(1, Fill<value_t>{args_.norm_of_targets(set), examples.norm});
   }
 
   // Points arrays that a task computes in one go straight at the results.

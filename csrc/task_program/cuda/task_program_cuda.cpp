@@ -1,6 +1,7 @@
 // CUDA implementation of the task program: a block owns a task if it fits into shared memory, else
 // every step is a launch for all tasks. Labels are not checked while a graph is captured: a label
-// without a class then matches no output, and changes no other task. If every step is a launch,
+// without a class then matches no output, and changes no other task; an absent example, which a
+// program with a batch norm refuses, makes the loss of its task NaN. If every step is a launch,
 // float32 is TF32 as PyTorch's settings allow it: torch.backends.cudnn.allow_tf32 for convolutions,
 // torch.backends.cuda.matmul.allow_tf32 for linear layers.
 #include <ATen/Context.h>
@@ -54,14 +55,14 @@ bool allows_tf32_products() {
 }
 
 struct OnCuda {
-  static void check_labels(const at::Tensor& labels, int64_t classes, int64_t ignored,
-                           const char* name) {
+  static void check_labels(const at::Tensor& labels, int64_t lowest, int64_t classes,
+                           int64_t ignored, const char* name) {
     const c10::cuda::CUDAGuard guard(labels.device());
     // No part of the check joins a graph that is being captured.
-    check_cuda_labels_once(labels, {classes, ignored}, [&] {
+    check_cuda_labels_once(labels, {classes, ignored, lowest}, [&] {
       const auto counted = labels.masked_fill(labels.eq(ignored), 0).contiguous();
-      if (has_cuda_label_out_of_range(counted, classes, name)) {
-        check_class_labels(labels.cpu(), classes, ignored, name);
+      if (has_cuda_label_out_of_range(counted, classes, name, lowest)) {
+        check_class_labels(labels.cpu(), lowest, classes, ignored, name);
       }
     });
   }

@@ -7,12 +7,13 @@
 
 namespace fastmeta {
 
-// Examples of a task. `targets` are labels as numbers, -1 if ignored, or a regression's targets;
-// `norm`, one number, multiplies the loss of an example.
+// Examples of a task. `targets` are labels as numbers, negative if they do not count, or a
+// regression's targets; `norm`, one number, multiplies the loss of an example, and so does its own
+// number in `weight`, which may be empty.
 template <typename storage_t>
 struct Examples {
   int64_t count;
-  Array<storage_t> x, targets, norm;
+  Array<storage_t> x, targets, norm, weight;
 };
 
 // theta_k: the adapted parameters [A] after k steps, and the start [P], which has the shared ones.

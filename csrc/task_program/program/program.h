@@ -124,8 +124,9 @@ struct Program {
   const Part* unwritten;                // what the backward pass may leave out of the gradient,
   int unwritten_count;                  // in order
   bool writes_once;                     // it writes no element twice
-  bool has_rows;    // some parameters have a row for each step: unwritten, or written
-  bool has_images;  // convolutions, norms, pools: not for executors of small networks
+  bool has_rows;        // some parameters have a row for each step: unwritten, or written
+  bool has_images;      // convolutions, norms, pools: not for executors of small networks
+  bool has_batch_norm;  // some statistics are of a batch: no example may be absent
   LossSpec loss;
 
   FASTMETA_HOST_DEVICE int64_t output_elements() const { return values[output].elements; }

@@ -12,9 +12,9 @@ from fastmeta.core.derivatives import derivative
 from fastmeta.core.inner_step import inner_step
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.trees import Tree, concatenated, map_tensors
-from fastmeta.core.vmap import map_trees
 from fastmeta.engines.base import Examples, InnerLoopOptions, Loss
-from fastmeta.engines.functional.task_module import TaskModule, scalar_loss
+from fastmeta.engines.functional.label_checks import present_examples
+from fastmeta.engines.functional.task_module import TaskModule, losses_of_outputs
 
 
 class TaskLosses(NamedTuple):
@@ -88,14 +88,15 @@ class TaskLosses(NamedTuple):
     def _gauss_newton(
         self, theta: Tensor, examples: Examples, vector: Tensor, options: InnerLoopOptions
     ) -> Tensor:
-        loss = scalar_loss(self.loss, len(theta))
+        x, y, _, weight = examples
+        present = present_examples(self.loss, y, weight, dims=2)
 
         def outputs_at(theta: Tensor) -> Tree:
-            return self.task_module.outputs(self.layout.views(theta), examples.x, examples.x_name)
+            params = self.layout.views(theta)
+            return self.task_module.outputs(params, x, examples.x_name, present)
 
         def total(outputs: Tree) -> Tensor:
-            total: Tensor = map_trees(loss, outputs, examples.y).sum()
-            return total
+            return losses_of_outputs(self.loss, outputs, y, weight).sum()
 
         many = vector.ndim == 3
         product: Tensor = gauss_newton_products(

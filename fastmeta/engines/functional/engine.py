@@ -292,16 +292,20 @@ class FunctionalEngine:
         return self._vmapped_if_possible(run)
 
     @entry_point
-    def outputs(self, theta: Tensor, x: Tree) -> Tree:
-        """The module's outputs ``[T, B, ...]`` on x ``[T, B, ...]``, with parameters ``[T, P]``."""
-        return self._vmapped_if_possible(lambda engine: engine._outputs(theta, x))
+    def outputs(self, theta: Tensor, x: Tree, present: Tensor | None = None) -> Tree:
+        """The module's outputs ``[T, B, ...]`` on x ``[T, B, ...]``, with parameters ``[T, P]``.
 
-    def _outputs(self, theta: Tensor, x: Tree) -> Tree:
+        ``present`` ``[T, B]`` are the examples of which batch norms take statistics; None: all.
+        """
+        return self._vmapped_if_possible(lambda engine: engine._outputs(theta, x, present))
+
+    def _outputs(self, theta: Tensor, x: Tree, present: Tensor | None) -> Tree:
         layout, task_module = self.layout, self._task_module()
 
         def of_tasks(chunk: slice) -> Tree:
             part = map_tensors(lambda tensor: tensor[chunk], x)
-            return task_module.outputs(layout.views(theta[chunk]), part, "query_x")
+            seen = None if present is None else present[chunk]
+            return task_module.outputs(layout.views(theta[chunk]), part, "query_x", seen)
 
         with task_module.conditions(), inner_step(self.options.steps):
             return concatenated([of_tasks(c) for c in self.options.chunks(len(theta))])
@@ -342,7 +346,10 @@ class FunctionalEngine:
         adjoint.check_loop(layout, self.options, theta, *sets)
         task_module = self._task_module()
         if support is not None and labels is not None:
-            support = support._replace(y=labels)  # of all steps: they are checked once
+            # Of all steps: they are checked once.
+            per_step = batches is not None and batches.leading == 3
+            labels = map_tensors(lambda y: y.flatten(1, 2), labels) if per_step else labels
+            support = support._replace(y=labels)
         passes = ModulePasses.of(layout, task_module, self.loss, self.options, support, query)
         # With queries the adjoint follows in the same call.
         keeps = len(sets) > 1 and self.options.steps > 0 and not self.options.first_order

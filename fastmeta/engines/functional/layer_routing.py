@@ -215,8 +215,8 @@ def _norm_of_present(
     """Batch norm ``[B, C, ...]`` by the statistics of the examples that are present ``[B]``."""
     if len(input) != len(present):
         raise ValueError(
-            f"weight: expected a batch norm of the {len(present)} examples that the weights are "
-            f"for, got one of {len(input)} rows"
+            f"weight: expected a batch norm of the {len(present)} examples, some of which have "
+            f"weight 0 or label -1, got one of {len(input)} rows"
         )
     dims, ones = [0, *range(2, input.dim())], [1] * (input.dim() - 1)
     mask = present.to(input.dtype).view(-1, *ones)

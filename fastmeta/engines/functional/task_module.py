@@ -16,6 +16,7 @@ from fastmeta.core.trees import Tree, called_with, first_tensor, map_tensors, sp
 from fastmeta.core.vmap import differentiable_kernels, map_trees, under_derivative
 from fastmeta.engines.autograd import TURN
 from fastmeta.engines.base import Examples, Loss
+from fastmeta.engines.functional.label_checks import ClassLoss, present_examples
 from fastmeta.engines.functional.layer_routing import RoutedLayers, widened
 from fastmeta.engines.functional.vmap_errors import VmapError, vmap_errors
 
@@ -109,15 +110,23 @@ class TaskModule:
             stack.enter_context(differentiable_kernels(recurrent=bool(self._recurrent)))
             yield
 
-    def outputs(self, params: Mapping[str, Tensor], x: Tree, name: str = "x") -> Tree:
+    def outputs(
+        self,
+        params: Mapping[str, Tensor],
+        x: Tree,
+        name: str = "x",
+        present: Tensor | None = None,
+    ) -> Tree:
         """The outputs ``[T, S, ...]`` for parameters ``[T, *shape]`` and x ``[T, S, ...]``.
 
         Both may be trees, see ``core.trees.called_with``.
 
         Parameters that ``params`` lacks are the module's own, the same for every task. ``name`` is
-        the argument's in errors.
+        the argument's in errors. ``present`` ``[T, S]`` are the examples of which batch norms take
+        statistics; None: all.
         """
-        return self._mapped(lambda call, x: call(x), name, params, x)
+        inputs = (x,) if present is None else (x, present)
+        return self._mapped(lambda call, *inputs: call(*inputs), name, params, *inputs)
 
     def losses(
         self, params: Mapping[str, Tensor], examples: Examples, loss: Loss
@@ -127,15 +136,15 @@ class TaskModule:
         With weights ``[T, S]`` a task's loss is the sum of its examples' losses times them.
         """
         x, y, _, weight = examples
-        checked = scalar_loss(loss, examples.tasks)
+        checked, each = scalar_loss(loss, examples.tasks), losses_of_each(loss, examples.tasks)
 
         def task_loss(call: Callable[..., Tree], x: Tree, y: Tree) -> Any:
-            outputs = call(x)
+            outputs = call(x, present_examples(loss, y))
             return checked(outputs, y), outputs
 
         def weighted_loss(call: Callable[..., Tree], x: Tree, y: Tree, w: Tensor) -> Any:
-            outputs = call(x, w)
-            return (losses_of_examples(checked, outputs, y, len(w)) * w).sum(), outputs
+            outputs = call(x, present_examples(loss, y, w))
+            return (each(outputs, y, len(w)) * w).sum(), outputs
 
         if weight is None:
             return self._mapped(task_loss, examples.x_name, params, x, y)
@@ -159,8 +168,8 @@ class TaskModule:
         routing = RoutedLayers(tasks != 1, first_input.device)
 
         def one_task(params: dict[str, Tensor], buffers: dict[str, Tensor], *inputs: Tree) -> Any:
-            def call(x: Tree, weight: Tensor | None = None) -> Tree:
-                routing.present = None if weight is None else weight.detach() != 0
+            def call(x: Tree, present: Tensor | None = None) -> Tree:
+                routing.present = present
 
                 def run(params: dict[str, Tensor]) -> Tree:
                     tensors = {**self._trainable, **params, **buffers, **shared}
@@ -219,23 +228,6 @@ class TaskModule:
             return called_with(self.module, x)
 
 
-def losses_of_examples(loss: Loss, outputs: Tree, y: Tree, count: int) -> Tensor:
-    """The loss of each of a task's examples ``[B]``, a set of one of which the loss is the mean."""
-    tensors, structure = split((outputs, y))
-    for tensor in tensors:
-        if tensor.ndim == 0 or len(tensor) != count:
-            raise ValueError(
-                f"weight: expected outputs and targets [{count}, ...] of each task, a row an "
-                f"example, got shape {list(tensor.shape)}"
-            )
-
-    def of_one(*rows: Tensor) -> Tensor:
-        return loss(*structure.of(row.unsqueeze(0) for row in rows))
-
-    losses: Tensor = vmap(of_one)(*tensors)
-    return losses
-
-
 def scalar_loss(loss: Loss, tasks: int) -> Loss:
     """One task's loss, raising for a value that is no scalar, and naming itself under vmap."""
 
@@ -250,6 +242,40 @@ def scalar_loss(loss: Loss, tasks: int) -> Loss:
         return value
 
     return checked
+
+
+def losses_of_each(loss: Loss, tasks: int) -> Callable[[Tree, Tree, int], Tensor]:
+    """The losses ``[B]`` of one task's B examples: each is a set of one, the loss its mean."""
+    checked = scalar_loss(loss.of_one_example() if isinstance(loss, ClassLoss) else loss, tasks)
+
+    def each(outputs: Tree, y: Tree, count: int) -> Tensor:
+        tensors, structure = split((outputs, y))
+        for tensor in tensors:
+            if tensor.ndim == 0 or len(tensor) != count:
+                raise ValueError(
+                    f"weight: expected outputs and targets [{count}, ...] of each task, a row an "
+                    f"example, got shape {list(tensor.shape)}"
+                )
+
+        def of_one(*rows: Tensor) -> Tensor:
+            return checked(*structure.of(row.unsqueeze(0) for row in rows))
+
+        losses: Tensor = vmap(of_one)(*tensors)
+        return losses
+
+    return each
+
+
+def losses_of_outputs(loss: Loss, outputs: Tree, y: Tree, weight: Tensor | None) -> Tensor:
+    """Each task's loss ``[T]`` of outputs ``[T, B, ...]``, with weights ``[T, B]`` or without."""
+    tasks = len(first_tensor(outputs))
+    checked, each = scalar_loss(loss, tasks), losses_of_each(loss, tasks)
+    losses: Tensor
+    if weight is None:
+        losses = map_trees(checked, outputs, y)
+    else:
+        losses = map_trees(lambda z, y, w: (each(z, y, len(w)) * w).sum(), outputs, y, weight)
+    return losses
 
 
 class _ForwardError(Exception):

@@ -90,7 +90,7 @@ class Call(NamedTuple):
         frozen = self.program.frozen
         return _flatten_dense_tensors(frozen) if frozen else like.new_empty(0)
 
-    def adapt(self, theta: Tensor, frozen: Tensor, lr: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    def adapt(self, theta: Tensor, frozen: Tensor, lr: Tensor, support: Examples) -> Tensor:
         """theta_K ``[T, A]``."""
         shared = sum(parameter.numel() for parameter in self.program.shared.values())
         results = [
@@ -99,20 +99,22 @@ class Call(NamedTuple):
                 _of_tasks(theta, chunk),
                 frozen,
                 _of_tasks(lr, chunk),
-                x[chunk],
-                y[chunk],
+                x,
+                y,
                 self.options.steps,
                 shared,
+                weight,
             )
             for chunk in self.options.chunks(self.tasks)
+            for x, y, _, weight in [support.of_tasks(chunk)]
         ]
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def adapt_backward(
-        self, saved: Sequence[Tensor], v: Tensor, lr_grad: bool, x_grad: bool
+        self, saved: Sequence[Any], v: Tensor, lr_grad: bool, x_grad: bool
     ) -> Iterator[Tensor]:
         """The gradients to theta, lr and x, from the gradient ``v`` ``[T, A]`` to theta_K."""
-        theta, frozen, lr, x, y = saved
+        theta, frozen, lr, x, y, weight = saved
         results = [
             self.ops.adapt_backward(
                 self.program.code,
@@ -127,6 +129,7 @@ class Call(NamedTuple):
                 self.keep,
                 lr_grad,
                 x_grad,
+                _of_tasks(weight, chunk),
             )
             for chunk in self.options.chunks(self.tasks)
         ]
@@ -144,16 +147,12 @@ class Call(NamedTuple):
         """
         frozen = self.frozen(theta)
         if self._runs_together():
-            return self._meta_gradient_together((theta, frozen, lr, *batch.data), requires)
+            return self._meta_gradient_together((theta, frozen, lr), batch, requires)
         results = []
         for chunk in self.options.chunks(self.tasks):
-            inputs = (
-                _of_tasks(theta, chunk),
-                frozen,
-                _of_tasks(lr, chunk),
-                *(tensor[chunk] for tensor in batch.data),
-            )
-            loss, outputs, *grads = self._meta_gradient_op(inputs, requires)
+            inputs = _of_tasks(theta, chunk), frozen, _of_tasks(lr, chunk)
+            part = batch.of_tasks(chunk)
+            loss, outputs, *grads = self._meta_gradient_op(inputs, part, requires)
             # The op takes the mean over its tasks, so a chunk counts by its share of all tasks.
             share = len(outputs) / self.tasks
             results.append((share * loss, outputs, *(share * grad for grad in grads)))
@@ -161,18 +160,17 @@ class Call(NamedTuple):
         joined = map(_joined, chunk_grads, (theta, lr, batch.support_x, batch.query_x))
         return sum(losses), torch.cat(chunk_outputs), *joined
 
-    def _meta_gradient_op(self, inputs: Tensors, requires: RequiredGrads) -> Sequence[Tensor]:
-        """One call of the op; ``inputs``: theta, frozen, lr and the four tensors of a batch."""
-        theta, frozen, lr, support_x, support_y, query_x, query_y = inputs
+    def _meta_gradient_op(
+        self, inputs: Tensors, batch: TaskBatch, requires: RequiredGrads
+    ) -> Sequence[Tensor]:
+        """One call of the op; ``inputs``: theta, frozen and lr."""
+        theta, frozen, lr = inputs
         return self.ops.meta_gradient(
             self.program.code,
             theta,
             frozen,
             lr,
-            support_x,
-            support_y,
-            query_x,
-            query_y,
+            *batch.data,
             self.step_weights,
             self.options.steps,
             self.options.first_order,
@@ -181,20 +179,29 @@ class Call(NamedTuple):
             requires.lr,
             requires.support_x,
             requires.query_x,
+            batch.support_weight,
+            batch.query_weight,
         )
 
-    def _meta_gradient_together(self, inputs: Tensors, requires: RequiredGrads) -> Sequence[Tensor]:
+    def _meta_gradient_together(
+        self, inputs: Tensors, batch: TaskBatch, requires: RequiredGrads
+    ) -> Sequence[Tensor]:
         """The meta-gradient of all tasks in one call, from a CUDA graph if there are graphs."""
         if self.graphs is None:
-            return self._meta_gradient_op(inputs, requires)
+            return self._meta_gradient_op(inputs, batch, requires)
+        # A graph's inputs are tensors: weights join them only where the batch has some.
+        fields = [name for name, tensor in batch._asdict().items() if tensor is not None]
+
+        def of(inputs: Tensors) -> tuple[Tensors, TaskBatch]:
+            return inputs[:3], TaskBatch(**dict(zip(fields, inputs[3:], strict=True)))
 
         def function(*inputs: Tensor) -> Sequence[Tensor]:
-            return self._meta_gradient_op(inputs, requires)
+            return self._meta_gradient_op(*of(inputs), requires)
 
         # A replay launches kernels only; the op's check of the labels runs on the host.
         def check(*inputs: Tensor) -> None:
-            *_, support_y, _, query_y = inputs
-            self.ops.check_labels(self.program.code, support_y, query_y)
+            _, part = of(inputs)
+            self.ops.check_labels(self.program.code, part.support_y, part.query_y)
 
         key = (
             self.program,
@@ -203,8 +210,10 @@ class Call(NamedTuple):
             self.options.first_order,
             self.keep,
             requires,
+            tuple(fields),
         )
-        return self.graphs.run(key, function, inputs, check, self.capture_at_once)
+        tensors = *inputs, *(tensor for tensor in batch if tensor is not None)
+        return self.graphs.run(key, function, tensors, check, self.capture_at_once)
 
     def meta_loss(self, theta: Tensors, lr: Tensor, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """Meta-loss and outputs, differentiable once in theta, lr, support_x and query_x.
@@ -213,7 +222,7 @@ class Call(NamedTuple):
         longer than the arithmetic of a small network.
         """
         if not (self.own_parameters and self.is_one_compiled and self.graphs is None):
-            return MetaLoss.apply(self, lr, *batch.data, *theta)
+            return MetaLoss.apply(self, lr, *batch, *theta)
         loss, outputs = self.ops.meta_loss(
             self.program.code,
             theta,
@@ -224,6 +233,8 @@ class Call(NamedTuple):
             self.options.steps,
             self.options.first_order,
             self.keep,
+            batch.support_weight,
+            batch.query_weight,
         )
         return loss, self.shaped(outputs)
 
@@ -244,6 +255,8 @@ class Call(NamedTuple):
                 self.options.first_order,
                 self.keep,
                 lr_grad,
+                batch.support_weight,
+                batch.query_weight,
             )
         else:
             requires = RequiredGrads(any=True, lr=lr_grad)
@@ -262,9 +275,9 @@ class Call(NamedTuple):
         rows = vectors.movedim(-2, 0).reshape(self.tasks, count, vectors.shape[-1])
         results = []
         for chunk in self.options.chunks(self.tasks):
-            part, (x, y, *_) = _of_tasks(theta, chunk), examples.of_tasks(chunk)
-            code = self.program.code
-            results.append(self.ops.products(code, part, frozen, x, y, rows[chunk], gauss_newton))
+            part, (x, y, _, weight) = _of_tasks(theta, chunk), examples.of_tasks(chunk)
+            inputs = self.program.code, part, frozen, x, y, rows[chunk]
+            results.append(self.ops.products(*inputs, gauss_newton, weight))
         products = results[0] if len(results) == 1 else torch.cat(results)
         # A product's part for the shared parameters is the mixed derivative.
         return products[..., : vectors.shape[-1]].movedim(0, -2).reshape(vectors.shape)
@@ -306,23 +319,31 @@ class Adapt(torch.autograd.Function):
     """theta_K; the backward runs the steps again and keeps nothing of them but the inputs."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, lr: Tensor, x: Tensor, y: Tensor, *theta: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        call: Call,
+        lr: Tensor,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor | None,
+        *theta: Tensor,
+    ) -> Tensor:
         arena = call.arena(theta)
         frozen = call.frozen(arena)
         ctx.call = call
-        ctx.save_for_backward(arena, frozen, lr, x, y)
-        return call.adapt(arena, frozen, lr, x, y)
+        ctx.save_for_backward(arena, frozen, lr, x, y, weight)
+        return call.adapt(arena, frozen, lr, Examples(x, y, weight=weight))
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        call, (_, lr_needed, x_needed, _, *theta_needed) = ctx.call, ctx.needs_input_grad
+        call, (_, lr_needed, x_needed, _, _, *theta_needed) = ctx.call, ctx.needs_input_grad
         x_needed = x_needed and not call.options.first_order  # as documented: no support gradient
         with torch.no_grad():
             to_theta, to_lr, to_x = call.adapt_backward(ctx.saved_tensors, v, lr_needed, x_needed)
         to_theta = call.parts(to_theta) if theta_needed[0] else (None,)
         grads = [to_lr if lr_needed else None, to_x if x_needed else None, *to_theta]
         to_lr, to_x, *to_theta = once_differentiable(grads)
-        return None, to_lr, to_x, None, *to_theta
+        return None, to_lr, to_x, None, None, *to_theta
 
 
 class MetaLoss(torch.autograd.Function):
@@ -337,14 +358,19 @@ class MetaLoss(torch.autograd.Function):
         support_y: Tensor,
         query_x: Tensor,
         query_y: Tensor,
+        support_weight: Tensor | None,
+        query_weight: Tensor | None,
         *theta: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        _, lr_needed, support_needed, _, query_needed, _, theta_needed, *_ = ctx.needs_input_grad
+        _, lr_needed, support_needed, _, query_needed, _, _, _, theta_needed, *_ = (
+            ctx.needs_input_grad
+        )
         support_needed = support_needed and not call.options.first_order
         # In the order of the gradients: theta, lr, support_x, query_x.
         needed = theta_needed, lr_needed, support_needed, query_needed
         requires = RequiredGrads(any(needed), lr_needed, support_needed, query_needed)
-        batch = TaskBatch(support_x, support_y, query_x, query_y)
+        data = support_x, support_y, query_x, query_y
+        batch = TaskBatch(*data, support_weight, query_weight)
         loss, outputs, *grads = call.meta_gradient(call.arena(theta), lr, batch, requires)
         outputs = call.shaped(outputs)
         ctx.call, ctx.needed = call, needed
@@ -363,11 +389,13 @@ class MetaLoss(torch.autograd.Function):
         theta, *others = [scale * next(saved) if need else None for need in ctx.needed]
         to_theta = (None,) if theta is None else ctx.call.parts(theta)
         to_lr, to_support, to_query, *to_theta = once_differentiable([*others, *to_theta])
-        return None, to_lr, to_support, None, to_query, None, *to_theta
+        return None, to_lr, to_support, None, to_query, None, None, None, *to_theta
 
 
-def _of_tasks(tensor: Tensor, tasks: slice) -> Tensor:
-    """Slice theta or step sizes to some tasks; tensors that tasks share are not sliced."""
+def _of_tasks(tensor: Any, tasks: slice) -> Any:
+    """Slice theta, step sizes or weights to some tasks; tensors that tasks share are not sliced."""
+    if tensor is None:
+        return None
     if tensor.ndim == 3:  # step sizes [K or 1, T or 1, P or L or 1]
         return tensor if tensor.shape[1] == 1 else tensor[:, tasks]
     return tensor if tensor.ndim == 1 else tensor[tasks]  # theta [P] or [T, P]

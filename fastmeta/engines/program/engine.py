@@ -31,7 +31,12 @@ from fastmeta.engines.base import (
     Minibatches,
     TaskBatch,
 )
-from fastmeta.engines.checks import check_arena, check_vector, read_step_weights
+from fastmeta.engines.checks import (
+    check_arena,
+    check_examples,
+    check_vector,
+    read_step_weights,
+)
 from fastmeta.engines.functional.engine import FunctionalEngine
 from fastmeta.engines.minibatches import seen_first
 from fastmeta.engines.program.cache import (
@@ -48,6 +53,7 @@ from fastmeta.engines.program.passes import ProgramPasses
 from fastmeta.engines.program.trace import LoweringError
 from fastmeta.engines.segments import SEGMENTS
 from fastmeta.ops import task_program
+from fastmeta.ops.task_program.bytecode import ABSENT_LABEL, LossKind
 
 _MOST_KEPT = 512 << 20  # bytes of activations that "auto" keeps
 _MOST_SHARED = 227 << 10  # bytes of shared memory that a block may have on sm_90
@@ -147,15 +153,15 @@ class ProgramEngine:
         call = self._call(theta, [seen])
         if self.why_stepwise(batches) or self.options.steps == 0:
             passes, theta = self._passes(call, theta, seen)
-            call.check_support_labels(support.y)
+            self._check_support_labels(call, support)
             return adjoint.adapt(passes, self.options, theta, lr, support, batches)
         values = self._step_sizes(call, lr)
         start = call.program.learned if theta is None else (call.with_shared(theta),)
         # An autograd Function costs microseconds, also where nothing is recorded.
         if torch.is_grad_enabled():
-            return Adapt.apply(call, values, support.x, support.y, *start)
+            return Adapt.apply(call, values, support.x, support.y, support.weight, *start)
         arena = call.arena(start)
-        return call.adapt(arena, call.frozen(arena), values, support.x, support.y)
+        return call.adapt(arena, call.frozen(arena), values, support)
 
     @entry_point
     def meta_loss(
@@ -177,7 +183,7 @@ class ProgramEngine:
         if self.why_stepwise(batches):
             seen = seen_first(batch.support, batches)
             passes, theta = self._passes(call, theta, seen, batch.query)
-            call.check_support_labels(batch.support_y)
+            self._check_support_labels(call, batch.support)
             return adjoint.meta_loss(passes, self.options, theta, lr, batch, step_weights, batches)
         values = self._step_sizes(call, lr)
         start = call.program.learned if theta is None else (call.with_shared(theta),)
@@ -266,13 +272,16 @@ class ProgramEngine:
             return call.products(theta, examples, vectors, gauss_newton)
 
     @entry_point
-    def outputs(self, theta: Tensor, x: Tree) -> Tree:
-        """The module's outputs ``[T, B, ...]`` on x ``[T, B, ...]``, with parameters ``[T, P]``.
+    def outputs(self, theta: Tensor, x: Tree, present: Tensor | None = None) -> Tree:
+        """The module's outputs ``[T, B, ...]``, see ``FunctionalEngine.outputs``.
 
-        The functional engine computes outputs that need a graph or have no program.
+        The functional engine computes outputs that need a graph, with absent examples, or without a
+        program.
         """
-        call = self._outputs_call(theta, x)
-        return self._functional.outputs(theta, x) if call is None else call.outputs(theta, x)
+        call = self._outputs_call(theta, x) if present is None else None
+        if call is None:
+            return self._functional.outputs(theta, x, present)
+        return call.outputs(theta, x)
 
     def explain(self, support: Examples | None = None) -> str:
         """Describe how the program runs, or why there is none, in a few sentences."""
@@ -326,7 +335,9 @@ class ProgramEngine:
     ) -> None:
         """Record a call that may be repeated on other values, for the fast path."""
         # The fast path would not notice that the rule has changed.
-        repeatable = self.options.rule is None and not weights and call.is_one_compiled
+        weighs = batch.support_weight is not None or batch.query_weight is not None
+        repeatable = self.options.rule is None and not (weights or weighs)
+        repeatable = repeatable and call.is_one_compiled
         if repeatable and not isinstance(lr, Tensor):
             self.cache.last_call = LastCall(lr, call, values, batch)
 
@@ -395,15 +406,17 @@ class ProgramEngine:
             LoweringError: the module, the loss, the examples or the options have no program.
         """
         self._check_losses()
-        if any(examples.weight is not None for examples in sets):
-            raise LoweringError("examples have weights")
         for name in (name for examples in sets for name in examples.trees()):
             raise LoweringError(f"{name} is a structure of tensors, and a program takes one")
         plan = self.cache.plan(self._source, sets)
         self._check_circumstances(plan.program.layout)
-        # The program has no derivative in targets; the functional engine does.
+        # The program has no derivative in targets and weights; the functional engine does.
         if _require_gradients(examples.y for examples in sets):
             raise LoweringError("targets require gradients")
+        if any(examples.weight is not None for examples in sets):
+            self._check_weights(plan.program, sets)
+        if plan.program.has_batch_norm:
+            self._check_presence(plan.program, sets)
         if theta is not None:
             check_arena("theta", plan.program.layout, theta, plan.tasks)
         return self._call_of(plan, theta is None, weights)
@@ -465,6 +478,40 @@ class ProgramEngine:
             )
         if torch.is_autocast_enabled(layout.device.type):
             raise LoweringError("autocast is on, and the program computes in the parameters' dtype")
+
+    def _check_weights(self, program: Program, sets: Sequence[Examples]) -> None:
+        """Raise LoweringError for weights that programs do not have."""
+        check_examples(program.layout, *sets)
+        for examples in sets:
+            if examples.weight is not None:
+                check_plain(examples.weight_name, examples.weight)
+        if _require_gradients(examples.weight for examples in sets):
+            raise LoweringError("weights require gradients")
+        if program.has_batch_norm:
+            raise LoweringError("examples have weights, which its batch norm does not have")
+
+    def _check_presence(self, program: Program, sets: Sequence[Examples]) -> None:
+        """Raise LoweringError for absent examples, which a batch norm cannot leave out."""
+        if program.loss.kind != LossKind.CROSS_ENTROPY:
+            return
+        ops = self._implementation(program.layout)
+        try:
+            # On CUDA the ops, which check again, find these labels checked.
+            ops.check_labels(program.code, sets[0].y, sets[-1].y)
+        except ValueError:
+            for examples in sets:
+                if (examples.y == ABSENT_LABEL).any():
+                    raise LoweringError(
+                        f"{examples.y_name} has labels -1, of absent examples, which its batch "
+                        "norm cannot leave out"
+                    ) from None
+            raise
+
+    def _check_support_labels(self, call: Call, support: Examples) -> None:
+        """Raise for labels ``[T, S]`` or ``[T, K, B]`` of any step that the program cannot take."""
+        if call.program.has_batch_norm and not support.y.is_floating_point():
+            self._check_presence(call.program, [support._replace(y=support.y.flatten(1))])
+        call.check_support_labels(support.y)
 
     def _implementation(self, layout: ParameterLayout) -> SimpleNamespace | ModuleType:
         """The compiled ops, or the ops in plain PyTorch if the options allow them."""

@@ -65,13 +65,18 @@ class CachedMetaGradient:
         if not self._is_possible(learner):
             return None
         state = self._held, self._theta, self._frozen, *data
-        if self._call.graphs is None:
-            result = self._step(*state)
-        # The graphs check the labels and copy the batch themselves; only validity is checked here.
-        elif self._step.holds(*state):
-            result = self._call.loss_and_gradient(self._step_sizes, TaskBatch(*data))[:3]
-        else:
-            result = None
+        try:
+            if self._call.graphs is None:
+                result = self._step(*state)
+            # The graphs check the labels and copy the batch themselves; only validity is checked
+            # here.
+            elif self._step.holds(*state):
+                result = self._call.loss_and_gradient(self._step_sizes, TaskBatch(*data))[:3]
+            else:
+                result = None
+        except ValueError:
+            # Labels that the program does not take: the slow path raises, or has another engine.
+            return None
         if result is None:
             return None
         loss, outputs, arena = result
@@ -87,11 +92,14 @@ class CachedMetaGradient:
         if not (self._is_possible(learner) and torch.is_grad_enabled()):
             return None
         state = self._held, self._theta, self._frozen, *data
-        if self._call.graphs is None:
-            return self._step.meta_loss(*state)
-        if not self._step.holds(*state):
-            return None
-        return self._call.meta_loss(self._theta, self._step_sizes, TaskBatch(*data))
+        try:
+            if self._call.graphs is None:
+                return self._step.meta_loss(*state)
+            if not self._step.holds(*state):
+                return None
+            return self._call.meta_loss(self._theta, self._step_sizes, TaskBatch(*data))
+        except ValueError:
+            return None  # as above
 
     def _is_possible(self, learner: nn.Module) -> bool:
         return not (

@@ -76,6 +76,7 @@ class Program:
         least_examples: smallest batch; 2 if a norm takes statistics over the examples only.
         per_step: whether a norm has parameters for each inner step.
         has_images: whether it has convolutions, norms of channels, or pools.
+        has_batch_norm: whether a norm takes statistics of the batch: no example may be absent.
         loss: the loss as code.
         layers: the layers and the loss in words, for ``explain``.
     """
@@ -91,6 +92,7 @@ class Program:
     least_examples: int
     per_step: bool
     has_images: bool
+    has_batch_norm: bool
     loss: LossCode
     layers: tuple[str, ...]
 
@@ -248,6 +250,7 @@ class Lowering:
             per_step=builder.per_step,
             # From CONVOLUTION on, opcodes are of images.
             has_images=any(i.opcode >= Opcode.CONVOLUTION for i in code.instructions),
+            has_batch_norm=code.has_batch_norm,
             loss=loss,
             layers=layers,
         )

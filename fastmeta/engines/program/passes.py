@@ -42,8 +42,8 @@ class ProgramPasses:
         """None: programs draw no random numbers."""
 
     def gradient(self, k: int, theta: Tensor, support: Examples) -> Tensor:
-        ops, code, arena = self._call.ops, self._code(k), self._arena(theta)
-        _, _, grads, _ = ops.gradient(code, arena, self._frozen, support.x, support.y, False)
+        ops, code, arena, data = self._call.ops, self._code(k), self._arena(theta), support
+        _, _, grads, _ = ops.gradient(code, arena, self._frozen, data.x, data.y, False, data.weight)
         return self._by_kind(grads, set())[0]
 
     def linearize(self, *_: Any) -> None:
@@ -62,7 +62,14 @@ class ProgramPasses:
         # Targets never require a gradient: the engine has no program for them.
         x_grad = support.x_name in requires
         product, mixed = ops.hvp(
-            code, arena, self._frozen, support.x, support.y, joined(direction), x_grad
+            code,
+            arena,
+            self._frozen,
+            support.x,
+            support.y,
+            joined(direction),
+            x_grad,
+            support.weight,
         )
         product, shared = self._by_kind(product, requires)
         return product, {**shared, support.x_name: mixed} if x_grad else shared
@@ -73,7 +80,7 @@ class ProgramPasses:
         ops, code, arena = self._call.ops, self._code(k), self._arena(theta)
         x_grad = query.x_name in requires
         losses, outputs, to_theta, to_x = ops.gradient(
-            code, arena, self._frozen, query.x, query.y, x_grad
+            code, arena, self._frozen, query.x, query.y, x_grad, query.weight
         )
         to_theta, grads = self._by_kind(to_theta, requires)
         if x_grad:

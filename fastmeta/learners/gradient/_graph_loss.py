@@ -9,12 +9,11 @@ from torch import Tensor
 from fastmeta.core.checks import check_choice
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.trees import Tree, map_tensors
-from fastmeta.core.vmap import map_trees
 from fastmeta.engines.autograd import entry_point
-from fastmeta.engines.base import Engine, Examples, Loss, Minibatches, TaskBatch
+from fastmeta.engines.base import Engine, Loss, Minibatches, TaskBatch
 from fastmeta.engines.checks import check_examples
-from fastmeta.engines.functional.label_checks import with_checked_labels
-from fastmeta.engines.functional.task_module import losses_of_examples, scalar_loss
+from fastmeta.engines.functional.label_checks import present_examples, with_checked_labels
+from fastmeta.engines.functional.task_module import losses_of_outputs
 from fastmeta.engines.minibatches import seen_first
 
 REDUCTIONS = ("mean", "none")
@@ -49,23 +48,10 @@ def meta_loss_with_graph(
     layout = ParameterLayout.of(engine.module, engine.options.adapt)
     check_examples(layout, seen_first(batch.support, batches), batch.query)
     adapted = engine.adapt(theta, lr, batch.support, batches)
-    outputs = engine.outputs(adapted, batch.query_x)
-    losses = loss_with_graph(loss, outputs, batch.query)
+    _, y, _, weight = batch.query
+    labelled = with_checked_labels(loss, y, batch.query.y_name)
+    present = present_examples(labelled, y, weight, dims=2)
+    outputs = engine.outputs(adapted, batch.query_x, present)
+    losses = losses_of_outputs(labelled, outputs, y, weight)
     outputs = outputs if differentiable_outputs else map_tensors(Tensor.detach, outputs)
     return losses if reduction == "none" else losses.mean(), outputs
-
-
-def loss_with_graph(loss: Loss, outputs: Tree, examples: Examples) -> Tensor:
-    """The losses ``[T]`` of outputs ``[T, Q, ...]``, differentiable in them and in the weights."""
-    labelled = with_checked_labels(loss, examples.y, examples.y_name)
-    checked = scalar_loss(labelled, examples.tasks)
-    losses: Tensor
-    if examples.weight is None:
-        losses = map_trees(checked, outputs, examples.y)
-        return losses
-
-    def weighted(outputs: Tree, y: Tree, weight: Tensor) -> Tensor:
-        return (losses_of_examples(checked, outputs, y, len(weight)) * weight).sum()
-
-    losses = map_trees(weighted, outputs, examples.y, examples.weight)
-    return losses

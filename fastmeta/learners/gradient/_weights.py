@@ -11,10 +11,9 @@ from torch import Tensor
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.trees import first_tensor
 from fastmeta.engines.base import Examples, Minibatches, TaskBatch
+from fastmeta.engines.functional.label_checks import every_label
 from fastmeta.engines.program.lowering import lower_loss
-from fastmeta.ops.task_program.bytecode import LossCode, LossKind
-
-_ABSENT = -1  # a label
+from fastmeta.ops.task_program.bytecode import ABSENT_LABEL, LossCode, LossKind
 
 
 def weighted(
@@ -51,12 +50,12 @@ def weighted(
         )
     weight = weight.to(layout.dtype)
     if isinstance(y, Tensor) and not y.is_floating_point():
-        absent = y == _ABSENT
+        absent = y == ABSENT_LABEL
         if isinstance(spec, LossCode) and spec.kind == LossKind.CROSS_ENTROPY:
             absent = absent | (y == spec.b)
-        absent = absent.flatten(dims).all(-1) if y.ndim > dims else absent
-        weight = weight.masked_fill(absent, 0.0)
-        y = y.masked_fill(absent.view(*absent.shape, *[1] * (y.ndim - dims)), 0)
+        absent = every_label(absent, dims)
+        weight = weight.masked_fill(absent.view(weight.shape), 0.0)
+        y = y.masked_fill(absent, 0)
     weight = weight if batches is None else batches.of_weights(weight)
     if normalize:
         total = weight.sum(-1, keepdim=True)

@@ -1,7 +1,8 @@
 """The ops of a task program: forward, gradient, curvature products, inner loop, meta-gradient.
 
 Raw ops: tensors are [T, B, ...], parameters theta [P] or [T, P], of which the first A are adapted,
-frozen parameters [F], step sizes [K or 1, T or 1, A or 1]; ``bytecode`` documents the code.
+frozen parameters [F], step sizes [K or 1, T or 1, A or 1]; ``bytecode`` documents the code. Weights
+of examples [T, B] come last; a label -1 marks an absent example. A batch norm takes neither.
 ``fastmeta.engines.program`` joins them to autograd. They work on fake tensors, so under
 torch.compile. Under vmap they run in a loop.
 """
@@ -55,7 +56,13 @@ def _forward(code: Tensor, theta: Tensor, frozen: Tensor, x: Tensor) -> Tensor:
 
 
 def _gradient(
-    code: Tensor, theta: Tensor, frozen: Tensor, x: Tensor, y: Tensor, input_grad: bool
+    code: Tensor,
+    theta: Tensor,
+    frozen: Tensor,
+    x: Tensor,
+    y: Tensor,
+    input_grad: bool,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     outputs, loss = _outputs(x), x.new_empty(x.shape[0])
     return loss, outputs, _per_task(theta, x), _if_required(x, input_grad)
@@ -69,6 +76,7 @@ def _hvp(
     y: Tensor,
     vector: Tensor,
     input_grad: bool,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     return _per_task(theta, x), _if_required(x, input_grad)
 
@@ -81,6 +89,7 @@ def _products(
     y: Tensor,
     vectors: Tensor,
     gauss_newton: bool,
+    weight: Tensor | None = None,
 ) -> Tensor:
     return theta.new_empty(*vectors.shape[:2], theta.shape[-1])
 
@@ -94,6 +103,7 @@ def _adapt(
     y: Tensor,
     steps: int,
     shared: int = 0,
+    weight: Tensor | None = None,
 ) -> Tensor:
     return theta.new_empty(x.shape[0], theta.shape[-1] - shared)
 

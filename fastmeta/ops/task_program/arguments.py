@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class AdaptBackwardArguments(NamedTuple):
-    """Arguments of ``adapt_backward``; ``adapt`` takes the first seven."""
+    """Arguments of ``adapt_backward``; ``adapt`` takes the first seven and the weight."""
 
     code: Tensor
     theta: Tensor  # [P] or [T, P]
@@ -27,6 +27,7 @@ class AdaptBackwardArguments(NamedTuple):
     keep: bool  # keep the steps' tensors instead of computing them again
     lr_grad: bool  # whether to compute the gradient to lr
     input_grad: bool  # whether to compute the gradient to x
+    weight: Tensor | None = None  # [T, B], of the examples; none: as the loss's code says
 
 
 class MetaGradientArguments(NamedTuple):
@@ -48,3 +49,5 @@ class MetaGradientArguments(NamedTuple):
     lr_grad: bool
     support_grad: bool
     query_grad: bool
+    support_weight: Tensor | None = None  # [T, S]
+    query_weight: Tensor | None = None  # [T, Q]

@@ -35,6 +35,8 @@ from torch import Tensor
 
 _FORMAT = 3
 
+ABSENT_LABEL = -1  # of an example that is absent
+
 _HEADER, _INSTRUCTION = 16, 24  # words
 
 _NONE = -1
@@ -149,6 +151,12 @@ class Code:
     def adapted(self) -> int:
         """Number of elements of the adapted parameters, P - S."""
         return self.parameters - self.shared
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether a norm takes statistics of the batch, of which no example may be absent."""
+        norms = (i.args for i in self.instructions if i.opcode == Opcode.NORM)
+        return any(groups == 0 and mean == _NONE for _, groups, _, mean, *_ in norms)
 
     def encode(self) -> Tensor:
         counts = [len(self.values), len(self.instructions), self.parameters, self.frozen]

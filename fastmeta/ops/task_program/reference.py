@@ -8,6 +8,7 @@ compiled ops of the same names (csrc/library.cpp). theta_k are the parameters af
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from fastmeta.core.derivatives import pullback
 from fastmeta.ops._activations import plain_activation
 from fastmeta.ops.task_program.arguments import AdaptBackwardArguments, MetaGradientArguments
 from fastmeta.ops.task_program.bytecode import (
+    ABSENT_LABEL,
     Code,
     Instruction,
     LossCode,
@@ -27,7 +29,8 @@ from fastmeta.ops.task_program.bytecode import (
     PoolKind,
 )
 
-TaskLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# theta, x, y and the weight of one task -> its loss and its outputs
+TaskLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def forward(code: Tensor, theta: Tensor, frozen: Tensor, x: Tensor) -> Tensor:
@@ -36,13 +39,35 @@ def forward(code: Tensor, theta: Tensor, frozen: Tensor, x: Tensor) -> Tensor:
     return vmap(lambda p, x: _outputs(program, p, frozen, x, 0))(_per_task(theta, x), x)
 
 
+def check_labels(code: Tensor, support_y: Tensor, query_y: Tensor) -> None:
+    """Raise ValueError for a label that the compiled ops refuse."""
+    program = Code.decode(code)
+    loss, classes = cast("LossCode", program.loss), program.values[program.output]
+    if loss.kind != LossKind.CROSS_ENTROPY:
+        return
+    lowest = 0 if program.has_batch_norm else ABSENT_LABEL
+    for name, y in (("support_y", support_y), ("query_y", query_y)):
+        wrong = (y != loss.b) & ((y < lowest) | (y >= classes))
+        if wrong.any():
+            raise ValueError(
+                f"{name}: expected labels in 0..{classes - 1}, as the module gives {classes} "
+                f"outputs, got {int(y[wrong][0])}"
+            )
+
+
 def gradient(
-    code: Tensor, theta: Tensor, frozen: Tensor, x: Tensor, y: Tensor, input_grad: bool
+    code: Tensor,
+    theta: Tensor,
+    frozen: Tensor,
+    x: Tensor,
+    y: Tensor,
+    input_grad: bool,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss ``[T]``, outputs, and the gradient of each task's loss to theta ``[T, P]`` and x."""
     task_loss = _task_loss(Code.decode(code), frozen)
-    grads_and_loss = vmap(grad_and_value(task_loss, argnums=(0, 1), has_aux=True))
-    (grad_theta, grad_x), (loss, outputs) = grads_and_loss(_per_task(theta, x), x, y)
+    grads_and_loss = _mapped(grad_and_value(task_loss, argnums=(0, 1), has_aux=True))
+    (grad_theta, grad_x), (loss, outputs) = grads_and_loss(_per_task(theta, x), x, y, weight)
     return loss, outputs, grad_theta, grad_x if input_grad else x.new_empty(0)
 
 
@@ -54,15 +79,17 @@ def hvp(
     y: Tensor,
     vector: Tensor,
     input_grad: bool,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``H v``, ``[T, P]`` for v ``[T, A]``, and the derivative of ``<gradient, v>`` to x."""
     program = Code.decode(code)
     task_gradient = grad(_task_loss(program, frozen), has_aux=True)
 
-    def along(theta: Tensor, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        return task_gradient(theta, x, y)[0][: program.adapted] @ v
+    def along(theta: Tensor, x: Tensor, y: Tensor, v: Tensor, w: Tensor | None) -> Tensor:
+        return task_gradient(theta, x, y, w)[0][: program.adapted] @ v
 
-    product, mixed = vmap(grad(along, argnums=(0, 1)))(_per_task(theta, x), x, y, vector)
+    products = _mapped(grad(along, argnums=(0, 1)))
+    product, mixed = products(_per_task(theta, x), x, y, vector, weight)
     return product, mixed if input_grad else x.new_empty(0)
 
 
@@ -74,6 +101,7 @@ def products(
     y: Tensor,
     vectors: Tensor,
     gauss_newton: bool,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """``H v`` of each of the vectors ``[T, N, A]``, or ``J' H_L J v``, ``[T, N, P]``."""
     program = Code.decode(code)
@@ -82,7 +110,7 @@ def products(
         return torch.zeros_like(vectors)
     loss = cast("LossCode", program.loss)
 
-    def of_task(theta: Tensor, x: Tensor, y: Tensor, vectors: Tensor) -> Tensor:
+    def of_task(theta: Tensor, x: Tensor, y: Tensor, vectors: Tensor, w: Tensor | None) -> Tensor:
         def outputs(theta: Tensor) -> Tensor:
             return _outputs(program, theta, frozen, x, 0)
 
@@ -90,13 +118,13 @@ def products(
             z, pull = pullback(outputs, theta)
             # The backward pass is linear in its argument; its transpose is J.
             _, push = pullback(pull, torch.zeros_like(z))
-            _, bend = pullback(grad(lambda z: _loss(loss, z, y)), z)
+            _, bend = pullback(grad(lambda z: _loss(loss, z, y, w)), z)
             product: Tensor = vmap(lambda v: pull(bend(push(v))))(vectors)
             return product
-        _, times_hessian = pullback(grad(lambda theta: _loss(loss, outputs(theta), y)), theta)
+        _, times_hessian = pullback(grad(lambda theta: _loss(loss, outputs(theta), y, w)), theta)
         return cast("Tensor", vmap(times_hessian)(vectors))
 
-    return vmap(of_task)(_per_task(theta, x), x, y, vectors)
+    return cast("Tensor", _mapped(of_task)(_per_task(theta, x), x, y, vectors, weight))
 
 
 def adapt(
@@ -108,10 +136,11 @@ def adapt(
     y: Tensor,
     steps: int,
     shared: int = 0,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """theta_K ``[T, A]``; ``shared`` is S, as in the code."""
     with torch.no_grad():
-        end = _unrolled(code, theta, frozen, lr, x, y, steps, first_order=True)[-1]
+        end = _unrolled(code, theta, frozen, lr, x, y, weight, steps, first_order=True)[-1]
     return end[:, : theta.shape[-1] - shared]
 
 
@@ -125,7 +154,8 @@ def adapt_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     theta, lr, x = (tensor.detach().requires_grad_() for tensor in (a.theta, a.lr, a.x))
     # Callers may be in no_grad: the derivative is taken by autograd, inside.
     with torch.enable_grad():
-        end = _unrolled(a.code, theta, a.frozen, lr, x, a.y, a.steps, a.first_order)[-1]
+        states = _unrolled(a.code, theta, a.frozen, lr, x, a.y, a.weight, a.steps, a.first_order)
+        end = states[-1]
         value = (end[:, : a.grad_out.shape[-1]] * a.grad_out).sum()
     to_theta, to_lr, to_x = _grads(value, {theta: True, lr: a.lr_grad, x: a.input_grad})
     return to_theta, to_lr, to_x
@@ -143,12 +173,14 @@ def meta_gradient(*arguments: Any) -> tuple[Tensor, ...]:
     program = Code.decode(a.code)
 
     def query_loss(k: int) -> tuple[Tensor, Tensor]:
-        return vmap(_task_loss(program, a.frozen, k))(states[k], query_x, a.query_y)
-
-    with torch.enable_grad():
-        states = _unrolled(
-            a.code, theta, a.frozen, lr, support_x, a.support_y, a.steps, a.first_order
+        query_loss = _mapped(_task_loss(program, a.frozen, k))
+        return cast(
+            "tuple[Tensor, Tensor]", query_loss(states[k], query_x, a.query_y, a.query_weight)
         )
+
+    support = support_x, a.support_y, a.support_weight
+    with torch.enable_grad():
+        states = _unrolled(a.code, theta, a.frozen, lr, *support, a.steps, a.first_order)
         losses, outputs = query_loss(a.steps)
         if a.step_weights:
             each = (query_loss(k)[0] for k in range(1, a.steps + 1))
@@ -171,14 +203,15 @@ def _unrolled(
     lr: Tensor,
     x: Tensor,
     y: Tensor,
+    weight: Tensor | None,
     steps: int,
     first_order: bool,
 ) -> list[Tensor]:
     """theta_0 .. theta_K, each ``[T, P]``."""
     program, states = Code.decode(code), [_per_task(theta, x)]
     for k in range(steps):
-        task_gradients = vmap(grad(_task_loss(program, frozen, k), has_aux=True))
-        grads, _ = task_gradients(states[-1], x, y)
+        task_gradients = _mapped(grad(_task_loss(program, frozen, k), has_aux=True))
+        grads, _ = task_gradients(states[-1], x, y, weight)
         step_sizes = lr[min(k, len(lr) - 1)]  # one for all steps, or one for each
         adapted = (grads.detach() if first_order else grads)[:, : program.adapted]
         states.append(states[-1] - F.pad(step_sizes * adapted, (0, program.shared)))
@@ -194,6 +227,15 @@ def _grads(value: Tensor, required: dict[Tensor, bool]) -> tuple[Tensor, ...]:
     )
 
 
+def _mapped(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn``, of one task's tensors and of a weight or None, mapped over the tasks."""
+
+    def mapped(*inputs: Tensor | None) -> Any:
+        return vmap(fn, in_dims=tuple(None if x is None else 0 for x in inputs))(*inputs)
+
+    return mapped
+
+
 def _per_task(theta: Tensor, x: Tensor) -> Tensor:
     return theta.expand(len(x), theta.shape[-1])
 
@@ -202,9 +244,11 @@ def _task_loss(program: Code, frozen: Tensor, k: int = 0) -> TaskLoss:
     """The loss of one task at theta_k ``[P]``, and its outputs."""
     loss = cast("LossCode", program.loss)
 
-    def task_loss(theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def task_loss(
+        theta: Tensor, x: Tensor, y: Tensor, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         outputs = _outputs(program, theta, frozen, x, k)
-        return _loss(loss, outputs, y), outputs
+        return _loss(loss, outputs, y, weight), outputs
 
     return task_loss
 
@@ -336,19 +380,41 @@ def _parameter(
     return source[start : start + torch.Size(shape).numel()].view(shape)
 
 
-def _loss(code: LossCode, outputs: Tensor, y: Tensor) -> Tensor:
-    reduction = "mean" if code.mean else "sum"
+def _loss(code: LossCode, outputs: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
+    """The loss of one task's outputs ``[B, n]``."""
+    of_set = _cross_entropy if code.kind == LossKind.CROSS_ENTROPY else _regression
+    if weight is None:
+        return code.scale * of_set(code, outputs, y)
     if code.kind == LossKind.CROSS_ENTROPY:
-        loss = F.cross_entropy(
-            outputs, y, ignore_index=code.b, reduction=reduction, label_smoothing=code.a
-        )
-        return code.scale * loss
-    y = y.reshape(outputs.shape)
+        # An ignored example has no loss; a mean over it would be NaN.
+        code, y = replace(code, b=-100), torch.where(y == code.b, ABSENT_LABEL, y)
+    # An example by itself is a set of one.
+    each = torch.stack([of_set(code, outputs[i : i + 1], y[i : i + 1]) for i in range(len(y))])
+    return code.scale * (each * weight).sum()
+
+
+def _cross_entropy(code: LossCode, outputs: Tensor, y: Tensor) -> Tensor:
+    absent = (y == ABSENT_LABEL) & (y != code.b)
+    none = absent.all()
+    # A task without an example has no loss. The mean over no example, and its gradient, is NaN.
+    outputs, y = torch.where(none, 0.0, outputs), torch.where(absent, code.b, y)
+    loss = F.cross_entropy(
+        outputs,
+        torch.where(none, 0, y),
+        ignore_index=code.b,
+        reduction="mean" if code.mean else "sum",
+        label_smoothing=code.a,
+    )
+    return torch.where(none, 0.0, loss)
+
+
+def _regression(code: LossCode, outputs: Tensor, y: Tensor) -> Tensor:
+    reduction, y = "mean" if code.mean else "sum", y.reshape(outputs.shape)
     if code.kind == LossKind.HUBER:
-        return code.scale * F.huber_loss(outputs, y, reduction=reduction, delta=code.a)
+        return F.huber_loss(outputs, y, reduction=reduction, delta=code.a)
     functions: dict[LossKind, Callable[..., Tensor]] = {
         LossKind.MSE: F.mse_loss,
         LossKind.BCE_WITH_LOGITS: F.binary_cross_entropy_with_logits,
         LossKind.L1: F.l1_loss,
     }
-    return code.scale * functions[code.kind](outputs, y, reduction=reduction)
+    return functions[code.kind](outputs, y, reduction=reduction)
