@@ -71,7 +71,7 @@ ERRORS = [
     ({"query_x": torch.Tensor.float}, TypeError, "query_x: expected dtype torch.float64"),
     ({"query_x": lambda x: x.to("meta")}, ValueError, "query_x: expected device DEVICE, got meta"),
     ({"support_y": lambda y: y * 0 + 4}, ValueError, r"support_y: expected labels in 0..3.*to 4"),
-    ({"query_y": lambda y: y * 0 - 1}, ValueError, r"query_y: expected labels in 0..3.* -1 to"),
+    ({"query_y": lambda y: y * 0 - 2}, ValueError, r"query_y: expected labels in 0..3.* -2 to"),
     ({"support_y": torch.Tensor.int}, TypeError, "support_y: expected int64 class labels"),
 ]
 

@@ -78,6 +78,7 @@ class Setting:
         steps: int = 2,
         per_task: bool = False,
         half: str | None = None,
+        weighs: bool = False,
         **sizes: int,
     ) -> None:
         net = build(name, device, dtype)
@@ -90,6 +91,8 @@ class Setting:
         if per_task:
             shift = 0.1 * self.random(self.tasks, self.parameters + self.shared)
             self.raw = self.raw._replace(theta=self.raw.theta + shift)
+        sets = self.data.support_x, self.data.query_x
+        self.weights = tuple(self.weight(*x.shape[:2]) for x in sets) if weighs else ()
 
     @property
     def parameters(self) -> int:
@@ -99,6 +102,16 @@ class Setting:
     def random(self, *shape: int) -> Tensor:
         x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         return x.to(self.raw.theta)
+
+    def weight(self, tasks: int, examples: int) -> Tensor:
+        """Draw weights of examples, some 0, some below."""
+        weight = self.random(tasks, examples)
+        return torch.where(weight.abs() < 0.3, 0.0, weight)
+
+    def mark_absent(self) -> None:
+        """Mark examples absent: one of every other task, one task's support, another's queries."""
+        for which, y in enumerate((self.data.support_y, self.data.query_y)):
+            y[::2, -1] = y[which] = -1
 
     def arguments(
         self,
@@ -113,17 +126,17 @@ class Setting:
         x, y, query_x, query_y = self.data
         vector = self.random(self.tasks, self.parameters)
         inner = (self.lr, x, y)
-        options = (first_order, keep)
+        options, weight = (first_order, keep), self.weights[:1]
         return *self.raw, *{
             "forward": (x,),
-            "gradient": (x, y, inputs),
-            "hvp": (x, y, vector, inputs),
-            "products": (x, y, self.random(self.tasks, 3, self.parameters), gauss_newton),
-            "adapt": (*inner, self.steps, self.shared),
-            "adapt_backward": (*inner, self.steps, vector, *options, lr, inputs),
+            "gradient": (x, y, inputs, *weight),
+            "hvp": (x, y, vector, inputs, *weight),
+            "products": (x, y, self.random(self.tasks, 3, self.parameters), gauss_newton, *weight),
+            "adapt": (*inner, self.steps, self.shared, *weight),
+            "adapt_backward": (*inner, self.steps, vector, *options, lr, inputs, *weight),
             "meta_gradient": (
                 *(*inner, query_x, query_y, list(weights), self.steps, *options),
-                *(True, lr, inputs, inputs),
+                *(True, lr, inputs, inputs, *self.weights),
             ),
         }[op]
 
@@ -178,20 +191,26 @@ def check_random_tasks(
     first_order, keep = choices.random() > 0.7, choices.random() > 0.5
     weights = [choices.choice((0.0, 0.5, -0.3)) for _ in range(choices.choice((0, steps)))]
     requires = [choices.random() > 0.3 for _ in range(3)]
+    weighs = choices.random() > 0.7 and not Code.decode(raw.code).has_batch_norm
+    of_examples = [numbers(*x.shape[:2]) for x, _ in (support, query)] if weighs else []
     arguments = {
         "forward": (support[0],),
-        "gradient": (*support, True),
-        "hvp": (*support, vector, True),
+        "gradient": (*support, True, *of_examples[:1]),
+        "hvp": (*support, vector, True, *of_examples[:1]),
         "products": (
             *support,
             numbers(tasks, choices.choice((1, 2)), vector.shape[1]),
             choices.random() > 0.5,
+            *of_examples[:1],
         ),
-        "adapt": (lr, *support, steps, shared),
-        "adapt_backward": (lr, *support, steps, vector, first_order, keep, *requires[:2]),
+        "adapt": (lr, *support, steps, shared, *of_examples[:1]),
+        "adapt_backward": (
+            *(lr, *support, steps, vector, first_order, keep),
+            *(*requires[:2], *of_examples[:1]),
+        ),
         "meta_gradient": (
             *(lr, *support, *query, weights, steps, first_order, keep, True),
-            *requires,
+            *(*requires, *of_examples),
         ),
     }
     for op in NAMES:

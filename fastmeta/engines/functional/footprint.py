@@ -13,6 +13,7 @@ from fastmeta.core.memory import memory_limit
 from fastmeta.core.peak_bytes import PeakBytes
 from fastmeta.core.random_state import RandomState
 from fastmeta.engines.base import Examples, InnerLoopOptions
+from fastmeta.engines.functional.label_checks import may_be_absent
 from fastmeta.engines.functional.passes import ModulePasses
 
 # Tasks that a CPU takes at a time have so many bytes. Chosen on `python -m benchmarks functional`
@@ -91,7 +92,9 @@ def _footprint(
     # Inference mode keeps no graph, and autocast halves what is kept.
     modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(theta.device.type)
     shapes = ((n, t.shape[1:], t.dtype, t.device) for n, t in examples.named().items())
-    kind = (module.training, keeps, tasks, examples.weight is None, *modes, *shapes)
+    # Norms of present examples only keep more.
+    weighs = examples.weight is not None or may_be_absent(passes.support_loss)
+    kind = (module.training, keeps, tasks, weighs, *modes, *shapes)
     known = _known.setdefault(module, {})
     if kind not in known:
         kept, peak = _measured(passes, theta, examples.of_tasks(slice(tasks)), keeps)

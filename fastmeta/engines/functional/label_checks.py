@@ -119,10 +119,15 @@ def present_examples(
         weight: ``[B]`` or ``[T, B]``.
     """
     present = None if weight is None else weight.detach() != 0
-    if not (isinstance(loss, ClassLoss) and loss.may_be_absent):
+    if not may_be_absent(loss):
         return present
     labelled = ~every_label(labels == ABSENT_LABEL, dims).view(labels.shape[:dims])
     return labelled if present is None else present & labelled
+
+
+def may_be_absent(loss: Loss) -> bool:
+    """Whether an example of a checked loss may be absent for its label."""
+    return isinstance(loss, ClassLoss) and loss.may_be_absent
 
 
 def every_label(marked: Tensor, dims: int) -> Tensor:

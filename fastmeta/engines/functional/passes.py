@@ -68,9 +68,11 @@ class ModulePasses:
     ) -> ModulePasses:
         """The passes for a batch; checks its labels, once."""
         inner_loss = loss if options.inner_loss is None else options.inner_loss
+        # Without a support the queries are what a step is measured on.
+        sets = (inner_loss, query if support is None else support), (loss, query)
         support_loss, query_loss = (
             own if examples is None else with_checked_labels(own, examples.y, examples.y_name)
-            for own, examples in ((inner_loss, support), (loss, query))
+            for own, examples in sets
         )
         query_limit = None
         if support is not None and options.steps > 0:

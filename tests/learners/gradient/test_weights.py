@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,8 +36,9 @@ def grads_of(net: nn.Module) -> Tensor:
     return joined(p.grad for p in net.parameters())
 
 
-@each_engine
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "engine"), [*product(NETWORKS, ("functional", "auto")), ("mlp", "program")]
+)
 def test_a_padded_batch_equals_its_tasks_one_by_one(name, engine, device):
     net, tasks = build(name, device), classification(name, device)
     support, query = (present(n, max(n), device) for n in SIZES)
@@ -91,14 +94,16 @@ def unrolled(net, tasks, weights, lr, steps, normalize, first_order):
     return torch.stack(losses).mean()
 
 
-@each_engine
+@pytest.mark.parametrize("engine", ["functional", "program", "auto"])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("steps", "first_order"), [(1, False), (3, False), (2, True)])
 def test_gradients_equal_an_unrolled_loop(steps, first_order, normalize, engine, device):
     net, tasks = regressor(device), regression(device)
     torch.manual_seed(0)
     weights = [torch.rand(3, 6, dtype=torch.float64).to(device) for _ in range(2)]
-    sources = [*net.parameters(), *(w.requires_grad_() for w in weights)]
+    sources = list(net.parameters())
+    if engine != "program":  # which has no gradient to weights
+        sources += [w.requires_grad_() for w in weights]
     expected = unrolled(net, tasks, weights, 0.1, steps, normalize, first_order)
     wanted = torch.autograd.grad(expected, sources, allow_unused=first_order)
     maml = fm.MAML(
@@ -129,6 +134,83 @@ def test_weights_of_adapted_tasks(engine, device):
     adapted = maml.adapt_tasks(*tasks[:2], support_weight=weight)
     F.mse_loss(adapted(tasks.query_x), tasks.query_y).backward()
     assert relative_error(weight.grad, expected) < EXACT
+
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "three steps": {"steps": 3},
+    "no steps": {"steps": 0},
+    "first order": {"first_order": True},
+    "chunks": {"task_chunk": 2},
+    "one by one": {"task_chunk": 1},
+    "forward": {"hvp_mode": "forward"},
+    "recomputed": {"memory": "recompute"},
+    "learned step size": {"learn_lr": True},
+    "some parameters": {"adapt": ["0.*", "2.bias"]},
+    "momentum": {"rule": lambda: fm.rules.SGD(momentum=0.5)},
+    "not normalized": {"normalize_weights": False},
+}
+LOSSES = {"squared error": (F.mse_loss, regressor), "cross entropy": (F.cross_entropy, None)}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_both_engines_weigh_alike(option, loss, device):
+    fn, make = LOSSES[loss]
+    net = build("mlp", device) if make is None else make(device)
+    tasks = classification("mlp", device) if make is None else regression(device)
+    torch.manual_seed(0)
+    sets = tasks.support_x, tasks.query_x
+    support, query = (torch.rand(x.shape[:2], dtype=x.dtype).to(device) for x in sets)
+    support[0, 1] = query[2] = 0
+    options = {"steps": 2, **OPTIONS[option]}
+
+    def results(engine: str) -> list[Tensor]:
+        rule = options.get("rule")
+        more = {**options, "rule": rule()} if callable(rule) else options
+        maml = fm.MAML(net, 0.1, loss=fn, engine=engine, **more)
+        x = tasks.support_x.clone().requires_grad_()
+        data, weights = (x, *tasks[1:]), {"support_weight": support, "query_weight": query}
+        value, outputs = maml.meta_loss(*data, **weights)
+        sources = [*maml.parameters(), x]
+        found = [value, outputs, *derivatives(value, sources)]
+        found += [maml.meta_gradient(*tasks, **weights).grads]
+        adapted = maml.adapt_tasks(*data[:2], support_weight=support).params
+        found += [adapted, *derivatives(adapted.square().sum(), sources)]
+        if maml.steps:
+            shares = [0.3] * maml.steps
+            found += derivatives(maml.meta_loss(*data, shares, **weights)[0], sources)
+        with torch.no_grad():
+            found += [maml.adapt_tasks(*tasks[:2], support_weight=support).params]
+            found += [maml.meta_loss(*tasks, **weights)[0]]
+        return found
+
+    for actual, expected in zip(results("program"), results("functional"), strict=True):
+        assert relative_error(actual, expected) < EXACT
+
+
+def derivatives(value: Tensor, sources: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(value, sources, allow_unused=True, materialize_grads=True))
+
+
+def test_weights_that_programs_do_not_have(device):
+    net, tasks = build("mlp", device), classification("mlp", device)
+    weight = torch.ones(3, 6, dtype=torch.float64, device=device, requires_grad=True)
+    with pytest.raises(ValueError, match="no task program: weights require gradients"):
+        fm.MAML(net, engine="program").meta_loss(*tasks, support_weight=weight)
+    net, tasks = build("conv4", device), classification("conv4", device)
+    with pytest.raises(ValueError, match="examples have weights, which its batch norm does not"):
+        fm.MAML(net, engine="program").meta_loss(*tasks, support_weight=weight.detach())
+
+
+def test_repeated_calls_take_weights_that_come_and_go(device):
+    net, tasks = build("mlp", device), classification("mlp", device)
+    torch.manual_seed(0)
+    maml, functional = (fm.MAML(net, 0.1, engine=engine) for engine in ("auto", "functional"))
+    weight = torch.rand(3, 6, dtype=torch.float64).to(device)
+    for given in (None, None, None, weight, None, weight, 2 * weight**2, None):
+        found = maml.meta_gradient(*tasks, support_weight=given).grads
+        expected = functional.meta_gradient(*tasks, support_weight=given).grads
+        assert relative_error(found, expected) < EXACT
 
 
 def test_weights_of_zero_have_a_gradient(device):

@@ -222,10 +222,10 @@ def test_labels_without_a_class_are_refused(tasks, device):
         with pytest.raises(ValueError, match=r"support_y: expected labels in 0..2, .* got 3"):
             getattr(COMPILED, op)(*setting.arguments(op))
     setting.data.support_y[1, 2] = 0
-    setting.data.query_y[0, 0] = -1
-    with pytest.raises(ValueError, match=r"query_y: expected labels in 0..2, .* got -1"):
+    setting.data.query_y[0, 0] = -2
+    with pytest.raises(ValueError, match=r"query_y: expected labels in 0..2, .* got -2"):
         COMPILED.meta_gradient(*setting.arguments("meta_gradient"))
-    with pytest.raises(ValueError, match=r"query_y: expected labels in 0..2, .* got -1"):
+    with pytest.raises(ValueError, match=r"query_y: expected labels in 0..2, .* got -2"):
         COMPILED.check_labels(setting.raw[0], setting.data.support_y, setting.data.query_y)
 
 
