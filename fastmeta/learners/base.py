@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from fastmeta.core.module_inputs import check_inputs, inputs_of
 from fastmeta.core.parameter_layout import ParameterLayout
-from fastmeta.core.trees import Tree
+from fastmeta.core.trees import Tree, first_tensor
 from fastmeta.engines.base import Engine
+from fastmeta.ops._checks import check_mask
 
 
 class Learner(Protocol):
@@ -66,19 +67,25 @@ class AdaptedTasks:
     module: nn.Module
     engine: Engine = field(repr=False, compare=False)
 
-    def __call__(self, query_x: Tree) -> Tree:
+    def __call__(self, query_x: Tree, present: Tensor | None = None) -> Tree:
         """Outputs of each task's module on its queries, ``[T, Q, ...]`` -> ``[T, Q, N]``.
 
-        ``query_x`` may be a tree, as for ``MAML.meta_loss``; of a dict or a dataclass the module
-        gets the entries that its forward has parameters for.
+        Args:
+            query_x: ``[T, Q, ...]``, or a tree as for ``MAML.meta_loss``; of a dict or a dataclass
+                the module gets the entries that its forward has parameters for.
+            present: bool ``[T, Q]``, the queries of which batch norms take statistics; None: all.
 
         Raises:
-            TypeError: ``query_x`` is neither a tensor nor a tree of tensors.
-            ValueError: ``query_x`` has another number of tasks.
+            TypeError: ``query_x`` is neither a tensor nor a tree of tensors, or ``present`` is not
+                bool.
+            ValueError: ``query_x`` has another number of tasks, or ``present`` another shape.
         """
         inputs = inputs_of(self.module, "query_x", query_x)
         check_inputs("query_x", inputs, len(self))
-        return self.engine.outputs(self.params, inputs)
+        if present is not None:
+            first = first_tensor(inputs)
+            check_mask("present", present, first.shape[:2], first.device)
+        return self.engine.outputs(self.params, inputs, present)
 
     def __len__(self) -> int:
         return len(self.params)

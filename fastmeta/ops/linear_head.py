@@ -340,6 +340,8 @@ def linear_head(
     Args:
         x: features of the support [T, S, D], or [S, D] for one task; S at least 1.
         targets: int64 labels [T, S] in [0, N), for "logistic" 0 or 1; for "mse" [T, S, N] like x.
+            Label -1: an absent example, whose gradient is 0. Means are over the others, and a task
+            without one takes no step but that of weight decay.
         weight: the start [T, N, D], or [N, D] for all tasks; N at least 1; dtype and device of x.
         bias: [T, N], or [N], or None for a head without one.
         lr: step size: a number or 0-d tensor, [K] for each step, or [T, K] for each task and step.
@@ -360,7 +362,8 @@ def linear_head(
     Raises:
         TypeError: inputs are not tensors of fitting dtypes, or an option has the wrong type.
         ValueError: shapes or devices do not agree, an option is unknown or out of range, there is
-            no example or no way, or a label is out of range (the message names the first).
+            no example or no way, or a label is neither in range nor -1 (the message names the
+            first).
 
     Source: Raghu et al. 2020 (arXiv 1909.09157) adapt only the head; the dual form is the
     representer theorem for each step.

@@ -227,11 +227,13 @@ def prototype_loss(
 
     Args:
         query: embeddings [T, Q, D], or [Q, D] for one task.
-        query_labels: int64 [T, Q], or [Q], in [0, N).
+        query_labels: int64 [T, Q], or [Q], in [0, N), or -1 for an absent query, whose loss and
+            gradient are 0.
         prototypes: [T, N, D], or [N, D], same dtype and device; N at least 1.
         metric: "sqeuclidean", "euclidean", "cosine" or "dot", see ``pairwise_distance``.
         scale: inverse temperature of the softmax.
-        reduction: "mean" over all queries of all tasks, "sum", or "none".
+        reduction: "mean" over all queries of all tasks, "sum", or "none". With absent queries
+            "mean" is that over tasks of each task's mean over its present queries, 0 without one.
         present: bool [T, N], or [N]: the classes that a task has. The others have logit minus
             infinity, whatever their prototypes are, and their prototypes get no gradient. The loss
             of a query with such a label is infinite. With ``present`` the loss is composed of
@@ -244,7 +246,7 @@ def prototype_loss(
     Raises:
         TypeError: dtypes do not fit.
         ValueError: shapes or devices do not agree, there is no prototype, an option is unknown, or
-            a label is out of range (the message names the first).
+            a label is neither in range nor -1 (the message names the first).
 
     Source: Snell, Swersky, Zemel 2017 (arXiv 1703.05175), equation 2.
 

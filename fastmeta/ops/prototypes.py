@@ -81,13 +81,13 @@ register(
 def prototypes(x: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Mean support embedding of every class, for every task.
 
-    A class without a support example gets a zero prototype (and no gradient). Differentiable any
-    number of times in ``x``; works under torch.func and torch.compile. bfloat16 and float16 are
-    summed in float32.
+    A class without a support example gets a zero prototype (and no gradient). An example of label
+    -1 is absent: it belongs to no class, and its gradient is 0. Differentiable any number of times
+    in ``x``; works under torch.func and torch.compile. bfloat16 and float16 are summed in float32.
 
     Args:
         x: support embeddings [T, S, D], or [S, D] for one task.
-        labels: int64 [T, S], or [S], in [0, num_classes).
+        labels: int64 [T, S], or [S], in [0, num_classes), or -1 for an absent example.
         num_classes: N, at least 0.
 
     Returns:
@@ -95,8 +95,8 @@ def prototypes(x: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
     Raises:
         TypeError: ``x`` is not floating point, or ``labels`` are not int64.
-        ValueError: shapes or devices do not agree, ``num_classes`` is negative, or a label is out
-            of range (the message names the first).
+        ValueError: shapes or devices do not agree, ``num_classes`` is negative, or a label is
+            neither in range nor -1 (the message names the first).
 
     Source: Snell, Swersky, Zemel 2017 (arXiv 1703.05175), equation 1.
 

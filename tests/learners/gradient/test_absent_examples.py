@@ -389,3 +389,18 @@ def test_under_torch_compile(device):
     loss.backward()
     assert relative_error(loss, expected.loss) < EXACT
     assert relative_error(joined(p.grad for p in net.parameters()), expected.grads) < EXACT
+
+
+@each_engine
+@each_net
+def test_adapted_tasks_leave_absent_queries_out(name, engine, device):
+    tasks = padded(classification(name, device))
+    maml = fm.MAML(build(name, device), 0.1, 1, engine="auto" if name == "conv4" else engine)
+    adapted = maml.adapt_tasks(*tasks[:2])
+    outputs = adapted(tasks.query_x, present=tasks.query_y != -1)
+    for t in range(len(adapted)):
+        part = alone(classification(name, device), t)
+        expected = maml.adapt_tasks(*part[:2])(part.query_x)
+        assert relative_error(outputs[t, : SIZES[1][t]], expected[0]) < EXACT
+    with pytest.raises(ValueError, match="present: expected shape"):
+        adapted(tasks.query_x, present=torch.ones(3, 2, dtype=torch.bool, device=device))
