@@ -341,7 +341,7 @@ def linear_head(
         x: features of the support [T, S, D], or [S, D] for one task; S at least 1.
         targets: int64 labels [T, S] in [0, N), for "logistic" 0 or 1; for "mse" [T, S, N] like x.
             Label -1: an absent example, whose gradient is 0. Means are over the others, and a task
-            without one takes no step but that of weight decay.
+            without one takes only the steps of weight decay.
         weight: the start [T, N, D], or [N, D] for all tasks; N at least 1; dtype and device of x.
         bias: [T, N], or [N], or None for a head without one.
         lr: step size: a number or 0-d tensor, [K] for each step, or [T, K] for each task and step.

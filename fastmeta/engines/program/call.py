@@ -294,9 +294,9 @@ class Call(NamedTuple):
     def check_support_labels(self, y: Tensor) -> None:
         """ValueError for a label without a class in the support ``[T, S]`` or ``[T, K, B]``.
 
-        An op of one step names its labels as the queries'. Ops in plain PyTorch check nothing.
+        An op of one step names its labels as the queries'.
         """
-        if hasattr(self.ops, "check_labels") and not y.is_floating_point():
+        if not y.is_floating_point():
             labels = y.flatten(1)
             self.ops.check_labels(self.program.code, labels, labels)
 

@@ -7,10 +7,9 @@ all tasks and steps then run inside one op.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,6 @@ from fastmeta.engines.base import (
 )
 from fastmeta.engines.checks import (
     check_arena,
-    check_examples,
     check_vector,
     read_step_weights,
 )
@@ -50,10 +48,15 @@ from fastmeta.engines.program.call import Adapt, Call, RequiredGrads
 from fastmeta.engines.program.explain import describe_program
 from fastmeta.engines.program.lowering import Program
 from fastmeta.engines.program.passes import ProgramPasses
+from fastmeta.engines.program.presence import (
+    check_presence,
+    check_support_labels,
+    check_weights,
+    require_gradients,
+)
 from fastmeta.engines.program.trace import LoweringError
 from fastmeta.engines.segments import SEGMENTS
 from fastmeta.ops import task_program
-from fastmeta.ops.task_program.bytecode import ABSENT_LABEL, LossKind
 
 _MOST_KEPT = 512 << 20  # bytes of activations that "auto" keeps
 _MOST_SHARED = 227 << 10  # bytes of shared memory that a block may have on sm_90
@@ -153,7 +156,7 @@ class ProgramEngine:
         call = self._call(theta, [seen])
         if self.why_stepwise(batches) or self.options.steps == 0:
             passes, theta = self._passes(call, theta, seen)
-            self._check_support_labels(call, support)
+            check_support_labels(call, support)
             return adjoint.adapt(passes, self.options, theta, lr, support, batches)
         values = self._step_sizes(call, lr)
         start = call.program.learned if theta is None else (call.with_shared(theta),)
@@ -183,7 +186,7 @@ class ProgramEngine:
         if self.why_stepwise(batches):
             seen = seen_first(batch.support, batches)
             passes, theta = self._passes(call, theta, seen, batch.query)
-            self._check_support_labels(call, batch.support)
+            check_support_labels(call, batch.support)
             return adjoint.meta_loss(passes, self.options, theta, lr, batch, step_weights, batches)
         values = self._step_sizes(call, lr)
         start = call.program.learned if theta is None else (call.with_shared(theta),)
@@ -259,7 +262,7 @@ class ProgramEngine:
     def _products(
         self, theta: Tensor, examples: Examples, vector: Tensor, gauss_newton: bool
     ) -> Tensor:
-        if _require_gradients((theta, vector, examples.x, examples.y)):
+        if require_gradients((theta, vector, examples.x, examples.y)):
             raise LoweringError(
                 "the product is to be differentiated; torch.no_grad() says that it is not"
             )
@@ -411,12 +414,12 @@ class ProgramEngine:
         plan = self.cache.plan(self._source, sets)
         self._check_circumstances(plan.program.layout)
         # The program has no derivative in targets and weights; the functional engine does.
-        if _require_gradients(examples.y for examples in sets):
+        if require_gradients(examples.y for examples in sets):
             raise LoweringError("targets require gradients")
         if any(examples.weight is not None for examples in sets):
-            self._check_weights(plan.program, sets)
+            check_weights(plan.program, sets)
         if plan.program.has_batch_norm:
-            self._check_presence(plan.program, sets)
+            check_presence(plan.program, self._implementation(plan.program.layout), sets)
         if theta is not None:
             check_arena("theta", plan.program.layout, theta, plan.tasks)
         return self._call_of(plan, theta is None, weights)
@@ -436,7 +439,7 @@ class ProgramEngine:
     def _outputs_call(self, theta: Tensor, x: Tree) -> Call | None:
         """The call for outputs without a graph; None if they need one or have no program."""
         shared = shared_parameters(self.module, self.options.adapt)
-        if _require_gradients((theta, x, *shared.values())):
+        if require_gradients((theta, x, *shared.values())):
             return None
         try:
             self._check_losses()
@@ -479,40 +482,6 @@ class ProgramEngine:
         if torch.is_autocast_enabled(layout.device.type):
             raise LoweringError("autocast is on, and the program computes in the parameters' dtype")
 
-    def _check_weights(self, program: Program, sets: Sequence[Examples]) -> None:
-        """Raise LoweringError for weights that programs do not have."""
-        check_examples(program.layout, *sets)
-        for examples in sets:
-            if examples.weight is not None:
-                check_plain(examples.weight_name, examples.weight)
-        if _require_gradients(examples.weight for examples in sets):
-            raise LoweringError("weights require gradients")
-        if program.has_batch_norm:
-            raise LoweringError("examples have weights, which its batch norm does not have")
-
-    def _check_presence(self, program: Program, sets: Sequence[Examples]) -> None:
-        """Raise LoweringError for absent examples, which a batch norm cannot leave out."""
-        if program.loss.kind != LossKind.CROSS_ENTROPY:
-            return
-        ops = self._implementation(program.layout)
-        try:
-            # On CUDA the ops, which check again, find these labels checked.
-            ops.check_labels(program.code, sets[0].y, sets[-1].y)
-        except ValueError:
-            for examples in sets:
-                if (examples.y == ABSENT_LABEL).any():
-                    raise LoweringError(
-                        f"{examples.y_name} has labels -1, of absent examples, which its batch "
-                        "norm cannot leave out"
-                    ) from None
-            raise
-
-    def _check_support_labels(self, call: Call, support: Examples) -> None:
-        """Raise for labels ``[T, S]`` or ``[T, K, B]`` of any step that the program cannot take."""
-        if call.program.has_batch_norm and not support.y.is_floating_point():
-            self._check_presence(call.program, [support._replace(y=support.y.flatten(1))])
-        call.check_support_labels(support.y)
-
     def _implementation(self, layout: ParameterLayout) -> SimpleNamespace | ModuleType:
         """The compiled ops, or the ops in plain PyTorch if the options allow them."""
         ops = task_program.implementation(layout)
@@ -526,7 +495,3 @@ class ProgramEngine:
 
 def _kind(like: Tensor | ParameterLayout) -> tuple[torch.dtype, torch.device]:
     return like.dtype, like.device
-
-
-def _require_gradients(tensors: Iterable[Any]) -> bool:
-    return torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors)

@@ -166,7 +166,7 @@ class ANIL(CompilableLearner):
             query_x, query_y: the same with Q examples.
 
         Returns:
-            ``loss`` and the detached outputs on the queries ``[T, Q, N]``; those of absent queries
+            ``loss`` and the detached outputs on the queries ``[T, Q, N]``, which for absent queries
             have no meaning. The loss has an ordinary autograd graph, which can be differentiated as
             many times as the body can.
 
