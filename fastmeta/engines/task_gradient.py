@@ -105,8 +105,12 @@ def gradient_at(
     examples: Examples,
     norm_statistics: str,
     layout: ParameterLayout,
+    of_losses: bool = False,
 ) -> TaskGradient:
-    """``task_gradient`` at an arena of the layout's parameters."""
+    """``task_gradient`` at an arena of the layout's parameters.
+
+    ``of_losses``: the losses will be differentiated, so that their gradients are kept.
+    """
     tasks = check_examples(layout, examples)
     check_arena("params", layout, theta, tasks)
     refuse_inference_mode("the gradient of the loss is asked for")
@@ -115,32 +119,38 @@ def gradient_at(
     options = InnerLoopOptions(steps=0, norm_statistics=norm_statistics, adapt=adapt)
     program, functional = engines_of(module, loss, options)
     try:
-        return _by_program(program, functional, theta, examples)
+        return _by_program(program, functional, theta, examples, of_losses)
     except LoweringError:
         return TaskGradient(*functional.task_gradients(theta, examples))
 
 
 def _by_program(
-    program: ProgramEngine, functional: FunctionalEngine, theta: Tensor, examples: Examples
+    program: ProgramEngine,
+    functional: FunctionalEngine,
+    theta: Tensor,
+    examples: Examples,
+    of_losses: bool,
 ) -> TaskGradient:
     call, (x, y, _, weight) = program.call(theta, examples), examples
     if not torch.is_grad_enabled():
-        return TaskGradient(*_values(call, theta, x, y, weight))
+        return TaskGradient(*_values(call, theta, x, y, weight)[:3])
     if call.program.shared_names:
         raise LoweringError("parameters that are not given may need a gradient")
     if theta.requires_grad or x.requires_grad:
-        return TaskGradient(*_Compiled.apply(call, functional, theta, x, y, weight))
-    return TaskGradient(*_values(call, theta, x, y, weight))
+        inputs = theta, x, y, weight
+        return TaskGradient(*_Compiled.apply(call, functional, of_losses, *inputs))
+    return TaskGradient(*_values(call, theta, x, y, weight)[:3])
 
 
 def _values(
-    call: Call, theta: Tensor, x: Tensor, y: Tensor, weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    call: Call, theta: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, x_grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients, losses and outputs, and the gradient to x if it is asked for."""
     arena, frozen = call.with_shared(theta), call.frozen(theta)
-    losses, outputs, grads, _ = call.ops.gradient(
-        call.program.code, arena, frozen, x, y, False, weight
+    losses, outputs, grads, of_x = call.ops.gradient(
+        call.program.code, arena, frozen, x, y, x_grad, weight
     )
-    return call.program.by_kind(grads)[0].contiguous(), losses, call.shaped(outputs)
+    return call.program.by_kind(grads)[0].contiguous(), losses, call.shaped(outputs), of_x
 
 
 class _Compiled(torch.autograd.Function):
@@ -151,14 +161,18 @@ class _Compiled(torch.autograd.Function):
         ctx: Any,
         call: Call,
         functional: FunctionalEngine,
+        of_losses: bool,
         theta: Tensor,
         x: Tensor,
         y: Tensor,
         weight: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grads, losses, outputs = _values(call, theta, x, y, weight)
+        x_grad = of_losses and ctx.needs_input_grad[4]
+        grads, losses, outputs, of_x = _values(call, theta, x, y, weight, x_grad)
         ctx.call, ctx.functional = call, functional
-        ctx.save_for_backward(theta, x, y, weight)
+        # With the losses' gradients their backward needs no pass of its own.
+        kept = (grads, of_x if x_grad else None) if of_losses else (None, None)
+        ctx.save_for_backward(theta, x, y, weight, *kept)
         ctx.mark_non_differentiable(outputs)
         ctx.set_materialize_grads(False)
         return grads, losses, outputs
@@ -170,21 +184,23 @@ class _Compiled(torch.autograd.Function):
         # With create_graph=True the result has a derivative too, which the ops have not.
         take = _differentiable_products if torch.is_grad_enabled() else _products
         to_theta, to_x = take(ctx, v, to_losses)
-        return None, None, to_theta, to_x, None, None
+        return None, None, None, to_theta, to_x, None, None
 
 
 def _products(
     ctx: Any, v: Tensor | None, to_losses: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients to theta and x from those to ``grads`` ``[T, P]`` and losses ``[T]``."""
-    call, (theta, x, y, weight), x_grad = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[3]
+    call, x_grad = ctx.call, ctx.needs_input_grad[4]
+    theta, x, y, weight, grads, of_x = ctx.saved_tensors
     code, frozen = call.program.code, call.frozen(theta)
     to_theta, to_x = torch.zeros_like(theta), torch.zeros_like(x) if x_grad else None
     if v is not None:
         product, mixed = call.ops.hvp(code, theta, frozen, x, y, v.contiguous(), x_grad, weight)
         to_theta, to_x = to_theta + product.sum_to_size(theta.shape), mixed if x_grad else None
     if to_losses is not None:
-        _, _, grads, of_x = call.ops.gradient(code, theta, frozen, x, y, x_grad, weight)
+        if grads is None:
+            _, _, grads, of_x = call.ops.gradient(code, theta, frozen, x, y, x_grad, weight)
         to_theta = to_theta + (to_losses[:, None] * grads).sum_to_size(theta.shape)
         if to_x is not None:
             to_x = to_x + to_losses.view(-1, *[1] * (x.ndim - 1)) * of_x
@@ -195,8 +211,8 @@ def _differentiable_products(
     ctx: Any, v: Tensor | None, to_losses: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The same, with a graph."""
-    theta, x, y, weight = ctx.saved_tensors
-    needed = ctx.needs_input_grad[2:4]
+    theta, x, y, weight, *_ = ctx.saved_tensors
+    needed = ctx.needs_input_grad[3:5]
     grads, losses, _ = ctx.functional.task_gradients(theta, Examples(x, y, "", weight))
     pairs = [(o, u) for o, u in ((grads, v), (losses, to_losses)) if u is not None]
     outputs, upstream = zip(*pairs, strict=True)

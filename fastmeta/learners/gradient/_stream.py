@@ -20,7 +20,8 @@ from fastmeta.engines.task_gradient import TaskGradient
 READS = ("before", "after")
 STREAM_MEMORY = ("keep", "segments")
 
-GradientAt = Callable[[Tensor, Examples], TaskGradient]
+# Of parameters and examples; and whether the losses will be differentiated.
+GradientAt = Callable[[Tensor, Examples, bool], TaskGradient]
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,14 @@ class Stream:
 
         same = self.read is self.written and self.step_gradient is self.read_losses
         for c in steps:
-            found = self.step_gradient(theta, self.written.at(c))
+            reads_here = same and not self.reads_after
+            found = self.step_gradient(theta, self.written.at(c), reads_here)
             if not self.reads_after:
-                look(found if same else self.read_losses(theta, self.read.at(c)))
+                look(found if same else self.read_losses(theta, self.read.at(c), True))
             m = self.momentum[c] * m + (found.grads.detach() if self.first_order else found.grads)
             theta = (1 - self.decay[c]) * theta - self.step_sizes.at(c) * m
             if self.reads_after:
-                look(self.read_losses(theta, self.read.at(c)))
+                look(self.read_losses(theta, self.read.at(c), True))
         return theta, m, torch.stack(losses, 1), torch.stack(outputs, 1)
 
 

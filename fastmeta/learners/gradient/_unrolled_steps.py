@@ -194,7 +194,9 @@ class UnrolledSteps(CompilableLearner):
 
         def gradient_of(loss: Loss) -> GradientAt:
             options = self.norm_statistics, layout
-            return lambda theta, examples: gradient_at(self.module, loss, theta, examples, *options)
+            return lambda theta, examples, of_losses: gradient_at(
+                self.module, loss, theta, examples, *options, of_losses
+            )
 
         step = gradient_of(self.loss if self.inner_loss is None else self.inner_loss)
         stream = Stream(
