@@ -194,16 +194,19 @@ def _products(
     call, x_grad = ctx.call, ctx.needs_input_grad[4]
     theta, x, y, weight, grads, of_x = ctx.saved_tensors
     code, frozen = call.program.code, call.frozen(theta)
-    to_theta, to_x = torch.zeros_like(theta), torch.zeros_like(x) if x_grad else None
+    to_theta: Tensor | None = None
+    to_x: Tensor | None = None
     if v is not None:
         product, mixed = call.ops.hvp(code, theta, frozen, x, y, v.contiguous(), x_grad, weight)
-        to_theta, to_x = to_theta + product.sum_to_size(theta.shape), mixed if x_grad else None
+        to_theta, to_x = product.sum_to_size(theta.shape), mixed if x_grad else None
     if to_losses is not None:
         if grads is None:
             _, _, grads, of_x = call.ops.gradient(code, theta, frozen, x, y, x_grad, weight)
-        to_theta = to_theta + (to_losses[:, None] * grads).sum_to_size(theta.shape)
-        if to_x is not None:
-            to_x = to_x + to_losses.view(-1, *[1] * (x.ndim - 1)) * of_x
+        of_theta = (to_losses[:, None] * grads).sum_to_size(theta.shape)
+        to_theta = of_theta if to_theta is None else to_theta + of_theta
+        if x_grad:
+            of_x = to_losses.view(-1, *[1] * (x.ndim - 1)) * of_x
+            to_x = of_x if to_x is None else to_x + of_x
     return to_theta, to_x
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastmeta.core.checks import check_choice
+from fastmeta.core.checks import check_choice, is_number
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.step_sizes import StepSizes
 from fastmeta.engines.base import Examples
@@ -38,6 +38,7 @@ class Chunks:
     y: Tensor
     role: str
     weight: Tensor | None = None
+    _steps: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         name = self.role or "x"
@@ -54,10 +55,14 @@ class Chunks:
                 f"weight: expected shape {list(self.x.shape[:3])}, got {list(self.weight.shape)}"
             )
 
+        # Once: the backward of each x[:, c] by itself would fill a gradient of all steps.
+        tensors = (None if t is None else t.unbind(1) for t in (self.x, self.y, self.weight))
+        object.__setattr__(self, "_steps", tuple(tensors))
+
     def at(self, c: int) -> Examples:
         """The examples of a step."""
-        weight = None if self.weight is None else self.weight[:, c]
-        return Examples(self.x[:, c], self.y[:, c], self.role, weight)
+        x, y, weight = self._steps
+        return Examples(x[c], y[c], self.role, None if weight is None else weight[c])
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ class Stream:
     Attributes:
         written, read: the examples of the steps, and of the reads.
         reads_after: whether a step's read comes after it.
-        step_sizes, momentum, decay: of each step; momentum and decay ``[C, T or 1, P or 1]``.
+        step_sizes: of each step.
+        momentum, decay: of each step ``[C, T or 1, P or 1]``; None: 0.
         step_gradient, read_losses: gradients for the steps; losses of the reads.
         first_order: whether the gradients have no derivative.
     """
@@ -76,8 +82,8 @@ class Stream:
     read: Chunks
     reads_after: bool
     step_sizes: StepSizes
-    momentum: Tensor
-    decay: Tensor
+    momentum: Tensor | None
+    decay: Tensor | None
     step_gradient: GradientAt
     read_losses: GradientAt
     first_order: bool
@@ -116,8 +122,10 @@ class Stream:
             found = self.step_gradient(theta, self.written.at(c), reads_here)
             if not self.reads_after:
                 look(found if same else self.read_losses(theta, self.read.at(c), True))
-            m = self.momentum[c] * m + (found.grads.detach() if self.first_order else found.grads)
-            theta = (1 - self.decay[c]) * theta - self.step_sizes.at(c) * m
+            grads = found.grads.detach() if self.first_order else found.grads
+            m = grads if self.momentum is None else self.momentum[c] * m + grads
+            left = theta if self.decay is None else (1 - self.decay[c]) * theta
+            theta = left - self.step_sizes.at(c) * m
             if self.reads_after:
                 look(self.read_losses(theta, self.read.at(c), True))
         return theta, m, torch.stack(losses, 1), torch.stack(outputs, 1)
@@ -125,9 +133,11 @@ class Stream:
 
 def of_each_step(
     name: str, value: float | Tensor, layout: ParameterLayout, tasks: int, count: int
-) -> Tensor:
-    """A number, ``[]``, ``[C]``, ``[T, C]`` or ``[C, P]`` as ``[C, T or 1, P or 1]``."""
+) -> Tensor | None:
+    """A number, ``[]``, ``[C]``, ``[T, C]`` or ``[C, P]`` as ``[C, T or 1, P or 1]``; 0 is None."""
     like: dict[str, Any] = {"dtype": layout.dtype, "device": layout.device}
+    if is_number(value) and value == 0:
+        return None
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return torch.full((1, 1, 1), float(value), **like).expand(count, 1, 1)
     if not isinstance(value, Tensor):
