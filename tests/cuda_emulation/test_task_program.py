@@ -48,6 +48,42 @@ def test_every_loss(loss, way):
     setting("tanh", loss).check("products", gauss_newton=True)
 
 
+@pytest.mark.parametrize("loss", ["ignore_index", "cross_entropy_sum", "mse", "bce", "huber", "l1"])
+def test_weights_of_examples(loss, way):
+    s = setting("tanh", loss, weighs=True)
+    for op in ("gradient", "hvp"):
+        s.check(op)
+    s.check("products", gauss_newton=True)
+
+
+@pytest.mark.parametrize("op", ["adapt", "adapt_backward", "meta_gradient"])
+def test_weights_of_examples_in_steps(op, way):
+    setting("layer_norm", dtype=torch.float32, weighs=True).check(op, keep=op == "adapt_backward")
+
+
+@pytest.mark.parametrize("op", ["gradient", "hvp", "meta_gradient"])
+@pytest.mark.parametrize("weighs", [False, True])
+def test_absent_examples(weighs, op, way):
+    s = setting("tanh", "ignore_index", tasks=3, weighs=weighs)
+    s.mark_absent()
+    s.check(op)
+    s.data.support_y[0, 0] = -2
+    with pytest.raises(ValueError, match=r"expected labels in 0..2, .* got -2"):
+        COMPILED.gradient(*s.arguments("gradient"))
+
+
+def test_absent_examples_before_a_batch_norm_are_refused_and_never_counted():
+    s = setting("batch_norm", tasks=3)
+    expected = COMPILED.gradient(*s.arguments("gradient"))[0]
+    s.data.support_y[1, 0] = -1
+    with pytest.raises(ValueError, match=r"expected labels in 0..2, .* got -1"):
+        COMPILED.gradient(*s.arguments("gradient"))
+    with emulator.capturing():  # labels cannot be read
+        loss, _, grads, _ = COMPILED.gradient(*s.arguments("gradient"))
+    assert loss.isnan().tolist() == [False, True, False]
+    assert torch.equal(loss[::2], expected[::2]) and grads[1].isnan().any()
+
+
 @pytest.mark.parametrize("form", STEP_SIZES)
 def test_every_form_of_the_step_size(form, way):
     s = setting("silu", "mse", per_task=form == "per_step")

@@ -70,6 +70,8 @@ const Change kChanges[] = {
     [](LinearCall& c) { c.args.options.lr_grad = true, c.args.grad_lr = c.code.data(); },
     [](LinearCall& c) { c.args.grad_support = c.code.data(); },
     [](LinearCall& c) { c.args.grad_query = c.code.data(); },
+    [](LinearCall& c) { c.args.support.weight = c.code.data(); },
+    [](LinearCall& c) { c.args.query.weight = c.code.data(); },
     [](LinearCall& c) { c.args.scale = 0.5; },
     [](LinearCall& c) { c.args.step_weights = {0.5, 0.5}; },
     [](LinearCall& c) { c.args.step_weights = {0.25, 0.5}; },
