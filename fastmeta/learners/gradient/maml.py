@@ -217,7 +217,8 @@ class MAML(UnrolledSteps, CurvatureProducts):
             support_x: ``[T, S, ...]``; or a tuple, dict or dataclass of tensors ``[T, ...]``, which
                 the module gets as its arguments.
             support_y: ``[T, S]`` int64 labels, or floating-point targets ``[T, S, ...]``; or a tree
-                of tensors, for a loss that takes one.
+                of tensors, for a loss that takes one. An example of class label -1 is absent: loss
+                and batch norms are as without it.
             query_x, query_y: the same with Q examples.
             step_weights: K numbers w_1 .. w_K: the loss is ``sum_k w_k L_q(theta_k)`` over the
                 parameters theta_k after each inner step (the multi-step loss of MAML++, Antoniou
@@ -230,9 +231,9 @@ class MAML(UnrolledSteps, CurvatureProducts):
 
             support_weight, query_weight: floating-point ``[T, S]`` and ``[T, Q]``: a task's loss is
                 ``sum_b w_b l_b / sum_b w_b``, see ``normalize_weights``, of a loss that is a mean
-                over examples. An example of weight 0 is absent; so is, in a set with weights, one
-                whose label is -1 or the loss's ``ignore_index``. Batch norms leave it out. Weights
-                may require a gradient. None: all are 1.
+                over examples. An example of weight 0 is absent, as one of label -1; so is, in a set
+                with weights, one whose label is the loss's ``ignore_index``. Weights may require a
+                gradient. None: all are 1.
             inner_batches: the batch of the support that each inner step sees; None: all of it.
                 Either int64 indices of a task's examples, ``[K, B]`` for all tasks or
                 ``[T, K, B]``. Or ``"per_step"``: the support holds the batches, ``support_x`` and
