@@ -27,6 +27,8 @@ from fastmeta.engines.functional.vmap_errors import vmapped_if_possible, why_not
 from fastmeta.engines.program.lowering import lower_loss
 from fastmeta.learners._absent import on_present_of_tasks, present_examples
 from fastmeta.learners._compile import CompilableLearner, as_single_op
+from fastmeta.learners._example_weights import check_weight, seen
+from fastmeta.learners.gradient._weighted_head import weighted_head_loss
 from fastmeta.ops import backend_of
 from fastmeta.ops._checks import check_floating, check_labels, check_mask, check_together
 from fastmeta.ops._linear_head_arguments import HeadOptions, checked_head, step_sizes
@@ -154,7 +156,13 @@ class ANIL(CompilableLearner):
 
     @as_single_op
     def meta_loss(
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        support_weight: Tensor | None = None,
+        query_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The mean over tasks of the query loss after adaptation to the support.
 
@@ -164,17 +172,21 @@ class ANIL(CompilableLearner):
                 head's dtype for the squared error; 0 or 1 in ``[T, S, 1]``, of the head's dtype,
                 for the binary cross entropy. Label -1: an absent example.
             query_x, query_y: the same with Q examples.
+            support_weight, query_weight: as for ``MAML``, divided by their sum in a task. The body
+                sees an example of weight 0 only if the weights require a gradient.
 
         Returns:
             ``loss`` and the detached outputs on the queries ``[T, Q, N]``, which for absent queries
             have no meaning. The loss has an ordinary autograd graph, which can be differentiated as
-            many times as the body can.
+            many times as the body can; with weights, once.
 
         Raises:
             TypeError, ValueError: naming the argument that does not fit; no tasks or no examples.
         """
         batch = TaskBatch(support_x, support_y, query_x, query_y)
         check_examples(_layout(self.head), batch.support, batch.query)
+        if support_weight is not None or query_weight is not None:
+            return self._weighted_loss(batch, support_weight, query_weight)
         targets, query_targets = (
             self._targets(e.y_name, e.y) for e in (batch.support, batch.query)
         )
@@ -265,6 +277,23 @@ class ANIL(CompilableLearner):
             f"one linear_head by the {backend} backend on {weight.device.type} in "
             f"{str(weight.dtype).removeprefix('torch.')}."
         )
+
+    def _weighted_loss(
+        self, batch: TaskBatch, support_weight: Tensor | None, query_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The meta-loss of weighed examples, by an engine on the head only."""
+        sets = []
+        for examples, weight in ((batch.support, support_weight), (batch.query, query_weight)):
+            if weight is not None:
+                check_weight(examples.weight_name, weight, examples.y)
+            targets = self._targets(examples.y_name, examples.y)
+            features = self._features(examples.x, examples.x_name, seen(targets, weight))
+            y = targets if self._inner_loss == "cross_entropy" else examples.y
+            sets.append(Examples(features, y, examples.role, weight))
+        support, query = sets
+        options = self.steps, self.first_order, self.weight_decay
+        lr = self._step_sizes(self.steps)
+        return weighted_head_loss(self.head, self.loss, support, query, lr, *options)
 
     def _adapt(
         self, support_x: Tensor, support_y: Tensor, steps: int

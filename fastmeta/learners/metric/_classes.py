@@ -30,11 +30,17 @@ def count_classes(labels: Tensor) -> int:
     return largest + 1
 
 
-def classes_present(labels: Tensor, num_classes: int) -> Tensor | None:
+def classes_present(
+    labels: Tensor, num_classes: int, weight: Tensor | None = None
+) -> Tensor | None:
     """The classes with a label ``[T, S]``, bool ``[T, N]``; None if every task has all of them.
+
+    A class all of whose examples have weight 0 is not present.
 
     ``torch.compile`` knows no values, so it always gets the tensor.
     """
+    if weight is not None:
+        labels = labels.masked_fill(weight == 0, ABSENT)
     # One class more, of the absent examples.
     found = torch.zeros(len(labels), num_classes + 1, dtype=torch.bool, device=labels.device)
     present = found.scatter(1, labels.remainder(num_classes + 1), True)[:, :num_classes]

@@ -12,6 +12,12 @@ from fastmeta.core.absence import ABSENT
 from fastmeta.core.checks import check_choice, check_dense
 from fastmeta.core.module_errors import KINDS, described
 from fastmeta.learners._absent import on_present, present_examples
+from fastmeta.learners._example_weights import (
+    check_weight,
+    shares,
+    weighted_prototypes,
+    without_weightless,
+)
 from fastmeta.learners.metric._classes import (
     check_present,
     classes_present,
@@ -101,6 +107,8 @@ class ProtoNet(nn.Module):
         num_classes: int | None = None,
         return_logits: Literal[True] = True,
         relabel: bool = False,
+        support_weight: Tensor | None = None,
+        query_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     @overload
@@ -114,6 +122,8 @@ class ProtoNet(nn.Module):
         *,
         return_logits: Literal[False],
         relabel: bool = False,
+        support_weight: Tensor | None = None,
+        query_weight: Tensor | None = None,
     ) -> tuple[Tensor, None]: ...
 
     def meta_loss(
@@ -125,6 +135,8 @@ class ProtoNet(nn.Module):
         num_classes: int | None = None,
         return_logits: bool = True,
         relabel: bool = False,
+        support_weight: Tensor | None = None,
+        query_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The mean query loss of a batch of tasks, and the logits of the queries.
 
@@ -143,6 +155,10 @@ class ProtoNet(nn.Module):
             return_logits: ``False``: do not compute the logits, and return ``None`` for them.
             relabel: number the classes of each task from 0, in the order of their labels, which
                 may then be any numbers of at least 0.
+            support_weight, query_weight: floating-point ``[T, S]`` and ``[T, Q]``, of at least 0:
+                prototypes are weighted means, and a task's loss is ``sum_b w_b l_b / sum_b w_b``.
+                An example of weight 0 is absent, except that the encoder sees it if the weights
+                require a gradient. None: all are 1.
 
         Returns:
             The scalar loss, differentiable in the encoder's parameters and in both inputs, and the
@@ -156,6 +172,14 @@ class ProtoNet(nn.Module):
         _check_examples("support", support_x, support_y)
         _check_examples("query", query_x, query_y)
         _check_alike(support_x, query_x)
+        for name, weight, y in (
+            ("support_weight", support_weight, support_y),
+            ("query_weight", query_weight, query_y),
+        ):
+            if weight is not None:
+                check_weight(name, weight, y)
+        support_y = without_weightless(support_y, support_weight)
+        query_y = without_weightless(query_y, query_weight)
         if relabel:
             classes, support_y = number_classes(support_y)
             query_y = numbers_of(query_y, classes)
@@ -164,11 +188,16 @@ class ProtoNet(nn.Module):
         examples = torch.cat([support_x, query_x], dim=1)
         embedding = self._embed_labelled(examples, support_y, query_y)
         support, query = embedding[:, :shots], embedding[:, shots:]
-        centres = prototypes(support, support_y, num_classes)
-        present = classes_present(support_y, num_classes)
+        centres = _centres(support, support_y, num_classes, support_weight)
+        present = classes_present(support_y, num_classes, support_weight)
         if present is not None:
             check_present(query_y, present)
-        loss = prototype_loss(query, query_y, centres, self.metric, self.scale, present=present)
+        reduction = "mean" if query_weight is None else "none"
+        loss = prototype_loss(
+            query, query_y, centres, self.metric, self.scale, reduction, present=present
+        )
+        if query_weight is not None:
+            loss = (shares(query_weight, query_y, loss.dtype) * loss).sum(1).mean()
         if not return_logits:
             return loss, None
         with torch.no_grad():
@@ -181,6 +210,7 @@ class ProtoNet(nn.Module):
         steps: int | None = None,
         num_classes: int | None = None,
         relabel: bool = False,
+        support_weight: Tensor | None = None,
     ) -> AdaptedProtoNet:
         """Compute every task's prototypes; the result maps queries to logits.
 
@@ -189,7 +219,7 @@ class ProtoNet(nn.Module):
             support_y: ``[T, S]``, int64, in ``[0, N)``, or -1 for an absent example.
             steps: ``None``: a ProtoNet takes no inner steps; the ``adapt_tasks`` of every learner
                 has this argument.
-            num_classes, relabel: as for ``meta_loss``.
+            num_classes, relabel, support_weight: as for ``meta_loss``.
 
         Returns:
             An :class:`AdaptedProtoNet`, differentiable in the encoder's parameters and the inputs.
@@ -210,12 +240,17 @@ class ProtoNet(nn.Module):
         if steps is not None:
             raise ValueError(f"steps: expected None, as a ProtoNet takes no steps, got {steps!r}")
         _check_examples("support", support_x, support_y)
+        if support_weight is not None:
+            check_weight("support_weight", support_weight, support_y)
+        support_y = without_weightless(support_y, support_weight)
         classes = None
         if relabel:
             classes, support_y = number_classes(support_y)
         num_classes = count_classes(support_y) if num_classes is None else num_classes
-        centres = prototypes(self._embed_labelled(support_x, support_y), support_y, num_classes)
-        return AdaptedProtoNet(centres, self, classes_present(support_y, num_classes), classes)
+        support = self._embed_labelled(support_x, support_y)
+        centres = _centres(support, support_y, num_classes, support_weight)
+        present = classes_present(support_y, num_classes, support_weight)
+        return AdaptedProtoNet(centres, self, present, classes)
 
     def explain(self) -> str:
         """Describe how this learner computes: the encoder call, and the backend of each op."""
@@ -307,6 +342,13 @@ class AdaptedProtoNet:
             check_mask("present", present, query_x.shape[:2], query_x.device)
         query = self.learner._embed_tasks(query_x, present)
         return self.learner._logits(query, self.prototypes, self.present)
+
+
+def _centres(x: Tensor, y: Tensor, num_classes: int, weight: Tensor | None) -> Tensor:
+    """The prototypes ``[T, N, D]`` of embeddings ``[T, S, D]``."""
+    if weight is None:
+        return prototypes(x, y, num_classes)
+    return weighted_prototypes(x, y, weight, num_classes)
 
 
 def _check_examples(name: str, x: Tensor, y: Tensor) -> None:
