@@ -269,8 +269,8 @@ class MAML(UnrolledSteps, CurvatureProducts):
                 reduction,
                 differentiable_outputs,
             )
-        others = step_weights, start, support_weight, query_weight, inner_batches
-        if all(x is None for x in others):
+        weighs = support_weight is not None or query_weight is not None
+        if step_weights is None and start is None and not weighs and inner_batches is None:
             replayed = self._programs.replay_loss(self, data)
             if replayed is not None:
                 return replayed
@@ -354,8 +354,8 @@ class MAML(UnrolledSteps, CurvatureProducts):
             torch.Size([2, 3])
         """
         data = support_x, support_y, query_x, query_y
-        others = step_weights, start, support_weight, query_weight, inner_batches
-        if all(x is None for x in others):
+        weighs = support_weight is not None or query_weight is not None
+        if step_weights is None and start is None and not weighs and inner_batches is None:
             replayed = self._programs.replay(self, data)
             if replayed is not None:
                 return replayed
