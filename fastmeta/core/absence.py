@@ -21,7 +21,8 @@ def is_readable(labels: Tensor) -> bool:
 
 def has_absent(labels: Tensor) -> bool:
     """Whether some of ``labels`` is ABSENT, by reading them: on CUDA this waits for the device."""
-    return labels.numel() > 0 and bool((labels == ABSENT).any())
+    # The least label is read first, as it takes half as long, and most batches have no padding.
+    return labels.numel() > 0 and int(labels.min()) < 0 and bool((labels == ABSENT).any())
 
 
 def may_have_absent(labels: Tensor) -> bool:
