@@ -12,14 +12,15 @@
 // with the label to ignore. Weights of examples multiply the loss and the gradient of their rows.
 #pragma once
 
+#include "common/absent.h"
 #include "execution/executor.h"
 #include "execution/math.h"
 #include "task_program/program/program.h"
 
 namespace fastmeta {
 
-// A label [T, B] that marks an absent example, and what the label to ignore becomes.
-inline constexpr int64_t kAbsentLabel = -1, kIgnoredLabel = -2;
+// What the label to ignore becomes; kAbsent marks an absent example.
+inline constexpr int64_t kIgnoredLabel = -2;
 
 // The factor of the loss of each of `counted` examples; 0 for a task without an example.
 FASTMETA_HOST_DEVICE inline double norm_of_labels(double scale, bool mean, double counted,

@@ -82,7 +82,7 @@ class Call {
   template <typename Device>
   static void check_labels_of(const Program& program, const at::Tensor& labels, const char* name) {
     // Kernels of a batch norm cannot leave out an absent example.
-    const int64_t lowest = program.has_batch_norm ? 0 : kAbsentLabel;
+    const int64_t lowest = program.has_batch_norm ? 0 : kAbsent;
     Device::check_labels(labels, lowest, program.output_elements(),
                          static_cast<int64_t>(program.loss.b), name);
   }

@@ -189,7 +189,7 @@ class CpuWorker {
       for (int64_t r = 0; r < set.count; ++r) {
         const int64_t label = labels[r] == ignored ? kIgnoredLabel : labels[r];
         counted += label < 0 ? 0 : 1;
-        absent += label == kAbsentLabel ? 1 : 0;
+        absent += label == kAbsent ? 1 : 0;
         numbers(examples.targets)[r * kLanes + lane] = static_cast<value_t>(label);
       }
       numbers(examples.norm)[lane] =

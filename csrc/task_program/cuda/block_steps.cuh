@@ -42,7 +42,7 @@ struct NormOfLabels {
     for (int64_t i = group.lane; i < count; i += group.size) {
       const number_t label = group.load(targets, i);
       counted = counted + number_t(label < 0 ? 0 : 1);
-      absent = absent + number_t(label == kAbsentLabel ? 1 : 0);
+      absent = absent + number_t(label == kAbsent ? 1 : 0);
     }
     counted = group.sum(counted);
     absent = group.sum(absent);

@@ -30,7 +30,7 @@ struct LoadLabels {
     for (int64_t i = group.lane; i < count; i += group.size) {
       const int64_t own = label[i] == ignored ? kIgnoredLabel : label[i];
       counted += own < 0 ? 0 : 1;
-      absent += own == kAbsentLabel ? 1 : 0;
+      absent += own == kAbsent ? 1 : 0;
       group.store(targets, i, static_cast<value_t>(own));
     }
     counted = group.sum(counted);

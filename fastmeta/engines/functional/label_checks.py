@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmeta.core.absence import ABSENT
 from fastmeta.core.cuda_graphs import is_being_captured
 from fastmeta.core.trees import Tree
 from fastmeta.engines.base import Loss
-from fastmeta.ops.task_program.bytecode import ABSENT_LABEL
 
 _DEFAULT_IGNORE_INDEX = -100
 _OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
@@ -121,7 +121,7 @@ def present_examples(
     present = None if weight is None else weight.detach() != 0
     if not may_be_absent(loss):
         return present
-    labelled = ~every_label(labels == ABSENT_LABEL, dims).view(labels.shape[:dims])
+    labelled = ~every_label(labels == ABSENT, dims).view(labels.shape[:dims])
     return labelled if present is None else present & labelled
 
 
@@ -184,9 +184,9 @@ class ClassLoss:
         # Both numbers in one transfer from the device.
         extremes = labels.masked_fill(labels == ignored, 0).aminmax()
         lowest, highest = torch.stack(extremes).tolist()
-        if lowest != ABSENT_LABEL:
+        if lowest != ABSENT:
             return cls(loss, name, tasks, ignored, lowest, highest, False)
-        left_out = every_label(labels == ABSENT_LABEL, 2) | (labels == ignored)
+        left_out = every_label(labels == ABSENT, 2) | (labels == ignored)
         lowest = int(labels.masked_fill(left_out, 0).min())
         return cls(loss, name, tasks, ignored, lowest, highest, True)
 
@@ -194,7 +194,7 @@ class ClassLoss:
         self._check(outputs, targets)
         if not self.may_be_absent:
             return self.loss(outputs, targets)
-        absent = every_label(targets == ABSENT_LABEL, 1)
+        absent = every_label(targets == ABSENT, 1)
         none = absent.all()
         targets = torch.where(absent, self.ignored, targets)
         # The mean over no example is NaN, and so is its gradient, which a product with 0 would
@@ -209,7 +209,7 @@ class ClassLoss:
         def of_one(outputs: Tensor, targets: Tensor) -> Tensor:
             # A mean over ignored labels only is NaN.
             ignored = (targets == self.ignored).all()
-            return loss(outputs, torch.where(ignored, ABSENT_LABEL, targets))
+            return loss(outputs, torch.where(ignored, ABSENT, targets))
 
         return of_one
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from fastmeta.core.absence import ABSENT
 from fastmeta.engines.base import Examples
 from fastmeta.engines.checks import check_examples
 from fastmeta.engines.program.cache import check_plain
 from fastmeta.engines.program.call import Call
 from fastmeta.engines.program.lowering import Program
 from fastmeta.engines.program.trace import LoweringError
-from fastmeta.ops.task_program.bytecode import ABSENT_LABEL, LossKind
+from fastmeta.ops.task_program.bytecode import LossKind
 
 
 def check_weights(program: Program, sets: Sequence[Examples]) -> None:
@@ -37,7 +38,7 @@ def check_presence(program: Program, ops: Any, sets: Sequence[Examples]) -> None
         ops.check_labels(program.code, sets[0].y, sets[-1].y)
     except ValueError:
         for examples in sets:
-            if (examples.y == ABSENT_LABEL).any():
+            if (examples.y == ABSENT).any():
                 raise LoweringError(
                     f"{examples.y_name} has labels -1, of absent examples, which its batch norm "
                     "cannot leave out"

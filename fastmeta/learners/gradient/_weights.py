@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmeta.core.absence import ABSENT
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.trees import first_tensor
 from fastmeta.engines.base import Examples, Minibatches, TaskBatch
 from fastmeta.engines.functional.label_checks import every_label
 from fastmeta.engines.program.lowering import lower_loss
-from fastmeta.ops.task_program.bytecode import ABSENT_LABEL, LossCode, LossKind
+from fastmeta.ops.task_program.bytecode import LossCode, LossKind
 
 
 def weighted(
@@ -50,7 +51,7 @@ def weighted(
         )
     weight = weight.to(layout.dtype)
     if isinstance(y, Tensor) and not y.is_floating_point():
-        absent = y == ABSENT_LABEL
+        absent = y == ABSENT
         if isinstance(spec, LossCode) and spec.kind == LossKind.CROSS_ENTROPY:
             absent = absent | (y == spec.b)
         absent = every_label(absent, dims)

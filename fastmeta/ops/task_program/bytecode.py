@@ -35,7 +35,6 @@ from torch import Tensor
 
 _FORMAT = 3
 
-ABSENT_LABEL = -1  # of an example that is absent
 
 _HEADER, _INSTRUCTION = 16, 24  # words
 

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
+from fastmeta.core.absence import ABSENT
 from fastmeta.core.derivatives import pullback
 from fastmeta.ops._activations import plain_activation
 from fastmeta.ops.task_program.arguments import AdaptBackwardArguments, MetaGradientArguments
 from fastmeta.ops.task_program.bytecode import (
-    ABSENT_LABEL,
     Code,
     Instruction,
     LossCode,
@@ -45,7 +45,7 @@ def check_labels(code: Tensor, support_y: Tensor, query_y: Tensor) -> None:
     loss, classes = cast("LossCode", program.loss), program.values[program.output]
     if loss.kind != LossKind.CROSS_ENTROPY:
         return
-    lowest = 0 if program.has_batch_norm else ABSENT_LABEL
+    lowest = 0 if program.has_batch_norm else ABSENT
     for name, y in (("support_y", support_y), ("query_y", query_y)):
         wrong = (y != loss.b) & ((y < lowest) | (y >= classes))
         if wrong.any():
@@ -387,14 +387,14 @@ def _loss(code: LossCode, outputs: Tensor, y: Tensor, weight: Tensor | None) -> 
         return code.scale * of_set(code, outputs, y)
     if code.kind == LossKind.CROSS_ENTROPY:
         # An ignored example has no loss; a mean over it would be NaN.
-        code, y = replace(code, b=-100), torch.where(y == code.b, ABSENT_LABEL, y)
+        code, y = replace(code, b=-100), torch.where(y == code.b, ABSENT, y)
     # An example by itself is a set of one.
     each = torch.stack([of_set(code, outputs[i : i + 1], y[i : i + 1]) for i in range(len(y))])
     return code.scale * (each * weight).sum()
 
 
 def _cross_entropy(code: LossCode, outputs: Tensor, y: Tensor) -> Tensor:
-    absent = (y == ABSENT_LABEL) & (y != code.b)
+    absent = (y == ABSENT) & (y != code.b)
     none = absent.all()
     # A task without an example has no loss. The mean over no example, and its gradient, is NaN.
     outputs, y = torch.where(none, 0.0, outputs), torch.where(absent, code.b, y)
