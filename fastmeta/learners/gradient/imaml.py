@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta.core.checks import check_choice, check_integer, check_number
+from fastmeta.core.random_state import RandomState
 from fastmeta.engines.base import MetaGradient, TaskBatch
 from fastmeta.engines.inner_loop import OUTER, SHARED
 from fastmeta.learners.gradient._conjugate_gradients import conjugate_gradients
@@ -107,9 +108,12 @@ class IMAML(PrecomputedGradientLearner):
         grads = cast("Tensor", to_theta)
 
         product_with_h = engine.ggnvp if self.curvature == "ggn" else engine.hvp
+        # The system has one matrix: all products with it see the same dropout masks.
+        random = RandomState(adapted.device)
 
         def product(v: Tensor) -> Tensor:
-            curved = product_with_h(adapted, batch.support, v)
+            with random.replay():
+                curved = product_with_h(adapted, batch.support, v)
             return (1 + self.cg_damping) * v + curved / self.regularization
 
         if self.cg_steps > 0:
@@ -117,7 +121,8 @@ class IMAML(PrecomputedGradientLearner):
             if to_shared:
                 # A task without a solution is first order: theta* does not depend on phi.
                 v = torch.where(solved, grads, 0.0)
-                mixed = engine.mixed_products(adapted, batch.support, v)
+                with random.replay():
+                    mixed = engine.mixed_products(adapted, batch.support, v)
                 to_shared = {n: g - mixed[n] / self.regularization for n, g in to_shared.items()}
         means = {name: grad / len(losses) for name, grad in to_shared.items()}
         shared = {n.removeprefix(SHARED): g for n, g in means.items() if n.startswith(SHARED)}

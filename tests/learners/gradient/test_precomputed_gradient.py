@@ -326,3 +326,23 @@ def test_given_gradients(make, problem):
 
 def learner_theta(net: nn.Module) -> Tensor:
     return torch.cat([p.flatten() for p in net.parameters()])
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_imaml_solves_one_system_with_dropout(curvature, monkeypatch, device):
+    """Enough conjugate gradients solve a system exactly, if its matrix stays what it is."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Tanh(), nn.Linear(4, 2))
+    net = net.double().to(device)
+    x, y = torch.randn(2, 9, 3).double().to(device), torch.randint(0, 2, (2, 9), device=device)
+    learner = fm.IMAML(net, 0.1, steps=1, cg_steps=40, regularization=5.0, curvature=curvature)
+    systems = []
+
+    def recorded(product, vector, steps):
+        solution, solved = conjugate_gradients(product, vector, steps)
+        systems.append((product(solution) - vector).norm() / vector.norm())
+        return solution, solved
+
+    monkeypatch.setattr("fastmeta.learners.gradient.imaml.conjugate_gradients", recorded)
+    learner.meta_gradient(x, y, x, y)
+    assert systems[0] < 1e-8
