@@ -77,6 +77,8 @@ class Reptile(PrecomputedGradientLearner):
     def _gradient(self, batch: TaskBatch) -> MetaGradient:
         self._refuse_other_gradients()
         engine = self._engine
+        _check_examples(batch.support)
+        _check_examples(batch.query)
         x = concatenated((batch.support_x, batch.query_x), 1)
         y = concatenated((batch.support_y, batch.query_y), 1)
         examples = Examples(x, y)
@@ -108,3 +110,11 @@ class Reptile(PrecomputedGradientLearner):
         needed = self.steps * self.inner_batch
         shuffles = [torch.randperm(examples) for _ in range(-(-needed // examples))]
         return torch.cat(shuffles)[:needed].view(self.steps, self.inner_batch)
+
+
+def _check_examples(examples: Examples) -> None:
+    """ValueError for a tensor of a tree that has no row an example: support and queries join."""
+    for name, tensor in examples.named().items():
+        if tensor.ndim < 2 or tensor.shape[1] != examples.size:
+            expected = f"[{examples.tasks}, {examples.size}, ...]"
+            raise ValueError(f"{name}: expected shape {expected}, got {list(tensor.shape)}")

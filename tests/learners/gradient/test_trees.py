@@ -406,3 +406,17 @@ def test_each_step_sees_a_batch_of_a_tree(form, device):
         losses.append(loss)
     exact = torch.autograd.grad(torch.stack(losses).mean(), list(net.parameters()))
     assert relative_error(result.grads, joined(exact)) < EXACT
+
+
+def test_reptile_joins_rows_of_examples_only():
+    class Scaled(TwoInputs):
+        def forward(self, x: Tensor, z: Tensor, scale: Tensor) -> Any:  # type: ignore[override]
+            return super().forward(x, z, 1.0)["logits"] * scale
+
+    support, query = batch("cpu", 5), batch("cpu", 7)
+    for data in (support, query):
+        data["scale"] = torch.ones(TASKS, dtype=torch.float64)  # one number a task
+    fm.MAML(Scaled().double(), loss=batch_loss).meta_loss(support, query)
+    reptile = fm.Reptile(Scaled().double(), loss=batch_loss)
+    with pytest.raises(ValueError, match=r"support_x\['scale'\]: expected shape \[3, 5, ...\]"):
+        reptile.meta_loss(support, query)
