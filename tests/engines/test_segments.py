@@ -16,6 +16,7 @@ from tests.helpers.engines import step_sizes
 from tests.helpers.learners import engine
 from tests.helpers.memory import peak_bytes
 from tests.helpers.networks import Tasks, build, classification, relative_error
+from tests.helpers.program_checks import skip_without_program
 from tests.helpers.unrolled import meta_gradient
 from tests.helpers.unrolled_rules import CASES
 
@@ -245,8 +246,7 @@ def test_nothing_is_kept_that_no_backward_reads():
 
 
 def test_steps_of_a_program_are_taken_one_by_one(device):
-    if (fm.core.backend.PROGRAM, device) not in fm.core.backend.KERNELS:
-        pytest.skip(f"the extension has no task program for {device}")
+    skip_without_program(device)
     net, tasks = build("mlp", device), classification("mlp", device)
     maml = fm.MAML(net, 0.1, 3)
     for _ in range(4):

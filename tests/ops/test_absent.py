@@ -46,8 +46,8 @@ def with_garbage(x: Tensor, labels: Tensor, value: float) -> Tensor:
 def compare(function: Losses, plain: Losses, inputs: Sequence[Tensor], padded: Sequence[Tensor]):
     """Value, first and second derivatives of two functions, each on its own leaves.
 
-    The functions map leaves to a tensor; ``padded`` are those of ``function``, which has garbage in
-    them where ``inputs`` has numbers. Returns the first derivatives of ``function``.
+    ``function`` takes the tensors ``padded``, with garbage at absent places, and ``plain`` takes
+    ``inputs``, without garbage. Returns the first derivatives of ``function``.
     """
     value, expected = function(*padded), plain(*inputs)
     assert_near(value, expected, 1e-10)
@@ -225,7 +225,7 @@ def test_linear_head_loss(function, loss, form, garbage, device):
 
     padded = [with_garbage(x, labels, garbage), with_garbage(query, query_labels, garbage), weight]
     of_x, of_query, _ = compare(meta_loss, plain, [x, query, weight], padded)
-    # Without create_graph=True the gradients are those of the kernel.
+    # Without create_graph=True the kernel computes the gradients.
     of_kernel = torch.autograd.grad(meta_loss(*padded).sin(), padded)
     for a, e in zip(
         of_kernel,

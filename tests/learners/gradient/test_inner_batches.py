@@ -28,6 +28,7 @@ from tests.helpers.inner_batches import (
 from tests.helpers.learners import engine
 from tests.helpers.memory import peak_bytes
 from tests.helpers.networks import build, classification, regression, regressor, relative_error
+from tests.helpers.program_checks import skip_without_program
 from tests.helpers.unrolled_rules import CASES
 
 __all__ = ["engine"]  # a fixture
@@ -234,8 +235,7 @@ def test_equal_batches_are_the_support_at_every_step(engine, device):
 
 
 def test_auto_takes_the_program(device, monkeypatch):
-    if (fm.core.backend.PROGRAM, device) not in fm.core.backend.KERNELS:
-        pytest.skip(f"the extension has no task program for {device}")
+    skip_without_program(device)
     net, batch = build("mlp", device), supports("per_step", 3, device)
     maml = fm.MAML(net, 0.1, 3)
 

@@ -1,4 +1,4 @@
-"""Reptile and iMAML, whose meta-gradient is not that of the inner loop."""
+"""Reptile and iMAML, which compute their meta-gradient without going back through the steps."""
 
 from __future__ import annotations
 
