@@ -1,7 +1,8 @@
 """fastmeta: meta-learning for PyTorch, batched over tasks, on compiled kernels.
 
 ops         inner_update, prototypes, pairwise_distance, prototype_loss, task_conv2d,
-            task_batch_norm, task_linear, linear_head, linear_head_hvp, hvp, ggnvp, activation
+            task_batch_norm, task_linear, linear_head, linear_head_hvp, hvp, ggnvp, activation,
+            pair_scores, pair_pool
 learners    MAML, FOMAML, ANIL, Reptile, MetaSGD, MAMLPlusPlus, MetaCurvature, IMAML,
             ProtoNet: `meta_loss` and `adapt_tasks`
 rules       rules.SGD, rules.Adam, rules.RMSProp, rules.ClipNorm, rules.MetaCurvature, ...
@@ -33,6 +34,8 @@ from fastmeta.ops import (
     inner_update,
     linear_head,
     linear_head_hvp,
+    pair_pool,
+    pair_scores,
     pairwise_distance,
     prototype_loss,
     prototypes,
@@ -67,6 +70,8 @@ __all__ = [
     "linear_head",
     "linear_head_hvp",
     "models",
+    "pair_pool",
+    "pair_scores",
     "pairwise_distance",
     "prototype_loss",
     "prototypes",

@@ -258,3 +258,34 @@ def task_batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
     variance = centred.square().mean(dims, keepdim=True)
     y = weight.view(shape) * (centred * (variance + eps).rsqrt()) + bias.view(shape)
     return y.to(x.dtype)
+
+
+_PAIR_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "silu": F.silu,
+    "abs": torch.abs,
+}
+
+
+@_in_own_dtype
+def pair_scores(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+    """Scores [T, Q, N]: bias [T] + sum_h weight [T, H] activation(x [T, Q, H] + y [T, N, H])."""
+    a, b, w, c = (z.to(accumulation_dtype(x.dtype)) for z in (x, y, weight, bias))
+    hidden = _PAIR_ACTIVATIONS[activation](a.unsqueeze(2) + b.unsqueeze(1))
+    scores = (hidden.flatten(1, 2) @ w.unsqueeze(2)).view(hidden.shape[:3])
+    return (scores + c[:, None, None]).to(x.dtype)
+
+
+@_in_own_dtype
+def pair_pool(x: Tensor, y: Tensor, pool: int) -> Tensor:
+    """max_pool(relu(x + y)) [T, Q, N, C, H', W'] of all pairs of maps, windows of pool x pool."""
+    a, b = (z.to(accumulation_dtype(x.dtype)) for z in (x, y))
+    height, width = (size // pool for size in x.shape[3:])
+    pairs = a.unsqueeze(2) + b.unsqueeze(1)
+    windows = pairs[..., : height * pool, : width * pool]
+    windows = windows.unflatten(5, (width, pool)).unflatten(4, (height, pool))
+    windows = windows.transpose(5, 6).flatten(6)
+    # The first of equal ones, as in max_pool2d; amax would share the gradient among them.
+    largest = windows.detach().argmax(6, keepdim=True)
+    return windows.gather(6, largest).squeeze(6).relu().to(x.dtype)

@@ -202,6 +202,34 @@ def activation_case(kind: str, *shape: int, **options: Any) -> Case:
     return Case("activation", name, build, small=math.prod(shape) <= 30)
 
 
+def scores_case(
+    activation: str,
+    t: int,
+    q: int,
+    n: int,
+    h: int,
+    shared: bool = True,
+    bias: bool = True,
+) -> Case:
+    """Make a pair_scores case whose weights all tasks share, or each has its own."""
+    tasks = () if shared else (t,)
+
+    def build(make: CaseFactory) -> Arguments:
+        rows = make.randn(t, q, h), make.randn(t, n, h), make.randn(*tasks, h) / h**0.5
+        return (*rows, *([make.randn(*tasks)] if bias else [])), {"activation": activation}
+
+    ways = ("" if shared else "-weights_of_tasks") + ("" if bias else "-no_bias")
+    name = f"{activation}-{t}x{q}x{n}x{h}{ways}"
+    return Case("pair_scores", name, build, small=t * (q + n) * h <= 60)
+
+
+def pool_case(name: str, t: int, q: int, n: int, c: int, size: tuple[int, int], pool: int) -> Case:
+    def build(make: CaseFactory) -> Arguments:
+        return (make.randn(t, q, c, *size), make.randn(t, n, c, *size), pool), {}
+
+    return Case("pair_pool", name, build, small=t * (q + n) * c * size[0] * size[1] <= 60)
+
+
 def unbatched(case: Case) -> Case:
     def build(make: CaseFactory) -> Arguments:
         args, options = case.build(make)
@@ -339,6 +367,30 @@ ACTIVATION = [
     activation_case("gelu_tanh"),
 ]
 
+PAIR_ACTIVATIONS = ("relu", "tanh", "silu", "abs")
+PAIR_SCORES = [
+    *(scores_case(activation, 2, 4, 3, 2) for activation in PAIR_ACTIVATIONS),
+    *(scores_case(activation, 1, 3, 2, 4, bias=False) for activation in PAIR_ACTIVATIONS),
+    *(scores_case(activation, 2, 3, 2, 3, shared=False) for activation in PAIR_ACTIVATIONS),
+    *(scores_case(activation, 2, 7, 65, 17) for activation in PAIR_ACTIVATIONS),
+    *(scores_case(activation, 1, 130, 33, 65, shared=False) for activation in PAIR_ACTIVATIONS),
+    scores_case("relu", 3, 600, 7, 33, bias=False),
+    scores_case("abs", 1, 1, 1, 1),
+    unbatched(scores_case("relu", 1, 4, 3, 5, shared=False)),
+]
+
+# Past vectors of 8 and 16 places of windows; maps whose last rows and columns fill no window.
+PAIR_POOL = [
+    pool_case("2x2x3", 2, 2, 3, 1, (2, 2), 2),
+    pool_case("cut", 1, 2, 1, 2, (3, 5), 2),
+    pool_case("relu", 1, 3, 2, 2, (2, 1), 1),
+    pool_case("three", 1, 1, 2, 2, (3, 4), 3),
+    pool_case("relation", 2, 9, 5, 16, (5, 5), 2),
+    pool_case("many", 1, 70, 3, 7, (9, 6), 3),
+    pool_case("one_pixel", 3, 5, 4, 33, (1, 1), 1),
+    unbatched(pool_case("unbatched", 1, 2, 2, 1, (4, 3), 2)),
+]
+
 CASES = [
     *INNER_UPDATE,
     *PROTOTYPES,
@@ -349,6 +401,8 @@ CASES = [
     *LINEAR_HEAD,
     *TASK_BATCH_NORM,
     *ACTIVATION,
+    *PAIR_SCORES,
+    *PAIR_POOL,
 ]
 SMALL_CASES = [case for case in CASES if case.small]
 

@@ -19,6 +19,7 @@ def ops() -> None:
     x, labels = torch.randn(2, 6, 4), torch.arange(3).repeat(2, 2)
     means = assert_type(fm.prototypes(x, labels, 3), Tensor)
     assert_type(fm.pairwise_distance(x, means, metric="cosine"), Tensor)
+    assert_type(fm.pair_scores(x, means, torch.ones(4), activation="abs"), Tensor)
     assert_type(fm.prototype_loss(x, labels, means, reduction="none"), Tensor)
     weight, bias = fm.linear_head(x, labels, torch.zeros(3, 4), lr=0.1, steps=2)
     assert_type(weight, Tensor)
@@ -30,6 +31,7 @@ def ops() -> None:
     maps, filters = torch.randn(2, 3, 4, 8, 8), torch.randn(2, 5, 4, 3, 3)
     images = assert_type(fm.task_conv2d(maps, filters, padding="same"), Tensor)
     assert_type(fm.task_batch_norm(images), Tensor)
+    assert_type(fm.pair_pool(images, images, pool=2), Tensor)
     assert_type(fm.activation(images, "mish"), Tensor)
 
 
