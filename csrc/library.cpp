@@ -20,6 +20,32 @@ TORCH_LIBRARY(fastmeta, m) {
       "pairwise_distance_backward(Tensor grad_distance, Tensor x, Tensor y, str metric)"
       " -> (Tensor grad_x, Tensor grad_y)");
 
+  // x [T, Q, H], y [T, N, H], weight [T, H], bias [T] -> scores [T, Q, N]; its gradient; its tangent;
+  // and the tangent of its gradient to x, y and weight at a constant grad_scores, see
+  // pair_scores/pair_scores.h. weight and bias are float32 for bfloat16 and float16.
+  m.def("pair_scores(Tensor x, Tensor y, Tensor weight, Tensor bias, str activation) -> Tensor");
+  m.def(
+      "pair_scores_backward(Tensor grad_scores, Tensor x, Tensor y, Tensor weight, str activation)"
+      " -> (Tensor grad_x, Tensor grad_y, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "pair_scores_tangent(Tensor x_dot, Tensor y_dot, Tensor weight_dot, Tensor bias_dot, Tensor "
+      "x,"
+      " Tensor y, Tensor weight, str activation) -> Tensor");
+  m.def(
+      "pair_scores_bend(Tensor grad_scores, Tensor x_dot, Tensor y_dot, Tensor weight_dot, Tensor "
+      "x,"
+      " Tensor y, Tensor weight, str activation)"
+      " -> (Tensor grad_x, Tensor grad_y, Tensor grad_weight)");
+
+  // x [T, Q, C, H, W], y [T, N, C, H, W] -> pooled [T, Q, N, C, H / pool, W / pool] and the place of
+  // each in its window, uint8, see pair_pool/pair_pool.h; its gradient for maps of height and width
+  // `size`; and the transpose of this
+  m.def("pair_pool(Tensor x, Tensor y, int pool) -> (Tensor pooled, Tensor place)");
+  m.def(
+      "pair_pool_backward(Tensor grad_pooled, Tensor place, int[2] size, int pool)"
+      " -> (Tensor grad_x, Tensor grad_y)");
+  m.def("pair_pool_gather(Tensor x, Tensor y, Tensor place, int pool) -> Tensor");
+
   // query [T, Q, D], labels [T, Q], prototypes [T, N, D] -> loss of each query [T, Q], in float32
   // for bfloat16 and float16
   m.def(

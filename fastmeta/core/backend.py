@@ -71,6 +71,8 @@ BATCH_NORM = "task_batch_norm"
 
 ACTIVATION = "activation"
 
+PAIRS = ("pair_scores", "pair_pool")
+
 PROGRAM = "task_program"
 
 # Kernels of CPUs only. Other devices run a composition of ops instead.
@@ -94,7 +96,7 @@ def _has_kernel(op: str, device: str) -> bool:
 
 
 # torch.compile traces the code below, and guards on its globals: plain tables and strings.
-NAMES = (*OPS, CONVOLUTION, BATCH_NORM, ACTIVATION, PROGRAM)
+NAMES = (*OPS, CONVOLUTION, BATCH_NORM, ACTIVATION, *PAIRS, PROGRAM)
 
 KERNELS = {
     (op, device): WIDE_DTYPES if op in (BATCH_NORM, ACTIVATION, PROGRAM, PRODUCT) else DTYPES

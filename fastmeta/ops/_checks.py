@@ -77,7 +77,7 @@ def check_rows(
     agree = x.dim() == other.dim() and x.shape[-1] == other.shape[-1]
     if not agree or x.shape[:-2] != other.shape[:-2]:
         raise ValueError(
-            f"{name} {shape} and {other_name} {other_shape}: expected the same T and D, "
+            f"{name} {shape} and {other_name} {other_shape}: expected the same T and {shape[-2]}, "
             f"got {list(x.shape)} and {list(other.shape)}"
         )
 

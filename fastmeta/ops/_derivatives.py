@@ -19,11 +19,16 @@ def save(ctx: Any, inputs: tuple[Any, ...]) -> None:
     ctx.save_for_forward(*tensors)
 
 
+def filled(dots: tuple[Any, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tangents of ``inputs``; None stands for zeros, and what follows is of no tensor."""
+    pairs = zip(dots, inputs, strict=False)
+    return tuple(torch.zeros_like(x) if dot is None else dot for dot, x in pairs)
+
+
 def tangent(formula: Formula, ctx: Any, dots: tuple[Any, ...]) -> Any:
     """Tangent of ``formula``, in plain PyTorch; None stands for a tangent of zeros."""
     inputs = ctx.saved_tensors
-    pairs = zip(dots, inputs, strict=False)  # the setting has a dot and is no tensor
-    tangents = tuple(torch.zeros_like(x) if dot is None else dot for dot, x in pairs)
+    tangents = filled(dots, inputs)
     # Forward mode does not nest inside ``jvp``. The pullback is linear, and its derivative is the
     # tangent, whatever the cotangent at which it is taken.
     outputs, pullback, *_ = torch.func.vjp(lambda *p: formula(*p, ctx.setting), *inputs)

@@ -2,14 +2,189 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from fastmeta.core.checks import check_choice
 from fastmeta.core.dtypes import accumulation_dtype
 from fastmeta.ops import reference
 from fastmeta.ops._checks import check_floating, check_rows, check_together
+from fastmeta.ops._derivatives import filled, pullback, save, tangent
+from fastmeta.ops._registration import as_function, contiguous_like, folding, is_native, register
 
 ACTIVATIONS = ("relu", "tanh", "silu", "abs")
+
+
+def _gradient(
+    grad: Tensor, x: Tensor, y: Tensor, weight: Tensor, activation: str
+) -> tuple[Tensor, ...]:
+    return torch.ops.fastmeta.pair_scores_backward(grad, x, y, weight, activation)
+
+
+def _plain_tangent(*inputs: Any) -> Tensor:
+    *dots, x, y, weight, activation = inputs
+    point = x, y, weight, torch.zeros_like(dots[3])
+    scores, back = torch.func.vjp(lambda *p: reference.pair_scores(*p, activation), *point)
+    # The pullback is linear: its own is the tangent, in reverse mode, which nests.
+    return torch.func.vjp(back, torch.zeros_like(scores))[1](tuple(dots))[0]
+
+
+def _plain_bend(*inputs: Any) -> tuple[Tensor, ...]:
+    grad, *dots, x, y, weight, activation = inputs
+    bias_dot = weight.new_zeros(len(weight))
+    along = torch.func.vjp(lambda *p: _plain_tangent(*dots, bias_dot, *p, activation), x, y, weight)
+    return along[1](grad)
+
+
+class Scores(Function):
+    """Scores [T, Q, N] of x [T, Q, H], y [T, N, H], weight [T, H] and bias [T]."""
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+        return torch.ops.fastmeta.pair_scores(x, y, weight, bias, activation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        save(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        # torch.compile has no second derivatives, and loses track of a nested Function.
+        gradient = _gradient if torch.compiler.is_compiling() else _backward
+        x, y, weight, _ = ctx.saved_tensors
+        return *gradient(grad, x, y, weight, ctx.setting), None
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> Tensor:
+        x, y, weight, _ = ctx.saved_tensors
+        return _tangent(*filled(dots, ctx.saved_tensors), x, y, weight, ctx.setting)
+
+
+class ScoresBackward(Function):
+    """The gradients to x, y, weight and bias."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor, x: Tensor, y: Tensor, weight: Tensor, activation: str
+    ) -> tuple[Tensor, ...]:
+        return _gradient(grad, x, y, weight, activation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        save(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor) -> tuple[Any, ...]:
+        grad, *point = ctx.saved_tensors
+        along = _tangent(*directions, *point, ctx.setting)
+        return along, *_bend(grad, *directions[:3], *point, ctx.setting), None
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> tuple[Any, ...]:
+        grad, *point = ctx.saved_tensors
+        grad_dot, *directions = filled(dots, ctx.saved_tensors)
+        *grads, bias = _backward(grad_dot, *point, ctx.setting)
+        bends = _bend(grad, *directions, *point, ctx.setting)
+        return *(g + bend for g, bend in zip(grads, bends, strict=True)), bias
+
+
+class ScoresTangent(Function):
+    """The tangent of the scores along x_dot, y_dot, weight_dot and bias_dot."""
+
+    @staticmethod
+    def forward(
+        x_dot: Tensor,
+        y_dot: Tensor,
+        weight_dot: Tensor,
+        bias_dot: Tensor,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        activation: str,
+    ) -> Tensor:
+        return torch.ops.fastmeta.pair_scores_tangent(
+            x_dot, y_dot, weight_dot, bias_dot, x, y, weight, activation
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        save(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return pullback(lambda *p: (_plain_tangent(*p),), ctx, (grad,))
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> Tensor:
+        return tangent(_plain_tangent, ctx, dots)
+
+
+class ScoresBend(Function):
+    """The tangent of the gradients to x, y and weight, at a constant gradient of the scores."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        x_dot: Tensor,
+        y_dot: Tensor,
+        weight_dot: Tensor,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        activation: str,
+    ) -> tuple[Tensor, ...]:
+        return torch.ops.fastmeta.pair_scores_bend(
+            grad, x_dot, y_dot, weight_dot, x, y, weight, activation
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        save(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor) -> tuple[Any, ...]:
+        return pullback(_plain_bend, ctx, directions)
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> tuple[Any, ...]:
+        return tangent(_plain_bend, ctx, dots)
+
+
+_apply = as_function(Scores)
+_backward = as_function(ScoresBackward)
+_tangent = as_function(ScoresTangent)
+_bend = as_function(ScoresBend)
+# PyTorch's own rules create a class at every call.
+for cls, function in (
+    (Scores, _apply),
+    (ScoresBackward, _backward),
+    (ScoresTangent, _tangent),
+    (ScoresBend, _bend),
+):
+    cls.vmap = staticmethod(folding(function))  # type: ignore[method-assign]
+
+
+def _scores_like(x: Tensor, y: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], y.shape[1])
+
+
+def _gradients_like(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return tuple(map(contiguous_like, (x, y, weight)))
+
+
+register("pair_scores", lambda x, y, *_: _scores_like(x, y))
+register(
+    "pair_scores_backward",
+    lambda grad, x, y, weight, _: (*_gradients_like(x, y, weight), weight.new_empty(len(weight))),
+)
+register("pair_scores_tangent", lambda x_dot, y_dot, *_: _scores_like(x_dot, y_dot))
+register(
+    "pair_scores_bend",
+    lambda grad, x_dot, y_dot, weight_dot, *_: _gradients_like(x_dot, y_dot, weight_dot),
+)
 
 
 def pair_scores(
@@ -64,7 +239,8 @@ def pair_scores(
     weights = weight.to(wide).expand(tasks, x.shape[2])
     biases = weights.new_zeros(()) if bias is None else bias.to(wide)
     y = -y if activation == "abs" else y
-    return reference.pair_scores(x, y, weights, biases.expand(tasks), activation)
+    scores = _apply if is_native("pair_scores", x) else reference.pair_scores
+    return scores(x, y, weights, biases.expand(tasks), activation)
 
 
 def _check(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:

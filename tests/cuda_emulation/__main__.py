@@ -40,6 +40,8 @@ KERNEL_TESTS = [
     "tests/ops/test_large_tiles.py",
     "tests/ops/test_task_batch_norm.py",
     "tests/ops/test_activation.py",
+    "tests/ops/test_pair_scores.py",
+    "tests/ops/test_pair_pool.py",
     f"{HERE}/test_runtime.py",
     f"{HERE}/test_task_program.py",
     f"{HERE}/test_task_program_images.py",
@@ -59,7 +61,7 @@ TESTS_OF_ORDER = [
     *KERNEL_TESTS,
     "-k",
     "float64_reference or boundaries or large_tiles or runtime or task_program"
-    " or task_conv or task_batch_norm or activation or grid_steps",
+    " or task_conv or task_batch_norm or activation or grid_steps or pair_scores or pair_pool",
 ]
 PLANTED_BUG = "test_a_planted_bug_is_found|test_undefined_behaviour_stops"
 RECORDS = BUILD / "records"

@@ -15,7 +15,8 @@ MIXED = "mixed"  # each test in one of the orders
 # in the natural order or not at all: they call these kernels for layouts, repeated bits and edges.
 OF_VALUES = re.compile(
     "float64_reference|boundaries|large_tiles|runtime|task_program|task_conv|task_batch_norm"
-    "|activation|grid_steps|test_emulator|test_mutants|test_launches|block_plans|checked_labels"
+    "|activation|pair_scores|pair_pool|grid_steps|test_emulator|test_mutants|test_launches"
+    "|block_plans|checked_labels"
 )
 
 

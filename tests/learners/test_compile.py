@@ -267,6 +267,14 @@ OPS: dict[str, tuple[Callable[[int], tuple[Tensor, ...]], Callable[..., Any]]] =
         lambda t: (torch.rand(t, 8, 5), labels(t, 8), torch.rand(t, 3, 5)),
         fm.prototype_loss,
     ),
+    "pair_scores": (
+        lambda t: (torch.rand(t, 8, 5), torch.rand(t, 3, 5), torch.rand(5)),
+        fm.pair_scores,
+    ),
+    "pair_pool": (
+        lambda t: (torch.rand(t, 4, 2, 5, 5), torch.rand(t, 3, 2, 5, 5)),
+        fm.pair_pool,
+    ),
     "inner_update": (
         lambda t: (torch.rand(t, 11), torch.rand(t, 11)),
         lambda p, g: fm.inner_update(p, g, 0.1),

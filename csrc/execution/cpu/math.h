@@ -36,7 +36,15 @@ struct Math<at::vec::Vectorized<value_t>> {
 #endif
   }
   static Vec if_equal(const Vec& a, const Vec& b, const Vec& x, const Vec& y) {
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (std::is_same_v<value_t, float>) {
+      return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), y, x);
+    } else {
+      return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ), y, x);
+    }
+#else
     return Vec::blendv(y, x, a == b);
+#endif
   }
 
   static Vec sigmoid(const Vec& x) { return Vec(1) / (Vec(1) + exp(x.neg())); }
