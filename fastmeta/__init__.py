@@ -1,8 +1,8 @@
 """fastmeta: meta-learning for PyTorch, batched over tasks, on compiled kernels.
 
-ops         inner_update, prototypes, pairwise_distance, prototype_loss, task_conv2d,
-            task_batch_norm, task_linear, linear_head, linear_head_hvp, hvp, ggnvp, activation,
-            pair_scores, pair_pool
+ops         inner_update, prototypes, pairwise_distance, prototype_loss, matching_loss,
+            matching_logits, pair_scores, pair_pool, task_conv2d, task_batch_norm, task_linear,
+            linear_head, linear_head_hvp, hvp, ggnvp, activation
 learners    MAML, FOMAML, ANIL, Reptile, MetaSGD, MAMLPlusPlus, MetaCurvature, IMAML,
             ProtoNet: `meta_loss` and `adapt_tasks`
 rules       rules.SGD, rules.Adam, rules.RMSProp, rules.ClipNorm, rules.MetaCurvature, ...
@@ -34,6 +34,8 @@ from fastmeta.ops import (
     inner_update,
     linear_head,
     linear_head_hvp,
+    matching_logits,
+    matching_loss,
     pair_pool,
     pair_scores,
     pairwise_distance,
@@ -69,6 +71,8 @@ __all__ = [
     "inner_update",
     "linear_head",
     "linear_head_hvp",
+    "matching_logits",
+    "matching_loss",
     "models",
     "pair_pool",
     "pair_scores",

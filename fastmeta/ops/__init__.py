@@ -5,6 +5,8 @@ from fastmeta.ops.activation import activation
 from fastmeta.ops.inner_update import inner_update
 from fastmeta.ops.linear_head import linear_head
 from fastmeta.ops.linear_head_hvp import linear_head_hvp
+from fastmeta.ops.matching_logits import matching_logits
+from fastmeta.ops.matching_loss import matching_loss
 from fastmeta.ops.pair_pool import pair_pool
 from fastmeta.ops.pair_scores import pair_scores
 from fastmeta.ops.pairwise_distance import pairwise_distance
@@ -21,6 +23,8 @@ __all__ = [
     "inner_update",
     "linear_head",
     "linear_head_hvp",
+    "matching_logits",
+    "matching_loss",
     "pair_pool",
     "pair_scores",
     "pairwise_distance",

@@ -54,34 +54,15 @@ register(
 )
 
 
-def _forward(x: Tensor, y: Tensor, labels: None, metric: str, scale: None) -> Tensor:
+def _forward(x: Tensor, y: Tensor, metric: str) -> Tensor:
     return torch.ops.fastmeta.pairwise_distance(x, y, metric)
 
 
-def _backward(
-    grad_distance: Tensor,
-    x: Tensor,
-    y: Tensor,
-    labels: None,
-    metric: str,
-    scale: None,
-) -> Rows:
+def _backward(grad_distance: Tensor, x: Tensor, y: Tensor, metric: str) -> Rows:
     return torch.ops.fastmeta.pairwise_distance_backward(grad_distance, x, y, metric)
 
 
-def _tangent(
-    x: Tensor,
-    y: Tensor,
-    x_dot: Tensor,
-    y_dot: Tensor,
-    labels: None,
-    metric: str,
-    scale: None,
-) -> Tensor:
-    return distance_tangent(x, y, x_dot, y_dot, metric)
-
-
-_DISTANCE = PairwiseOp(_forward, _backward, _tangent)
+_DISTANCE = PairwiseOp(_forward, _backward, distance_tangent)
 
 
 def pairwise_distance(x: Tensor, y: Tensor, metric: str = "sqeuclidean") -> Tensor:
@@ -127,5 +108,5 @@ def pairwise_distance(x: Tensor, y: Tensor, metric: str = "sqeuclidean") -> Tens
     if x.dim() == 2:
         return pairwise_distance(x.unsqueeze(0), y.unsqueeze(0), metric).squeeze(0)
     if is_native("pairwise_distance", x):
-        return pairwise(_DISTANCE, x, y, None, metric, None)
+        return pairwise(_DISTANCE, x, y, None, None, (metric,))
     return reference.pairwise_distance(x, y, metric)

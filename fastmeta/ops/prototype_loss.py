@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from fastmeta.core.absence import (
-    ABSENT,
-    may_have_absent,
-    mean_factor,
-    mean_over_present,
-    without_absent,
-)
+from fastmeta.core.absence import ABSENT, may_have_absent, without_absent
 from fastmeta.core.checks import check_choice
 from fastmeta.core.dtypes import accumulation_dtype
 from fastmeta.ops import reference
 from fastmeta.ops._checks import METRICS, check_labels, check_mask, check_rows
-from fastmeta.ops._pairwise_autograd import (
-    PairwiseOp,
-    PairwiseOptions,
-    Rows,
-    hessian_vector_product,
-    pairwise,
-    save,
-    saved,
-)
-from fastmeta.ops._registration import as_function, contiguous_like, is_native, register
+from fastmeta.ops._pairwise_autograd import Options
+from fastmeta.ops._registration import contiguous_like, is_native, register
+from fastmeta.ops._row_losses import REDUCTIONS, loss_op, reduced, reduced_loss
 from fastmeta.ops.pairwise_distance import distance_tangent, pairwise_distance
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 def _loss_fake(query: Tensor, labels: Tensor) -> Tensor:
@@ -98,112 +81,7 @@ def _gradient(
     )
 
 
-def _backward(*args: Any) -> Rows:
-    return _gradient(*args)[1:]
-
-
-_LOSS = PairwiseOp(_loss, _backward, loss_tangent)
-
-
-class WeightedLoss(Function):
-    """Each task's loss [T], the weighted sum over queries, and in the same pass its gradient.
-
-    The gradient is a second output, so that autograd can differentiate it: its cotangents arrive in
-    ``backward``, which answers them with a Hessian-vector product.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        query: Tensor,
-        prototypes: Tensor,
-        labels: Tensor,
-        metric: str,
-        scale: float,
-        weights: Tensor,
-    ) -> tuple[Tensor, ...]:
-        loss, *gradient = _gradient(weights, query, prototypes, labels, metric, scale)
-        return (weights * loss).sum(1), *gradient
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        # None for an output that nobody differentiates tells a first derivative from a second.
-        ctx.set_materialize_grads(False)
-        query, prototypes, labels, metric, scale, weights = inputs
-        save(ctx, (query, prototypes, weights, *output[1:]), labels, metric, scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Any, *direction: Any) -> tuple[Any, ...]:
-        (query, prototypes, weights, *gradient), options = saved(ctx)
-        # Two terms: the cotangent of the loss, and the cotangents of the gradient itself.
-        grads = [None, None] if grad_loss is None else _scaled(grad_loss, gradient)
-        if any(d is not None for d in direction):
-            second = _second(query, prototypes, direction, options, weights)
-            grads = [b if a is None else a + b for a, b in zip(grads, second, strict=True)]
-        return *grads, None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, query_dot: Any, prototypes_dot: Any, *_: Any) -> tuple[Any, ...]:
-        (query, prototypes, weights, *gradient), options = saved(ctx)
-        direction = (query_dot, prototypes_dot)
-        pairs = zip(gradient, direction, strict=True)
-        along = [(g * d).sum((1, 2)) for g, d in pairs if d is not None]
-        loss_dot = sum(along[1:], along[0]).to(accumulation_dtype(query.dtype))
-        return loss_dot, *_second(query, prototypes, direction, options, weights)
-
-
-class WeightedLossCompiled(WeightedLoss):
-    """WeightedLoss for torch.compile, which has no second derivatives and refuses a ``jvp``."""
-
-    jvp = Function.jvp  # type: ignore[assignment]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        query, prototypes, labels, metric, scale, _weights = inputs
-        save(ctx, (query, prototypes, *output[1:]), labels, metric, scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-        (_query, _prototypes, *gradient), _options = saved(ctx)
-        return *_times(grad_loss, gradient), None, None, None, None
-
-
-def _times(grad_loss: Tensor, gradient: list[Tensor]) -> list[Tensor]:
-    return [(grad_loss[:, None, None] * g).to(g.dtype) for g in gradient]
-
-
-def _scaled(grad_loss: Tensor, gradient: list[Tensor]) -> list[Tensor]:
-    """``gradient`` times the cotangent ``grad_loss`` [T]; on a CPU, a cotangent of 1 costs no pass.
-
-    The tensors returned are then the saved ones. Autograd notices and reports a change in place.
-    """
-    functorch = torch._C._functorch
-    batched = functorch.is_functorch_wrapped_tensor(grad_loss)
-    batched = batched or functorch.is_legacy_batchedtensor(grad_loss)  # is_grads_batched=True
-    readable = grad_loss.device.type == "cpu" and not (batched or torch.is_grad_enabled())
-    if readable and bool((grad_loss == 1).all()):
-        return gradient
-    return _times(grad_loss, gradient)
-
-
-def _second(
-    query: Tensor,
-    prototypes: Tensor,
-    direction: tuple[Any, ...],
-    options: PairwiseOptions,
-    weights: Tensor,
-) -> tuple[Any, ...]:
-    """Hessian-vector product of the weighted loss."""
-    return hessian_vector_product(loss_tangent, weights, (query, prototypes), direction, options)
-
-
-_loss_and_gradient = as_function(WeightedLoss, compiled=WeightedLossCompiled)
-
-
-def _weighted_loss(*args: Any) -> Tensor:
-    return cast("Tensor", _loss_and_gradient(*args)[0])
+_LOSS = loss_op(_loss, _gradient, loss_tangent)
 
 
 def prototype_loss(
@@ -272,21 +150,14 @@ def prototype_loss(
         present = None if present is None else present.unsqueeze(0)
         loss = prototype_loss(query, query_labels, prototypes, metric, scale, reduction, present)
         return loss.squeeze(0) if reduction == "none" else loss
-    native = is_native("prototype_loss", query) and present is None
-    requires_grad = query.requires_grad or prototypes.requires_grad
-    if native and requires_grad and torch.is_grad_enabled() and reduction != "none":
-        return _reduced_with_gradient(query, prototypes, query_labels, metric, scale, reduction)
     if present is not None:
         loss = _masked_loss(query, query_labels, prototypes, metric, scale, present)
-    elif native:
-        loss = pairwise(_LOSS, query, prototypes, query_labels, metric, float(scale))
+    elif is_native("prototype_loss", query):
+        options = Options(query_labels, None, (metric, float(scale)))
+        return reduced_loss(_LOSS, query, prototypes, query_labels, reduction, options)
     else:
         loss = reference.prototype_loss(query, query_labels, prototypes, metric, float(scale))
-    if reduction == "mean":
-        loss = mean_over_present(loss, query_labels)
-    elif reduction == "sum":
-        loss = loss.sum()
-    return loss.contiguous().to(query.dtype)
+    return reduced(loss, query_labels, reduction, query.dtype)
 
 
 def _masked_loss(
@@ -304,19 +175,3 @@ def _masked_loss(
 def masked_logits(logits: Tensor, present: Tensor | None) -> Tensor:
     """Logits [T, Q, N], minus infinity where ``present`` [T, N] is false."""
     return logits if present is None else logits.masked_fill(~present.unsqueeze(1), -math.inf)
-
-
-def _reduced_with_gradient(
-    query: Tensor, prototypes: Tensor, labels: Tensor, metric: str, scale: float, reduction: str
-) -> Tensor:
-    """The sum or the mean of the loss, from the kernel that computes the gradient as well."""
-    count = labels.numel()
-    # torch.compile knows no number of queries that may change, and divides afterwards.
-    compiling = torch.compiler.is_compiling()
-    weight = 1.0 if reduction == "sum" or compiling or count == 0 else 1 / count
-    weights = torch.full_like(labels, weight, dtype=accumulation_dtype(query.dtype))
-    if reduction == "mean" and may_have_absent(labels):
-        weights = weights * mean_factor(labels, weights.dtype)
-    total = _weighted_loss(query, prototypes, labels, metric, float(scale), weights).sum()
-    divide = reduction == "mean" and (compiling or count == 0)
-    return (total / count if divide else total).to(query.dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -50,21 +50,26 @@ def inner_update(params: Tensor, grads: Tensor, lr: Tensor) -> Tensor:
     return out.to(params.dtype)
 
 
-def check_label_range(labels: Tensor, classes: int, name: str) -> None:
+def check_label_range(labels: Tensor, classes: int | None, name: str) -> None:
     """Raise ValueError for the first label that is neither in [0, classes) nor ABSENT.
 
-    Labels whose values cannot be read (fake, traced, vmapped, or of a CUDA stream that is being
-    captured) are not checked.
+    Without ``classes`` a label may be any number of at least 0. Labels whose values cannot be read
+    (fake, traced, vmapped, or of a CUDA stream that is being captured) are not checked.
     """
     if not is_readable(labels):
         return
-    bad = ((labels < ABSENT) | (labels >= classes)).nonzero()
-    if len(bad):
-        first = bad[0].tolist()
-        raise ValueError(
-            f"{name}{first} is {int(labels[tuple(first)])}, expected 0 <= label < {classes} or "
-            f"{ABSENT} for an absent example"
-        )
+    past = 0 if classes is None else labels >= classes
+    bounds = "label >= 0" if classes is None else f"0 <= label < {classes}"
+    wanted = f"{bounds} or {ABSENT} for an absent example"
+    _check_every_label((labels < ABSENT) | past, labels, name, wanted)
+
+
+def _check_every_label(bad: Tensor, labels: Tensor, name: str, wanted: str) -> None:
+    """Raise ValueError for the first of ``labels`` that is ``bad``."""
+    found = bad.nonzero()
+    if len(found):
+        first = found[0].tolist()
+        raise ValueError(f"{name}{first} is {int(labels[tuple(first)])}, expected {wanted}")
 
 
 @_in_own_dtype
@@ -96,7 +101,8 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return torch.where(zero, 1.0, x).sqrt().masked_fill(zero, 0.0)
 
 
-def _normalize(x: Tensor) -> Tensor:
+def normalized(x: Tensor) -> Tensor:
+    """Rows of length 1; a row shorter than COSINE_EPS is divided by that instead."""
     return x / safe_sqrt(x.square().sum(-1, keepdim=True)).clamp(min=COSINE_EPS)
 
 
@@ -109,7 +115,7 @@ def pairwise_distance(x: Tensor, y: Tensor, metric: str) -> Tensor:
     elif metric == "euclidean":
         out = safe_sqrt(_squared_distance(a, b))
     elif metric == "cosine":
-        out = 1 - _normalize(a) @ _normalize(b).mT
+        out = 1 - normalized(a) @ normalized(b).mT
     else:
         out = -(a @ b.mT)
     return out.to(x.dtype)
@@ -137,6 +143,100 @@ def prototype_loss(
     a = without_absent(a, labels)
     logits = -scale * pairwise_distance(a, b, metric)
     return -at_labels(logits.log_softmax(2), labels)
+
+
+class Matches(NamedTuple):
+    """Which supports a query is compared with, bool [T, Q, S].
+
+    Attributes:
+        any: the present ones.
+        same: the ones of the query's class.
+        factor: 1, or NaN for a label below ABSENT, which could not be read before; [T, Q].
+    """
+
+    any: Tensor
+    same: Tensor
+    factor: Tensor
+
+
+def matches(query_labels: Tensor, support_labels: Tensor, exclude_self: bool) -> Matches:
+    """The supports of each query; with ``exclude_self`` support q is none of query q's."""
+    of_query, of_support = query_labels.unsqueeze(2), support_labels.unsqueeze(1)
+    present = (of_support != ABSENT).expand(-1, query_labels.shape[1], -1)
+    if exclude_self:
+        itself = torch.eye(query_labels.shape[1], dtype=torch.bool, device=query_labels.device)
+        present = present & ~itself
+    invalid = (query_labels < ABSENT) | (support_labels < ABSENT).any(1, keepdim=True)
+    factor = torch.where(invalid, math.nan, 1.0)
+    return Matches(present, present & (of_query == of_support), factor)
+
+
+def check_matching_labels(query_labels: Tensor, support_labels: Tensor, exclude_self: bool) -> None:
+    """Raise ValueError for the first label below ABSENT, or query without support of its class.
+
+    Labels whose values cannot be read are not checked.
+    """
+    check_label_range(query_labels, None, "query_labels")
+    check_label_range(support_labels, None, "support_labels")
+    if not (is_readable(query_labels) and is_readable(support_labels)):
+        return
+    same = matches(query_labels, support_labels, exclude_self).same
+    other = " other than the query itself" if exclude_self else ""
+    wanted = f"a class with a support example{other} in this task, or {ABSENT}"
+    lonely = ~same.any(2) & (query_labels != ABSENT)
+    _check_every_label(lonely, query_labels, "query_labels", wanted)
+
+
+def logsumexp_where(logits: Tensor, mask: Tensor, of_none: float) -> Tensor:
+    """logsumexp over the last dimension where ``mask``, and the constant ``of_none`` for none."""
+    some = mask.any(-1)
+    # Rows without any keep their logits: minus infinity in all of them would make the gradient NaN.
+    kept = logits.masked_fill(~mask & some.unsqueeze(-1), -math.inf)
+    if logits.shape[-1] == 0:
+        return kept.sum(-1).masked_fill(~some, of_none)
+    return kept.logsumexp(-1).masked_fill(~some, of_none)
+
+
+@_in_own_dtype
+def matching_loss(
+    query: Tensor,
+    query_labels: Tensor,
+    support: Tensor,
+    support_labels: Tensor,
+    metric: str,
+    scale: float,
+    exclude_self: bool,
+) -> Tensor:
+    """Loss [T, Q] of each query: minus the log-probability that softmax gives to its class."""
+    check_matching_labels(query_labels, support_labels, exclude_self)
+    a, b = (z.to(accumulation_dtype(query.dtype)) for z in (query, support))
+    a, b = without_absent(a, query_labels), without_absent(b, support_labels)
+    logits = -scale * pairwise_distance(a, b, metric)
+    found = matches(query_labels, support_labels, exclude_self)
+    loss = logsumexp_where(logits, found.any, 0) - logsumexp_where(logits, found.same, -math.inf)
+    return (loss * found.factor.to(loss.dtype)).masked_fill(query_labels == ABSENT, 0)
+
+
+def class_log_probabilities(logits: Tensor, support_labels: Tensor, num_classes: int) -> Tensor:
+    """Log-probability [T, Q, N] of each class, from logits [T, Q, S] of the supports.
+
+    It is minus infinity for a class without a support, and NaN in a task with a label out of range.
+    """
+    known = (support_labels >= 0) & (support_labels < num_classes)
+    invalid = ~known & (support_labels != ABSENT)
+    # Absent supports make up one more class, which is dropped at the end.
+    index = support_labels.where(known, num_classes).unsqueeze(1).expand(logits.shape)
+    logits = logits.masked_fill(~known.unsqueeze(1), 0)
+    lowest = torch.finfo(logits.dtype).min
+    start = logits.new_full((*logits.shape[:2], num_classes + 1), lowest)
+    largest = start.scatter_reduce(2, index, logits.detach(), "amax").detach()
+    sums = torch.zeros_like(start).scatter_add(2, index, (logits - largest.gather(2, index)).exp())
+    largest, sums = largest[..., :num_classes], sums[..., :num_classes]
+    empty = sums == 0
+    each = sums.masked_fill(empty, 1).log() + largest.masked_fill(empty, 0)
+    total = logsumexp_where(each, ~empty, 0).unsqueeze(2)
+    factor = torch.where(invalid.any(1), math.nan, 1.0).to(logits.dtype)
+    return ((each - total) * factor[:, None, None]).masked_fill(empty, -math.inf)
 
 
 def head_residual(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:

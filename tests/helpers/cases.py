@@ -118,6 +118,57 @@ def loss_case(
     return Case("prototype_loss", name, build, small=t * (q + n) * d <= 60)
 
 
+def support_labels(make: CaseFactory, classes: int, t: int, s: int, absent: bool) -> torch.Tensor:
+    """Labels [t, s] in no order, with every class in every task; every third is absent if any."""
+    labels = torch.full((t, s), -1)
+    present = [i for i in range(s) if not absent or i % 3 != 1]
+    each = torch.arange(len(present)).remainder(classes)
+    for row in labels:
+        row[present] = each[torch.randperm(len(present), generator=make.generator)]
+    return labels.to(make.device)
+
+
+def matching_case(
+    metric: str,
+    reduction: str,
+    sizes: tuple[int, int, int, int],
+    classes: int,
+    scale: float = 1.0,
+    absent: bool = False,
+    exclude_self: bool = False,
+) -> Case:
+    """Make a case of T, Q, S, D in which each query has a support of its class."""
+    t, q, s, d = sizes
+
+    def build(make: CaseFactory) -> Arguments:
+        of_support = support_labels(make, classes, t, s, absent)
+        of_query = of_support if exclude_self else make.labels(classes, t, q)
+        of_query = with_absent(of_query) if absent else of_query
+        args = (make.randn(t, q, d), of_query, make.randn(t, s, d), of_support)
+        options = {"metric": metric, "reduction": reduction, "scale": scale}
+        return args, {**options, "exclude_self": exclude_self}
+
+    more = "-absent" * absent + "-exclude_self" * exclude_self
+    name = f"{metric}-{reduction}-{'x'.join(map(str, sizes))}-{classes}_classes{more}"
+    return Case("matching_loss", name, build, small=t * (q + s) * d <= 60)
+
+
+def matching_logits_case(
+    metric: str, sizes: tuple[int, int, int, int], classes: int, absent: bool = False
+) -> Case:
+    t, q, s, d = sizes
+
+    def build(make: CaseFactory) -> Arguments:
+        labels = support_labels(make, classes, t, s, absent)
+        return (make.randn(t, q, d), make.randn(t, s, d), labels, classes), {
+            "metric": metric,
+            "scale": 0.7,
+        }
+
+    name = f"{metric}-{'x'.join(map(str, sizes))}-{classes}_classes{'-absent' if absent else ''}"
+    return Case("matching_logits", name, build, small=t * (q + s) * d <= 60)
+
+
 def conv_case(
     name: str,
     t: int,
@@ -295,6 +346,31 @@ PROTOTYPE_LOSS = [
     unbatched(loss_case("cosine", "mean", 2, 4, 3, 2)),
 ]
 
+MATCHING_LOSS = [
+    *(matching_case(metric, "mean", (2, 4, 5, 2), 3) for metric in METRICS),
+    *(matching_case("cosine", reduction, (2, 4, 5, 2), 2) for reduction in ("sum", "none")),
+    matching_case("sqeuclidean", "mean", (2, 3, 1, 1), 1),
+    matching_case("sqeuclidean", "none", (2, 5, 5, 2), 2, exclude_self=True),
+    matching_case("cosine", "mean", (1, 8, 8, 2), 2, absent=True, exclude_self=True),
+    *(matching_case(metric, "mean", (2, 3, 6, 2), 2, absent=True) for metric in METRICS),
+    *(matching_case(metric, "mean", (2, 7, 65, 17), 9, scale=0.5) for metric in METRICS),
+    *(matching_case(metric, "none", (1, 130, 129, 65), 5, scale=0.1) for metric in METRICS),
+    matching_case("euclidean", "sum", (2, 70, 70, 33), 7, exclude_self=True),
+    matching_case("cosine", "mean", (2, 130, 66, 17), 11, absent=True),
+    matching_case("sqeuclidean", "mean", (2, 600, 31, 5), 5, scale=0.5, absent=True),
+    matching_case("cosine", "mean", (3, 30, 25, 64), 5, scale=10.0),
+    unbatched(matching_case("sqeuclidean", "none", (2, 4, 5, 2), 3)),
+    unbatched(matching_case("cosine", "mean", (2, 4, 5, 2), 3)),
+]
+
+MATCHING_LOGITS = [
+    *(matching_logits_case(metric, (2, 3, 5, 2), 3) for metric in METRICS),
+    matching_logits_case("cosine", (2, 3, 6, 2), 2, absent=True),
+    *(matching_logits_case(metric, (2, 7, 65, 17), 9) for metric in METRICS),
+    matching_logits_case("sqeuclidean", (2, 130, 66, 17), 11, absent=True),
+    unbatched(matching_logits_case("euclidean", (2, 3, 5, 2), 3)),
+]
+
 # Past blocks of 16 to 1024 rows and 4 blocks of a partial sum; with 1, 2 to 4 and more channels.
 TASK_CONV2D = [
     conv_case("one_channel", 2, 2, 1, 2, (2, 3), (2, 2), padding=1),
@@ -396,6 +472,8 @@ CASES = [
     *PROTOTYPES,
     *PAIRWISE_DISTANCE,
     *PROTOTYPE_LOSS,
+    *MATCHING_LOSS,
+    *MATCHING_LOGITS,
     *TASK_CONV2D,
     *TASK_LINEAR,
     *LINEAR_HEAD,
