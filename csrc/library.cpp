@@ -57,6 +57,18 @@ TORCH_LIBRARY(fastmeta, m) {
       "prototype_loss_backward(Tensor weight, Tensor query, Tensor labels, Tensor prototypes,"
       " str metric, float scale) -> (Tensor loss, Tensor grad_query, Tensor grad_prototypes)");
 
+  // query [T, Q, D], query_labels [T, Q], support [T, S, D], support_labels [T, S] -> loss of each
+  // query [T, Q], in float32 for bfloat16 and float16
+  m.def(
+      "matching_loss(Tensor query, Tensor query_labels, Tensor support, Tensor support_labels,"
+      " str metric, float scale, bool exclude_self) -> Tensor");
+  // matching_loss, and the gradient of sum(weight * loss) in the same pass; weight [T, Q], of the
+  // loss's dtype
+  m.def(
+      "matching_loss_backward(Tensor weight, Tensor query, Tensor query_labels, Tensor support,"
+      " Tensor support_labels, str metric, float scale, bool exclude_self)"
+      " -> (Tensor loss, Tensor grad_query, Tensor grad_support)");
+
   // x [T, S, D], targets [T, S] int64 labels, or [T, S, N]; weight [T, N, D], bias [T, N]; lr [T,
   // K], float32 for bfloat16 and float16 -> the head after K steps of gradient descent, and what
   // its backward pass reads, see linear_head/linear_head.h. An absent output is an empty tensor

@@ -163,7 +163,7 @@ ALL_INPUTS = (
 
 
 def metric_calls(draw: Draws) -> Iterator[Call]:
-    """Inner updates, prototypes, distances and their losses."""
+    """Inner updates, prototypes, distances and losses over them."""
     for t, p in UPDATES:
         for lr in ((1, 1), (t, 1), (1, p), (t, p)):
             for op in ("inner_update", "inner_update_backward"):
@@ -179,6 +179,10 @@ def metric_calls(draw: Draws) -> Iterator[Call]:
             yield "prototype_loss", (x, target, y, metric, 0.5)
             weight = draw.rows(t, q, dtype=draw.wide)
             yield "prototype_loss_backward", (weight, x, target, y, metric, 0.5)
+            of_support = torch.arange(n).remainder(2).repeat(t, 1)
+            rows = (x, draw.labels(min(2, n), t, q), y, of_support, metric, 0.5, False)
+            yield "matching_loss", rows
+            yield "matching_loss_backward", (weight, *rows)
 
 
 def head_calls(draw: Draws) -> Iterator[Call]:

@@ -4,10 +4,14 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <limits>
 
 #include "common/absent.h"
 
 namespace fastmeta {
+
+// The number of classes of labels that are only compared with each other.
+inline constexpr int64_t kAnyLabel = std::numeric_limits<int64_t>::max();
 
 // Raises ValueError for the first entry of labels [T, E] that is neither 0 <= label < classes nor
 // kAbsent. Returns whether some entry is absent.
@@ -17,8 +21,9 @@ inline bool check_label_range(const at::Tensor& labels, int64_t classes, const c
   for (int64_t i = 0; i < labels.numel(); ++i) {
     if (label[i] >= 0 && label[i] < classes) continue;
     TORCH_CHECK_VALUE(label[i] == kAbsent, name, "[", i / labels.size(1), ", ", i % labels.size(1),
-                      "] is ", label[i], ", expected 0 <= label < ", classes, " or ", kAbsent,
-                      " for an absent example");
+                      "] is ", label[i], ", expected ",
+                      classes == kAnyLabel ? "label >= 0" : c10::str("0 <= label < ", classes),
+                      " or ", kAbsent, " for an absent example");
     has_absent = true;
   }
   return has_absent;

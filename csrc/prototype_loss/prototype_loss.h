@@ -17,13 +17,14 @@
 #include "common/absent.h"
 #include "common/host_device.h"
 #include "pairwise_distance/operands.h"
+#include "pairwise_distance/row_loss.h"
 
 namespace fastmeta {
 
 template <typename value_t>
 FASTMETA_HOST_DEVICE inline value_t distance_upstream(value_t scale, value_t weight,
                                                       value_t probability, bool is_label) {
-  return -scale * weight * (probability - value_t(is_label ? 1 : 0));
+  return loss_upstream(scale, weight, probability - value_t(is_label ? 1 : 0));
 }
 
 // CUDA launchers: device pointers, at least one query, workspace of as many bytes as the function

@@ -63,7 +63,14 @@ def _load() -> tuple[Any, str]:
 
 _C, UNAVAILABLE = _load()
 
-OPS = ("inner_update", "prototypes", "pairwise_distance", "prototype_loss", "linear_head")
+OPS = (
+    "inner_update",
+    "prototypes",
+    "pairwise_distance",
+    "prototype_loss",
+    "matching_loss",
+    "linear_head",
+)
 
 CONVOLUTION = "task_conv2d"
 
@@ -190,8 +197,8 @@ def backend_of(
     """The implementation that ``op`` runs: "native" or "torch".
 
     Args:
-        op: "inner_update", "prototypes", "pairwise_distance", "prototype_loss", "linear_head",
-            "task_conv2d", "task_batch_norm", "activation" or "task_program".
+        op: "inner_update", "prototypes", "pairwise_distance", "prototype_loss", "matching_loss",
+            "linear_head", "task_conv2d", "task_batch_norm", "activation" or "task_program".
         device: the tensors' device or its name.
         dtype: the tensors' dtype.
 

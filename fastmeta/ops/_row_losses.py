@@ -45,6 +45,11 @@ def loss_op(
     return LossOp(forward, lambda *args: gradient(*args)[1:], tangent, gradient)
 
 
+def loss_like(x: Tensor, labels: Tensor) -> Tensor:
+    """An uninitialised loss of the queries x, for fakes."""
+    return x.new_empty(labels.shape, dtype=accumulation_dtype(x.dtype))
+
+
 class WeightedLoss(Function):
     """Each task's loss [T], the weighted sum over queries, and in the same pass its gradient.
 

@@ -2,15 +2,84 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastmeta.core.absence import is_readable
+from fastmeta.core.absence import ABSENT, is_readable, may_have_absent, without_absent
 from fastmeta.core.checks import check_choice
 from fastmeta.core.dtypes import accumulation_dtype
 from fastmeta.ops import reference
 from fastmeta.ops._checks import METRICS, check_floating, check_labels, check_rows
-from fastmeta.ops._row_losses import REDUCTIONS, reduced
+from fastmeta.ops._pairwise_autograd import Options
+from fastmeta.ops._registration import contiguous_like, is_native, register
+from fastmeta.ops._row_losses import REDUCTIONS, loss_like, loss_op, reduced, reduced_loss
+from fastmeta.ops.pairwise_distance import distance_tangent
+
+register(
+    "matching_loss",
+    lambda query, query_labels, support, support_labels, metric, scale, exclude_self: loss_like(
+        query, query_labels
+    ),
+)
+register(
+    "matching_loss_backward",
+    lambda weight, query, query_labels, support, support_labels, metric, scale, exclude_self: (
+        loss_like(query, query_labels),
+        contiguous_like(query),
+        contiguous_like(support),
+    ),
+)
+
+
+def loss_tangent(
+    query: Tensor,
+    support: Tensor,
+    query_dot: Tensor,
+    support_dot: Tensor,
+    query_labels: Tensor,
+    support_labels: Tensor,
+    metric: str,
+    scale: float,
+    exclude_self: bool,
+) -> Tensor:
+    """Derivative [T, Q] of each query's loss along the direction query_dot, support_dot."""
+    # In the dtype of the loss, which is float32 for half types.
+    wide = accumulation_dtype(query.dtype)
+    # Without a direction an absent row has no derivative, and neither has its derivative.
+    x, x_dot = (without_absent(z.to(wide), query_labels) for z in (query, query_dot))
+    y, y_dot = (without_absent(z.to(wide), support_labels) for z in (support, support_dot))
+    logits = -scale * reference.pairwise_distance(x, y, metric)
+    found = reference.matches(query_labels, support_labels, exclude_self)
+    p, r = (reference.softmax_where(logits, mask) for mask in (found.any, found.same))
+    distance_dot = distance_tangent(x, y, x_dot, y_dot, metric)
+    loss_dot = scale * ((r - p) * distance_dot).sum(2) * found.factor.to(wide)
+    absent = query_labels == ABSENT
+    return loss_dot.masked_fill(absent, 0) if may_have_absent(query_labels) else loss_dot
+
+
+def _loss(
+    query: Tensor, support: Tensor, query_labels: Tensor, support_labels: Tensor, *rest: Any
+) -> Tensor:
+    return torch.ops.fastmeta.matching_loss(query, query_labels, support, support_labels, *rest)
+
+
+def _gradient(
+    weight: Tensor,
+    query: Tensor,
+    support: Tensor,
+    query_labels: Tensor,
+    support_labels: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-query loss, and the gradient of sum(weight * loss) to query and support."""
+    return torch.ops.fastmeta.matching_loss_backward(
+        weight, query, query_labels, support, support_labels, *rest
+    )
+
+
+_LOSS = loss_op(_loss, _gradient, loss_tangent)
 
 
 def matching_loss(
@@ -29,7 +98,9 @@ def matching_loss(
         loss[t, q] = logsumexp_s a[t, q, s] - logsumexp_{s of q's class} a[t, q, s]
 
     Labels are only compared with each other, so they may be any numbers of at least 0. With one
-    support a class this is ``prototype_loss``. Works under torch.func and torch.compile, with exact
+    support a class this is ``prototype_loss``. Fused as that is: the native kernels keep no [Q, S]
+    matrix, so a loss over thousands of rows takes the memory of the rows. Second and higher
+    derivatives do build [T, Q, S]. Works under torch.func and torch.compile, with exact
     derivatives of every order. bfloat16 and float16 are computed in float32. A NaN in a query makes
     that query's loss NaN.
 
@@ -91,9 +162,13 @@ def matching_loss(
         query, query_labels, support, support_labels = (
             x.unsqueeze(0) for x in (query, query_labels, support, support_labels)
         )
-    options = (metric, float(scale), exclude_self)
-    loss = reference.matching_loss(query, query_labels, support, support_labels, *options)
-    loss = reduced(loss, query_labels, reduction, dtype)
+    rest = (metric, float(scale), bool(exclude_self))
+    if is_native("matching_loss", query):
+        options = Options(query_labels, support_labels, rest)
+        loss = reduced_loss(_LOSS, query, support, query_labels, reduction, options).to(dtype)
+    else:
+        loss = reference.matching_loss(query, query_labels, support, support_labels, *rest)
+        loss = reduced(loss, query_labels, reduction, dtype)
     return loss.squeeze(0) if unbatched and reduction == "none" else loss
 
 

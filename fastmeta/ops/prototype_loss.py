@@ -14,21 +14,17 @@ from fastmeta.ops import reference
 from fastmeta.ops._checks import METRICS, check_labels, check_mask, check_rows
 from fastmeta.ops._pairwise_autograd import Options
 from fastmeta.ops._registration import contiguous_like, is_native, register
-from fastmeta.ops._row_losses import REDUCTIONS, loss_op, reduced, reduced_loss
+from fastmeta.ops._row_losses import REDUCTIONS, loss_like, loss_op, reduced, reduced_loss
 from fastmeta.ops.pairwise_distance import distance_tangent, pairwise_distance
 
-
-def _loss_fake(query: Tensor, labels: Tensor) -> Tensor:
-    return query.new_empty(labels.shape, dtype=accumulation_dtype(query.dtype))
-
-
 register(
-    "prototype_loss", lambda query, labels, prototypes, metric, scale: _loss_fake(query, labels)
+    "prototype_loss",
+    lambda query, labels, prototypes, metric, scale: loss_like(query, labels),
 )
 register(
     "prototype_loss_backward",
     lambda weight, query, labels, prototypes, metric, scale: (
-        _loss_fake(query, labels),
+        loss_like(query, labels),
         contiguous_like(query),
         contiguous_like(prototypes),
     ),

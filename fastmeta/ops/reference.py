@@ -197,6 +197,12 @@ def logsumexp_where(logits: Tensor, mask: Tensor, of_none: float) -> Tensor:
     return kept.logsumexp(-1).masked_fill(~some, of_none)
 
 
+def softmax_where(logits: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the last dimension where ``mask``, and 0 elsewhere."""
+    some = mask.any(-1, keepdim=True)
+    return logits.masked_fill(~mask & some, -math.inf).softmax(-1).masked_fill(~mask, 0)
+
+
 @_in_own_dtype
 def matching_loss(
     query: Tensor,

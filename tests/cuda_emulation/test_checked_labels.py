@@ -43,6 +43,26 @@ def test_a_backward_pass_does_not_check_again():
     assert kernels.count("label_range_kernel") == 1 and len(kernels) > 6
 
 
+def test_classes_of_queries_are_looked_for_once_and_after_a_change():
+    x, y, of_support = X.clone().requires_grad_(), labels(0, 1), labels(0, 1, 1, 0)
+
+    def loss() -> Tensor:
+        return fm.matching_loss(x[:, :2], y, x[:, 2:], of_support)
+
+    with emulator.launches() as launches:
+        loss().backward()
+        loss().backward()
+    assert [launch.kernel for launch in launches].count("label_range_kernel") == 2
+    of_support.fill_(0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"query_labels\[0, 1\] is 1, expected a class with"):
+            loss()
+    of_support[0, 3] = 1
+    loss()
+    with pytest.raises(ValueError, match="other than the query itself"):
+        fm.matching_loss(x[:, :2], y, x[:, :2], y, exclude_self=True)
+
+
 def test_a_change_in_place_is_seen():
     y = labels()
     assert checks_of(y) == 1

@@ -141,6 +141,41 @@ def test_while_capturing_labels_are_not_read_back():
     assert len(launches) == 1
 
 
+def test_while_capturing_a_query_without_support_is_infinite():
+    """Its gradient is the softmax over all supports, as r is 0; other queries are as usual."""
+    make = CaseFactory(torch.float64)
+    query, support, weight = make.randn(2, 3, 4), make.randn(2, 5, 4), make.randn(2, 3)
+    labels = torch.tensor([[0, 7, 1], [-1, 0, -3]])
+    of_support = torch.tensor([[0, 1, 1, -1, 3], [0, 0, -1, -1, -1]])
+    for metric in ("dot", "sqeuclidean"):
+        args = (query, labels, support, of_support, metric, 1.0, False)
+        with emulator.capturing():
+            loss, grad_query, _ = torch.ops.fastmeta.matching_loss_backward(weight, *args)
+            assert torch.equal(
+                torch.ops.fastmeta.matching_loss(*args).nan_to_num(), loss.nan_to_num()
+            )
+        assert loss.isinf().tolist() == [[False, True, False], [False, False, False]]
+        assert loss.isnan().tolist() == [[False, False, False], [False, False, True]]
+        assert loss[1, 0] == 0 and not grad_query[1, 0].any()
+    seen = support[0, [0, 1, 2, 4]]
+    args = (query, labels, support, of_support, "dot", 1.0, False)
+    with emulator.capturing():
+        _, grad_query, _ = torch.ops.fastmeta.matching_loss_backward(weight, *args)
+    wanted = weight[0, 1] * (query[0, 1] @ seen.mT).softmax(0) @ seen
+    torch.testing.assert_close(grad_query[0, 1], wanted)
+
+
+def test_while_capturing_an_invalid_label_of_a_support_is_seen():
+    make = CaseFactory(torch.float32)
+    query, support = make.randn(2, 3, 4), make.randn(2, 5, 4)
+    of_support = torch.tensor([[0, 0, 0, 0, 0], [0, 0, -5, 0, 0]])
+    args = (query, torch.zeros(2, 3, dtype=torch.int64), support, of_support, "dot", 1.0, False)
+    with emulator.capturing():
+        loss, grad_query, _ = torch.ops.fastmeta.matching_loss_backward(torch.ones(2, 3), *args)
+    assert loss[0].isfinite().all() and loss[1].isnan().all()
+    assert grad_query[0].isfinite().all() and grad_query[1].isnan().all()
+
+
 def huge_inner_update() -> tuple[torch.Tensor, torch.Tensor]:
     """Rows 2^30 numbers apart."""
     base = torch.empty(2**31 + 8, dtype=torch.bfloat16)

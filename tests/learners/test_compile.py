@@ -275,6 +275,14 @@ OPS: dict[str, tuple[Callable[[int], tuple[Tensor, ...]], Callable[..., Any]]] =
         lambda t: (torch.rand(t, 4, 2, 5, 5), torch.rand(t, 3, 2, 5, 5)),
         fm.pair_pool,
     ),
+    "matching_loss": (
+        lambda t: (torch.rand(t, 8, 5), labels(t, 8), torch.rand(t, 7, 5), labels(t, 7)),
+        fm.matching_loss,
+    ),
+    "matching_logits": (
+        lambda t: (torch.rand(t, 8, 5), torch.rand(t, 7, 5), labels(t, 7)),
+        lambda x, y, labels: fm.matching_logits(x, y, labels, 3),
+    ),
     "inner_update": (
         lambda t: (torch.rand(t, 11), torch.rand(t, 11)),
         lambda p, g: fm.inner_update(p, g, 0.1),

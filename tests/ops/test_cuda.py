@@ -325,11 +325,15 @@ def test_graphs_free_their_memory_with_their_learner():
 
 X, Y, P = torch.zeros(2, 4, 3), torch.zeros(2, 5, 3), torch.zeros(2, 7)
 LABELS = torch.zeros(2, 4, dtype=torch.int64)
+matching = fm.matching_loss
 MIXED = {  # tensors moved by `to` are on the GPU, and the one named is not
     "pairwise_distance": (lambda to: fm.pairwise_distance(to(X), Y), "y"),
     "prototypes": (lambda to: fm.prototypes(to(X), LABELS, 5), "labels"),
     "prototype_loss": (lambda to: fm.prototype_loss(to(X), to(LABELS), Y), "prototypes"),
     "prototype_loss labels": (lambda to: fm.prototype_loss(to(X), LABELS, to(Y)), "query_labels"),
+    "matching_loss": (lambda to: matching(to(X), to(LABELS), to(X), LABELS), "support_labels"),
+    "matching_loss support": (lambda to: matching(to(X), to(LABELS), X, to(LABELS)), "support"),
+    "matching_logits": (lambda to: fm.matching_logits(to(X), X, to(LABELS), 1), "support"),
     "inner_update": (lambda to: fm.inner_update(to(P), P, 0.1), "grads"),
     "inner_update lr": (lambda to: fm.inner_update(to(P), to(P), P), "lr"),
     "inner_update tree": (lambda to: fm.inner_update([to(P)], [P], 0.1), "grads"),

@@ -179,6 +179,7 @@ def raw_arguments(op: str, device: str) -> tuple:
     make = CaseFactory(torch.float32, device)
     x, y, w = make.randn(2, 4, 3), make.randn(2, 5, 3), make.randn(2, 4)
     labels = make.labels(5, 2, 4)
+    ways = torch.arange(4).expand(2, 4).to(device), torch.arange(5).expand(2, 5).to(device)
     rates, head = make.randn(2, 6), (x, labels, y, make.randn(2, 5))
     kept = make.randn(2, 6, 5, 4), make.randn(2, 4, 4)
     p, g, lr = make.randn(2, 7), make.randn(2, 7), make.randn(1, 7)
@@ -190,6 +191,8 @@ def raw_arguments(op: str, device: str) -> tuple:
         "pairwise_distance": (x, y, "euclidean"),
         "pairwise_distance_backward": (make.randn(2, 4, 5), x, y, "euclidean"),
         "prototype_loss": (x, labels, y, "cosine", 2.0),
+        "matching_loss": (x, ways[0], y, ways[1], "cosine", 2.0, False),
+        "matching_loss_backward": (w, x, ways[0], y, ways[1], "sqeuclidean", 1.0, False),
         "linear_head": (*head, rates, "cross_entropy", 0.1, True),
         "linear_head_backward": (
             y,

@@ -63,16 +63,30 @@ class LabelsInRange {
   LabelRange range_;
 };
 
+// Labels of queries and of supports as they are now, of which each query has a support of its class.
+struct SupportedLabels {
+  LabelsInRange queries, supports;
+  bool exclude_self;
+
+  bool operator==(const SupportedLabels&) const = default;
+  bool is_replaced_by(const SupportedLabels& other) const {
+    return queries.is_replaced_by(other.queries) && supports.is_replaced_by(other.supports) &&
+           exclude_self == other.exclude_self;
+  }
+  bool is_gone() const { return queries.is_gone() || supports.is_gone(); }
+};
+
 // The labels checked last, for all threads.
-class CheckedLabels {
+template <typename Labels>
+class LastChecked {
  public:
-  static CheckedLabels& instance() {
+  static LastChecked& instance() {
     // Never destroyed: at the end of the process the references may outlive what they need.
-    static auto& checked = *new CheckedLabels;
+    static auto& checked = *new LastChecked;
     return checked;
   }
 
-  bool has(const LabelsInRange& labels) {
+  bool has(const Labels& labels) {
     const std::lock_guard lock(mutex_);
     const auto found = std::find(known_.begin(), known_.end(), labels);
     if (found == known_.end()) return false;
@@ -80,9 +94,9 @@ class CheckedLabels {
     return true;
   }
 
-  void add(LabelsInRange labels) {
+  void add(Labels labels) {
     const std::lock_guard lock(mutex_);
-    std::erase_if(known_, [&](const LabelsInRange& other) {
+    std::erase_if(known_, [&](const Labels& other) {
       return other.is_gone() || other.is_replaced_by(labels);
     });
     known_.push_front(std::move(labels));
@@ -92,7 +106,9 @@ class CheckedLabels {
  private:
   static constexpr size_t kMost = 32;
   std::mutex mutex_;
-  std::list<LabelsInRange> known_;  // the one used last comes first
+  std::list<Labels> known_;  // the one used last comes first
 };
+
+using CheckedLabels = LastChecked<LabelsInRange>;
 
 }  // namespace fastmeta
