@@ -12,6 +12,12 @@ from torch.func import vmap
 
 from fastmeta.core.memory import kept_pages
 from fastmeta.core.module_errors import KINDS, described
+from fastmeta.core.norm_statistics import (
+    RUNNING_STATISTICS,
+    temporarily,
+    tracking_norms,
+    without_running_statistics,
+)
 from fastmeta.core.trees import Tree, called_with, first_tensor, map_tensors, split
 from fastmeta.core.vmap import differentiable_kernels, map_trees, under_derivative
 from fastmeta.engines.autograd import TURN
@@ -19,8 +25,6 @@ from fastmeta.engines.base import Examples, Loss
 from fastmeta.engines.functional.label_checks import ClassLoss, present_examples
 from fastmeta.engines.functional.layer_routing import RoutedLayers, widened
 from fastmeta.engines.functional.vmap_errors import VmapError, vmap_errors
-
-_RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 # Caches of its weights that a recurrent module writes at each call. Under vmap it would keep one
 # task's weights there.
@@ -56,15 +60,9 @@ class TaskModule:
         running_in_evaluation = norm_statistics == "running"
         self._training = [(m, m.training) for m in modules]
         # Norms that ``conditions`` switches to batch statistics.
-        self._norms = [
-            m
-            for m in modules
-            if getattr(m, "track_running_stats", False)
-            and "running_mean" in m._buffers
-            and (m.training or not running_in_evaluation)
-        ]
+        self._norms = [m for m in tracking_norms(module) if m.training or not running_in_evaluation]
         self._recurrent = [m for m in modules if isinstance(m, (nn.RNNBase, nn.RNNCellBase))]
-        running = {id(m._buffers.get(name)) for m in self._norms for name in _RUNNING_STATISTICS}
+        running = {id(m._buffers.get(name)) for m in self._norms for name in RUNNING_STATISTICS}
         buffers = {name: b for name, b in module.named_buffers() if id(b) not in running}
         self._task_buffers = {name: b for name, b in buffers.items() if b.is_floating_point()}
         self._shared_buffers = {n: b for n, b in buffers.items() if n not in self._task_buffers}
@@ -91,22 +89,15 @@ class TaskModule:
         A backward enters it too, in a thread of autograd's.
         """
         with TURN, kept_pages(), ExitStack() as stack:
-            for m in self._norms:
-                # PyTorch normalises by the batch, in eval() too, if a norm has no statistics.
-                stack.enter_context(
-                    _temporarily(
-                        m._buffers, {n: None for n in _RUNNING_STATISTICS if n in m._buffers}
-                    )
-                )
-                stack.enter_context(_temporarily(m.__dict__, {"track_running_stats": False}))
+            stack.enter_context(without_running_statistics(self._norms))
             for m, training in self._training:
                 # Only flags that have changed: entering a context for each takes longer.
                 if m.training != training:
-                    stack.enter_context(_temporarily(m.__dict__, {"training": training}))
+                    stack.enter_context(temporarily(m.__dict__, {"training": training}))
             for m in self._recurrent:
                 # Restored afterwards: the call under vmap leaves tensors of vmap in it.
                 cache = {n: m.__dict__[n] for n in _RECURRENT_CACHE if n in m.__dict__}
-                stack.enter_context(_temporarily(m.__dict__, cache))
+                stack.enter_context(temporarily(m.__dict__, cache))
             stack.enter_context(differentiable_kernels(recurrent=bool(self._recurrent)))
             yield
 
@@ -224,7 +215,7 @@ class TaskModule:
             stack.enter_context(routing)
             for table, names in self._places:
                 values = {key: tensors[name] for key, name in names.items()}
-                stack.enter_context(_temporarily(table, values))
+                stack.enter_context(temporarily(table, values))
             return called_with(self.module, x)
 
 
@@ -280,14 +271,3 @@ def losses_of_outputs(loss: Loss, outputs: Tree, y: Tree, weight: Tensor | None)
 
 class _ForwardError(Exception):
     """Carries an error of the module's forward out of vmap, as its cause."""
-
-
-@contextmanager
-def _temporarily(namespace: dict[str, Any], values: dict[str, Any]) -> Iterator[None]:
-    # In the tables themselves: nn.Module.__setattr__ takes no plain tensor as a parameter.
-    before = {name: namespace[name] for name in values}
-    namespace.update(values)
-    try:
-        yield
-    finally:
-        namespace.update(before)
