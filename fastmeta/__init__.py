@@ -4,7 +4,7 @@ ops         inner_update, prototypes, pairwise_distance, prototype_loss, matchin
             matching_logits, pair_scores, pair_pool, task_conv2d, task_batch_norm, task_linear,
             linear_head, linear_head_hvp, hvp, ggnvp, activation
 learners    MAML, FOMAML, ANIL, Reptile, MetaSGD, MAMLPlusPlus, MetaCurvature, IMAML,
-            ProtoNet: `meta_loss` and `adapt_tasks`
+            ProtoNet, MatchingNet, SiameseNet, RelationNet: `meta_loss` and `adapt_tasks`
 rules       rules.SGD, rules.Adam, rules.RMSProp, rules.ClipNorm, rules.MetaCurvature, ...
 data        data.Omniglot, data.Glyphs, data.Sinusoid, data.Episodes
 processes   distributed.split_tasks, distributed.average_gradients, ...
@@ -28,7 +28,10 @@ from fastmeta.learners.gradient.meta_curvature import MetaCurvature
 from fastmeta.learners.gradient.meta_sgd import MetaSGD
 from fastmeta.learners.gradient.reptile import Reptile
 from fastmeta.learners.linear_operator import as_linear_operator
+from fastmeta.learners.metric.matching_net import MatchingNet
 from fastmeta.learners.metric.protonet import ProtoNet
+from fastmeta.learners.metric.relation_net import RelationNet
+from fastmeta.learners.metric.siamese_net import SiameseNet
 from fastmeta.ops import (
     activation,
     inner_update,
@@ -56,10 +59,13 @@ __all__ = [
     "IMAML",
     "MAML",
     "MAMLPlusPlus",
+    "MatchingNet",
     "MetaCurvature",
     "MetaSGD",
     "ProtoNet",
+    "RelationNet",
     "Reptile",
+    "SiameseNet",
     "activation",
     "as_linear_operator",
     "backend_of",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmeta.cli.options import add_command, check_one_process, set_threads
+from fastmeta.training.learner_options import METRIC_LEARNERS
 
 
 def add_parser(commands: Any) -> None:
@@ -13,10 +14,13 @@ def add_parser(commands: Any) -> None:
     parser = add_command(commands, "eval", run, "score a trained run on evaluation tasks")
     parser.add_argument("out", metavar="DIR", help="folder of the run")
     parser.add_argument("--tasks", type=int, metavar="N", help="evaluation tasks (default: 600)")
-    parser.add_argument("--ways", type=int, metavar="N", help="classes per task; protonet only")
+    compares = ", ".join(METRIC_LEARNERS)
+    ways = f"classes per task; only for {compares}"
+    parser.add_argument("--ways", type=int, metavar="N", help=ways)
     parser.add_argument("--shots", type=int, metavar="N", help="support examples per class")
     parser.add_argument("--queries", type=int, metavar="N", help="query examples per class")
-    parser.add_argument("--steps", type=int, metavar="N", help="inner steps; not for protonet")
+    steps = f"inner steps; not for {compares}"
+    parser.add_argument("--steps", type=int, metavar="N", help=steps)
     parser.add_argument("--data", metavar="DATA", help="another source of tasks")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the tasks (default: 0)")
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...")

@@ -13,7 +13,11 @@ import torch
 from fastmeta import distributed
 from fastmeta.core.checks import check_count
 from fastmeta.training.config import TrainConfig, option_types
-from fastmeta.training.learner_options import LEARNER_OPTIONS, describe_default
+from fastmeta.training.learner_options import (
+    LEARNER_OPTIONS,
+    METRIC_LEARNERS,
+    describe_default,
+)
 
 
 def add_command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
@@ -67,9 +71,10 @@ def _form(kind: type, option: dataclasses.Field[Any]) -> dict[str, Any]:
 def option_help(option: dataclasses.Field[Any]) -> str:
     """Describe an option: its learners if only some have it, its meaning, and its default."""
     learners = [name for name, own in LEARNER_OPTIONS.items() if option.name in own]
-    # The groups say it of the options of ProtoNet, and of those that all other learners have.
-    several = {"protonet"}.isdisjoint(learners) and len(learners) < len(LEARNER_OPTIONS) - 1
-    owners = f"{', '.join(learners)}: " if learners and several else ""
+    # The groups say it of options that all of their learners have.
+    others = [name for name in LEARNER_OPTIONS if name not in METRIC_LEARNERS]
+    several = learners not in ([], list(METRIC_LEARNERS), others)
+    owners = f"{', '.join(learners)}: " if several else ""
     default = describe_default(option.name)
     if isinstance(option.default, (int, str)) and option.default is not False:
         default = str(option.default)

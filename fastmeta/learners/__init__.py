@@ -12,7 +12,10 @@ from fastmeta.learners.gradient.maml_plus_plus import MAMLPlusPlus
 from fastmeta.learners.gradient.meta_curvature import MetaCurvature
 from fastmeta.learners.gradient.meta_sgd import MetaSGD
 from fastmeta.learners.gradient.reptile import Reptile
-from fastmeta.learners.metric.protonet import ProtoNet
+from fastmeta.learners.metric.matching_net import AdaptedMatchingNet, MatchingNet
+from fastmeta.learners.metric.protonet import AdaptedProtoNet, ProtoNet
+from fastmeta.learners.metric.relation_net import AdaptedRelationNet, RelationNet
+from fastmeta.learners.metric.siamese_net import AdaptedSiameseNet, SiameseNet
 
 __all__ = [
     "ANIL",
@@ -20,12 +23,19 @@ __all__ = [
     "IMAML",
     "MAML",
     "AdaptedHeads",
+    "AdaptedMatchingNet",
+    "AdaptedProtoNet",
+    "AdaptedRelationNet",
+    "AdaptedSiameseNet",
     "AdaptedTasks",
     "Learner",
     "MAMLPlusPlus",
+    "MatchingNet",
     "MetaCurvature",
     "MetaGradient",
     "MetaSGD",
     "ProtoNet",
+    "RelationNet",
     "Reptile",
+    "SiameseNet",
 ]

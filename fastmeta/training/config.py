@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from fastmeta.core.checks import check_choice, check_count, check_device, check_positive
+from fastmeta.engines.base import NORM_STATISTICS
+from fastmeta.learners.metric._class_scores import REDUCTIONS
+from fastmeta.learners.metric.relation_net import AGGREGATES
 from fastmeta.ops._checks import METRICS
 from fastmeta.training.learner_options import (
     ALGORITHMS,
     LEARNER_OPTIONS,
+    LOSSES,
+    METRIC_LEARNERS,
     NAMES,
     OF_SOME_LEARNERS,
     OPTIMIZERS,
@@ -48,9 +53,11 @@ def _option(group: str, help: str, default: Any = None, **limits: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **limits})
 
 
-_GROUPS = ("run", "tasks", "learner", "protonet", "inner loop (all but protonet)")
+_OF_METRIC = f"comparison of embeddings ({', '.join(METRIC_LEARNERS)})"
 
-_run, _tasks, _learner, _protonet, _inner = (partial(_option, group) for group in _GROUPS)
+_GROUPS = ("run", "tasks", "learner", _OF_METRIC, "inner loop (all others)")
+
+_run, _tasks, _learner, _metric, _inner = (partial(_option, group) for group in _GROUPS)
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,24 @@ class TrainConfig:
     meta_batch: int = _tasks("tasks per iteration", least=1)
     hidden: int = _learner("channels of Conv4, or units per layer of the MLP", least=1)
     pool: str | None = _learner("pooling of Conv4; stride is faster", choices=("max", "stride"))
-    train_ways: int | None = _protonet("classes per training task", least=2)
-    metric: str | None = _protonet("distance to the prototypes", choices=METRICS)
+    train_ways: int | None = _metric("classes per training task", least=2)
+    metric: str | None = _metric("distance of embeddings", choices=METRICS)
+    scale: float | None = _metric("factor of the distances, an inverse temperature")
+    context_steps: int | None = _metric(
+        "reads of the support by full context embeddings; 0: no context", least=0
+    )
+    loss: str | None = _metric(
+        "loss: " + "; ".join(f"{' or '.join(own)} for {name}" for name, own in LOSSES.items()),
+        choices=tuple(name for own in LOSSES.values() for name in own),
+    )
+    margin: float | None = _metric(
+        "distance from which pairs of two classes have no contrastive loss", least=0
+    )
+    reduce: str | None = _metric("similarity to a class, of those to its shots", choices=REDUCTIONS)
+    aggregate: str | None = _metric("feature maps of a class, of its shots", choices=AGGREGATES)
+    norm_statistics: str | None = _metric(
+        "what norms use in evaluation; batch is transductive", choices=NORM_STATISTICS
+    )
     steps: int | None = _inner("inner steps in training", least=1)
     eval_steps: int | None = _inner("inner steps in evaluation", least=0)
     inner_lr: float | None = _inner("inner step size, or its initial value if it is learned")
@@ -157,10 +180,14 @@ class TrainConfig:
         return "mse" if self.regression else "accuracy"
 
     def _check_applicable(self) -> None:
-        if self.algorithm == "protonet" and self.regression:
-            raise ValueError("data: sinusoid is regression, which protonet cannot do; use maml")
+        if self.algorithm in METRIC_LEARNERS and self.regression:
+            raise ValueError(
+                f"data: sinusoid is regression, which {self.algorithm} cannot do; use maml"
+            )
         if self.regression and self.pool is not None:
             raise ValueError("pool: the network for sinusoid has no such option")
+        if self.algorithm == "relation" and self.pool is not None:
+            raise ValueError("pool: the network for relation has no such option")
         for name in OF_SOME_LEARNERS:
             is_set = getattr(self, name) not in (None, False)
             if is_set and name not in LEARNER_OPTIONS[self.algorithm]:
@@ -169,6 +196,8 @@ class TrainConfig:
     def _check_together(self) -> None:
         """Check the options whose range depends on other options."""
         check_count("ways", self.ways, least=1 if self.regression else 2)
+        if self.loss is not None:
+            check_choice("loss", self.loss, LOSSES[self.algorithm])
         if self.algorithm == "mamlpp":  # its batch norms know the steps of training, and no more
             check_count("eval_steps", self.eval_steps, least=0, below=(self.steps or 0) + 1)
         if self.lr_cosine and self.lr_halve_every:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastmeta.data import Episode, Episodes, Source, from_spec
+from fastmeta.learners.metric._episode_learner import EpisodeLearner
 from fastmeta.training.files import write_json
 from fastmeta.training.learner_factory import Learner
-from fastmeta.training.learner_options import NAMES, REGRESSION
+from fastmeta.training.learner_options import METRIC_LEARNERS, NAMES, REGRESSION
 from fastmeta.training.run_folder import EVALUATION, load_run
 
 # Streams of episodes with the same seed must not overlap: each starts at its own index.
@@ -34,15 +35,24 @@ class Evaluation:
         mean: mean over tasks.
         interval: half the width of the 95 % confidence interval of the mean.
         tasks: number of tasks.
+        transductive: whether norms of a learner that otherwise scores each query by itself took the
+            statistics of the queries, as with ``norm_statistics="batch"``.
     """
 
     score: str
     mean: float
     interval: float
     tasks: int
+    transductive: bool = field(default=False, kw_only=True)
 
     def __str__(self) -> str:
-        return f"accuracy {self.digits} %" if self.score == "accuracy" else f"MSE {self.digits}"
+        found = f"accuracy {self.digits} %" if self.score == "accuracy" else f"MSE {self.digits}"
+        return f"{found}{self.note}"
+
+    @property
+    def note(self) -> str:
+        """What a table must say beside the score; empty if nothing."""
+        return " (transductive)" if self.transductive else ""
 
     @property
     def digits(self) -> str:
@@ -60,7 +70,7 @@ class RunEvaluation(Evaluation):
         title: learner and training data in words.
         data: source of the tasks.
         ways, shots, queries: sizes of a task.
-        steps: inner steps; ``None`` for a ProtoNet.
+        steps: inner steps; ``None`` for a learner without, such as a ProtoNet.
         seed: seed of the tasks.
         iteration: outer steps of the training so far.
     """
@@ -153,7 +163,13 @@ class Evaluator:
             )
         regression = self.episodes[self.stream].query_y.is_floating_point()
         mean, interval = mean_interval(scores)
-        return Evaluation("mse" if regression else "accuracy", mean, interval, self.tasks)
+        return Evaluation(
+            "mse" if regression else "accuracy",
+            mean,
+            interval,
+            self.tasks,
+            transductive=isinstance(learner, EpisodeLearner) and learner.is_transductive,
+        )
 
     def _chunks(self) -> Iterator[Episode]:
         size = self.episodes.tasks
@@ -180,7 +196,7 @@ def evaluate_run(
         out: folder of the run.
         tasks: number of tasks, at least 2.
         ways, shots, queries: sizes of a task; ``None``: as in training.
-        steps: inner steps, not for a ProtoNet; ``None``: the run's ``eval_steps``.
+        steps: inner steps, if the learner takes any; ``None``: the run's ``eval_steps``.
         data: source of the tasks; ``None``: the evaluation split of the run's data.
         seed: seed of the tasks.
         device: device of the evaluation; ``None``: the device of the training.
@@ -201,11 +217,12 @@ def evaluate_run(
     data = data or config.data
     if (data == REGRESSION) != config.regression:
         raise ValueError(f"data: a run on {config.data} cannot be evaluated on {data}")
-    if config.algorithm != "protonet" and ways not in (None, config.ways):
-        name = NAMES[config.algorithm]
+    name = NAMES[config.algorithm]
+    compares = config.algorithm in METRIC_LEARNERS
+    if not compares and ways not in (None, config.ways):
         raise ValueError(f"ways: this {name}'s head has {config.ways} classes, got {ways}")
-    if config.algorithm == "protonet" and steps is not None:
-        raise ValueError(f"steps: a ProtoNet takes no inner steps, got {steps}")
+    if compares and steps is not None:
+        raise ValueError(f"steps: a {name} takes no inner steps, got {steps}")
     ways = config.ways if ways is None else ways
     shots = config.shots if shots is None else shots
     queries = config.queries if queries is None else queries

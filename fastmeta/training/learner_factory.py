@@ -9,12 +9,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastmeta import learners as algorithms
-from fastmeta.learners import ANIL, MAML, ProtoNet
-from fastmeta.models import MLP, Conv4, with_per_step_norms
+from fastmeta.learners import ANIL, MAML, MatchingNet, ProtoNet, RelationNet, SiameseNet
+from fastmeta.learners.metric._episode_learner import EpisodeLearner
+from fastmeta.models import (
+    MLP,
+    Conv4,
+    FullContext,
+    RelationEncoder,
+    RelationModule,
+    with_per_step_norms,
+)
 from fastmeta.training.config import TrainConfig
-from fastmeta.training.learner_options import LEARNER_OPTIONS
+from fastmeta.training.learner_options import LEARNER_OPTIONS, METRIC_LEARNERS
 
-Learner = MAML | ANIL | ProtoNet
+Learner = MAML | ANIL | EpisodeLearner[Any]
 
 _INNER_LOOP: dict[str, type[MAML]] = {
     "maml": MAML,
@@ -39,10 +47,11 @@ def build_learner(config: TrainConfig, input_shape: list[int]) -> Learner:
     Raises:
         ValueError: the images are not square.
     """
-    if config.algorithm == "protonet":
-        encoder: Any = _conv4(config, input_shape, None)
+    if config.algorithm in METRIC_LEARNERS:
+        learner = _metric_learner(config, input_shape)
+        encoder: Any = learner.encoder
         encoder.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
-        return ProtoNet(encoder, metric=str(config.metric)).to(config.device)
+        return learner.to(config.device)
     own = [name for name in LEARNER_OPTIONS[config.algorithm] if name not in _NOT_THE_LEARNERS]
     options: dict[str, Any] = {name: getattr(config, name) for name in own}
     options["lr"] = config.inner_lr
@@ -52,6 +61,32 @@ def build_learner(config: TrainConfig, input_shape: list[int]) -> Learner:
         return ANIL(*parts, **options).to(config.device)
     make, network = _INNER_LOOP[config.algorithm], _network(config, input_shape)
     return make(network, **options).to(config.device)
+
+
+def _metric_learner(config: TrainConfig, input_shape: list[int]) -> EpisodeLearner[Any]:
+    own: Any = {name: getattr(config, name) for name in LEARNER_OPTIONS[config.algorithm]}
+    del own["train_ways"]
+    if config.algorithm == "relation":
+        return RelationNet(*_relation_networks(config, input_shape), **own)
+    encoder = _conv4(config, input_shape, None)
+    if config.algorithm == "siamese":
+        return SiameseNet(encoder, encoder.embedding_size, **own)
+    if config.algorithm == "protonet":
+        return ProtoNet(encoder, **own)
+    steps = own.pop("context_steps")
+    context = FullContext(encoder.embedding_size, steps) if steps else None
+    return MatchingNet(encoder, context=context, **own)
+
+
+def _relation_networks(
+    config: TrainConfig, input_shape: list[int]
+) -> tuple[RelationEncoder, RelationModule]:
+    channels, size = input_shape[0], _side(input_shape)
+    maps = RelationEncoder.map_size(size)
+    if maps < RelationModule.LEAST:
+        raise ValueError(f"data: relation needs images of 22 x 22 pixels or more, got {size}")
+    encoder = RelationEncoder(config.hidden, channels)
+    return encoder, RelationModule(config.hidden, image_size=maps)
 
 
 def _network(config: TrainConfig, input_shape: list[int]) -> nn.Module:
@@ -72,7 +107,12 @@ def _body_and_head(config: TrainConfig, input_shape: list[int]) -> tuple[nn.Modu
 
 
 def _conv4(config: TrainConfig, input_shape: list[int], ways: int | None) -> Conv4:
-    channels, height, width = input_shape
+    return Conv4(config.hidden, ways, input_shape[0], _side(input_shape), str(config.pool))
+
+
+def _side(input_shape: list[int]) -> int:
+    """Height and width of images."""
+    _, height, width = input_shape
     if height != width:
         raise ValueError(f"data: expected square images, got {height} x {width} pixels")
-    return Conv4(config.hidden, ways, channels, height, str(config.pool))
+    return height

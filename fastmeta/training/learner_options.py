@@ -10,6 +10,9 @@ from fastmeta.core.checks import check_choice
 # Algorithms as titles and tables name them.
 NAMES = {
     "protonet": "ProtoNet",
+    "matching": "MatchingNet",
+    "siamese": "SiameseNet",
+    "relation": "RelationNet",
     "maml": "MAML",
     "fomaml": "FOMAML",
     "anil": "ANIL",
@@ -21,6 +24,12 @@ NAMES = {
 }
 
 ALGORITHMS = tuple(NAMES)
+
+# Learners that compare embeddings: classifiers of any number of ways, without inner steps.
+METRIC_LEARNERS = ("protonet", "matching", "siamese", "relation")
+
+# Losses of the learners that have a choice.
+LOSSES = {"siamese": ("bce", "contrastive"), "relation": ("mse", "cross_entropy")}
 
 REGRESSION = "sinusoid"
 
@@ -43,6 +52,14 @@ def _inner_loop(steps: int, inner_lr: float, **own: Any) -> dict[str, Any]:
 # Options that not all learners have, with their defaults on images.
 LEARNER_OPTIONS: dict[str, dict[str, Any]] = {
     "protonet": {"train_ways": ValueOf("ways"), "metric": "sqeuclidean"},
+    "matching": {"train_ways": 20, "metric": "cosine", "scale": 10.0, "context_steps": 0},
+    "siamese": {"train_ways": 20, "loss": "bce", "margin": 1.0, "reduce": "max"},
+    "relation": {
+        "train_ways": ValueOf("ways"),
+        "loss": "mse",
+        "aggregate": "sum",
+        "norm_statistics": "running",
+    },
     "maml": _inner_loop(1, 0.4, first_order=False, learn_lr=False, adapt=None),
     "fomaml": _inner_loop(5, 0.1, learn_lr=False, adapt=None),
     "anil": _inner_loop(5, 0.1, first_order=False, learn_lr=False),
@@ -57,6 +74,14 @@ OF_SOME_LEARNERS = tuple(dict.fromkeys(name for own in LEARNER_OPTIONS.values() 
 
 _ON_IMAGES = {"ways": 5, "shots": 1, "queries": 15, "meta_batch": 16, "hidden": 64, "pool": "max"}
 
+# Of the sizes of an episode and the network, on images.
+_OWN_SIZES: dict[str, dict[str, Any]] = {
+    "protonet": {"meta_batch": 4},
+    "matching": {"meta_batch": 2, "queries": 5},
+    "siamese": {"meta_batch": 2, "queries": 5},
+    "relation": {"meta_batch": 2, "pool": None},  # its network has no choice of pooling
+}
+
 _ON_SINUSOIDS = {"ways": 1, "shots": 10, "queries": 10, "meta_batch": 25, "hidden": 40}
 
 
@@ -68,9 +93,8 @@ def defaults(algorithm: str, regression: bool) -> dict[str, Any]:
         10
     """
     found = (_ON_SINUSOIDS if regression else _ON_IMAGES) | LEARNER_OPTIONS[algorithm]
-    if algorithm == "protonet":
-        found["meta_batch"] = 4
-    elif regression and algorithm != "reptile":
+    found |= _OWN_SIZES.get(algorithm, {})
+    if regression and algorithm not in ("reptile", *METRIC_LEARNERS):
         found["inner_lr"] = 0.01
     return found | {"optimizer": "sgd" if algorithm == "reptile" else "adam"}
 
@@ -114,7 +138,7 @@ def describe_default(name: str) -> str:
         value, other = (defaults(algorithm, regression).get(name) for regression in (False, True))
         if value is not None and value is not False:
             on_images.setdefault(value, []).append(algorithm)
-        if algorithm != "protonet" and other not in (None, value):
+        if algorithm not in METRIC_LEARNERS and other not in (None, value):
             on_sinusoids[other] = None
     if not on_images:
         return ""

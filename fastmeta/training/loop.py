@@ -25,6 +25,7 @@ from fastmeta.training.environment import cpu_threads, training_environment
 from fastmeta.training.evaluation import Evaluator, query_scores
 from fastmeta.training.interruption import Interruption
 from fastmeta.training.learner_factory import Learner, build_learner
+from fastmeta.training.learner_options import METRIC_LEARNERS
 from fastmeta.training.metrics_log import MetricsLog, read_metrics
 from fastmeta.training.plots import Curve, draw_curves
 from fastmeta.training.run_folder import (
@@ -187,7 +188,7 @@ class _Run:
         self.iteration = 0
         self.seconds = 0.0
         self.learner = build_learner(config, input_shape)
-        if config.algorithm == "protonet" and distributed.world_size() > 1:
+        if config.algorithm in METRIC_LEARNERS and distributed.world_size() > 1:
             distributed.share_batch_statistics(self.learner)
         self.autocast = torch.autocast(
             torch.device(config.device).type,

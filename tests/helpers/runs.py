@@ -14,11 +14,11 @@ from fastmeta.training.loop import Result, train
 TINY = {"hidden": 4, "iterations": 4, "queries": 3, "meta_batch": 2}
 
 
-def images(classes: int = 40, seed: int = 0) -> ClassImages:
+def images(classes: int = 40, seed: int = 0, size: int = 16) -> ClassImages:
     """Make images of classes that are easy to tell apart: a pattern each, and noise."""
     generator = torch.Generator().manual_seed(seed)
-    patterns = torch.rand(classes, 1, 1, 16, 16, generator=generator) > 0.5
-    noise = torch.randint(120, (classes, 8, 1, 16, 16), generator=generator)
+    patterns = torch.rand(classes, 1, 1, size, size, generator=generator) > 0.5
+    noise = torch.randint(120, (classes, 8, 1, size, size), generator=generator)
     return ClassImages((120 * patterns + noise).to(torch.uint8))
 
 

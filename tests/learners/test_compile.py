@@ -39,8 +39,22 @@ def anil(body: nn.Module, **options: Any) -> fm.ANIL:
     return fm.ANIL(nn.Sequential(*layers), head, lr=0.1, steps=3, **options)
 
 
+def relation_net(body: nn.Module, **options: Any) -> fm.RelationNet:
+    torch.manual_seed(1)
+    return fm.RelationNet(body, fm.models.RelationMLP(WAYS, 8), **options).double()
+
+
+# They compare embeddings.
+METRIC = (fm.ProtoNet, fm.MatchingNet, fm.SiameseNet, fm.RelationNet)
+
 LEARNERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "ProtoNet": lambda net: fm.ProtoNet(net),
+    "MatchingNet": lambda net: fm.MatchingNet(net),
+    "MatchingNet learned": lambda net: fm.MatchingNet(net, learn_scale=True).double(),
+    "SiameseNet": lambda net: fm.SiameseNet(net, WAYS).double(),
+    "SiameseNet contrastive": lambda net: fm.SiameseNet(net, WAYS, "contrastive", reduce="mean"),
+    "RelationNet": lambda net: relation_net(net),
+    "RelationNet cross entropy": lambda net: relation_net(net, loss="cross_entropy"),
     "ANIL": anil,
     "ANIL first order": lambda net: anil(net, first_order=True),
     "MAML": lambda net: fm.MAML(net, 0.1, steps=2),
@@ -59,8 +73,8 @@ LEARNERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def step_of(learner: nn.Module) -> Callable[[Tasks], tuple[Tensor, Tensor]]:
-    """A meta-loss as users compile it, of which ProtoNet has to know the number of classes."""
-    options = {"num_classes": WAYS} if isinstance(learner, fm.ProtoNet) else {}
+    """A meta-loss as users compile it; some learners have to know the number of classes."""
+    options = {"num_classes": WAYS} if isinstance(learner, METRIC) else {}
 
     def step(tasks: Tasks) -> tuple[Tensor, Tensor]:
         loss, outputs = learner.meta_loss(*tasks, **options)
@@ -70,9 +84,9 @@ def step_of(learner: nn.Module) -> Callable[[Tasks], tuple[Tensor, Tensor]]:
 
 
 def batch_of(learner: nn.Module, network: str, device: str, tasks: int) -> Tasks:
-    """Tasks that the learner takes: ProtoNet's queries are of classes that its support has."""
+    """Tasks that the learner takes: some need queries of classes that the support has."""
     batch = classification(network, device, tasks)
-    if not isinstance(learner, fm.ProtoNet):
+    if not isinstance(learner, METRIC):
         return batch
     return batch._replace(query_y=batch.support_y[:, : batch.query_y.shape[1]])
 

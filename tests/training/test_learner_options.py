@@ -12,6 +12,7 @@ from fastmeta.training.config import TrainConfig
 from fastmeta.training.learner_options import (
     ALGORITHMS,
     LEARNER_OPTIONS,
+    METRIC_LEARNERS,
     OF_SOME_LEARNERS,
     describe_default,
 )
@@ -51,6 +52,7 @@ def test_the_help_names_default_and_learners(name):
     if default not in (None, dataclasses.MISSING) and default is not False:
         assert said.endswith(f"(default: {default})")
     learners = [of for of in ALGORITHMS if name in LEARNER_OPTIONS[of]]
-    few = 0 < len(learners) < len(ALGORITHMS) - 1 and "protonet" not in learners
+    groups = [set(METRIC_LEARNERS), set(ALGORITHMS) - set(METRIC_LEARNERS)]
+    few = bool(learners) and set(learners) not in groups
     assert said.startswith(", ".join(learners) + ": ") is few
     assert few <= (name in OF_SOME_LEARNERS)

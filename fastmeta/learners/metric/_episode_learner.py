@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fastmeta.core.absence import ABSENT, mean_over_present
+from fastmeta.core.backend import NAMES, backend_of
 from fastmeta.core.checks import check_choice, check_dense
 from fastmeta.core.module_errors import KINDS, described
 from fastmeta.core.norm_statistics import tracking_norms, without_running_statistics
@@ -25,7 +26,6 @@ from fastmeta.learners.metric._classes import (
     numbers_of,
 )
 from fastmeta.learners.metric._episode_checks import check_alike, check_examples
-from fastmeta.ops import backend_of
 from fastmeta.ops._checks import check_mask
 
 _COMPILED = "labels: expected no -1 in a compiled call, whose encoder sees all examples"
@@ -306,17 +306,23 @@ class EpisodeLearner(nn.Module, Generic[Adapted]):
         rows = self._embed_labelled(support_x, support_y)
         return self._adapted(self._support(rows, support_y, num_classes, support_weight, classes))
 
+    @property
+    def is_transductive(self) -> bool:
+        """Whether the score of a query in ``eval()`` depends on other queries, through norms."""
+        return self.norm_statistics == "batch" and bool(tracking_norms(self))
+
     def explain(self) -> str:
         """Describe how this learner computes: the encoder call, and the backend of each op."""
         weight = next(self.encoder.parameters(), torch.empty(0))
+        place = weight.device, weight.dtype
         backends = ", ".join(
-            f"{op} {backend_of(op, weight.device, weight.dtype)}" for op in self._ops
+            f"{op} {backend_of(op, *place) if op in NAMES else 'torch'}" for op in self._ops
         )
         return (
             f"{type(self).__name__}, {self._description()}: one encoder call for the "
             f"examples of all tasks, then on {weight.device.type} "
             f"{str(weight.dtype).removeprefix('torch.')}: {backends}."
-            f"{_TRANSDUCTIVE if self.norm_statistics == 'batch' else ''}"
+            f"{_TRANSDUCTIVE if self.is_transductive else ''}"
         )
 
     def _description(self) -> str:

@@ -13,6 +13,7 @@ from fastmeta.training.config import TrainConfig, option_types
 from fastmeta.training.learner_options import (
     ALGORITHMS,
     LEARNER_OPTIONS,
+    METRIC_LEARNERS,
     OF_SOME_LEARNERS,
     REGRESSION,
 )
@@ -56,7 +57,8 @@ def plan(
     if algorithms and begun and set(algorithms) != set(begun):
         before, now = ", ".join(begun), ", ".join(algorithms)
         raise ValueError(f"algorithms: the comparison to resume has {before}, got {now}")
-    able = ALGORITHMS if data != REGRESSION else [name for name in ALGORITHMS if name != "protonet"]
+    barred = METRIC_LEARNERS if data == REGRESSION else ()
+    able = [name for name in ALGORITHMS if name not in barred]
     algorithms = list(begun) or algorithms or able
     own = own or {}
     if unused := [name for name in own if name not in algorithms]:

@@ -73,7 +73,9 @@ class Entry:
     def row(self) -> tuple[str, ...]:
         """Cells of the table: learner, inner steps, iterations, training time, score."""
         found, config = self.evaluation, self.config
-        score = found.digits if found else "diverged" if self.error else "not finished"
+        score = (
+            f"{found.digits}{found.note}" if found else "diverged" if self.error else "not finished"
+        )
         steps = "-" if config.steps is None else f"{config.steps} / {config.eval_steps}"
         return self.label, steps, f"{self.iteration:,}", duration(self.seconds), score
 
