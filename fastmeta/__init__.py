@@ -2,10 +2,11 @@
 
 ops         inner_update, prototypes, pairwise_distance, prototype_loss, matching_loss,
             matching_logits, pair_scores, pair_pool, task_conv2d, task_batch_norm, task_linear,
-            linear_head, linear_head_hvp, hvp, ggnvp, activation
+            linear_head, linear_head_hvp, ridge_head, hvp, ggnvp, activation
 learners    MAML, FOMAML, ANIL, Reptile, MetaSGD, MAMLPlusPlus, MetaCurvature, IMAML,
             ProtoNet, MatchingNet, SiameseNet, RelationNet: `meta_loss` and `adapt_tasks`
 rules       rules.SGD, rules.Adam, rules.RMSProp, rules.ClipNorm, rules.MetaCurvature, ...
+heads       heads.SimpleShot, heads.Ridge, heads.TIM, ...: classifiers of stored features
 data        data.Omniglot, data.Glyphs, data.Sinusoid, data.Episodes
 processes   distributed.split_tasks, distributed.average_gradients, ...
 networks    models.Conv4, models.ResNet12, models.MLP, models.PerStepBatchNorm2d
@@ -13,7 +14,7 @@ tasks       task_call, task_gradient: a module with the parameters of each task
 backends    backend_of, use_backend, build_info; release_memory
 """
 
-from fastmeta import data, distributed, models, rules
+from fastmeta import data, distributed, heads, models, rules
 from fastmeta.core.backend import backend_of, build_info, use_backend
 from fastmeta.core.memory import release_memory
 from fastmeta.core.version import VERSION
@@ -50,6 +51,7 @@ from fastmeta.ops import (
 )
 from fastmeta.ops.ggnvp import ggnvp
 from fastmeta.ops.hvp import hvp
+from fastmeta.ops.ridge_head import ridge_head
 
 __version__ = VERSION
 
@@ -73,6 +75,7 @@ __all__ = [
     "data",
     "distributed",
     "ggnvp",
+    "heads",
     "hvp",
     "inner_update",
     "linear_head",
@@ -86,6 +89,7 @@ __all__ = [
     "prototype_loss",
     "prototypes",
     "release_memory",
+    "ridge_head",
     "rules",
     "task_batch_norm",
     "task_call",

@@ -17,7 +17,7 @@ FLOORS = {
     **{"training": 6, "compat": 6},
     "learners": 5,
     "engines": 4,
-    **{"rules": 3, "distributed": 3, "models": 3},
+    **{"rules": 3, "distributed": 3, "heads": 3, "models": 3},
     **{"ops": 2, "data": 2},
     "core": 1,
 }

@@ -1,4 +1,4 @@
-"""The classes of a batch of tasks: how many there are, and which ones a task has."""
+"""Classes of queries, and numbers of classes, of a batch of tasks."""
 
 from __future__ import annotations
 
@@ -6,47 +6,9 @@ import torch
 from torch import Tensor
 
 from fastmeta.core.absence import ABSENT
+from fastmeta.core.classes import classes_present, count_classes
 
-
-def count_classes(labels: Tensor) -> int:
-    """N, the largest label ``[T, S]`` + 1.
-
-    Raises:
-        ValueError: no example is present, or no task has some class between 0 and N - 1.
-    """
-    found = labels.unique()
-    found = found[found != ABSENT]
-    if len(found) == 0:
-        raise ValueError("num_classes: expected a number, as support_y is empty, got None")
-    largest = int(found[-1])
-    # Other negative labels are reported by the op that reads them.
-    if int(found[0]) >= 0 and len(found) <= largest:
-        first = next(n for n, label in enumerate(found.tolist()) if n != label)
-        raise ValueError(
-            f"support_y: expected labels 0 to N - 1 without gaps, got {len(found)} classes up to "
-            f"{largest}, and none is {first}; num_classes={largest + 1} takes them as they are, "
-            "relabel=True numbers the classes of each task from 0"
-        )
-    return largest + 1
-
-
-def classes_present(
-    labels: Tensor, num_classes: int, weight: Tensor | None = None
-) -> Tensor | None:
-    """The classes with a label ``[T, S]``, bool ``[T, N]``; None if every task has all of them.
-
-    A class all of whose examples have weight 0 is not present.
-
-    ``torch.compile`` knows no values, so it always gets the tensor.
-    """
-    if weight is not None:
-        labels = labels.masked_fill(weight == 0, ABSENT)
-    # One class more, of the absent examples.
-    found = torch.zeros(len(labels), num_classes + 1, dtype=torch.bool, device=labels.device)
-    present = found.scatter(1, labels.remainder(num_classes + 1), True)[:, :num_classes]
-    if torch.compiler.is_compiling() or not bool(present.all()):
-        return present
-    return None
+__all__ = ["check_present", "classes_present", "count_classes", "number_classes", "numbers_of"]
 
 
 def check_present(query_labels: Tensor, present: Tensor) -> None:
