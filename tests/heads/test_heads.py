@@ -19,7 +19,19 @@ HEADS: dict[str, Head] = {
     "ridge": fm.heads.Ridge(),
     "ridge-bias": fm.heads.Ridge(0.1, bias=True),
     "logistic": fm.heads.Logistic(steps=5),
+    "feat": fm.heads.FEAT(D, heads=2, dropout=0.0).double(),
     "soft-kmeans": fm.heads.SoftKMeans(2, 0.3),
+    "bd-cspn": fm.heads.BDCSPN(),
+    "bd-cspn-top": fm.heads.BDCSPN(4.0, top=2, shift_queries=False),
+    "laplacian": fm.heads.LaplacianShot(),
+    "laplacian-plain": fm.heads.LaplacianShot(5, 0.5, 4, rectify=False),
+    "pt-map": fm.heads.PTMAP(3),
+    "pt-map-plain": fm.heads.PTMAP(3, lam=0.2, power=1.0, unit_length=False),
+    "tim": fm.heads.TIM(8),
+    "tim-cosine": fm.heads.TIM(8, metric="cosine"),
+    "tim-adam": fm.heads.TIM(4, 0.01, optimizer="adam"),
+    "finetuning": fm.heads.TransductiveFinetuning(8),
+    "finetuning-adam": fm.heads.TransductiveFinetuning(4, 0.01, optimizer="adam"),
 }
 every_head = pytest.mark.parametrize("name", HEADS)
 
