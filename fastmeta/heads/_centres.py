@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmeta.heads.base import Tasks
 from fastmeta.ops.reference import safe_sqrt
 
 METRICS = ("sqeuclidean", "euclidean", "cosine")
@@ -80,16 +81,17 @@ class Descent:
     lr: float
     optimizer: str
 
-    def scores(self, x: Tensor, start: Tensor, gradient: ScoreGradient) -> Tensor:
-        """Scores ``[T, N, B]`` of the examples x ``[T, B, D]`` after the steps.
+    def scores(self, tasks: Tasks, start: Tensor, gradient: ScoreGradient) -> Tensor:
+        """Scores ``[T, N, S + Q]`` of support and queries after the steps.
 
         Args:
-            x: the examples.
-            start: coefficients A ``[T, N, B]`` of the first centres.
+            tasks: the examples.
+            start: coefficients A ``[T, N, S + Q]`` of the first centres.
             gradient: of the loss in the scores.
         """
-        if self.metric != "cosine":  # distances do not change, and keep their digits
-            x = x - x.mean(1, keepdim=True)
+        x = tasks.rows
+        if self.metric != "cosine" and tasks.origin is not None:
+            x = x - tasks.origin
         return (self._dual if self.optimizer == "sgd" else self._primal)(x, start, gradient)
 
     def _dual(self, x: Tensor, start: Tensor, gradient: ScoreGradient) -> Tensor:
@@ -103,7 +105,8 @@ class Descent:
             if step == self.steps:
                 break
             rows, own = centre_gradient(self.metric, gradient(scores.value), scores)
-            coefficients = coefficients * (1 - self.lr * own) - self.lr * rows
+            coefficients = torch.addcmul(coefficients, coefficients, own, value=-self.lr)
+            coefficients = torch.sub(coefficients, rows, alpha=self.lr)
         return scores.value
 
     def _primal(self, x: Tensor, start: Tensor, gradient: ScoreGradient) -> Tensor:

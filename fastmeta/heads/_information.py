@@ -29,8 +29,12 @@ def descended(tasks: Tasks, descent: Descent, scale: float, weights: Weights) ->
     count = tasks.support.shape[1]
     member = tasks.member
     means = member / member.sum(2, keepdim=True).clamp(min=1)
-    start = torch.cat([means, means.new_zeros(*means.shape[:2], tasks.query.shape[1])], 2)
-    of_support, of_queries = tasks.share_of_support(), tasks.share_of_queries()
+    nothing = means.new_zeros(*means.shape[:2], tasks.query.shape[1])
+    start, labels = torch.cat([means, nothing], 2), torch.cat([member, nothing], 2)
+    share = _joined(tasks, 1.0, 1.0)[..., count:].mT  # [T, Q, 1]
+    of_support = _joined(tasks, scale * weights.cross_entropy, 0.0)
+    of_queries = _joined(tasks, 0.0, scale)
+    from_labels = of_support * labels
 
     def gradient(scores: Tensor) -> Tensor:
         """Gradient of the loss in the scores ``[T, N, S + Q]``."""
@@ -38,12 +42,18 @@ def descended(tasks: Tasks, descent: Descent, scale: float, weights: Weights) ->
         p = log.exp()
         if tasks.classes is not None:
             log = log.masked_fill(~tasks.classes.unsqueeze(2), 0)
-        to_support = (p[..., :count] - member) * (scale * weights.cross_entropy * of_support)
-        p, log = p[..., count:], log[..., count:]
-        marginal = (p * of_queries).sum(2, keepdim=True).clamp(min=_TINY).log()
-        along = weights.marginal_entropy * marginal - weights.conditional_entropy * log
+        marginal = (p[..., count:] @ share).clamp(min=_TINY).log()
+        along = torch.sub(
+            weights.marginal_entropy * marginal, log, alpha=weights.conditional_entropy
+        )
         along = along - (p * along).sum(1, keepdim=True)
-        return torch.cat([to_support, p * along * (scale * of_queries)], 2)
+        return p * torch.addcmul(of_support, of_queries, along) - from_labels
 
-    scores = descent.scores(tasks.rows, start, gradient)
+    scores = descent.scores(tasks, start, gradient)
     return scale * scores[..., count:].mT
+
+
+def _joined(tasks: Tasks, of_support: float, of_queries: float) -> Tensor:
+    """Factors ``[T, 1, S + Q]`` of means over the support and over the queries."""
+    shares = (of_support * tasks.share_of_support(), of_queries * tasks.share_of_queries())
+    return torch.cat([share.expand(len(tasks.query), 1, -1) for share in shares], 2)

@@ -41,21 +41,22 @@ def transported(
         # A step from the solution has its first derivative, and a second step the second one.
         for _ in range(2):
             plan = _plan(scores, potentials, share)
-            potentials = potentials + _step(plan, sizes)
+            missing = sizes - plan.sum(2, keepdim=True)
+            potentials = potentials + _step(plan, missing, sizes)
     return potentials, torch.log_softmax(scores + potentials, 1)
 
 
 def _solved(scores: Tensor, sizes: Tensor, potentials: Tensor, share: Tensor | None) -> Tensor:
     readable = is_readable(scores)
-    near = torch.finfo(scores.dtype).eps ** 0.5  # the error is then of the size of its square
+    # One more step leaves an error of the size of the square.
+    near = torch.finfo(scores.dtype).eps ** 0.5
     for _ in range(_MOST_ROUNDS if readable else _ROUNDS):
         plan = _plan(scores, potentials, share)
-        step = _step(plan, sizes)
+        missing = sizes - plan.sum(2, keepdim=True)
+        step = _step(plan, missing, sizes)
         reach = step.amax(1, keepdim=True) - step.amin(1, keepdim=True)
-        potentials = potentials + step * (torch.log1p(reach) / reach.clamp(min=1e-30)).where(
-            reach > 0, 1.0
-        )
-        if readable and not bool((reach > near).any()):
+        potentials = potentials + step * (reach.log1p() / reach).where(reach > 0, 1.0)
+        if readable and bool((missing.abs() <= near * sizes).all()):
             break
     return potentials
 
@@ -65,14 +66,13 @@ def _plan(scores: Tensor, potentials: Tensor, share: Tensor | None) -> Tensor:
     return plan if share is None else plan * share
 
 
-def _step(plan: Tensor, sizes: Tensor) -> Tensor:
-    """Newton's step ``[T, N, 1]``: H step = sizes - sums, with H = diag(sums) - P P'."""
-    sums = plan.sum(2, keepdim=True)
-    hessian = torch.diag_embed(sums.squeeze(2)) - plan @ plan.mT
+def _step(plan: Tensor, missing: Tensor, sizes: Tensor) -> Tensor:
+    """Newton's step ``[T, N, 1]``: H step = missing, with H = diag(sums) - P P'."""
+    hessian = torch.diag_embed(plan.sum(2)) - plan @ plan.mT
     # Adding one number to all potentials changes nothing: the null space of H gets a value.
     competes = (sizes > 0).to(plan.dtype)
     least = torch.finfo(plan.dtype).eps * (1 + sizes.amax(1, keepdim=True))
     regular = competes @ competes.mT + least * torch.eye(
         plan.shape[1], dtype=plan.dtype, device=plan.device
     )
-    return torch.linalg.solve(hessian + regular, sizes - sums)
+    return torch.linalg.solve(hessian + regular, missing)

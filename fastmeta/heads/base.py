@@ -31,6 +31,7 @@ class Tasks:
         classes: bool ``[T, N]``, the classes that compete: those with a support example, or all in
             a task that has none. None: all in every task.
         queries: bool ``[T, Q]``, the queries that exist. None: all of them.
+        is_unit: whether all features have length 1.
     """
 
     support: Tensor
@@ -39,6 +40,7 @@ class Tasks:
     num_classes: int
     classes: Tensor | None
     queries: Tensor | None
+    is_unit: bool = False
 
     @property
     def member(self) -> Tensor:
@@ -56,6 +58,14 @@ class Tasks:
         if self.classes is None:
             return scores
         return scores.masked_fill(~self.classes.unsqueeze(-1), -torch.inf)
+
+    @property
+    def origin(self) -> Tensor | None:
+        """A point ``[T, 1, D]`` amid the queries, from which distances keep their digits.
+
+        None: the origin is one, as features have length 1.
+        """
+        return None if self.is_unit else self.query.mean(1, keepdim=True)
 
     def share_of_queries(self) -> Tensor:
         """Weights ``[T, 1, Q]`` of a mean over the queries that exist."""
@@ -191,7 +201,7 @@ class Head(nn.Module, ABC):
             absent = ~queries.unsqueeze(-1)
             query = self._prepared(query.masked_fill(absent, 0)).masked_fill(absent, 0)
         classes = None if present is None else present | ~present.any(1, keepdim=True)
-        return Tasks(support, labels, query, ways, classes, queries)
+        return Tasks(support, labels, query, ways, classes, queries, self.normalize)
 
     def extra_repr(self) -> str:
         options = {name: value for name, value in vars(self).items() if name[0] != "_"}
@@ -207,7 +217,9 @@ def unit(x: Tensor) -> Tensor:
 
 def lengths(x: Tensor) -> Tensor:
     """Euclidean lengths ``[..., 1]`` of the rows."""
-    return safe_sqrt(x.square().sum(-1, keepdim=True))
+    if x.requires_grad:  # the norm of PyTorch has no second derivative at 0
+        return safe_sqrt(x.square().sum(-1, keepdim=True))
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
 def _check(support: Tensor, labels: Tensor, query: Tensor, present: Tensor | None) -> None:

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from fastmeta.core.checks import check_integer
-from fastmeta.heads.base import Head, Tasks, unit
+from fastmeta.heads.base import Head, Tasks, lengths, unit
 from fastmeta.heads.nearest import check_finite
 from fastmeta.ops.prototypes import prototypes
+from fastmeta.ops.reference import safe_sqrt
+
+_EPS = 1e-12  # the least length that cosines divide by
 
 
 class BDCSPN(Head):
@@ -58,22 +61,23 @@ class BDCSPN(Head):
         self.shift_queries = bool(shift_queries)
 
     def _logits(self, tasks: Tasks) -> Tensor:
-        moved, centres = rectified(tasks, self.scale, self.top)
-        query = moved if self.shift_queries else tasks.query
-        return self.scale * cosines(centres, query).mT
+        shift, centres = rectified(tasks, self.scale, self.top)
+        return self.scale * cosines(centres, tasks.query, shift if self.shift_queries else None).mT
 
 
 def rectified(tasks: Tasks, scale: float, top: int | None = None) -> tuple[Tensor, Tensor]:
-    """Moved queries ``[T, Q, D]`` and rectified class means ``[T, N, D]``, see :class:`BDCSPN`."""
+    """Shift of the queries ``[T, 1, D]`` and rectified class means ``[T, N, D]``, see BDCSPN."""
     support, query = tasks.support, tasks.query
-    query = query + (tasks.share_of_support() @ support - tasks.share_of_queries() @ query)
-    rows = torch.cat([support, query], 1)
-    similarity = cosines(prototypes(support, tasks.labels, tasks.num_classes), rows)
-    of_queries = tasks.competing(similarity[..., support.shape[1] :])
-    labelled = torch.cat([tasks.member, pseudo_labelled(of_queries, tasks.queries, top)], 2)
-    weight = labelled * (scale * (similarity - 1)).exp()
-    total = weight.sum(2, keepdim=True)
-    return query, (weight / total.where(total > 0, 1)) @ rows
+    shift = tasks.share_of_support() @ support - tasks.share_of_queries() @ query
+    means = prototypes(support, tasks.labels, tasks.num_classes)
+    of_support, of_queries = cosines(means, support), cosines(means, query, shift)
+    labelled = pseudo_labelled(tasks.competing(of_queries), tasks.queries, top)
+    weight = tasks.member * (scale * (of_support - 1)).exp()
+    weight_of_queries = labelled * (scale * (of_queries - 1)).exp()
+    moved = weight_of_queries.sum(2, keepdim=True)
+    total = weight.sum(2, keepdim=True) + moved
+    sums = weight @ support + weight_of_queries @ query + moved * shift
+    return shift, sums / total.where(total > 0, 1)
 
 
 def pseudo_labelled(similarity: Tensor, queries: Tensor | None, top: int | None) -> Tensor:
@@ -97,6 +101,14 @@ def pseudo_labelled(similarity: Tensor, queries: Tensor | None, top: int | None)
     return chosen.to(similarity.dtype)
 
 
-def cosines(centres: Tensor, rows: Tensor) -> Tensor:
-    """Cosines ``[T, N, B]`` between centres ``[T, N, D]`` and rows ``[T, B, D]``."""
-    return unit(centres) @ unit(rows).mT
+def cosines(centres: Tensor, rows: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Cosines ``[T, N, B]`` between centres ``[T, N, D]`` and rows ``[T, B, D]`` + shift."""
+    centres, length = unit(centres), lengths(rows).mT
+    if shift is None:
+        return (centres @ rows.mT) / length.clamp(min=_EPS)
+    # The moved rows are not formed: their products follow from products with the shift.
+    products = torch.cat([centres, shift], 1) @ rows.mT
+    along = products[:, -1:]
+    squares = length.square() + 2 * along + shift.square().sum(2, keepdim=True)
+    dots = products[:, :-1] + centres @ shift.mT
+    return dots / safe_sqrt(squares.clamp(min=0)).clamp(min=_EPS)

@@ -65,15 +65,16 @@ class LaplacianShot(Head):
         self.shift_queries = bool(shift_queries)
 
     def _logits(self, tasks: Tasks) -> Tensor:
-        query = tasks.query
         if self.rectify:
-            moved, centres = rectified(tasks, self.scale)
-            query = moved if self.shift_queries else query
+            shift, centres = rectified(tasks, self.scale)
+            # Centres that move the other way have the same distances.
+            centres = centres - shift if self.shift_queries else centres
         else:
             centres = prototypes(tasks.support, tasks.labels, tasks.num_classes)
-        unary = tasks.competing(-pairwise_distance(centres, query))  # [T, N, Q]
-        # The graph is the same for queries that all move by one vector.
-        graph = neighbours(tasks.query.detach(), self.knn - 1, tasks.queries)
+        unary = tasks.competing(-pairwise_distance(centres, tasks.query))  # [T, N, Q]
+        query = tasks.query.detach()
+        query = query if tasks.origin is None else query - tasks.origin.detach()
+        graph = neighbours(query, self.knn - 1, tasks.queries)
         agreement = self.lam * graph.mT
         scores = unary
         for _ in range(self.steps):
@@ -89,9 +90,9 @@ def neighbours(x: Tensor, count: int, present: Tensor | None) -> Tensor:
         count: number of neighbours. Rows with fewer others have all of them.
         present: bool ``[T, Q]``, the rows that can be neighbours; None: all.
     """
+    products = x @ x.mT
     # The length of the row itself does not change the order of its neighbours.
-    x = x - x.mean(1, keepdim=True)
-    far = torch.baddbmm(x.square().sum(-1).unsqueeze(1), x, x.mT, alpha=-2)
+    far = torch.sub(products.diagonal(dim1=1, dim2=2).unsqueeze(1), products, alpha=2)
     far.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     if present is not None:
         far.masked_fill_(~present.unsqueeze(1), torch.inf)

@@ -70,15 +70,16 @@ class PTMAP(Head):
     def _prepared(self, x: Tensor) -> Tensor:
         x = super()._prepared(x)
         if self.power != 1:
-            x = (x.relu() + _POWER_EPS).pow(self.power)
+            x = x.clamp(min=0).add_(_POWER_EPS)
+            x = x.sqrt_() if self.power == 0.5 else x.pow(self.power)
         return unit(x) if self.unit_length else x
 
     def _logits(self, tasks: Tasks) -> Tensor:
         ways, queries = tasks.num_classes, tasks.query.shape[1]
         means = prototypes(tasks.support, tasks.labels, ways)
-        basis = torch.cat([means, tasks.query], 1)  # of all centres
-        basis = basis - basis.mean(1, keepdim=True)
-        gram = basis @ basis.mT
+        # Distances from amid the queries keep their digits.
+        basis = torch.cat([means, tasks.query], 1) - tasks.query.mean(1, keepdim=True)
+        gram = basis @ basis.mT  # of what all centres are combinations of
         lengths = gram.diagonal(dim1=1, dim2=2)[:, ways:].unsqueeze(1)
         own = torch.eye(ways, ways + queries, dtype=gram.dtype, device=gram.device)
         centres = own.expand(len(gram), -1, -1)
