@@ -95,6 +95,16 @@ TORCH_LIBRARY(fastmeta, m) {
       " -> (Tensor loss, Tensor outputs, Tensor grad_x, Tensor grad_targets, Tensor grad_weight,"
       " Tensor grad_bias, Tensor grad_lr, Tensor grad_query, Tensor grad_query_targets)");
 
+  // x [T, S, D], y [T, S, N], weight [T, S], l2 [T] -> the ridge regression W [T, N, D], b [T, N] (or
+  // [T, 0]), and what its backward pass reads, see ridge_head/ridge_head.h
+  m.def(
+      "ridge_head(Tensor x, Tensor y, Tensor weight, Tensor l2, bool bias, bool dual)"
+      " -> (Tensor head, Tensor intercept, Tensor factor, Tensor coefficients)");
+  m.def(
+      "ridge_head_backward(Tensor grad_head, Tensor grad_intercept, Tensor x, Tensor y,"
+      " Tensor weight, Tensor l2, Tensor head, Tensor factor, Tensor coefficients, bool bias,"
+      " bool dual) -> (Tensor grad_x, Tensor grad_y, Tensor grad_weight, Tensor grad_l2)");
+
   // a [T, M, K] or transposed, b [T, K, N] or transposed, not both -> [T, M, N]; CPU only
   m.def("task_product(Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> Tensor");
 

@@ -45,13 +45,13 @@ from fastmeta.ops import (
     pairwise_distance,
     prototype_loss,
     prototypes,
+    ridge_head,
     task_batch_norm,
     task_conv2d,
     task_linear,
 )
 from fastmeta.ops.ggnvp import ggnvp
 from fastmeta.ops.hvp import hvp
-from fastmeta.ops.ridge_head import ridge_head
 
 __version__ = VERSION
 

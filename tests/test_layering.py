@@ -31,7 +31,7 @@ CSRC_FLOORS = {
     **{"pair_scores": 3, "pair_pool": 3},
     **{"activation": 3, "convolution": 3, "matching_loss": 3, "prototype_loss": 3},
     **dict.fromkeys(("execution", "api", "batch_norm", "inner_update", "linear_head"), 2),
-    **dict.fromkeys(("pairwise_distance", "prototypes", "task_matmul"), 2),
+    **dict.fromkeys(("pairwise_distance", "prototypes", "ridge_head", "task_matmul"), 2),
     "common": 1,
 }
 

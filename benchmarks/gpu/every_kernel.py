@@ -151,6 +151,7 @@ class Inputs:
             yield from metric_calls(draw)
             yield from head_calls(draw)
             yield from norm_calls(draw)
+            yield from ridge_calls(draw)
             yield from activation_calls(draw)
         yield from convolution_calls(draw, device)
         yield from program_calls(draw, only_smooth=self.tf32)
@@ -220,6 +221,17 @@ def norm_calls(draw: Draws) -> Iterator[Call]:
         yield "task_batch_norm", (x, weight, bias, 1e-5)
         yield "task_batch_norm_backward", (g, x, weight, 1e-5)
         yield "task_batch_norm_backward_backward", (v, bias, weight, g, x, weight, 1e-5)
+
+
+def ridge_calls(draw: Draws) -> Iterator[Call]:
+    """Ridge regression in both forms."""
+    for dual in (False, True) if draw.dtype in WIDE_DTYPES else ():
+        t, s, n, d = 2, 9, 5, 33
+        x, y = draw.rows(t, s, d), draw.rows(t, s, n)
+        fitted = x, y, draw.rows(t, s).abs(), 1 + draw.rows(t).abs()
+        yield "ridge_head", (*fitted, True, dual)
+        head, intercept, *kept = torch.ops.fastmeta.ridge_head(*fitted, True, dual)
+        yield "ridge_head_backward", (head, intercept, *fitted, head, *kept, True, dual)
 
 
 def activation_calls(draw: Draws) -> Iterator[Call]:

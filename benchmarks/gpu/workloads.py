@@ -295,6 +295,24 @@ def heads(sizes: Sizes) -> Iterator[Measure]:
         )
 
 
+def ridges(sizes: Sizes) -> Iterator[Measure]:
+    """R2-D2's head on the features of the same episodes, with its gradients."""
+    t, _, s, _, n, d = sizes.head
+
+    def draw(generator: torch.Generator) -> Inputs:
+        targets = torch.eye(n, device=generator.device).repeat(t, s // n, 1)
+        return unit_rows(generator, torch.float32, t, s, d), targets
+
+    def value(support: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        head, intercept = fm.ridge_head(support, targets, 0.1)
+        return head.square().sum() + intercept.square().sum()
+
+    ours = differentiated(value, 0, 1)
+    contenders = {OURS: ours, "torch backend": in_torch(ours)}
+    name, what = f"T = {t}, S = {s}, N = {n}, D = {d}", "forward + backward"
+    yield Measure("ridge_head", name, what, torch.float32, contenders, draw, sizes.rounds, calls=4)
+
+
 def all_measures(sizes: Sizes) -> Iterator[Measure]:
     """All measures, those that decide about most first: time may not suffice for all."""
     in_a_block = [workload for workload in sizes.programs if workload.loss == "mse"]
@@ -309,5 +327,6 @@ def all_measures(sizes: Sizes) -> Iterator[Measure]:
     yield from convolutions(sizes)
     yield from norms(sizes)
     yield from activations(sizes)
+    yield from ridges(sizes)
     yield from means(sizes)
     yield from distances(sizes)

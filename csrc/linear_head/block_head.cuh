@@ -7,9 +7,9 @@
 #include <limits>
 
 #include "common/absent.h"
+#include "common/cuda/block_products.cuh"
 #include "common/cuda/launch.cuh"
 #include "common/cuda/reduce.cuh"
-#include "linear_head/block_products.cuh"
 #include "linear_head/linear_head.h"
 
 namespace fastmeta::block_head {
@@ -97,12 +97,6 @@ struct Scratch {
 template <typename value_t>
 __device__ Scratch<value_t> scratch_of_block(value_t* global, int64_t size) {
   return {0, global == nullptr ? dynamic_shared<value_t>() : global + blockIdx.x * size};
-}
-
-// Calls body(i) for every i below count; each thread owns some.
-template <typename Body>
-__device__ void for_each(int64_t count, const Body& body) {
-  for (int64_t i = threadIdx.x; i < count; i += kHeadThreads) body(i);
 }
 
 template <typename value_t>

@@ -80,6 +80,8 @@ ACTIVATION = "activation"
 
 PAIRS = ("pair_scores", "pair_pool")
 
+RIDGE = "ridge_head"
+
 PROGRAM = "task_program"
 
 # Kernels of CPUs only. Other devices run a composition of ops instead.
@@ -103,10 +105,12 @@ def _has_kernel(op: str, device: str) -> bool:
 
 
 # torch.compile traces the code below, and guards on its globals: plain tables and strings.
-NAMES = (*OPS, CONVOLUTION, BATCH_NORM, ACTIVATION, *PAIRS, PROGRAM)
+NAMES = (*OPS, CONVOLUTION, BATCH_NORM, ACTIVATION, *PAIRS, RIDGE, PROGRAM)
+
+WIDE_OPS = (BATCH_NORM, ACTIVATION, RIDGE, PROGRAM, PRODUCT)  # whose kernels take no half types
 
 KERNELS = {
-    (op, device): WIDE_DTYPES if op in (BATCH_NORM, ACTIVATION, PROGRAM, PRODUCT) else DTYPES
+    (op, device): WIDE_DTYPES if op in WIDE_OPS else DTYPES
     for op in (*NAMES, PRODUCT, HEAD_LOSS)
     for device in ("cpu", "cuda")
     if _has_kernel(op, device)
@@ -198,7 +202,8 @@ def backend_of(
 
     Args:
         op: "inner_update", "prototypes", "pairwise_distance", "prototype_loss", "matching_loss",
-            "linear_head", "task_conv2d", "task_batch_norm", "activation" or "task_program".
+            "linear_head", "task_conv2d", "task_batch_norm", "activation", "pair_scores",
+            "pair_pool", "ridge_head" or "task_program".
         device: the tensors' device or its name.
         dtype: the tensors' dtype.
 

@@ -12,6 +12,7 @@ from fastmeta.ops.pair_scores import pair_scores
 from fastmeta.ops.pairwise_distance import pairwise_distance
 from fastmeta.ops.prototype_loss import prototype_loss
 from fastmeta.ops.prototypes import prototypes
+from fastmeta.ops.ridge_head import ridge_head
 from fastmeta.ops.task_batch_norm import task_batch_norm
 from fastmeta.ops.task_conv2d import task_conv2d
 from fastmeta.ops.task_linear import task_linear
@@ -30,6 +31,7 @@ __all__ = [
     "pairwise_distance",
     "prototype_loss",
     "prototypes",
+    "ridge_head",
     "task_batch_norm",
     "task_conv2d",
     "task_linear",

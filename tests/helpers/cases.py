@@ -55,7 +55,8 @@ class Case:
 
     @property
     def function(self) -> Callable[..., torch.Tensor]:
-        return joined_head if self.op == "linear_head" else getattr(fm, self.op)
+        joined = {"linear_head": joined_head, "ridge_head": joined_ridge}
+        return joined.get(self.op) or getattr(fm, self.op)
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
@@ -233,6 +234,30 @@ def head_case(
     more += "-absent" if absent else ""
     name = f"{loss}-{t}x{k}x{s}x{n}x{d}{'' if bias else '-no_bias'}{more}"
     return Case("linear_head", name, build, small=t * k * (s + n) * d <= 60)
+
+
+def joined_ridge(x, targets, l2, weight=None, center=None, **options: Any) -> torch.Tensor:
+    """Call `fm.ridge_head` with floats first, and head and intercept joined in one tensor."""
+    head, bias = fm.ridge_head(x, targets, l2, weight=weight, center=center, **options)
+    return head if bias is None else torch.cat([head, bias.unsqueeze(-1)], -1)
+
+
+def ridge_case(
+    name: str, t: int, s: int, n: int, d: int, labelled: bool = False, weights: bool = False,
+    center: bool = False, **options: Any,
+) -> Case:  # fmt: skip
+    """A head of labels, of which some are absent, or of targets, with a penalty that is felt."""
+
+    def build(make: CaseFactory) -> Arguments:
+        targets = with_absent(make.labels(n, t, s)) if labelled else make.randn(t, s, n)
+        more = [make.randn(t, s).abs()] if weights else []
+        more += [make.randn(t, n, d)] if center else []
+        l2 = d * (make.randn(t).abs() + 1)
+        extra = {"num_classes": n} if labelled else {}
+        return (make.randn(t, s, d), targets, l2, *more), {**extra, **options}
+
+    more = "".join(f"-{key}={value}" for key, value in options.items())
+    return Case("ridge_head", f"{name}{more}", build, small=t * s * (n + d) <= 60)
 
 
 def norm_case(
@@ -424,6 +449,18 @@ LINEAR_HEAD = [
     head_case("cross_entropy", 2, 3, 100, 20, 130, weight_decay=0.1),
 ]
 
+# Past vectors of 4 to 16 numbers, a warp, and the 16 warps of a block; both forms.
+RIDGE_HEAD = [
+    *(ridge_case("2x3x2x2", 2, 3, 2, 2, weights=True, center=True, form=form) for form in FORMS),
+    *(ridge_case("labels", 1, 4, 2, 3, labelled=True, form=form) for form in FORMS),
+    *(ridge_case("no_intercept", 2, 3, 2, 2, bias=False, form=form) for form in FORMS),
+    ridge_case("one", 1, 1, 1, 1, weights=True),
+    unbatched(ridge_case("targets", 1, 3, 2, 4)),
+    *(ridge_case("vectors", 3, 25, 5, 37, weights=True, form=form) for form in FORMS),
+    *(ridge_case("absent", 3, 41, 5, 33, labelled=True, form=form) for form in FORMS),
+    *(ridge_case("ways", 2, 20, 19, 21, bias=False, form=form) for form in FORMS),
+]
+
 # Past vectors of 4 to 16 numbers, 128 of them, and the 256 threads of a block.
 TASK_BATCH_NORM = [
     norm_case("2x3x2x2x1", 2, 3, 2, (2, 1)),
@@ -477,6 +514,7 @@ CASES = [
     *TASK_CONV2D,
     *TASK_LINEAR,
     *LINEAR_HEAD,
+    *RIDGE_HEAD,
     *TASK_BATCH_NORM,
     *ACTIVATION,
     *PAIR_SCORES,

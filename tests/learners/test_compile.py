@@ -305,6 +305,10 @@ OPS: dict[str, tuple[Callable[[int], tuple[Tensor, ...]], Callable[..., Any]]] =
         lambda t: (torch.rand(t, 6, 5), labels(t, 6), torch.rand(3, 5)),
         lambda x, y, w: fm.linear_head(x, y, w, lr=0.1, steps=4)[0],
     ),
+    "ridge_head": (
+        lambda t: (torch.rand(t, 6, 5), torch.rand(t, 6, 3)),
+        lambda x, y: fm.ridge_head(x, y, 0.5)[0],
+    ),
     "task_conv2d": (
         lambda t: (torch.rand(t, 2, 4, 9, 9), torch.rand(t, 6, 4, 3, 3)),
         fm.task_conv2d,

@@ -9,11 +9,61 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastmeta as fm
+from tests.helpers.assertions import BACKENDS, assert_near
+from tests.helpers.cases import CaseFactory
 
 T, S, N = 2, 7, 3
 WIDTHS = (1, 4, 12)
 SIZES_AND_FORMS = list(itertools.product(WIDTHS, ("primal", "dual")))
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+@pytest.fixture(autouse=True, params=BACKENDS)
+def backend(request):
+    with fm.use_backend(request.param):
+        yield request.param
+
+
+def normal_equations(x, y, l2, weight, center, bias):
+    """W [T, N, D] and b [T, N]: the intercept is a feature, always 1, without a penalty."""
+    tasks, examples, features = x.shape
+    rows = torch.cat([x, x.new_ones(tasks, examples, 1)], 2) if bias else x
+    penalty = torch.ones_like(rows[0, 0])
+    penalty[features:] = 0
+    system = (weight.unsqueeze(2) * rows).mT @ rows + l2[:, None, None] * penalty.diag()
+    sides = (weight.unsqueeze(2) * rows).mT @ y
+    sides = sides + torch.cat(
+        [l2[:, None, None] * center.mT, torch.zeros_like(sides[:, features:])], 1
+    )
+    solution = torch.linalg.solve(system, sides)
+    return solution[:, :features].mT, solution[:, features] if bias else None
+
+
+@pytest.mark.parametrize("form", ("primal", "dual"))
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize(("s", "d"), ((6, 4), (5, 9), (1, 3), (4, 1)))
+def test_it_solves_the_normal_equations_and_differentiates_them_twice(form, bias, s, d):
+    make = CaseFactory()
+    x, y, center = make.randn(3, s + 1, d), make.randn(3, s + 1, 2), make.randn(3, 2, d)
+    l2, weight = make.randn(3).abs() + 0.1, make.randn(3, s + 1).abs()
+    weight[:, -1] = 0
+    leaves = [z.requires_grad_() for z in (x, y, l2, weight, center)]
+    ours = fm.ridge_head(x, y, l2, weight=weight, center=center, bias=bias, form=form)
+    theirs = normal_equations(*leaves, bias)
+    outputs = [(a, b) for a, b in zip(ours, theirs, strict=True) if b is not None]
+    for a, b in outputs:
+        assert_near(a, b, 1e-12)
+    upstream = [torch.randn_like(b) for _, b in outputs]
+    first = [
+        torch.autograd.grad([pair[i] for pair in outputs], leaves, upstream, create_graph=True)
+        for i in (0, 1)
+    ]
+    for a, b in zip(*first, strict=True):
+        assert_near(a, b, 1e-9)
+    along = [torch.randn_like(z) for z in leaves]
+    second = [torch.autograd.grad(gradient, leaves, along) for gradient in first]
+    for a, b in zip(*second, strict=True):
+        assert_near(a, b, 1e-6)
 
 
 def draw(width: int, examples: int = S, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -13,6 +13,12 @@ namespace fastmeta {
 inline constexpr int kHeadThreads = 512;
 inline constexpr int kHeadWarps = kHeadThreads / kWarp;
 
+// Calls body(i) for every i below count; each thread owns some.
+template <typename Body>
+__device__ void for_each(int64_t count, const Body& body) {
+  for (int64_t i = threadIdx.x; i < count; i += kHeadThreads) body(i);
+}
+
 // Calls store(i, j, <a_i, b_j>) for rows a [m, depth] and b [n, depth]. A warp owns a tile of 4 x 4
 // products, its lanes the depth: loads are coalesced, and each is used four times.
 template <typename a_t, typename b_t, typename Store>
