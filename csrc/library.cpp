@@ -46,6 +46,11 @@ TORCH_LIBRARY(fastmeta, m) {
       " -> (Tensor grad_x, Tensor grad_y)");
   m.def("pair_pool_gather(Tensor x, Tensor y, Tensor place, int pool) -> Tensor");
 
+  // x [T, Q, D], y [T, N, D], present [T, N] bool or all -> distances, indices [T, Q, k]
+  m.def(
+      "nearest(Tensor x, Tensor y, Tensor? present, int k, str metric)"
+      " -> (Tensor distances, Tensor indices)");
+
   // query [T, Q, D], labels [T, Q], prototypes [T, N, D] -> loss of each query [T, Q], in float32
   // for bfloat16 and float16
   m.def(

@@ -1,6 +1,6 @@
 """fastmeta: meta-learning for PyTorch, batched over tasks, on compiled kernels.
 
-ops         inner_update, prototypes, pairwise_distance, prototype_loss, matching_loss,
+ops         inner_update, prototypes, pairwise_distance, nearest, prototype_loss, matching_loss,
             matching_logits, pair_scores, pair_pool, task_conv2d, task_batch_norm, task_linear,
             linear_head, linear_head_hvp, ridge_head, hvp, ggnvp, activation
 learners    MAML, FOMAML, ANIL, Reptile, MetaSGD, MAMLPlusPlus, MetaCurvature, IMAML,
@@ -40,6 +40,7 @@ from fastmeta.ops import (
     linear_head_hvp,
     matching_logits,
     matching_loss,
+    nearest,
     pair_pool,
     pair_scores,
     pairwise_distance,
@@ -83,6 +84,7 @@ __all__ = [
     "matching_logits",
     "matching_loss",
     "models",
+    "nearest",
     "pair_pool",
     "pair_scores",
     "pairwise_distance",

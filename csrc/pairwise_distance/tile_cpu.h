@@ -79,6 +79,38 @@ const acc_t<scalar_t>* prepare_rows(Metric metric, const scalar_t* x, int64_t ro
   return scratch;
 }
 
+// Writes the mean of some rows of y: any point near them will do. A number that is not finite counts
+// as 0: it may spoil its own row's distances, not all.
+template <typename value_t>
+void mean_of_some_rows(const value_t* y, int64_t rows, int64_t features, value_t* center) {
+  constexpr int64_t kSome = 64;
+  const int64_t step = std::max<int64_t>(1, ceil_div(rows, kSome));
+  const value_t share = value_t(1) / static_cast<value_t>(ceil_div(rows, step));
+  std::fill_n(center, features, value_t(0));
+  for (int64_t j = 0; j < rows; j += step) {
+    for (int64_t d = 0; d < features; ++d) {
+      const value_t value = y[j * features + d];
+      center[d] += std::isfinite(value) ? share * value : value_t(0);
+    }
+  }
+}
+
+// Computes out = row less the center, and returns the square of out.
+template <typename value_t>
+value_t move_row(const value_t* row, const value_t* center, value_t* out, int64_t features) {
+  for (int64_t d = 0; d < features; ++d) out[d] = row[d] - center[d];
+  return dot_product(out, out, features);
+}
+
+// Packs `valid` rows into a panel, feature by feature. Its missing rows become zeros: they are
+// computed, but not stored. `rows` holds a panel of rows.
+template <typename value_t>
+void pack_panel_rows(value_t* rows, int64_t valid, int64_t features, value_t* panel) {
+  constexpr int64_t kPanel = Tile<value_t>::kPanel;
+  std::fill(rows + valid * features, rows + kPanel * features, value_t(0));
+  transpose(kPanel, features, rows, features, panel, kPanel);
+}
+
 inline constexpr int64_t kPastRow = 16;  // numbers behind rows of distances that may be read
 
 // How the sums over features are made.
@@ -128,8 +160,7 @@ class ClassRows {
   const value_t* squares() const { return squares_.data(); }
   // Computes out = x less this mean, and returns the square of out.
   value_t move_row(const value_t* x, value_t* out) const {
-    for (int64_t d = 0; d < features_; ++d) out[d] = x[d] - center_[d];
-    return dot_product(out, out, features_);
+    return fastmeta::move_row(x, center_.data(), out, features_);
   }
 
  private:
@@ -149,15 +180,8 @@ class ClassRows {
     return fills ? Summation::kPanels : Summation::kFeatures;
   }
 
-  // The mean of some rows: any point near them will do.
   void move_to_mean() {
-    constexpr int64_t kSome = 64;
-    const int64_t step = ceil_div(rows_, kSome);
-    std::fill_n(center_.data(), features_, value_t(0));
-    for (int64_t j = 0; j < rows_; j += step) {
-      const value_t share = value_t(1) / static_cast<value_t>(ceil_div(rows_, step));
-      for (int64_t d = 0; d < features_; ++d) center_[d] += share * row(j)[d];
-    }
+    mean_of_some_rows(prepared_, rows_, features_, center_.data());
     for_rows([&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) {
         squares_[j] = move_row(row(j), &moved_[j * features_]);
@@ -185,9 +209,7 @@ class ClassRows {
     for (int64_t j = 0; j < valid; ++j) {
       prepare_row(metric, y + (p * kPanel + j) * features_, rows + j * features_, features_);
     }
-    // The last panel's missing rows: computed, but not stored.
-    std::fill(rows + valid * features_, rows + kPanel * features_, value_t(0));
-    transpose(kPanel, features_, rows, features_, data_.data() + p * features_ * kPanel, kPanel);
+    pack_panel_rows(rows, valid, features_, data_.data() + p * features_ * kPanel);
   }
 
   int64_t rows_, features_;

@@ -72,6 +72,8 @@ OPS = (
     "linear_head",
 )
 
+NEAREST = "nearest"
+
 CONVOLUTION = "task_conv2d"
 
 BATCH_NORM = "task_batch_norm"
@@ -105,7 +107,7 @@ def _has_kernel(op: str, device: str) -> bool:
 
 
 # torch.compile traces the code below, and guards on its globals: plain tables and strings.
-NAMES = (*OPS, CONVOLUTION, BATCH_NORM, ACTIVATION, *PAIRS, RIDGE, PROGRAM)
+NAMES = (*OPS, NEAREST, CONVOLUTION, BATCH_NORM, ACTIVATION, *PAIRS, RIDGE, PROGRAM)
 
 WIDE_OPS = (BATCH_NORM, ACTIVATION, RIDGE, PROGRAM, PRODUCT)  # whose kernels take no half types
 
@@ -201,9 +203,9 @@ def backend_of(
     """The implementation that ``op`` runs: "native" or "torch".
 
     Args:
-        op: "inner_update", "prototypes", "pairwise_distance", "prototype_loss", "matching_loss",
-            "linear_head", "task_conv2d", "task_batch_norm", "activation", "pair_scores",
-            "pair_pool", "ridge_head" or "task_program".
+        op: "inner_update", "prototypes", "pairwise_distance", "nearest", "prototype_loss",
+            "matching_loss", "linear_head", "task_conv2d", "task_batch_norm", "activation",
+            "pair_scores", "pair_pool", "ridge_head" or "task_program".
         device: the tensors' device or its name.
         dtype: the tensors' dtype.
 

@@ -7,6 +7,7 @@ from fastmeta.ops.linear_head import linear_head
 from fastmeta.ops.linear_head_hvp import linear_head_hvp
 from fastmeta.ops.matching_logits import matching_logits
 from fastmeta.ops.matching_loss import matching_loss
+from fastmeta.ops.nearest import nearest
 from fastmeta.ops.pair_pool import pair_pool
 from fastmeta.ops.pair_scores import pair_scores
 from fastmeta.ops.pairwise_distance import pairwise_distance
@@ -26,6 +27,7 @@ __all__ = [
     "linear_head_hvp",
     "matching_logits",
     "matching_loss",
+    "nearest",
     "pair_pool",
     "pair_scores",
     "pairwise_distance",

@@ -33,11 +33,11 @@ def distance_tangent(x: Tensor, y: Tensor, x_dot: Tensor, y_dot: Tensor, metric:
 
 
 def _normalized(x: Tensor, x_dot: Tensor, y: Tensor, y_dot: Tensor) -> tuple[Tensor, ...]:
-    (a, a_dot), (b, b_dot) = _normalized_rows(x, x_dot), _normalized_rows(y, y_dot)
+    (a, a_dot), (b, b_dot) = normalized_rows(x, x_dot), normalized_rows(y, y_dot)
     return a, b, a_dot, b_dot
 
 
-def _normalized_rows(x: Tensor, x_dot: Tensor) -> tuple[Tensor, Tensor]:
+def normalized_rows(x: Tensor, x_dot: Tensor) -> tuple[Tensor, Tensor]:
     """Rows a = x / max(|x|, eps) and their tangent: (x_dot - a (a.x_dot)) / |x|, above eps."""
     norm = reference.safe_sqrt(x.square().sum(-1, keepdim=True))
     length = norm.clamp(min=reference.COSINE_EPS)

@@ -121,6 +121,40 @@ def pairwise_distance(x: Tensor, y: Tensor, metric: str) -> Tensor:
     return out.to(x.dtype)
 
 
+def _pair_distance(a: Tensor, b: Tensor, metric: str) -> Tensor:
+    """Distances of pairs of rows, from sums of differences or products."""
+    if metric == "cosine":
+        return 1 - (_normalize(a) * _normalize(b)).sum(-1)
+    if metric == "dot":
+        return -(a * b).sum(-1)
+    squared = (a - b).square().sum(-1)
+    return safe_sqrt(squared) if metric == "euclidean" else squared
+
+
+@_in_own_dtype
+def nearest(
+    x: Tensor, y: Tensor, present: Tensor | None, k: int, metric: str
+) -> tuple[Tensor, Tensor]:
+    """Distances and indices [T, Q, k] of the k nearest rows of y [T, N, D] to each row of x."""
+    a, b = (z.to(accumulation_dtype(x.dtype)) for z in (x, y))
+    # A stable sort: equal distances stay in order, and NaN comes last.
+    order = pairwise_distance(a.detach(), b.detach(), metric).sort(dim=2, stable=True).indices
+    if present is not None:
+        absent = ~present.unsqueeze(1).expand(-1, x.shape[1], -1).gather(2, order)
+        order = order.gather(2, absent.to(torch.uint8).sort(dim=2, stable=True).indices)
+    chosen = order[..., :k]
+    rows = b.gather(1, chosen.flatten(1).unsqueeze(2).expand(-1, -1, b.shape[2]))
+    rows = rows.unflatten(1, chosen.shape[1:])
+    if present is not None:
+        missing = ~present.unsqueeze(1).expand(-1, x.shape[1], -1).gather(2, chosen)
+        rows = rows.masked_fill(missing.unsqueeze(3), 0)
+    distances = _pair_distance(a.unsqueeze(2), rows, metric)
+    if present is not None:
+        distances = distances.masked_fill(missing, math.inf)
+        chosen = chosen.masked_fill(missing, ABSENT)
+    return distances.to(x.dtype), chosen
+
+
 def at_labels(values: Tensor, labels: Tensor) -> Tensor:
     """values [T, Q, N] at labels [T, Q], and 0 for an absent one.
 

@@ -55,7 +55,11 @@ class Case:
 
     @property
     def function(self) -> Callable[..., torch.Tensor]:
-        joined = {"linear_head": joined_head, "ridge_head": joined_ridge}
+        joined = {
+            "linear_head": joined_head,
+            "ridge_head": joined_ridge,
+            "nearest": nearest_distances,
+        }
         return joined.get(self.op) or getattr(fm, self.op)
 
     def __str__(self) -> str:
@@ -97,6 +101,24 @@ def distance_case(metric: str, t: int, q: int, n: int, d: int) -> Case:
 
     name = f"{metric}-{t}x{q}x{n}x{d}"
     return Case("pairwise_distance", name, build, small=t * (q + n) * d <= 60)
+
+
+def nearest_distances(*args: Any, **options: Any) -> torch.Tensor:
+    """Call `fm.nearest` and return the distances, which have derivatives."""
+    return fm.nearest(*args, **options)[0]
+
+
+def nearest_case(metric: str, t: int, q: int, n: int, d: int, k: int, absent: bool = False) -> Case:
+    def build(make: CaseFactory) -> Arguments:
+        rows = make.randn(t, q, d), make.randn(t, n, d)
+        if not absent:
+            return (*rows, k, metric), {}
+        present = make.labels(3, t, n) > 0
+        present[:, :k] = True  # an infinite distance has no derivative
+        return (*rows, k, metric, present), {}
+
+    name = f"{metric}-{t}x{q}x{n}x{d}-{k}{'-absent' if absent else ''}"
+    return Case("nearest", name, build, small=t * (q + n) * d <= 60)
 
 
 def loss_case(
@@ -355,6 +377,16 @@ PAIRWISE_DISTANCE = [
     unbatched(distance_case("euclidean", 2, 4, 3, 2)),
 ]
 
+NEAREST = [
+    *(nearest_case(metric, 2, 4, 3, 2, k) for metric in METRICS for k in (1, 2)),
+    nearest_case("euclidean", 2, 3, 4, 3, 2, absent=True),
+    *(nearest_case(metric, 2, 97, 131, 17, 1) for metric in METRICS),
+    *(nearest_case(metric, 1, 130, 129, 65, 5) for metric in METRICS),
+    *(nearest_case(metric, 2, 40, 200, 9, 3, absent=True) for metric in METRICS),
+    nearest_case("sqeuclidean", 1, 600, 140, 33, 40),
+    unbatched(nearest_case("cosine", 2, 4, 3, 2, 2)),
+]
+
 PROTOTYPE_LOSS = [
     *(loss_case(metric, "mean", 2, 4, 3, 2) for metric in METRICS),
     *(loss_case("sqeuclidean", reduction, 2, 4, 3, 2, scale=0.7) for reduction in ("sum", "none")),
@@ -508,6 +540,7 @@ CASES = [
     *INNER_UPDATE,
     *PROTOTYPES,
     *PAIRWISE_DISTANCE,
+    *NEAREST,
     *PROTOTYPE_LOSS,
     *MATCHING_LOSS,
     *MATCHING_LOGITS,

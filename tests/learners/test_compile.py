@@ -277,6 +277,10 @@ OPS: dict[str, tuple[Callable[[int], tuple[Tensor, ...]], Callable[..., Any]]] =
         lambda t: (torch.rand(t, 8, 5), torch.rand(t, 3, 5)),
         fm.pairwise_distance,
     ),
+    "nearest": (
+        lambda t: (torch.rand(t, 8, 5), torch.rand(t, 3, 5)),
+        lambda x, y: fm.nearest(x, y, 2),
+    ),
     "prototype_loss": (
         lambda t: (torch.rand(t, 8, 5), labels(t, 8), torch.rand(t, 3, 5)),
         fm.prototype_loss,
