@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include "nearest/nearest.h"
@@ -59,12 +58,10 @@ class Candidates {
   void add(value_t lower, value_t upper, int64_t index, const Measure& measure) {
     if (static_cast<int64_t>(entries_.size()) == capacity_) make_room(measure);
     entries_.push_back({lower, index});
-    if (upper < limit()) {
-      upper_.back() = upper;
-      for (int64_t i = k_ - 1; i > 0 && upper_[i] < upper_[i - 1]; --i) {
-        std::swap(upper_[i], upper_[i - 1]);
-      }
-    }
+    if (!(upper < limit())) return;
+    int64_t place = k_ - 1;
+    for (; place > 0 && upper < upper_[place - 1]; --place) upper_[place] = upper_[place - 1];
+    upper_[place] = upper;
   }
 
   // Returns the k nearest in order, or fewer if there are no more candidates.

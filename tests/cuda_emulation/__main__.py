@@ -38,6 +38,7 @@ KERNEL_TESTS = [
     "tests/ops/test_every_op.py",
     "tests/ops/test_boundaries.py",
     "tests/ops/test_large_tiles.py",
+    "tests/ops/test_nearest.py",
     "tests/ops/test_task_batch_norm.py",
     "tests/ops/test_activation.py",
     "tests/ops/test_pair_scores.py",
