@@ -205,4 +205,19 @@ TORCH_LIBRARY(fastmeta, m) {
       " int steps, bool first_order, bool keep, bool lr_grad, Tensor? support_weight=None,"
       " Tensor? query_weight=None)"
       " -> (Tensor loss, Tensor outputs, Tensor grad_parameters, Tensor grad_lr)");
+
+  // An encoder, a program whose tasks share theta [P]; x [T, B, ...], see task_program/encoder/encoder.h; CPU
+  // only. What is not wanted is empty.
+  // -> outputs [T, B, n], kept [T, K], statistics [T, S]
+  m.def(
+      "encode(Tensor code, Tensor theta, Tensor frozen, Tensor x, bool keeps, bool input_grad)"
+      " -> (Tensor outputs, Tensor kept, Tensor statistics)");
+  // grad [T, B, n]
+  m.def(
+      "encode_backward(Tensor code, Tensor theta, Tensor frozen, Tensor x, Tensor kept,"
+      " Tensor grad, bool theta_grad, bool input_grad) -> (Tensor grad_theta, Tensor grad_x)");
+  m.def(
+      "encode_backward_backward(Tensor code, Tensor theta, Tensor frozen, Tensor x, Tensor kept,"
+      " Tensor grad, Tensor? theta_dot, Tensor? x_dot, bool input_grad)"
+      " -> (Tensor grad_grad, Tensor grad_theta, Tensor grad_x)");
 }

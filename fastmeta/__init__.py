@@ -11,6 +11,7 @@ data        data.Omniglot, data.Glyphs, data.Sinusoid, data.Episodes
 processes   distributed.split_tasks, distributed.average_gradients, ...
 networks    models.Conv4, models.ResNet12, models.MLP, models.PerStepBatchNorm2d
 tasks       task_call, task_gradient: a module with the parameters of each task
+encoders    lower: a network with shared weights on fastmeta's CPU kernels
 backends    backend_of, use_backend, build_info; release_memory
 """
 
@@ -18,6 +19,7 @@ from fastmeta import data, distributed, heads, models, rules
 from fastmeta.core.backend import backend_of, build_info, use_backend
 from fastmeta.core.memory import release_memory
 from fastmeta.core.version import VERSION
+from fastmeta.engines.lower import lower
 from fastmeta.engines.task_call import task_call
 from fastmeta.engines.task_gradient import task_gradient
 from fastmeta.learners.gradient.anil import ANIL
@@ -81,6 +83,7 @@ __all__ = [
     "inner_update",
     "linear_head",
     "linear_head_hvp",
+    "lower",
     "matching_logits",
     "matching_loss",
     "models",

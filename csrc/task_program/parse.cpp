@@ -38,11 +38,6 @@ bool has_fitting_statistics(const Instruction& i) {
   return i.groups == 0 && i.mean < kNoParameter && i.variance < kNoParameter;
 }
 
-// Whether the norm computes its statistics from the batch that it normalises.
-bool is_batch_norm(const Instruction& i) {
-  return i.op == Opcode::kNorm && i.groups == 0 && i.mean == kNoParameter;
-}
-
 bool has_parameters(const Instruction& i) {
   return i.op == Opcode::kLinear || i.op == Opcode::kLayerNorm || i.op == Opcode::kConvolution ||
          i.op == Opcode::kNorm;
@@ -143,7 +138,7 @@ void ParsedProgram::read_instruction(const int64_t* words) {
   TORCH_CHECK(words[0] >= 0 && words[0] <= static_cast<int64_t>(Opcode::kTranspose),
               "unknown instruction ", words[0]);
   Instruction i{};
-  i.mean = i.variance = kNoParameter;
+  i.mean = i.variance = i.shift = kNoParameter;
   i.parameter_rows = 1;
   i.op = static_cast<Opcode>(words[0]);
   i.x = input(words[1]);
@@ -270,11 +265,13 @@ void ParsedProgram::count_readers() {
 // Drops biases before a batch norm. It removes any constant added to a channel: such a bias changes
 // nothing and has the gradient 0.
 void ParsedProgram::drop_shifts() {
-  for (const auto& norm : instructions_) {
+  for (auto& norm : instructions_) {
     if (!is_batch_norm(norm) || readers_[norm.x] != 1) continue;
     for (auto& i : instructions_) {
       const bool is_bilinear = i.op == Opcode::kConvolution || i.op == Opcode::kLinear;
-      if (i.y == norm.x && is_bilinear && i.outputs == norm.inputs) i.bias = kNoParameter;
+      if (i.y != norm.x || !is_bilinear || i.outputs != norm.inputs) continue;
+      norm.shift = i.bias;
+      i.bias = kNoParameter;
     }
   }
 }
@@ -402,6 +399,11 @@ void ParsedProgram::fuse_bands() {
                  !values_[i.x].learns && readers_[i.y] == 1 && i.conv.is_recompute_cheap();
   }
   lay_out_values();
+}
+
+void ParsedProgram::add_input_tangent() {
+  for (auto& value : values_) value.adapts = true;
+  values_[0].offset = program_.example_elements;
 }
 
 }  // namespace fastmeta

@@ -24,6 +24,9 @@ class ParsedProgram {
   // memory.
   void fuse_bands();
 
+  // Gives the input a tangent, behind the tangents of the values, and so every value one.
+  void add_input_tangent();
+
  private:
   void read_instruction(const int64_t* words);
   void check_parameter(int64_t parameter, int64_t size) const;

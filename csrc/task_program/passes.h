@@ -291,7 +291,10 @@ class Passes {
   FASTMETA_HOST_DEVICE void tangent_of_loss() const {
     const auto l = loss_arrays(1);
     const auto& spec = net_.program.loss;
-    if (spec.kind == LossKind::kCrossEntropy) {
+    if (spec.kind == LossKind::kNone) {
+      // The gradient at the outputs was given: it is constant.
+      exec_.map(net_.size(net_.program.output), Fill<storage_t>{0, l.dz_dot});
+    } else if (spec.kind == LossKind::kCrossEntropy) {
       exec_.rows(net_.examples.count, CrossEntropyTangent<storage_t>{l});
     } else {
       with_regression_loss(spec, [&](const auto& loss) {

@@ -91,6 +91,8 @@ PRODUCT: str = "task_product"
 
 HEAD_LOSS: str = "linear_head_loss"
 
+ENCODER: str = "encode"
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 WIDE_DTYPES = (torch.float32, torch.float64)
@@ -109,11 +111,12 @@ def _has_kernel(op: str, device: str) -> bool:
 # torch.compile traces the code below, and guards on its globals: plain tables and strings.
 NAMES = (*OPS, NEAREST, CONVOLUTION, BATCH_NORM, ACTIVATION, *PAIRS, RIDGE, PROGRAM)
 
-WIDE_OPS = (BATCH_NORM, ACTIVATION, RIDGE, PROGRAM, PRODUCT)  # whose kernels take no half types
+# Their kernels take no half types.
+WIDE_OPS = (BATCH_NORM, ACTIVATION, RIDGE, PROGRAM, PRODUCT, ENCODER)
 
 KERNELS = {
     (op, device): WIDE_DTYPES if op in WIDE_OPS else DTYPES
-    for op in (*NAMES, PRODUCT, HEAD_LOSS)
+    for op in (*NAMES, PRODUCT, HEAD_LOSS, ENCODER)
     for device in ("cpu", "cuda")
     if _has_kernel(op, device)
 }

@@ -10,7 +10,6 @@ from typing import Any, TypeGuard, TypeVar, cast
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.autograd.function import FunctionCtx
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -47,24 +46,28 @@ def entry_point(method: Method) -> Method:
     return cast("Method", call)
 
 
-class _RaiseOnDoubleBackward(torch.autograd.Function):
-    """Identity whose backward raises: the adjoint recursion has no graph to differentiate again."""
+_ADJOINT = (
+    "the meta-gradient comes from the adjoint recursion, which keeps no graph: it cannot "
+    "be differentiated again. MAML.clone() and adapt() unroll a graph that can."
+)
+
+
+class _RaiseOnBackward(torch.autograd.Function):
+    """Identity whose backward raises a RuntimeError of the given words."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, why: str, *grads: Tensor) -> tuple[Tensor, ...]:
+        ctx.why = why
         # Clones: autograd treats an output that is an input as a view of it.
         return tuple(grad.clone() for grad in grads)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "the meta-gradient comes from the adjoint recursion, which keeps no graph: it cannot "
-            "be differentiated again. MAML.clone() and adapt() unroll a graph that can."
-        )
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(ctx.why)
 
 
-def once_differentiable(grads: list[Tensor | None]) -> list[Tensor | None]:
-    """Mark gradients as differentiable once: a second backward through them raises.
+def once_differentiable(grads: list[Tensor | None], why: str = _ADJOINT) -> list[Tensor | None]:
+    """Mark gradients as the last derivatives: a backward through them raises, and says ``why``.
 
     Without grad mode nobody can differentiate them again, and they are returned unchanged.
     """
@@ -72,7 +75,7 @@ def once_differentiable(grads: list[Tensor | None]) -> list[Tensor | None]:
         return grads
     # Leaves that require a gradient: else autograd would not record the node that raises.
     present = [grad.detach().requires_grad_() for grad in grads if grad is not None]
-    marked = iter(_RaiseOnDoubleBackward.apply(*present) if present else ())
+    marked = iter(_RaiseOnBackward.apply(why, *present) if present else ())
     return [None if grad is None else next(marked) for grad in grads]
 
 

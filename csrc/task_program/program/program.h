@@ -88,6 +88,7 @@ struct Instruction {
   int64_t groups;          // of a norm; 0: batch norm
   int64_t mean, variance;  // of a norm on given statistics
   int64_t parameter_rows;  // of a norm
+  int64_t shift;           // of a batch norm: bias of the layer before, which it takes away again
   bool relu, max_pool;     // of a norm: fused behind it
   int normed;              // output of the batch norm whose moments a convolution makes, or -1
   bool is_fused;           // convolution fused with its norm: its outputs have no memory
@@ -136,6 +137,11 @@ struct Program {
 };
 
 FASTMETA_HOST_DEVICE constexpr bool is_learned(int64_t parameter) { return parameter >= 0; }
+
+// Whether a norm computes its statistics from the batch that it normalises.
+FASTMETA_HOST_DEVICE constexpr bool is_batch_norm(const Instruction& i) {
+  return i.op == Opcode::kNorm && i.groups == 0 && i.mean == kNoParameter;
+}
 
 // Parameter that lies `elements` behind another one.
 FASTMETA_HOST_DEVICE constexpr int64_t parameter_behind(int64_t parameter, int64_t elements) {

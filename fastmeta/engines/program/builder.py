@@ -71,6 +71,8 @@ class Builder:
         self.layers: list[str] = []
         self.per_step = False  # whether a norm has parameters for each inner step
         self.least_examples = 1  # of a batch; 2 if a norm's statistics are over examples only
+        # Layers whose call changes their running statistics, and the values that they make.
+        self.tracking: list[tuple[int, nn.Module]] = []
         self._handlers = handlers
         self._sizes = [math.prod(shape)]  # elements of each value; value 0 is the input
         self._instructions: list[Instruction] = []
@@ -83,8 +85,11 @@ class Builder:
         self._check_overwritten()
         if 0 in self._sizes:
             raise LoweringError("a tensor of model has no elements")
-        if self.output.at not in self._adapts:
-            raise LoweringError("the outputs of model depend on no adapted parameter")
+
+    @property
+    def output_adapts(self) -> bool:
+        """Whether the outputs depend on adapted parameters."""
+        return self.output.at in self._adapts
 
     def code(self, loss: LossCode | None) -> Code:
         """The instructions and the loss as code."""

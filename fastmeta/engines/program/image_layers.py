@@ -147,7 +147,8 @@ def _batch_norm_layer(b: Builder, input: Any, *, layer: Any, ndims: tuple[int, .
     uses_running = b.norm_statistics == "running" or not layer.track_running_stats
     if uses_running and not layer.training and layer.running_mean is not None:
         return _running_norm(b, x, layer, f"batch norm {layer.num_features}")
-    return _batch_norm(b, x, None, None, layer.weight, layer.bias, True, eps=layer.eps)
+    y = _batch_norm(b, x, None, None, layer.weight, layer.bias, True, eps=layer.eps)
+    return _tracked(b, y, layer)
 
 
 def _group_norm(
@@ -175,7 +176,15 @@ def _instance_norm_layer(b: Builder, input: Any, *, layer: Any, dims: int) -> Va
         return _running_norm(b, x, layer, name)
     if channels != layer.num_features or math.prod(image) == 1:
         raise LoweringError(f"it does not take examples of shape {list(x.shape)}")
-    return _norm(b, x, channels, layer.weight, layer.bias, layer.eps, name)
+    y = _norm(b, x, channels, layer.weight, layer.bias, layer.eps, name)
+    return _tracked(b, y, layer)
+
+
+def _tracked(b: Builder, y: Value, layer: Any) -> Value:
+    """Record that a call of the layer changes its running statistics, if it does."""
+    if layer.training and layer.track_running_stats:
+        b.tracking.append((y.at, layer))
+    return y
 
 
 def _per_step_norm_layer(b: Builder, input: Any, *, layer: Any, ndims: tuple[int, ...]) -> Value:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -274,6 +274,29 @@ _METHODS: dict[str, Handler] = {
 }
 
 HANDLERS = Handlers(_LAYERS, _FUNCTIONS, _METHODS)
+
+
+Result = TypeVar("Result")
+
+
+def first_that_fits(
+    trace: Trace, program: Callable[[tuple[int, ...]], Result | str]
+) -> Result | str:
+    """The first result for shapes of an example that fit, or the reason why there is none.
+
+    ``program`` gives a result for a shape, or the reason why not.
+    """
+    shapes = list(examples_that_fit(trace)) or [()]
+    # Only a batch tells the size of images; any size with a program shows that there is one.
+    reasons = []
+    for shape in shapes:
+        result = program(shape)
+        if not isinstance(result, str):
+            return result
+        reasons.append(result)
+    if reasons[0] == reasons[-1]:
+        return reasons[0]
+    return f"{reasons[-1]} (with examples {list(shape)}; a batch shows which they are)"
 
 
 def examples_that_fit(trace: Trace) -> Iterator[tuple[int, ...]]:

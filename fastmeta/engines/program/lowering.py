@@ -18,15 +18,9 @@ from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.parameter_selection import shared_parameters
 from fastmeta.engines.base import Loss
 from fastmeta.engines.program.builder import Builder
-from fastmeta.engines.program.layers import HANDLERS, examples_that_fit
-from fastmeta.engines.program.module_state import (
-    ModuleSnapshot,
-    hooked,
-    is_torch_layer,
-    module_tables,
-)
-from fastmeta.engines.program.names import NamesRead
-from fastmeta.engines.program.trace import LoweringError, Trace
+from fastmeta.engines.program.layers import HANDLERS, first_that_fits
+from fastmeta.engines.program.module_state import hooked, is_torch_layer, module_tables
+from fastmeta.engines.program.trace import LoweringError, Trace, WatchedTrace
 from fastmeta.ops.task_program.bytecode import LossCode, LossKind, Opcode
 
 
@@ -152,19 +146,9 @@ class Lowering:
         self._options = norm_statistics, adapt
         self._spec, self._loss_name = lower_loss(loss)
         self._programs: dict[tuple[int, ...], Program | str] = {}
-        layout, self._snapshot = ParameterLayout.of(module, adapt), ModuleSnapshot(module)
-        self.names, leaves = NamesRead(), tuple(HANDLERS.layers)
-        self._trace: Trace | str
-        try:
-            self._trace = Trace(module, layout, leaves, self._snapshot, self.names)
-        except LoweringError as error:
-            self._trace = error.reason
-        # Such a forward changes the state at every call: without this flag the cache would never
-        # hit. It has no program anyway.
-        self._changing = not self._is_unchanged()
-        if self._changing:
-            what = "globals that it reads" if self._snapshot.is_unchanged() else "model"
-            self._trace = f"the forward of model changes {what}"
+        layout, leaves = ParameterLayout.of(module, adapt), tuple(HANDLERS.layers)
+        self._watched = WatchedTrace(module, layout, leaves)
+        self.names = self._watched.names
 
     def current(
         self,
@@ -178,7 +162,7 @@ class Lowering:
             return False
         if (norm_statistics, adapt) != self._options:
             return False
-        if not (self._changing or self._is_unchanged()):
+        if not self._watched.is_current():
             return False
         # A function cannot change its options; a loss module or a partial can.
         return type(loss) is FunctionType or lower_loss(loss)[0] == self._spec
@@ -189,7 +173,7 @@ class Lowering:
         The lowering is valid while they hold the same objects, tensors keep shape, dtype and
         device, and ``names`` are unchanged. None if these comparisons are not enough.
         """
-        tables = self._snapshot.tables()
+        tables = self._watched.snapshot.tables()
         if tables is None or isinstance(self._loss, FunctionType):
             return tables
         if isinstance(self._loss, nn.Module) and is_torch_layer(self._loss):
@@ -200,27 +184,12 @@ class Lowering:
         """The program for examples of a shape (None: any that fits), or the reason why not."""
         if isinstance(self._spec, str):
             return self._spec
-        if isinstance(self._trace, str):
-            return self._trace
+        trace, spec = self._watched.trace, self._spec
+        if isinstance(trace, str):
+            return trace
         if shape is None:
-            return self._fitting(self._trace, self._spec)
-        return self._cached(self._trace, self._spec, shape)
-
-    def _is_unchanged(self) -> bool:
-        return self._snapshot.is_unchanged() and self.names.are_unchanged()
-
-    def _fitting(self, trace: Trace, loss: LossCode) -> Program | str:
-        shapes = list(examples_that_fit(trace)) or [()]
-        # Only a batch tells the size of images; any size with a program shows that there is one.
-        reasons = []
-        for shape in shapes:
-            program = self._cached(trace, loss, shape)
-            if isinstance(program, Program):
-                return program
-            reasons.append(program)
-        if reasons[0] == reasons[-1]:
-            return reasons[0]
-        return f"{reasons[-1]} (with examples {list(shape)}; a batch shows which they are)"
+            return first_that_fits(trace, lambda shape: self._cached(trace, spec, shape))
+        return self._cached(trace, spec, shape)
 
     def _cached(self, trace: Trace, loss: LossCode, shape: tuple[int, ...]) -> Program | str:
         if shape not in self._programs:
@@ -232,6 +201,8 @@ class Lowering:
             builder = Builder(trace, shape, HANDLERS, self._options[0])
         except LoweringError as error:
             return error.reason
+        if not builder.output_adapts:
+            return "the outputs of model depend on no adapted parameter"
         output = builder.output.shape
         if loss.kind == LossKind.CROSS_ENTROPY and len(output) != 1:
             return f"cross entropy takes [classes] of an example, and model gives {list(output)}"

@@ -133,6 +133,42 @@ class Trace:
                 )
 
 
+class WatchedTrace:
+    """The trace of a module, or the reason why there is none, and whether it is still valid.
+
+    Attributes:
+        trace: the trace or the reason.
+        snapshot: the state of the module.
+        names: the globals and attributes that the forward mentions.
+
+    Args:
+        module, layout, leaves: as of ``Trace``.
+    """
+
+    def __init__(
+        self, module: nn.Module, layout: ParameterLayout, leaves: tuple[type[nn.Module], ...]
+    ) -> None:
+        self.snapshot, self.names = ModuleSnapshot(module), NamesRead()
+        self.trace: Trace | str
+        try:
+            self.trace = Trace(module, layout, leaves, self.snapshot, self.names)
+        except LoweringError as error:
+            self.trace = error.reason
+        # Such a forward changes the state at every call: without this flag a cache would never
+        # hit. It has no program anyway.
+        self._changing = not self._is_unchanged()
+        if self._changing:
+            what = "globals that it reads" if self.snapshot.is_unchanged() else "model"
+            self.trace = f"the forward of model changes {what}"
+
+    def is_current(self) -> bool:
+        """Whether the module, and what its forward reads, is in the state of the trace."""
+        return self._changing or self._is_unchanged()
+
+    def _is_unchanged(self) -> bool:
+        return self.snapshot.is_unchanged() and self.names.are_unchanged()
+
+
 def _offsets(parameters: list[nn.Parameter]) -> list[int]:
     ends = list(itertools.accumulate(p.numel() for p in parameters))
     return [0, *ends[:-1]] if ends else []

@@ -16,6 +16,7 @@ from fastmeta.core.checks import check_choice, check_dense
 from fastmeta.core.module_errors import KINDS, described
 from fastmeta.core.norm_statistics import tracking_norms, without_running_statistics
 from fastmeta.engines.base import NORM_STATISTICS
+from fastmeta.engines.program.encoder import EncoderEngine, check_lower
 from fastmeta.learners._absent import on_present, present_examples
 from fastmeta.learners._example_weights import check_weight, shares, without_weightless
 from fastmeta.learners.metric._classes import (
@@ -142,21 +143,31 @@ class EpisodeLearner(nn.Module, Generic[Adapted]):
         norm_statistics: what norms with running statistics normalise by in ``eval()``:
             ``"running"``, as any module does, or ``"batch"``, the statistics of the examples of a
             call. In ``train()`` it is the batch in any case.
+        lower: ``"auto"``: the encoder runs on fastmeta's own CPU kernels where these compute what
+            it would, see ``fastmeta.lower``; ``explain()`` says whether. ``False``: in PyTorch, as
+            with ``norm_statistics="batch"``.
 
     Raises:
         TypeError: ``encoder`` is not a module.
-        ValueError: ``norm_statistics`` is unknown.
+        ValueError: ``norm_statistics`` or ``lower`` is unknown.
     """
 
     _ops: tuple[str, ...] = ()  # that explain() names
 
-    def __init__(self, encoder: nn.Module, norm_statistics: str = "running") -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        norm_statistics: str = "running",
+        lower: str | bool = "auto",
+    ) -> None:
         super().__init__()
         if not isinstance(encoder, nn.Module):
             raise TypeError(f"encoder: expected an nn.Module, got {type(encoder).__name__}")
         check_choice("norm_statistics", norm_statistics, NORM_STATISTICS)
         self.encoder = encoder
         self.norm_statistics = norm_statistics
+        self.lower = check_lower(lower)
+        self._engine = EncoderEngine()
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed examples ``[B, ...]`` as ``[B, D]``.
@@ -323,6 +334,7 @@ class EpisodeLearner(nn.Module, Generic[Adapted]):
             f"examples of all tasks, then on {weight.device.type} "
             f"{str(weight.dtype).removeprefix('torch.')}: {backends}."
             f"{_TRANSDUCTIVE if self.is_transductive else ''}"
+            f"{f' {self._engine.explain(self.encoder)}' if self._lowers() else ''}"
         )
 
     def _description(self) -> str:
@@ -383,7 +395,9 @@ class EpisodeLearner(nn.Module, Generic[Adapted]):
             embedding = self._run(self.encoder, x)
         else:
             try:
-                embedding = self._run(self.encoder, x)
+                embedding = (
+                    self._engine(self.encoder, x) if self._lowers() else self._run(self.encoder, x)
+                )
             except KINDS as error:
                 raise described(error, self.encoder, "x", x) from error
         if not isinstance(embedding, Tensor) or embedding.shape[:1] != x.shape[:1]:
@@ -392,6 +406,10 @@ class EpisodeLearner(nn.Module, Generic[Adapted]):
         if torch.is_autocast_enabled(x.device.type):
             embedding = embedding.float()  # as autocast does for the losses of PyTorch
         return embedding
+
+    def _lowers(self) -> bool:
+        """Whether the encoder may run on fastmeta's own kernels."""
+        return bool(self.lower) and self.norm_statistics == "running"
 
     def _run(self, module: nn.Module, *inputs: Any) -> Any:
         """``module(*inputs)``, its norms by the statistics that ``norm_statistics`` chooses."""

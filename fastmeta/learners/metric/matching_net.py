@@ -110,6 +110,8 @@ class MatchingNet(EpisodeLearner[AdaptedMatchingNet]):
             averaged; needs a ``context``.
         norm_statistics: what norms with running statistics normalise by in ``eval()``: those, or
             ``"batch"``, the statistics of the examples of a call, which is transductive.
+        lower: ``"auto"``: the encoder runs on fastmeta's own CPU kernels where these compute what
+            it would, see ``fastmeta.lower``; ``explain()`` says whether. ``False``: in PyTorch.
 
     Raises:
         TypeError: ``encoder`` is not a module, ``context`` no FullContext, or ``scale`` no number.
@@ -139,8 +141,9 @@ class MatchingNet(EpisodeLearner[AdaptedMatchingNet]):
         context: FullContext | None = None,
         orders: int = 1,
         norm_statistics: str = "running",
+        lower: str | bool = "auto",
     ) -> None:
-        super().__init__(encoder, norm_statistics)
+        super().__init__(encoder, norm_statistics, lower)
         check_choice("metric", metric, METRICS)
         check_positive("scale", scale)
         if context is not None and not isinstance(context, FullContext):

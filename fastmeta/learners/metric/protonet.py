@@ -65,10 +65,13 @@ class ProtoNet(EpisodeLearner[AdaptedProtoNet]):
         scale: finite factor of the distances in the logits, an inverse temperature.
         norm_statistics: what norms with running statistics normalise by in ``eval()``: those, or
             ``"batch"``, the statistics of the examples of a call, which is transductive.
+        lower: ``"auto"``: the encoder runs on fastmeta's own CPU kernels where these compute what
+            it would, see ``fastmeta.lower``; ``explain()`` says whether. ``False``: in PyTorch.
 
     Raises:
         TypeError: ``encoder`` is not a module or ``scale`` not a number.
-        ValueError: ``metric`` or ``norm_statistics`` is unknown, or ``scale`` not finite.
+        ValueError: ``metric``, ``norm_statistics`` or ``lower`` is unknown, or ``scale`` not
+            finite.
 
     Example:
         >>> import torch
@@ -91,8 +94,9 @@ class ProtoNet(EpisodeLearner[AdaptedProtoNet]):
         metric: str = "sqeuclidean",
         scale: float = 1.0,
         norm_statistics: str = "running",
+        lower: str | bool = "auto",
     ) -> None:
-        super().__init__(encoder, norm_statistics)
+        super().__init__(encoder, norm_statistics, lower)
         check_choice("metric", metric, METRICS)
         if not isinstance(scale, (int, float)) or isinstance(scale, bool):
             raise TypeError(f"scale: expected a number, got {type(scale).__name__}")

@@ -91,6 +91,8 @@ class RelationNet(EpisodeLearner[AdaptedRelationNet]):
         norm_statistics: what norms with running statistics normalise by in ``eval()``: those, or
             ``"batch"``, the statistics of the examples of a call, as the paper's own code does:
             transductive, and several points better. Never compare one with the other.
+        lower: ``"auto"``: the encoder runs on fastmeta's own CPU kernels where these compute what
+            it would, see ``fastmeta.lower``; ``explain()`` says whether. ``False``: in PyTorch.
 
     Raises:
         TypeError: ``encoder`` or ``relation`` is not a module.
@@ -115,8 +117,9 @@ class RelationNet(EpisodeLearner[AdaptedRelationNet]):
         loss: str = "mse",
         aggregate: str = "sum",
         norm_statistics: str = "running",
+        lower: str | bool = "auto",
     ) -> None:
-        super().__init__(encoder, norm_statistics)
+        super().__init__(encoder, norm_statistics, lower)
         if relation is None:
             if not isinstance(encoder, RelationEncoder):
                 raise ValueError(

@@ -87,6 +87,8 @@ class SiameseNet(EpisodeLearner[AdaptedSiameseNet]):
         pairs: ``"all"`` pairs of an episode.
         norm_statistics: what norms with running statistics normalise by in ``eval()``: those, or
             ``"batch"``, the statistics of the examples of a call, which is transductive.
+        lower: ``"auto"``: the encoder runs on fastmeta's own CPU kernels where these compute what
+            it would, see ``fastmeta.lower``; ``explain()`` says whether. ``False``: in PyTorch.
 
     Raises:
         TypeError: ``encoder`` is not a module, or an option of another type.
@@ -114,8 +116,9 @@ class SiameseNet(EpisodeLearner[AdaptedSiameseNet]):
         reduce: str = "max",
         pairs: str = "all",
         norm_statistics: str = "running",
+        lower: str | bool = "auto",
     ) -> None:
-        super().__init__(encoder, norm_statistics)
+        super().__init__(encoder, norm_statistics, lower)
         self.dim = check_count("dim", dim, least=1)
         self.loss = check_choice("loss", loss, LOSSES)
         self.margin = check_number("margin", margin)
