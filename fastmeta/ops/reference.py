@@ -124,7 +124,7 @@ def pairwise_distance(x: Tensor, y: Tensor, metric: str) -> Tensor:
 def _pair_distance(a: Tensor, b: Tensor, metric: str) -> Tensor:
     """Distances of pairs of rows, from sums of differences or products."""
     if metric == "cosine":
-        return 1 - (_normalize(a) * _normalize(b)).sum(-1)
+        return 1 - (normalized(a) * normalized(b)).sum(-1)
     if metric == "dot":
         return -(a * b).sum(-1)
     squared = (a - b).square().sum(-1)

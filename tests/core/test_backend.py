@@ -11,7 +11,7 @@ import fastmeta as fm
 from fastmeta.core import backend
 from fastmeta.ops import reference
 from tests.helpers.assertions import require_kernels
-from tests.helpers.cases import CaseFactory
+from tests.helpers.case import CaseFactory
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 

@@ -11,15 +11,9 @@ import fastmeta as fm
 from tests.cuda_emulation import emulator
 from tests.cuda_emulation.checks import no_fill
 from tests.helpers.assertions import TOLERANCE, assert_near, value_and_grads
-from tests.helpers.cases import (
-    METRICS,
-    Case,
-    CaseFactory,
-    distance_case,
-    inner_update_case,
-    loss_case,
-    prototypes_case,
-)
+from tests.helpers.case import METRICS, Case, CaseFactory
+from tests.helpers.cases import inner_update_case
+from tests.helpers.row_cases import distance_case, loss_case, prototypes_case
 
 # With two tiles of prototypes, and cosine's norms: as many launches as an op ever makes.
 CASES = [

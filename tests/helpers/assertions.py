@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fastmeta as fm
-from tests.helpers.cases import CASES, SMALL_CASES, Case, as_function
+from tests.helpers.case import Case
+from tests.helpers.cases import CASES, SMALL_CASES, as_function
 
 # Relative to the largest entry, or to 0.01 where all are smaller: rounding of the inputs' own
 # dtype, summed over up to 600 terms.

@@ -13,7 +13,7 @@ import fastmeta as fm
 from fastmeta.ops._linear_head_arguments import HeadOptions, checked_head, step_sizes
 from fastmeta.ops.linear_head_loss import composed, head_loss
 from tests.helpers.assertions import BACKENDS, assert_near
-from tests.helpers.cases import METRICS, CaseFactory
+from tests.helpers.case import METRICS, CaseFactory
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_form = pytest.mark.parametrize("form", ["primal", "dual"])

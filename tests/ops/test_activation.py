@@ -12,7 +12,7 @@ from torch.func import vjp
 import fastmeta as fm
 from fastmeta.ops.activation import KINDS
 from tests.helpers.assertions import BACKENDS, assert_near
-from tests.helpers.cases import CaseFactory
+from tests.helpers.case import CaseFactory
 from tests.helpers.skips import needs_kernels
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

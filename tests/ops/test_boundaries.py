@@ -7,14 +7,9 @@ import torch
 
 import fastmeta as fm
 from tests.helpers.assertions import TOLERANCE, assert_near, value_and_grads
-from tests.helpers.cases import (
-    DTYPES,
-    distance_case,
-    head_case,
-    inner_update_case,
-    loss_case,
-    prototypes_case,
-)
+from tests.helpers.case import DTYPES
+from tests.helpers.cases import head_case, inner_update_case
+from tests.helpers.row_cases import distance_case, loss_case, prototypes_case
 
 # One less, as many, and one more than there are lanes in a warp and rows or columns in a tile.
 EDGES = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65)

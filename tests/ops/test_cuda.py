@@ -21,7 +21,8 @@ from tests.helpers.assertions import (
     require_kernels,
     value_and_grads,
 )
-from tests.helpers.cases import CASES, Case, CaseFactory
+from tests.helpers.case import Case, CaseFactory
+from tests.helpers.cases import CASES
 from tests.helpers.networks import Tasks, build, classification, relative_error
 from tests.helpers.unrolled import vmapped_meta_loss
 

@@ -11,7 +11,7 @@ import torch
 
 import fastmeta as fm
 from tests.helpers.assertions import BACKENDS
-from tests.helpers.cases import METRICS, CaseFactory
+from tests.helpers.case import METRICS, CaseFactory
 
 
 class Given(NamedTuple):

@@ -17,7 +17,8 @@ from tests.helpers.assertions import (
     each_small_case,
     value_and_grads,
 )
-from tests.helpers.cases import DTYPES, METRICS, Case, CaseFactory, as_function
+from tests.helpers.case import DTYPES, METRICS, Case, CaseFactory
+from tests.helpers.cases import as_function
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

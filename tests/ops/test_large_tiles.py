@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastmeta as fm
-from tests.helpers.cases import CaseFactory
+from tests.helpers.case import CaseFactory
 from tests.helpers.skips import EMULATED
 
 # More tiles than a GPU has multiprocessors; the emulator's has two. A CPU wants many queries.

@@ -15,7 +15,7 @@ from torch.func import grad, vmap
 
 import fastmeta as fm
 from tests.helpers.assertions import BACKENDS, assert_near
-from tests.helpers.cases import CaseFactory
+from tests.helpers.case import CaseFactory
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_form = pytest.mark.parametrize("form", ["primal", "dual"])

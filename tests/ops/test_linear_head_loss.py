@@ -12,7 +12,7 @@ from fastmeta.ops import linear_head_loss as _head_loss
 from fastmeta.ops._linear_head_arguments import LOSSES, HeadOptions, checked_head, step_sizes
 from fastmeta.ops.linear_head_loss import composed, head_loss
 from tests.helpers.assertions import assert_near
-from tests.helpers.cases import CaseFactory
+from tests.helpers.case import CaseFactory
 
 pytestmark = pytest.mark.skipif(
     (HEAD_LOSS, "cpu") not in KERNELS, reason="the extension has no such kernel"

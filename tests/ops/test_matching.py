@@ -12,7 +12,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastmeta as fm
 from tests.helpers.assertions import BACKENDS, assert_near
-from tests.helpers.cases import METRICS, CaseFactory, support_labels
+from tests.helpers.case import METRICS, CaseFactory
+from tests.helpers.row_cases import support_labels
 
 T, Q, S, N, D = 3, 7, 12, 4, 5
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import fastmeta as fm
 from tests.helpers.assertions import each_backend, require_kernels
-from tests.helpers.cases import DTYPES, METRICS, CaseFactory
+from tests.helpers.case import DTYPES, METRICS, CaseFactory
 
 each_size = pytest.mark.parametrize("n", [5, 200], ids=["few", "many"])
 

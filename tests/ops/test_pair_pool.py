@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import fastmeta as fm
 from tests.helpers.assertions import each_backend
-from tests.helpers.cases import CaseFactory
+from tests.helpers.case import CaseFactory
 from tests.helpers.skips import needs_kernels
 
 SIZES = [((5, 5), 2), ((4, 6), 2), ((7, 3), 3), ((3, 4), 1), ((16, 15), 15)]

@@ -12,7 +12,8 @@ from torch.func import vjp
 import fastmeta as fm
 from fastmeta.ops import reference
 from tests.helpers.assertions import TOLERANCE, assert_near, each_backend
-from tests.helpers.cases import PAIR_ACTIVATIONS, CaseFactory
+from tests.helpers.case import CaseFactory
+from tests.helpers.row_cases import PAIR_ACTIVATIONS
 from tests.helpers.skips import needs_kernels
 
 each_activation = pytest.mark.parametrize("activation", PAIR_ACTIVATIONS)

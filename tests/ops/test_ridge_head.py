@@ -10,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastmeta as fm
 from tests.helpers.assertions import BACKENDS, assert_near
-from tests.helpers.cases import CaseFactory
+from tests.helpers.case import CaseFactory
 
 T, S, N = 2, 7, 3
 WIDTHS = (1, 4, 12)

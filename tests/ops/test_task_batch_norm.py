@@ -12,7 +12,8 @@ from torch.func import vjp
 import fastmeta as fm
 from fastmeta.ops import reference
 from tests.helpers.assertions import BACKENDS, assert_near
-from tests.helpers.cases import TASK_BATCH_NORM, CaseFactory
+from tests.helpers.case import CaseFactory
+from tests.helpers.cases import TASK_BATCH_NORM
 from tests.helpers.skips import needs_kernels
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -17,7 +17,8 @@ from torch.func import grad, jvp, vjp, vmap
 
 import fastmeta as fm
 from tests.helpers.assertions import BACKENDS, assert_near, value_and_grads
-from tests.helpers.cases import TASK_BATCH_NORM, TASK_CONV2D, CaseFactory, as_function, conv_case
+from tests.helpers.case import CaseFactory
+from tests.helpers.cases import TASK_BATCH_NORM, TASK_CONV2D, as_function, conv_case
 from tests.helpers.skips import EMULATED, OLD_DYNAMO, OLD_DYNAMO_REASON, needs_kernels
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -11,7 +11,8 @@ from torch.utils._triton import has_triton
 
 import fastmeta as fm
 from tests.helpers.assertions import each_backend, each_case, each_small_case, require_kernels
-from tests.helpers.cases import SMALL_CASES, Case, CaseFactory, as_function
+from tests.helpers.case import Case, CaseFactory
+from tests.helpers.cases import SMALL_CASES, as_function
 from tests.helpers.skips import OLD_DYNAMO, OLD_DYNAMO_REASON
 
 each_op = pytest.mark.parametrize("op", fm.core.backend.OPS)
