@@ -33,6 +33,7 @@ from fastmeta.core.backend import CONVOLUTION, KERNELS, WIDE_DTYPES
 from fastmeta.core.dtypes import accumulation_dtype
 from fastmeta.engines.program.lowering import Lowering
 from fastmeta.ops.activation import KINDS
+from fastmeta.ops.pair_scores import ACTIVATIONS
 from tools.cuda_check import readable
 
 METRICS = ("euclidean", "cosine")  # differences with a root, and products with norms
@@ -153,6 +154,7 @@ class Inputs:
             yield from norm_calls(draw)
             yield from ridge_calls(draw)
             yield from activation_calls(draw)
+            yield from pair_calls(draw)
         yield from convolution_calls(draw, device)
         yield from program_calls(draw, only_smooth=self.tf32)
 
@@ -245,6 +247,25 @@ def activation_calls(draw: Draws) -> Iterator[Call]:
         yield "activation", (x, *code)
         yield "activation_backward", (g, x, *code)
         yield "activation_backward_backward", (v, g, x, *code)
+
+
+def pair_calls(draw: Draws) -> Iterator[Call]:
+    """Scores and pooled maps of all pairs, with sums over other rows in one part and in several."""
+    for t, q, n, h in PAIRS:
+        for kind in ACTIVATIONS:
+            x, y, x_dot, y_dot = (draw.rows(t, rows, h) for rows in (q, n, q, n))
+            weight, weight_dot = (draw.rows(t, h, dtype=draw.wide) for _ in range(2))
+            bias, g = draw.rows(t, dtype=draw.wide), draw.rows(t, q, n)
+            dots = x_dot, y_dot, weight_dot
+            yield "pair_scores", (x, y, weight, bias, kind)
+            yield "pair_scores_backward", (g, x, y, weight, kind)
+            yield "pair_scores_tangent", (*dots, bias, x, y, weight, kind)
+            yield "pair_scores_bend", (g, *dots, x, y, weight, kind)
+    x, y = draw.rows(2, 7, 3, 9, 5), draw.rows(2, 4, 3, 9, 5)
+    pooled, place = torch.ops.fastmeta.pair_pool(x, y, 2)
+    yield "pair_pool", (x, y, 2)
+    yield "pair_pool_backward", (pooled, place, [9, 5], 2)
+    yield "pair_pool_gather", (x, y, place, 2)
 
 
 def program_calls(draw: Draws, only_smooth: bool) -> Iterator[Call]:

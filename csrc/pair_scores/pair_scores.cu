@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kBlocks = 512 / kThreads;  // a multiprocessor's, at 128 registers a thread
 
 template <typename scalar_t>
 __device__ acc_t<scalar_t> load(const scalar_t* row, int64_t place, bool is_there) {
@@ -63,7 +64,7 @@ __device__ void stage(const scalar_t* rows, int64_t of_all, int64_t features, in
 // sums[t, q, n] = bias[t] + sum_h Term(x[t, q, h] + y[t, n, h]); [T, Q, H], [T, N, H] -> [T, Q, N].
 // A block owns kRows x kColumns pairs of a task; acc_t sums in registers, in the order of h.
 template <typename Term, typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     pair_sums_kernel(PairRows<scalar_t> x, PairRows<scalar_t> y, const acc_t<scalar_t>* weight,
                      const acc_t<scalar_t>* weight_dot, const acc_t<scalar_t>* bias,
                      scalar_t* sums) {
@@ -72,10 +73,12 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kTiles = kHasDirection ? 2 : 1;
   __shared__ value_t x_tile[kTiles][kRows * kStride], y_tile[kTiles][kColumns * kStride];
   __shared__ value_t weights[kTiles][kDepth];
-  const int64_t across = ceil_div(y.count, kColumns), down = ceil_div(x.count, kRows);
+  // Fewer than the blocks, so 32 bits do: 64-bit divisions are calls that spill.
+  const auto across = static_cast<unsigned>(ceil_div(y.count, int64_t(kColumns)));
+  const auto down = static_cast<unsigned>(ceil_div(x.count, int64_t(kRows)));
   const int64_t t = blockIdx.x / across / down;
-  const int64_t first_row = blockIdx.x / across % down * kRows;
-  const int64_t first_column = blockIdx.x % across * kColumns;
+  const int64_t first_row = int64_t(blockIdx.x / across % down) * kRows;
+  const int64_t first_column = int64_t(blockIdx.x % across) * kColumns;
   const int row = threadIdx.x / kColumnThreads, column = threadIdx.x % kColumnThreads;
   const int64_t features = x.features;
   x = x.task(t);
@@ -129,7 +132,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A side of the gradient: its own rows and those it sums over, in `parts` parts. An upstream number
-// is own_stride and other_stride apart from that of the next row.
+// is own_stride and other_stride apart from the next row's.
 template <typename scalar_t>
 struct Side {
   PairRows<scalar_t> own, other;
@@ -159,7 +162,7 @@ int64_t parts_of(const PairScoresShape& s, int64_t own, int64_t other) {
 // weights[t, part, block, h] = the sum of their shares of the weight. Both sides in one launch.
 // A lane owns a feature, a warp kOwnRows rows of a side; acc_t sums in the order of k.
 template <typename Share, typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     pair_gradient_kernel(PairScoresShape s, Side<scalar_t> x, Side<scalar_t> y, int64_t x_blocks,
                          const scalar_t* grad_scores, const acc_t<scalar_t>* weight,
                          const acc_t<scalar_t>* weight_dot) {
@@ -168,15 +171,18 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ value_t of_warps[kWarps][kWarp];
   const bool is_x = blockIdx.x < x_blocks;
   const Side<scalar_t> side = is_x ? x : y;
-  const int64_t features = s.features, across = ceil_div(features, kWarp);
-  const int64_t down = ceil_div(side.own.count, kBlockRows);
-  int64_t rest = is_x ? blockIdx.x : blockIdx.x - x_blocks;
+  const int64_t features = s.features;
+  // Fewer than the blocks, so 32 bits do.
+  const auto across = static_cast<unsigned>(ceil_div(features, int64_t(kWarp)));
+  const auto down = static_cast<unsigned>(ceil_div(side.own.count, int64_t(kBlockRows)));
+  const auto tasks = static_cast<unsigned>(s.tasks);
+  unsigned rest = is_x ? blockIdx.x : blockIdx.x - static_cast<unsigned>(x_blocks);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t feature = rest % across * kWarp + lane;
+  const int64_t feature = int64_t(rest % across) * kWarp + lane;
   rest /= across;
-  const int64_t row_block = rest % down, row = row_block * kBlockRows + warp * kOwnRows;
+  const int64_t row_block = rest % down, row = row_block * kBlockRows + int64_t(warp) * kOwnRows;
   rest /= down;
-  const int64_t t = rest % s.tasks, part = rest / s.tasks;
+  const int64_t t = rest % tasks, part = rest / tasks;
   const bool has_feature = feature < features;
   const auto own = side.own.task(t), other = side.other.task(t);
 

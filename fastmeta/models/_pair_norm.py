@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from fastmeta.core.autocast import without_autocast
 from fastmeta.core.dtypes import accumulation_dtype
 
+_ALL_BUT_CHANNELS = (0, 1, 3, 4)
+
 
 def normalize_pairs(a: Tensor, b: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Halves whose sums over all pairs are ``norm`` of the sums of ``a`` and ``b``.
@@ -58,30 +60,27 @@ def normalize_pairs(a: Tensor, b: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor,
 def _normalize(a: Tensor, b: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     x, y = (half.to(accumulation_dtype(half.dtype)) for half in (a, b))
     if norm.training or norm.running_mean is None or norm.running_var is None:
-        mean_a, mean_b, variance = _statistics(x, y)
+        u, v = (half.mean(1, keepdim=True) for half in (x, y))
+        x, y = x - u, y - v
+        mean_a, mean_b = (maps.mean(_ALL_BUT_CHANNELS, keepdim=True) for maps in (u, v))
+        u, v = u - mean_a, v - mean_b
+        # Of maps before pixels: a mean over all of them at once is ten times as slow.
+        within = x.square().mean(1, keepdim=True) + y.square().mean(1, keepdim=True)
+        variance = (within + (u + v).square()).mean(_ALL_BUT_CHANNELS, keepdim=True)
         if norm.training and norm.running_mean is not None:
             count = a.shape[1] * b[:, :, 0].numel()
             _update(norm, (mean_a + mean_b).flatten(), variance.flatten(), count)
     else:
-        mean_a, variance = (z.view(-1, 1, 1) for z in (norm.running_mean, norm.running_var))
-        mean_b = torch.zeros_like(mean_a)
+        mean, variance = (z.view(-1, 1, 1) for z in (norm.running_mean, norm.running_var))
+        x, u = x - mean, torch.zeros_like(mean)
+        v = u
+    # x + u and y + v are the halves less their means.
     scale = (variance + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.view(-1, 1, 1)
-    x, y = (x - mean_a) * scale, (y - mean_b) * scale
-    if norm.bias is not None:
-        y = y + norm.bias.view(-1, 1, 1)
+    shift = 0 if norm.bias is None else norm.bias.view(-1, 1, 1)
+    x, y = torch.addcmul(u * scale, x, scale), torch.addcmul(v * scale + shift, y, scale)
     return x.to(a.dtype), y.to(b.dtype)
-
-
-def _statistics(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean of a, of b, and the variance of their sums, all [C, 1, 1]."""
-    over = (0, 2, 3)
-    (within_a, u), (within_b, v) = (torch.var_mean(half, 1, correction=0) for half in (a, b))
-    mean_a, mean_b = (task.mean(over).view(-1, 1, 1) for task in (u, v))
-    between = ((u - mean_a) + (v - mean_b)).square()
-    variance = (within_a + within_b + between).mean(over)
-    return mean_a, mean_b, variance.view(-1, 1, 1)
 
 
 @torch.no_grad()

@@ -41,7 +41,8 @@ class Pool(Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
         # torch.compile has no second derivatives, and loses track of a nested Function.
         gradient = _gradient if torch.compiler.is_compiling() else _scatter
-        return *gradient(grad, *ctx.saved_tensors, ctx.size, ctx.pool), None
+        (place,) = ctx.saved_tensors
+        return *gradient(grad, place, ctx.size, ctx.pool), None
 
     @staticmethod
     def jvp(ctx: Any, *dots: Any) -> tuple[Any, ...]:

@@ -27,7 +27,9 @@ def _gradient(
 def _plain_tangent(*inputs: Any) -> Tensor:
     *dots, x, y, weight, activation = inputs
     point = x, y, weight, torch.zeros_like(dots[3])
-    scores, back = torch.func.vjp(lambda *p: reference.pair_scores(*p, activation), *point)
+    scores, back, *_ = torch.func.vjp(
+        lambda x, y, w, b: reference.pair_scores(x, y, w, b, activation), *point
+    )
     # The pullback is linear: its own is the tangent, in reverse mode, which nests.
     return torch.func.vjp(back, torch.zeros_like(scores))[1](tuple(dots))[0]
 

@@ -283,7 +283,10 @@ def test_every_op_of_the_kernel_check_runs_and_is_right():
     convolutions = {f"task_conv2d{suffix}" for suffix in ("", "_input", "_weight")}
     norms = {f"task_batch_norm{suffix}" for suffix in ("", "_backward", "_backward_backward")}
     activations = {f"activation{suffix}" for suffix in ("", "_backward", "_backward_backward")}
-    assert ops == {*pairs, *convolutions, *norms, *activations, "task_program_meta_gradient"}
+    scores = {f"pair_scores{suffix}" for suffix in ("", "_backward", "_tangent", "_bend")}
+    pools = {f"pair_pool{suffix}" for suffix in ("", "_backward", "_gather")}
+    others = scores | pools | {"task_program_meta_gradient"}
+    assert ops == {*pairs, *convolutions, *norms, *activations, *others}
 
 
 def test_float32_is_checked_as_ieee_and_as_tf32():
