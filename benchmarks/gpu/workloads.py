@@ -266,6 +266,37 @@ def activations(sizes: Sizes) -> Iterator[Measure]:
     yield Measure("activation", name, what, dtype, contenders, draw, sizes.rounds, calls=3)
 
 
+def networks_of_pairs(sizes: Sizes) -> Iterator[Measure]:
+    """Scores of proto_small's pairs, and pooled pairs of its queries' and classes' maps."""
+    (q, n, d), t, rounds = sizes.small, sizes.small_tasks[-1], sizes.rounds
+    channels = sizes.images[2]
+    rows = (t, q, d), (t, n, d), (d,)
+    maps = (1, q, channels, 5, 5), (1, n, channels, 5, 5)
+
+    def drawn(*shapes: tuple[int, ...]) -> Callable[[torch.Generator], Inputs]:
+        return lambda generator: tuple(unit_rows(generator, torch.float32, *s) for s in shapes)
+
+    def scores_by_split(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return (x.unsqueeze(2) + y.unsqueeze(1)).relu() @ weight
+
+    def pool_by_pairs(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        pooled = F.max_pool2d((x.unsqueeze(2) + y.unsqueeze(1)).flatten(0, 2).relu(), 2)
+        return pooled.view(1, q, n, channels, 2, 2)
+
+    what, dtype = "forward + backward", torch.float32
+    scores = {
+        OURS: differentiated(fm.pair_scores, 0, 1, 2),
+        "composition": differentiated(scores_by_split, 0, 1, 2),
+    }
+    pools = {
+        OURS: differentiated(fm.pair_pool, 0, 1),
+        "composition": differentiated(pool_by_pairs, 0, 1),
+    }
+    of_rows, of_maps = f"T = {t}, Q = {q}, N = {n}, H = {d}", f"Q = {q}, N = {n}, 5 x 5"
+    yield Measure("pair_scores", of_rows, what, dtype, scores, drawn(*rows), rounds, calls=2)
+    yield Measure("pair_pool", of_maps, what, dtype, pools, drawn(*maps), rounds, calls=2)
+
+
 def heads(sizes: Sizes) -> Iterator[Measure]:
     """anil: the inner steps, the loss on the queries, and its gradients."""
     t, steps, s, q, n, d = sizes.head
@@ -328,5 +359,6 @@ def all_measures(sizes: Sizes) -> Iterator[Measure]:
     yield from norms(sizes)
     yield from activations(sizes)
     yield from ridges(sizes)
+    yield from networks_of_pairs(sizes)
     yield from means(sizes)
     yield from distances(sizes)

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
+from benchmarks.ops.distances import line
 from benchmarks.ops.prototype_loss import peak_memory  # noqa: F401, of extra_memory's code
 from fastmeta.models._pair_norm import normalize_pairs
 from fastmeta.training.timing import interleave, ratio
@@ -185,10 +186,6 @@ def extra_memory(shape: tuple[int, int, int, int], name: str) -> int:
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     )
     return int(output.stdout)
-
-
-def line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:

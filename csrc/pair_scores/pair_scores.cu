@@ -245,9 +245,9 @@ __device__ value_t sum_of_parts(const value_t* sums, int64_t parts, int64_t stri
 // grad = factor times the sum over parts, for both sides and the weight. A thread owns a number.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(PairScoresShape s, Side<scalar_t> x, Side<scalar_t> y, int64_t weight_parts,
-                  const acc_t<scalar_t>* factor, scalar_t* grad_x, scalar_t* grad_y,
-                  acc_t<scalar_t>* grad_weight) {
+    pair_finish_kernel(PairScoresShape s, Side<scalar_t> x, Side<scalar_t> y, int64_t weight_parts,
+                       const acc_t<scalar_t>* factor, scalar_t* grad_x, scalar_t* grad_y,
+                       acc_t<scalar_t>* grad_weight) {
   const int64_t of_x = s.tasks * s.queries * s.features, of_y = s.tasks * s.classes * s.features;
   int64_t place = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const auto finish = [&](const Side<scalar_t>& side, int64_t count, scalar_t* grad) {
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(kThreads)
 // grad_bias[t] = the sum of grad_scores[t]; a block owns a task.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads)
-    bias_kernel(int64_t pairs, const scalar_t* grad_scores, acc_t<scalar_t>* grad_bias) {
+    pair_bias_kernel(int64_t pairs, const scalar_t* grad_scores, acc_t<scalar_t>* grad_bias) {
   acc_t<scalar_t> sum = 0;
   for (int64_t i = threadIdx.x; i < pairs; i += kThreads) {
     sum += widen(grad_scores[blockIdx.x * pairs + i]);
@@ -355,7 +355,7 @@ int launch_pair_gradient(const PairScoresOperands& operands, const void* grad_sc
     const auto on = static_cast<cudaStream_t>(stream);
     const auto* g = static_cast<const scalar_t*>(grad_scores);
     const bool is_first = operands.x_dot == nullptr;
-    cudaError_t error = launch(bias_kernel<scalar_t>, s.tasks, kThreads, 0, on,
+    cudaError_t error = launch(pair_bias_kernel<scalar_t>, s.tasks, kThreads, 0, on,
                                s.queries * s.classes, g, static_cast<value_t*>(grad_bias));
     if (error != cudaSuccess) return error;
     Workspace space(workspace);
@@ -364,8 +364,8 @@ int launch_pair_gradient(const PairScoresOperands& operands, const void* grad_sc
                      : write_sums<BendShare>(operands, g, sides, on);
     if (error != cudaSuccess) return error;
     const int64_t numbers = s.tasks * s.features * (s.queries + s.classes + 1);
-    return launch(finish_kernel<scalar_t>, ceil_div(numbers, kThreads), kThreads, 0, on, s, sides.x,
-                  sides.y, sides.weight_parts,
+    return launch(pair_finish_kernel<scalar_t>, ceil_div(numbers, kThreads), kThreads, 0, on, s,
+                  sides.x, sides.y, sides.weight_parts,
                   is_first ? static_cast<const value_t*>(operands.weight) : nullptr,
                   static_cast<scalar_t*>(grad_x), static_cast<scalar_t*>(grad_y),
                   static_cast<value_t*>(grad_weight));
