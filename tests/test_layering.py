@@ -28,7 +28,7 @@ CSRC_FLOORS = {
     "library": 6,
     **{"task_conv2d": 5, "python": 5},
     "task_program": 4,
-    **{"pair_scores": 3, "pair_pool": 3, "nearest": 3},
+    **dict.fromkeys(("pair_scores", "pair_pool", "nearest"), 3),
     **{"activation": 3, "convolution": 3, "matching_loss": 3, "prototype_loss": 3},
     **dict.fromkeys(("execution", "api", "batch_norm", "inner_update", "linear_head"), 2),
     **dict.fromkeys(("pairwise_distance", "prototypes", "ridge_head", "task_matmul"), 2),

@@ -7,12 +7,14 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.func import vjp
 
 import fastmeta as fm
 from fastmeta.ops import reference
-from tests.helpers.assertions import TOLERANCE, assert_near, each_backend
-from tests.helpers.case import CaseFactory
+from tests.helpers.assertions import TOLERANCE, assert_near, each_backend, value_and_grads
+from tests.helpers.case import Case, CaseFactory
 from tests.helpers.row_cases import PAIR_ACTIVATIONS
 from tests.helpers.skips import needs_kernels
 
@@ -284,3 +286,23 @@ def test_errors_name_the_argument(name, backend, device):
     given = arguments(*rows(dtype=torch.float32, device=device))
     with fm.use_backend(backend), pytest.raises(kind, match=re.escape(message)):
         fm.pair_scores(*given)
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # `device` is a mere name
+)
+@given(
+    activation=st.sampled_from(PAIR_ACTIVATIONS),
+    sizes=st.tuples(*(st.integers(1, n) for n in (3, 400, 40, 70))),
+)
+def test_scores_of_any_shape(device, activation, sizes):
+    case = Case("pair_scores", "any shape", lambda make: (), small=False)
+    args, options = rows(*sizes, device=device), {"activation": activation}
+    actual = value_and_grads(case, args, options)
+    with fm.use_backend("torch"):
+        expected = value_and_grads(case, args, options)
+    for a, e in zip(actual, expected, strict=True):
+        assert_near(a, e, 1e-12)
