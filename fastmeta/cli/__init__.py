@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastmeta train|eval|compare|info|demo``."""
+"""The command line: ``python -m fastmeta train|eval|compare|heads|info|demo``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmeta import distributed
-from fastmeta.cli import compare, eval, train
+from fastmeta.cli import compare, eval, heads, train
 from fastmeta.cli.options import add_command, check_one_process
 from fastmeta.training.allocator import keep_freed_memory
 
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m fastmeta", description="Fast meta-learning for PyTorch."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (train, eval, compare):
+    for module in (train, eval, compare, heads):
         module.add_parser(commands)
     summary = "print what a bug report needs: versions, build, machine, backends"
     add_command(commands, "info", _info, summary)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastmeta.data.episode import Episode, Origin, Source
 from fastmeta.data.episodes import Episodes
+from fastmeta.data.features import Features
 from fastmeta.data.glyphs import Glyphs
 from fastmeta.data.image_folder import ImageFolder
 from fastmeta.data.images import ClassImages
@@ -18,6 +19,7 @@ __all__ = [
     "ClassTensors",
     "Episode",
     "Episodes",
+    "Features",
     "Glyphs",
     "ImageFolder",
     "Omniglot",
