@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmeta.core.checks import check_choice, refuse_inference_mode
 from fastmeta.core.derivatives import derivative
+from fastmeta.core.memory import kept_pages
 from fastmeta.core.module_inputs import inputs_of
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.plain_module import plain_module
@@ -118,10 +119,11 @@ def gradient_at(
     adapt = None if every else layout.names
     options = InnerLoopOptions(steps=0, norm_statistics=norm_statistics, adapt=adapt)
     program, functional = engines_of(module, loss, options)
-    try:
-        return _by_program(program, functional, theta, examples, of_losses)
-    except LoweringError:
-        return TaskGradient(*functional.task_gradients(theta, examples))
+    with kept_pages():
+        try:
+            return _by_program(program, functional, theta, examples, of_losses)
+        except LoweringError:
+            return TaskGradient(*functional.task_gradients(theta, examples))
 
 
 def _by_program(
@@ -183,7 +185,8 @@ class _Compiled(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         # With create_graph=True the result has a derivative too, which the ops have not.
         take = _differentiable_products if torch.is_grad_enabled() else _products
-        to_theta, to_x = take(ctx, v, to_losses)
+        with kept_pages():
+            to_theta, to_x = take(ctx, v, to_losses)
         return None, None, None, to_theta, to_x, None, None
 
 
