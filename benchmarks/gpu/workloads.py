@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import fastmeta as fm
 from benchmarks.gpu.measure import OURS, Contender, Inputs, Measure, Sizes, in_torch
 from benchmarks.gpu.programs import image_programs, programs
+from benchmarks.ops import matching
 from benchmarks.ops.prototype_loss import composed
 from fastmeta.ops.inner_update import inner_update_backward
 
@@ -120,6 +121,40 @@ def big_losses(sizes: Sizes) -> Iterator[Measure]:
             checked=part,
             flops=2 * products * q * n * d,
             memory=True,
+        )
+
+
+def matching_losses(sizes: Sizes) -> Iterator[Measure]:
+    """Softmax over the supports of five classes, against a mask and two logsumexp."""
+    q, n, d = sizes.small
+
+    def draw(t: int) -> Callable[[torch.Generator], Inputs]:
+        def inputs(generator: torch.Generator) -> Inputs:
+            device = generator.device
+            query, support = (unit_rows(generator, torch.float32, t, k, d) for k in (q, n))
+            ways = min(5, n)
+            labels = torch.randint(ways, (t, q), generator=generator, device=device)
+            of_support = torch.arange(n, device=device).remainder(ways).repeat(t, 1)
+            return query, labels, support, of_support
+
+        return inputs
+
+    def loss_by(loss: matching.Loss) -> Contender:
+        def value(*inputs: torch.Tensor) -> torch.Tensor:
+            return loss(matching.Episode(*inputs), "cosine", 10.0)
+
+        return differentiated(value, 0, 2)
+
+    for t in sizes.small_tasks:
+        yield Measure(
+            "matching_loss",
+            f"proto_small, T = {t}",
+            "forward + backward",
+            torch.float32,
+            {OURS: loss_by(matching.ours), "composition": loss_by(matching.exact)},
+            draw(t),
+            sizes.rounds,
+            sizes.graph,
         )
 
 
@@ -351,6 +386,7 @@ def all_measures(sizes: Sizes) -> Iterator[Measure]:
     yield from programs(in_a_block, sizes.rounds, sizes.graph)
     yield from heads(sizes)
     yield from small_losses(sizes)
+    yield from matching_losses(sizes)
     yield from image_programs(sizes.image_programs, sizes.rounds)
     yield from programs(in_launches, sizes.rounds, sizes.graph)
     yield from updates(sizes)

@@ -141,7 +141,7 @@ def matching_loss(
         >>> import fastmeta as fm
         >>> support, labels = torch.eye(3), torch.tensor([0, 0, 1])
         >>> fm.matching_loss(support[:1], labels[:1], support, labels, scale=1.0)
-        tensor(0.2395)
+        tensor(0.2382)
     """
     check_rows("query", query, "support", support, "[T, Q, D]", "[T, S, D]")
     check_labels("query_labels", query_labels, query.shape[:-1], query.device)

@@ -116,9 +116,12 @@ def test_losses_and_distances_of_any_shape(device, metric, sizes, reduction):
     t, q, n, d = sizes
     make = CaseFactory(torch.float64, device)
     query, prototypes, labels = make.randn(t, q, d), make.randn(t, n, d), make.labels(n, t, q)
+    ways = min(5, n)
+    of_rows = torch.arange(n, device=device).remainder(ways).repeat(t, 1)
     for op, args, options in (
         ("pairwise_distance", (query, prototypes), {"metric": metric}),
         ("prototype_loss", (query, labels, prototypes), {"metric": metric, "reduction": reduction}),
+        ("matching_loss", (query, labels % ways, prototypes, of_rows), {"reduction": reduction}),
     ):
         case = Case(op, "any shape", lambda make: (), small=False)
         actual = value_and_grads(case, args, options)

@@ -355,7 +355,7 @@ def test_the_kernel_check_names_a_wrong_result(monkeypatch):
 
 def test_the_kernels_of_the_sources_are_found():
     found = every_kernel.kernels_of_sources()
-    assert {"update_kernel", "loss_kernel", "distance_kernel", "label_range_kernel"} <= found
+    assert {"update_kernel", "row_loss_kernel", "distance_kernel", "label_range_kernel"} <= found
     assert {"block_kernel", "product_kernel", "sum_over_tasks_kernel"} <= found
     assert all(name.endswith("_kernel") for name in found)
 
