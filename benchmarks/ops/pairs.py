@@ -13,7 +13,7 @@ the same two products before the op. Memory is the growth of the process's peak,
 of its own.
 
 `pair_pool`: the first block of a relation network, conv + batch norm + relu + pool, of all pairs
-of maps [64, 5, 5]. "cat" is the block as it is usually written; "split" has two convolutions, and
+of maps [64, 5, 5]. "cat" is the block in its usual form; "split" has two convolutions, and
 the batch norm of all pairs; "statistics" takes the statistics from the halves, and adds, relus and
 pools all pairs. Ours has the same statistics before the op.
 """

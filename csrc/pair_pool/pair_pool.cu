@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A side of the gradient: `own` maps a task, each of which sums over `others`. A pair's windows are
-// own_stride and other_stride pairs apart from those of the next map.
+// own_stride and other_stride pairs apart from the next map's.
 template <typename scalar_t>
 struct PoolSide {
   int64_t own, others, own_stride, other_stride;

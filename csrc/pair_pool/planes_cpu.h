@@ -45,7 +45,7 @@ class Planes {
     });
   }
 
-  // Writes the maps, and zeros where there is no window.
+  // Writes the maps, with zeros outside of the windows.
   void write(scalar_t* maps) {
     for_each_map([&](int64_t m) {
       scalar_t* target = maps + m * shape_.numbers();

@@ -37,7 +37,7 @@ class PairScoresGradient {
         of_y_(blocks_ * shape.classes * width_),
         of_weight_(blocks_ * width_) {}
 
-  // upstream [queries, classes]; the gradients are those of the task.
+  // upstream [queries, classes]; the gradients are the task's.
   void run(const PairPoint<value_t>& point, const scalar_t* upstream, scalar_t* grad_x,
            scalar_t* grad_y, value_t* grad_weight, value_t* grad_bias) {
     const value_t* g = widen(upstream, upstream_.data(), shape_.queries * shape_.classes);

@@ -171,7 +171,7 @@ auto with_phi(PairActivation kind, const Body& body) {
   return body(Phi<PairActivation::kRelu>());
 }
 
-// Arrays of a call, contiguous; those of a direction are null if there is none.
+// Arrays of a call, contiguous; without a direction its three are null.
 struct PairScoresOperands {
   Dtype dtype;
   PairActivation activation;

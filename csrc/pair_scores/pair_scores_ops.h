@@ -59,7 +59,7 @@ inline void check_pair_scores_direction(const at::Tensor& x_dot, const at::Tenso
   check_shape(weight_dot, {x.size(0), x.size(2)}, "weight_dot");
 }
 
-// Contiguous tensors of a call; those of a direction are undefined if there is none.
+// Contiguous tensors of a call; without a direction its three are undefined.
 struct PairScoresArrays {
   PairActivation activation;
   PairScoresShape shape;

@@ -55,7 +55,7 @@ class PaddedRows {
   Buffer<value_t> copy_;
 };
 
-// A task's operands in padded rows; the direction, weight_dot and all, is null if there is none.
+// A task's operands in padded rows; the direction, weight_dot and all, is null without one.
 template <typename value_t>
 struct PairPoint {
   const value_t *x, *y, *weight;
