@@ -1,8 +1,9 @@
 """fastmeta: meta-learning for PyTorch, batched over tasks, on compiled kernels.
 
-ops         inner_update, prototypes, pairwise_distance, nearest, prototype_loss, matching_loss,
-            matching_logits, pair_scores, pair_pool, task_conv2d, task_batch_norm, task_linear,
-            linear_head, linear_head_hvp, ridge_head, hvp, ggnvp, activation
+ops         inner_update, prototypes, class_covariances, pairwise_distance, mahalanobis_distance,
+            nearest, prototype_loss, matching_loss, matching_logits, pair_scores, pair_pool,
+            task_conv2d, task_batch_norm, task_linear, linear_head, linear_head_hvp, ridge_head,
+            hvp, ggnvp, activation
 learners    MAML, FOMAML, ANIL, Reptile, MetaSGD, MAMLPlusPlus, MetaCurvature, IMAML,
             ProtoNet, MatchingNet, SiameseNet, RelationNet: `meta_loss` and `adapt_tasks`
 rules       rules.SGD, rules.Adam, rules.RMSProp, rules.ClipNorm, rules.MetaCurvature, ...
@@ -37,9 +38,11 @@ from fastmeta.learners.metric.relation_net import RelationNet
 from fastmeta.learners.metric.siamese_net import SiameseNet
 from fastmeta.ops import (
     activation,
+    class_covariances,
     inner_update,
     linear_head,
     linear_head_hvp,
+    mahalanobis_distance,
     matching_logits,
     matching_loss,
     nearest,
@@ -75,6 +78,7 @@ __all__ = [
     "as_linear_operator",
     "backend_of",
     "build_info",
+    "class_covariances",
     "data",
     "distributed",
     "ggnvp",
@@ -84,6 +88,7 @@ __all__ = [
     "linear_head",
     "linear_head_hvp",
     "lower",
+    "mahalanobis_distance",
     "matching_logits",
     "matching_loss",
     "models",

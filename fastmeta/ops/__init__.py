@@ -5,6 +5,7 @@ from fastmeta.ops.activation import activation
 from fastmeta.ops.inner_update import inner_update
 from fastmeta.ops.linear_head import linear_head
 from fastmeta.ops.linear_head_hvp import linear_head_hvp
+from fastmeta.ops.mahalanobis import class_covariances, mahalanobis_distance
 from fastmeta.ops.matching_logits import matching_logits
 from fastmeta.ops.matching_loss import matching_loss
 from fastmeta.ops.nearest import nearest
@@ -22,9 +23,11 @@ __all__ = [
     "activation",
     "backend_of",
     "build_info",
+    "class_covariances",
     "inner_update",
     "linear_head",
     "linear_head_hvp",
+    "mahalanobis_distance",
     "matching_logits",
     "matching_loss",
     "nearest",

@@ -20,6 +20,8 @@ def ops() -> None:
     means = assert_type(fm.prototypes(x, labels, 3), Tensor)
     assert_type(fm.pairwise_distance(x, means, metric="cosine"), Tensor)
     assert_type(fm.pair_scores(x, means, torch.ones(4), activation="abs"), Tensor)
+    covariances = assert_type(fm.class_covariances(x, labels, 3), Tensor)
+    assert_type(fm.mahalanobis_distance(x, means, covariances), Tensor)
     assert_type(fm.nearest(x, means, k=2), tuple[Tensor, Tensor])
     assert_type(fm.prototype_loss(x, labels, means, reduction="none"), Tensor)
     loss = fm.matching_loss(x, labels, x, labels, scale=torch.tensor(5.0), exclude_self=True)
