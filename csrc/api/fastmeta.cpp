@@ -88,6 +88,11 @@ std::tuple<Tensor, Tensor> pairwise_distance_backward(const Tensor& grad_distanc
                                                                         metric);
 }
 
+std::tuple<Tensor, Tensor> nearest(const Tensor& x, const Tensor& y, int64_t k,
+                                   std::string_view metric, const std::optional<Tensor>& present) {
+  return call<"nearest", std::tuple<Tensor, Tensor>>(x, y, present, k, metric);
+}
+
 Tensor prototype_loss(const Tensor& query, const Tensor& labels, const Tensor& prototypes,
                       std::string_view metric, double scale) {
   return call<"prototype_loss", Tensor>(query, labels, prototypes, metric, scale);

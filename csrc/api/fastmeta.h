@@ -60,6 +60,13 @@ FASTMETA_API std::tuple<at::Tensor, at::Tensor> pairwise_distance_backward(
     const at::Tensor& grad_distance, const at::Tensor& x, const at::Tensor& y,
     std::string_view metric = "sqeuclidean");
 
+// The k nearest rows of y to each row of x, nearest first; ties in the order of indices, NaN last.
+//   x [T, Q, D], y [T, N, D], present [T, N] bool or all -> distances, indices [T, Q, k]; index -1
+//   and an infinite distance where fewer than k are present
+FASTMETA_API std::tuple<at::Tensor, at::Tensor> nearest(
+    const at::Tensor& x, const at::Tensor& y, int64_t k = 1,
+    std::string_view metric = "sqeuclidean", const std::optional<at::Tensor>& present = {});
+
 // Each query's cross entropy of softmax(-scale distance to the prototypes).
 //   query [T, Q, D], labels [T, Q] int64 in [0, N), prototypes [T, N, D] -> loss [T, Q], wide
 FASTMETA_API at::Tensor prototype_loss(const at::Tensor& query, const at::Tensor& labels,

@@ -163,6 +163,11 @@ def _masked_loss(
     reference.check_label_range(labels, prototypes.shape[1], "query_labels")
     query = without_absent(query, labels)
     logits = masked_logits(-scale * pairwise_distance(query, prototypes, metric), present)
+    return loss_of_logits(logits, labels)
+
+
+def loss_of_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy [T, Q] of logits [T, Q, N], 0 for an absent label."""
     # A task may have no class at all, and a softmax of nothing but minus infinities is NaN.
     logits = without_absent(logits, labels)
     return -reference.at_labels(logits.log_softmax(2), labels)

@@ -16,9 +16,12 @@ from fastmeta.learners.metric._episode_learner import (
     Support,
 )
 from fastmeta.ops._checks import METRICS
+from fastmeta.ops.mahalanobis import class_covariances, mahalanobis_distance
 from fastmeta.ops.pairwise_distance import pairwise_distance
-from fastmeta.ops.prototype_loss import masked_logits, prototype_loss
+from fastmeta.ops.prototype_loss import loss_of_logits, masked_logits, prototype_loss
 from fastmeta.ops.prototypes import prototypes
+
+MAHALANOBIS = "mahalanobis"
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,21 @@ class AdaptedProtoNet(AdaptedEpisodes):
         present: bool ``[T, N]``, the classes with a support example; ``None``: all of them.
         classes: with ``relabel=True``, the label of each class ``[T, N]``; -1 where a task has
             fewer. Otherwise ``None``.
+        covariances: ``[T, N, D, D]`` with metric ``"mahalanobis"``. Otherwise ``None``.
     """
 
     prototypes: Tensor
     learner: ProtoNet
     present: Tensor | None = None
     classes: Tensor | None = None
+    covariances: Tensor | None = None
 
     def _logits(self, query: Tensor, present: Tensor | None = None) -> Tensor:
         learner = self.learner
-        distance = pairwise_distance(query, self.prototypes, metric=learner.metric)
+        if self.covariances is None:
+            distance = pairwise_distance(query, self.prototypes, metric=learner.metric)
+        else:
+            distance = mahalanobis_distance(query, self.prototypes, self.covariances)
         return masked_logits(-learner.scale * distance, self.present)
 
 
@@ -61,12 +69,15 @@ class ProtoNet(EpisodeLearner[AdaptedProtoNet]):
 
     Args:
         encoder: any module ``[B, ...] -> [B, ...]``; its output is flattened to ``[B, D]``.
-        metric: ``"sqeuclidean"``, ``"euclidean"``, ``"cosine"`` (1 - cos) or ``"dot"`` (-x.y).
+        metric: ``"sqeuclidean"``, ``"euclidean"``, ``"cosine"`` (1 - cos), ``"dot"`` (-x.y), or
+            ``"mahalanobis"``: squared, by ``class_covariances`` of the support examples, as in
+            Simple CNAPS. It takes no support weights, and memory O(T N D (S + Q + D)).
         scale: finite factor of the distances in the logits, an inverse temperature.
         norm_statistics: what norms with running statistics normalise by in ``eval()``: those, or
             ``"batch"``, the statistics of the examples of a call, which is transductive.
         lower: ``"auto"``: the encoder runs on fastmeta's own CPU kernels where these compute what
             it would, see ``fastmeta.lower``; ``explain()`` says whether. ``False``: in PyTorch.
+        ridge, max_share: options of ``class_covariances``, for ``"mahalanobis"``.
 
     Raises:
         TypeError: ``encoder`` is not a module or ``scale`` not a number.
@@ -86,8 +97,6 @@ class ProtoNet(EpisodeLearner[AdaptedProtoNet]):
         torch.Size([2, 6, 3])
     """
 
-    _ops = ("prototypes", "prototype_loss", "pairwise_distance")
-
     def __init__(
         self,
         encoder: nn.Module,
@@ -95,15 +104,21 @@ class ProtoNet(EpisodeLearner[AdaptedProtoNet]):
         scale: float = 1.0,
         norm_statistics: str = "running",
         lower: str | bool = "auto",
+        ridge: float = 1.0,
+        max_share: float = 1.0,
     ) -> None:
         super().__init__(encoder, norm_statistics, lower)
-        check_choice("metric", metric, METRICS)
+        check_choice("metric", metric, (*METRICS, MAHALANOBIS))
         if not isinstance(scale, (int, float)) or isinstance(scale, bool):
             raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
         if not abs(scale) < float("inf"):
             raise ValueError(f"scale: expected a finite number, got {scale}")
         self.metric = metric
         self.scale = float(scale)
+        self.ridge, self.max_share = ridge, max_share
+        self._ops = ("prototypes",)
+        if metric != MAHALANOBIS:
+            self._ops += ("prototype_loss", "pairwise_distance")
 
     def extra_repr(self) -> str:
         return f"metric={self.metric!r}, scale={self.scale:g}"
@@ -117,11 +132,26 @@ class ProtoNet(EpisodeLearner[AdaptedProtoNet]):
             centres = prototypes(x, y, num_classes)
         else:
             centres = weighted_prototypes(x, y, weight, num_classes)
-        return AdaptedProtoNet(centres, self, support.present, support.classes)
+        covariances = self._covariances(support)
+        return AdaptedProtoNet(centres, self, support.present, support.classes, covariances)
+
+    def _covariances(self, support: Support) -> Tensor | None:
+        """The covariances ``[T, N, D, D]`` of the classes, for the metric that has them."""
+        if self.metric != MAHALANOBIS:
+            return None
+        if support.weight is not None:
+            raise ValueError("support_weight: expected None with metric mahalanobis")
+        return class_covariances(
+            support.x, support.y, support.num_classes, self.ridge, self.max_share
+        )
 
     def _score(
         self, adapted: AdaptedProtoNet, support: Support, queries: Queries, return_logits: bool
     ) -> tuple[Tensor, Tensor | None]:
+        if adapted.covariances is not None:
+            logits = adapted._logits(queries.x)
+            loss = queries.mean(loss_of_logits(logits, queries.y))
+            return loss, logits.detach() if return_logits else None
         # Through the fused op: no Q x N matrix is kept for the backward pass.
         reduction = "mean" if queries.weight is None else "none"
         loss = prototype_loss(
