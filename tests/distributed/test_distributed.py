@@ -21,6 +21,7 @@ from fastmeta.training import loop as training
 from fastmeta.training.checkpoint import load_checkpoint
 from fastmeta.training.config import TrainConfig
 from fastmeta.training.learner_factory import build_learner
+from fastmeta.training.learner_options import METRIC_LEARNERS
 from fastmeta.training.metrics_log import read_metrics
 from fastmeta.training.run_folder import begin_folder, was_started_by
 from tests.helpers.ranks import on_ranks
@@ -58,10 +59,12 @@ def meta_gradient(
 ) -> list[list[float]]:
     """The mean loss, and the meta-gradient of a meta-batch, as the ranks compute them together."""
     torch.manual_seed(0)
-    source = {"sinusoid": Sinusoid, "images": images, "glyphs": small_glyphs}[config.data]()
+    sources = {"sinusoid": Sinusoid, "images": images, "glyphs": small_glyphs}
+    source = Glyphs("validation", size=24) if config.algorithm == "relation" else None
+    source = source or sources[config.data]()
     episode = Episodes(source, config.ways, config.shots, config.queries, tasks)[3]
     learner = build_learner(config, list(episode.support_x.shape[2:])).to(dtype)
-    if config.algorithm == "protonet":
+    if config.algorithm in METRIC_LEARNERS:
         distributed.share_batch_statistics(learner)
     floats = (t.to(dtype) if t.is_floating_point() else t for t in episode)
     loss, _ = learner.meta_loss(*distributed.split_tasks(Episode(*floats)))
@@ -107,6 +110,13 @@ def test_glyphs_meta_gradient(tmp_path, ranks):
 def test_a_protonet_s_meta_gradient_through_shared_norms(tmp_path, ranks):
     config = TrainConfig("protonet", "glyphs", str(tmp_path), hidden=4, queries=3)
     check_equal_to_one_process(config, ranks, 5, torch.float64, 1e-9)
+
+
+@pytest.mark.parametrize("algorithm", ["matching", "siamese", "relation"])
+def test_a_metric_learner_s_meta_gradient_through_shared_norms(tmp_path, algorithm):
+    """A relation module's norms, too: statistics over the pairs of all ranks."""
+    config = TrainConfig(algorithm, "glyphs", str(tmp_path), hidden=4, queries=3)
+    check_equal_to_one_process(config, 2, 3, torch.float64, 1e-9)
 
 
 def test_a_protonet_s_meta_gradient_in_float32(tmp_path):

@@ -12,7 +12,13 @@ from typing_extensions import assert_type
 
 import fastmeta as fm
 from fastmeta.data import Episode
-from fastmeta.learners import AdaptedHeads, AdaptedTasks, Learner, MetaGradient
+from fastmeta.learners import (
+    AdaptedHeads,
+    AdaptedMatchingNet,
+    AdaptedTasks,
+    Learner,
+    MetaGradient,
+)
 
 
 def ops() -> None:
@@ -71,6 +77,8 @@ def contract() -> None:
     net, head = nn.Linear(3, 2), nn.Linear(2, 2)
     x, y = torch.randn(2, 4, 3), torch.arange(2).repeat(2, 2)
     every: list[Learner] = [fm.MAML(net), fm.Reptile(net), fm.ANIL(net, head), fm.ProtoNet(net)]
+    every += [fm.MatchingNet(net), fm.SiameseNet(net, dim=2)]
+    every += [fm.RelationNet(net, fm.models.RelationMLP(dim=2, hidden=3))]
     for learner in every:
         assert_type(learner.meta_loss(x, y, x, y), tuple[Tensor, Tensor])
         assert_type(learner.adapt_tasks(x, y)(x), Tensor)
@@ -123,6 +131,10 @@ def metric_learner() -> None:
     assert_type(loss, Tensor)
     assert_type(logits, Tensor)
     assert_type(proto.adapt_tasks(glyphs.support_x, glyphs.support_y)(glyphs.query_x), Tensor)
+    matching = fm.MatchingNet(proto.encoder)
+    assert_type(matching.adapt_tasks(*glyphs[:2]), AdaptedMatchingNet)
+    assert_type(matching.adapt_tasks(*glyphs[:2]).task(0), AdaptedMatchingNet)
+    assert_type(matching.meta_loss(*glyphs, return_logits=False), tuple[Tensor, None])
 
 
 def backends() -> None:
