@@ -180,7 +180,11 @@ def _gradients_like(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
 register("pair_scores", lambda x, y, *_: _scores_like(x, y))
 register(
     "pair_scores_backward",
-    lambda grad, x, y, weight, _: (*_gradients_like(x, y, weight), weight.new_empty(len(weight))),
+    # len() would be a number, and compile a graph for this number of tasks.
+    lambda grad, x, y, weight, _: (
+        *_gradients_like(x, y, weight),
+        weight.new_empty(weight.shape[0]),
+    ),
 )
 register("pair_scores_tangent", lambda x_dot, y_dot, *_: _scores_like(x_dot, y_dot))
 register(
