@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmeta as fm
+from fastmeta.data import ClassTensors, Episodes
 from tests.helpers.episodes import SHOTS, TASKS, WAYS, encoder, episode, exact
 
 METRICS = ["sqeuclidean", "euclidean", "cosine", "dot"]
@@ -265,3 +266,33 @@ def test_bad_calls(device):
         learner.adapt_tasks(batch[0], batch[1] - 2, num_classes=WAYS)
     with pytest.raises(ValueError, match=r"query_y\[0, 2\] is 2, a class without a support"):
         learner.meta_loss(batch[0], batch[1].clamp(max=1), batch[2], batch[3], num_classes=WAYS)
+
+
+def test_a_trained_context_scores_support_in_any_order_alike(device):
+    """Episodes list their classes one after the other: no order that a sequence may learn."""
+    generator = torch.Generator().manual_seed(0)
+    classes, examples = 40, 8
+    x = 1.5 * torch.randn(classes, 1, 6, generator=generator)
+    x = (x + torch.randn(classes, examples, 6, generator=generator)).flatten(0, 1)
+    source = ClassTensors(x, torch.arange(classes).repeat_interleave(examples))
+    episodes = Episodes(source, ways=4, shots=3, queries=4, tasks=16, seed=0, device=device)
+    assert episodes[0].support_y[0].diff().ge(0).all()  # in the order of the classes
+    torch.manual_seed(4)
+    learner = fm.MatchingNet(nn.Linear(6, 6), context=fm.models.FullContext(6, 2)).to(device)
+    optimizer = torch.optim.Adam(learner.parameters(), lr=0.01)
+    for step in range(60):
+        optimizer.zero_grad()
+        learner.meta_loss(*episodes[step])[0].backward()
+        optimizer.step()
+    learner.eval()
+    scores = []
+    for index in range(1000, 1020):
+        support_x, support_y, query_x, query_y = episodes[index]
+        order = torch.randperm(support_y.shape[1], generator=generator).to(device)
+        for support in ((support_x, support_y), (support_x[:, order], support_y[:, order])):
+            _, logits = learner.meta_loss(*support, query_x, query_y)
+            scores.append((logits.argmax(2) == query_y).float().mean(1))
+    sorted_, shuffled = torch.stack(scores).unflatten(0, (-1, 2)).unbind(1)
+    interval = 1.96 * (sorted_ - shuffled).std() / sorted_.numel() ** 0.5
+    assert sorted_.mean() > 0.5
+    assert (sorted_ - shuffled).mean().abs() < 1.5 * interval
