@@ -207,7 +207,7 @@ def test_a_weight_of_zero_has_its_derivative(device):
     grad = torch.autograd.grad(loss(weight), weight)[0][0, 1]
     ahead = weight.detach().clone()
     ahead[0, 1] = 1e-6
-    assert float(grad) == pytest.approx(float(loss(ahead) - loss(weight)) / 1e-6, rel=1e-4)
+    assert float(grad) == pytest.approx((loss(ahead) - loss(weight)).item() / 1e-6, rel=1e-4)
 
 
 def test_training_brings_the_loss_down(device):

@@ -12,7 +12,7 @@ from fastmeta.training import compare
 from fastmeta.training.compare.plan import parse_settings, plan
 from fastmeta.training.compare.report import Comparison, Entry
 from fastmeta.training.config import TrainConfig
-from fastmeta.training.learner_options import ALGORITHMS, OF_SOME_LEARNERS
+from fastmeta.training.learner_options import ALGORITHMS, METRIC_LEARNERS, OF_SOME_LEARNERS
 from tests.helpers.command_options import OPTIONS as CASES
 
 OUT = Path("x")
@@ -85,7 +85,7 @@ def test_the_comparison_s_own_options_arrive(arrived, options, expected):
 def test_all_learners_that_the_data_allow_are_usual():
     assert [config.algorithm for config in plan(OUT, "glyphs")] == list(ALGORITHMS)
     names = [config.algorithm for config in plan(OUT, "sinusoid")]
-    assert names == [name for name in ALGORITHMS if name != "protonet"]
+    assert names == [name for name in ALGORITHMS if name not in METRIC_LEARNERS]
 
 
 @pytest.mark.parametrize(
