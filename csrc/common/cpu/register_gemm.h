@@ -1,4 +1,4 @@
-// Matrix product for sizes that stay in the caches: C[m, n] (+)= A B. A tile of C is kept in
+// Matrix product for sizes that stay in the caches: C[m, n] (+)= alpha A B. A tile of C is kept in
 // registers while the sum runs; nothing is packed.
 #pragma once
 
@@ -22,7 +22,7 @@ class RegisterGemm {
 
   // Multiplies b [depth, n] into c [m, n], row-major and contiguous; n is a multiple of kWidth.
   static void run(int64_t m, int64_t n, int64_t depth, const Operand<value_t>& a, const value_t* b,
-                  value_t* c, bool adds) {
+                  value_t* c, bool adds, value_t alpha = 1) {
     const int64_t row = a.transposed ? 1 : a.stride, next = a.transposed ? a.stride : 1;
     // Run through C, or B, in one go if the other matrix stays in the cache.
     const bool wide = n > kVectors * kWidth;
@@ -34,9 +34,9 @@ class RegisterGemm {
       for (int64_t k = 0; k < slices; ++k) {
         const int64_t first = depth * k / slices, last = depth * (k + 1) / slices;
         const value_t* from_a = a.data + begin * row + first * next;
-        run_columns(
-            end - begin, n,
-            {n, last - first, row, next, from_a, b + first * n, c + begin * n, adds || k > 0});
+        run_columns(end - begin, n,
+                    {n, last - first, row, next, from_a, b + first * n, c + begin * n,
+                     adds || k > 0, alpha});
       }
     }
   }
@@ -57,6 +57,7 @@ class RegisterGemm {
     const value_t *a, *b;
     value_t* c;
     bool adds;
+    value_t alpha;
 
     template <int... counts>
     void run_rest(int64_t m, int64_t vectors, std::integer_sequence<int, counts...>) const {
@@ -105,7 +106,8 @@ class RegisterGemm {
 #pragma GCC unroll 8
         for (int j = 0; j < vectors; ++j) {
           value_t* place = target + i * stride + j * kWidth;
-          (adds ? Vec::loadu(place) + sum[i][j] : sum[i][j]).store(place);
+          const Vec before = adds ? Vec::loadu(place) : Vec(value_t(0));
+          at::vec::fmadd(Vec(alpha), sum[i][j], before).store(place);
         }
       }
     }

@@ -10,6 +10,8 @@
 
 #include "common/cpu/gemm.h"
 #include "common/cpu/parallel.h"
+#include "common/cpu/register_gemm.h"
+#include "common/cpu/transpose.h"
 #include "convolution/cpu/convolution.h"
 #include "execution/cpu/images.h"
 #include "execution/cpu/math.h"
@@ -58,14 +60,15 @@ class CpuThread {
   static constexpr bool kCompilesEachActivation = true, kHasImages = true;
   static constexpr bool kHasFusedBands = true;
 
-  // Constructor; scratch has convolution_scratch() elements.
+  // Constructor; scratch has scratch_elements() elements.
   CpuThread(value_t* scratch, bool shares_threads)
       : scratch_(scratch), shares_threads_(shares_threads) {}
 
-  static int64_t convolution_scratch(const Program& program, bool shares_threads) {
+  static int64_t scratch_elements(const Program& program, bool shares_threads) {
     int64_t most = 0;
     for (int k = 0; k < program.instruction_count; ++k) {
       const Instruction& i = program.instructions[k];
+      if (i.op == Opcode::kLinear) most = std::max(most, i.inputs * i.outputs);
       if (i.op != Opcode::kConvolution) continue;
       most = std::max(most, CpuConvolution<value_t>::scratch(i.conv));
       if (i.is_fused) most = std::max(most, CpuBands<value_t>::scratch(i.conv));
@@ -113,10 +116,7 @@ class CpuThread {
     // The BLAS subtracts step_size times the product without an array for it.
     const value_t alpha = p.into.step_size ? -p.into.step_size.data[0] : value_t(1);
     for (int pair = 0; pair < p.pairs; ++pair) {
-      const bool left_turned = p.form == Form::kTN, right_turned = p.form == Form::kNT;
-      gemm<value_t>(p.m, p.n, p.k, {p.a[pair].data, left_turned ? p.m : p.k, left_turned},
-                    {p.b[pair].data, right_turned ? p.k : p.n, right_turned}, p.c.data, p.n,
-                    p.into.adds || pair > 0, alpha);
+      multiply_pair(p, p.a[pair].data, p.b[pair].data, p.into.adds || pair > 0, alpha);
     }
     if (p.bias) add_bias(p.m, p.n, p.c.data, p.bias.data);
     if constexpr (!std::is_same_v<Finish, NoFinish>) map(p.m * p.n, finish);
@@ -182,6 +182,28 @@ class CpuThread {
 
   using Vec = at::vec::Vectorized<value_t>;
   static constexpr int kWidth = Vec::size();
+
+  // Computes C (+)= alpha op(A) op(B): in registers if the operands stay in the L2 cache and a row
+  // of C is whole vectors, else by the BLAS.
+  void multiply_pair(const Product<value_t>& p, const value_t* a, const value_t* b, bool adds,
+                     value_t alpha) {
+    constexpr int64_t kMostBytes = 512 << 10;
+    const bool left_turned = p.form == Form::kTN, right_turned = p.form == Form::kNT;
+    const int64_t elements = p.m * p.k + p.k * p.n + p.m * p.n;
+    const bool in_registers =
+        !shares_threads_ && p.n % kWidth == 0 && elements * int64_t(sizeof(value_t)) <= kMostBytes;
+    if (!in_registers) {
+      gemm<value_t>(p.m, p.n, p.k, {a, left_turned ? p.m : p.k, left_turned},
+                    {b, right_turned ? p.k : p.n, right_turned}, p.c.data, p.n, adds, alpha);
+      return;
+    }
+    if (right_turned) {
+      transpose(p.n, p.k, b, p.k, scratch_, p.n);
+      b = scratch_;
+    }
+    RegisterGemm<value_t>::run(p.m, p.n, p.k, {a, left_turned ? p.m : p.k, left_turned}, b,
+                               p.c.data, adds, alpha);
+  }
 
   struct FillZero {
     Array<value_t> c;

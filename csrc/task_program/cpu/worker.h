@@ -90,7 +90,7 @@ class CpuWorker {
       frozen_room_ = allocator.take(program.frozen);
       lr_room_ = allocator.take(args_.lr_elements());
     } else {
-      const auto scratch = allocator.take(Executor::convolution_scratch(program, shares_threads));
+      const auto scratch = allocator.take(Executor::scratch_elements(program, shares_threads));
       executor_ = Executor(scratch.data, shares_threads);
     }
   }
