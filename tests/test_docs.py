@@ -155,7 +155,7 @@ def test_a_loose_number_is_found():
     ]
 
 
-@pytest.mark.parametrize("name", [*OPS, "ggnvp", "hvp"])
+@pytest.mark.parametrize("name", [*OPS, "ggnvp", "hvp", "ridge_head"])
 def test_every_op_has_a_page(name):
     assert f".{name}\n" in text_of(f"ops/{name}.md")
 
@@ -218,7 +218,7 @@ def test_formulas_are_typeset_within_the_page(site):
 
 
 @slow
-@pytest.mark.parametrize("command", ["train", "eval", "compare", "info", "demo"])
+@pytest.mark.parametrize("command", ["train", "eval", "compare", "heads", "info", "demo"])
 def test_the_page_of_the_command_line_has_every_option(site, command):
     html = (site / "cli.html").read_text()
     with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as printed:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
+
 import pytest
 import torch
 from torch.autograd import gradcheck
 
 import fastmeta as fm
+from fastmeta.data import Features
 from fastmeta.heads import Head
 from tests.helpers.features import SHOTS, D, N, Q, T, draw
 
@@ -258,3 +261,19 @@ def test_wrong_options(head, wrong, error, message):
 def test_a_center_of_another_width_is_refused():
     with pytest.raises(ValueError, match=r"center: expected shape \[4\], got \[5\]"):
         fm.heads.SimpleShot(center=torch.zeros(5))(X, LABELS, X)
+
+
+SHOWN = [*(getattr(fm.heads, name) for name in fm.heads.__all__ if name != "Head"), Features]
+
+
+@pytest.mark.parametrize("thing", SHOWN, ids=lambda thing: thing.__name__)
+def test_examples_of_the_docstrings(thing):
+    found = [test for test in doctest.DocTestFinder().find(thing) if test.examples]
+    assert found
+    for test in found:
+        assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_every_head_is_tested():
+    classes = {getattr(fm.heads, name) for name in fm.heads.__all__ if name != "Head"}
+    assert {type(head) for head in HEADS.values()} == classes

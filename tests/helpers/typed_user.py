@@ -37,9 +37,9 @@ def ops() -> None:
     assert_type(weight, Tensor)
     assert_type(bias, Tensor | None)
     assert_type(fm.task_linear(x, weight, bias), Tensor)
-    assert_type(fm.ridge_head(x, labels, 0.1, num_classes=3), tuple[Tensor, Tensor | None])
-    left_out = fm.ridge_head(x, labels, 0.1, num_classes=3, loo=True)
-    assert_type(left_out, tuple[Tensor, Tensor | None, Tensor])
+    ridge = fm.ridge_head(x, labels, 1.0)
+    assert_type(ridge, tuple[Tensor, Tensor | None])
+    assert_type(fm.ridge_head(x, labels, 1.0, loo=True), Tensor)
     vector = torch.ones(3, 4)
     product = fm.linear_head_hvp(x, labels, torch.zeros(3, 4), None, vector, None)
     assert_type(product, tuple[Tensor, Tensor | None])
@@ -48,6 +48,15 @@ def ops() -> None:
     assert_type(fm.task_batch_norm(images), Tensor)
     assert_type(fm.pair_pool(images, images, pool=2), Tensor)
     assert_type(fm.activation(images, "mish"), Tensor)
+
+
+def heads() -> None:
+    x, labels = torch.randn(2, 6, 4), torch.arange(3).repeat(2, 2)
+    every: list[fm.heads.Head] = [fm.heads.SimpleShot(), fm.heads.TIM(2), fm.heads.FEAT(4)]
+    for head in every:
+        assert_type(head(x, labels, x), Tensor)
+        assert_type(head.transductive, bool)
+    assert_type(fm.data.Features(x[0], labels[0]).class_names, list[str])
 
 
 def trees() -> None:
@@ -144,6 +153,7 @@ def backends() -> None:
 
 
 ops()
+heads()
 trees()
 learners()
 contract()
