@@ -28,7 +28,7 @@ class EncoderWorker {
       input_delta_ = allocator.take(args.input_elements());
     }
     const auto scratch =
-        allocator.take(CpuThread<value_t>::convolution_scratch(args.program, shares_threads));
+        allocator.take(CpuThread<value_t>::scratch_elements(args.program, shares_threads));
     exec_ = CpuThread<value_t>(scratch.data, shares_threads);
     elements_ = allocator.used();
   }
