@@ -47,7 +47,7 @@ register("ridge_head_backward", _fake_backward)
 def plain_ridge(
     x: Tensor, y: Tensor, weight: Tensor, l2: Tensor, options: RidgeOptions
 ) -> tuple[Tensor, Tensor]:
-    """The head in plain PyTorch; an intercept [T, 0] where there is none."""
+    """The head in plain PyTorch; [T, 0] stands for no intercept."""
     problem = Problem(x, y, l2[:, None, None], weight.unsqueeze(2), None, options.bias)
     found = fit(problem, options.dual, loo=False)
     return found.weight, x.new_zeros(len(x), 0) if found.bias is None else found.bias
@@ -62,7 +62,8 @@ def _plain_gradient(
     l2: Tensor,
     options: RidgeOptions,
 ) -> tuple[Tensor, ...]:
-    back = torch.func.vjp(lambda *inputs: plain_ridge(*inputs, options), x, y, weight, l2)[1]
+    inputs = x, y, weight, l2
+    back = torch.func.vjp(lambda a, b, c, d: plain_ridge(a, b, c, d, options), *inputs)[1]
     return back((grad_head, grad_intercept))
 
 

@@ -68,7 +68,9 @@ class CpuThread {
     int64_t most = 0;
     for (int k = 0; k < program.instruction_count; ++k) {
       const Instruction& i = program.instructions[k];
-      if (i.op == Opcode::kLinear) most = std::max(most, i.inputs * i.outputs);
+      // A transposed weight, of a product in registers.
+      const bool fits = i.op == Opcode::kLinear && i.inputs * i.outputs <= kMostInRegisters;
+      if (fits && !shares_threads) most = std::max(most, i.inputs * i.outputs);
       if (i.op != Opcode::kConvolution) continue;
       most = std::max(most, CpuConvolution<value_t>::scratch(i.conv));
       if (i.is_fused) most = std::max(most, CpuBands<value_t>::scratch(i.conv));
@@ -183,15 +185,16 @@ class CpuThread {
   using Vec = at::vec::Vectorized<value_t>;
   static constexpr int kWidth = Vec::size();
 
+  // Elements of the three matrices of a product that stay in the L2 cache.
+  static constexpr int64_t kMostInRegisters = (512 << 10) / sizeof(value_t);
+
   // Computes C (+)= alpha op(A) op(B): in registers if the operands stay in the L2 cache and a row
   // of C is whole vectors, else by the BLAS.
   void multiply_pair(const Product<value_t>& p, const value_t* a, const value_t* b, bool adds,
                      value_t alpha) {
-    constexpr int64_t kMostBytes = 512 << 10;
     const bool left_turned = p.form == Form::kTN, right_turned = p.form == Form::kNT;
-    const int64_t elements = p.m * p.k + p.k * p.n + p.m * p.n;
-    const bool in_registers =
-        !shares_threads_ && p.n % kWidth == 0 && elements * int64_t(sizeof(value_t)) <= kMostBytes;
+    const bool in_registers = !shares_threads_ && p.n % kWidth == 0 &&
+                              p.m * p.k + p.k * p.n + p.m * p.n <= kMostInRegisters;
     if (!in_registers) {
       gemm<value_t>(p.m, p.n, p.k, {a, left_turned ? p.m : p.k, left_turned},
                     {b, right_turned ? p.k : p.n, right_turned}, p.c.data, p.n, adds, alpha);
