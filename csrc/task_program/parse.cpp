@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <limits>
 #include <map>
 #include <set>
 
@@ -74,6 +75,41 @@ bool fits_pool(const PoolShape& p, int64_t x, int64_t y) {
          x == p.in_positions() * p.channels && y == p.out_positions() * p.channels;
 }
 
+// Instructions from the first to the last that use a gradient, its size, and where it lies.
+struct Lifetime {
+  int first = std::numeric_limits<int>::max(), last = 0;
+  int64_t size = 0, place = 0;
+
+  void include(int instruction) {
+    first = std::min(first, instruction);
+    last = std::max(last, instruction);
+  }
+  bool meets(const Lifetime& other) const { return first <= other.last && other.first <= last; }
+};
+
+// Places gradients so that none meet in time and in memory, the largest first, each as low as it
+// goes. Returns how much memory they take.
+int64_t place(std::map<int64_t, Lifetime>& groups) {
+  std::vector<Lifetime*> waiting, placed;  // by place
+  for (auto& [_, group] : groups) waiting.push_back(&group);
+  std::stable_sort(waiting.begin(), waiting.end(),
+                   [](const auto* a, const auto* b) { return a->size > b->size; });
+  int64_t most = 0;
+  for (auto* group : waiting) {
+    for (const auto* other : placed) {
+      const bool is_above = other->place >= group->place + group->size;
+      if (group->meets(*other) && !is_above) {
+        group->place = std::max(group->place, other->place + other->size);
+      }
+    }
+    const auto above = std::find_if(placed.begin(), placed.end(),
+                                    [&](const auto* other) { return other->place > group->place; });
+    placed.insert(above, group);
+    most = std::max(most, group->place + group->size);
+  }
+  return most;
+}
+
 }  // namespace
 
 ParsedProgram::ParsedProgram(const at::Tensor& code) {
@@ -105,7 +141,7 @@ ParsedProgram::ParsedProgram(const at::Tensor& code) {
   const int64_t* word = words + kHeaderWords;
   for (int64_t v = 0; v < values; ++v, ++word) {
     TORCH_CHECK(*word >= 1, "code: expected values with elements, got ", *word);
-    values_.push_back({*word, 0, 0, false, false});
+    values_.push_back({*word, 0, 0, 0, false, false});
   }
   made_.assign(values, false);
   made_[0] = true;
@@ -314,7 +350,9 @@ void ParsedProgram::lay_out_values() {
       y.offset = program_.example_elements;
       program_.example_elements += ceil_div(y.elements + y.extra, kValueAlign) * kValueAlign;
     }
+    y.delta = y.offset;
   }
+  program_.delta_elements = program_.example_elements;
 }
 
 void ParsedProgram::plan_gradients() {
@@ -399,6 +437,30 @@ void ParsedProgram::fuse_bands() {
                  !values_[i.x].learns && readers_[i.y] == 1 && i.conv.is_recompute_cheap();
   }
   lay_out_values();
+}
+
+void ParsedProgram::share_deltas() {
+  // Gradients of values in one place, such as a ReLU's input and output, stay in one place.
+  std::map<int64_t, Lifetime> groups;
+  const auto uses = [&](int v, int instruction) {
+    if (v > 0) groups[values_[v].offset].include(instruction);
+  };
+  for (int k = 0; k < static_cast<int>(instructions_.size()); ++k) {
+    const Instruction& i = instructions_[k];
+    uses(i.x, k);
+    uses(i.x2, k);
+    if (i.is_fused) continue;
+    uses(i.y, k);
+    // The instruction before may be part of the same step, and the next one too.
+    uses(i.y, k - 1);
+    // Behind the gradient are a norm's sums; what other layers keep beside a value is no gradient.
+    const int64_t extra = i.op == Opcode::kNorm ? 4 * i.inputs : 0;
+    const int64_t size = ceil_div(values_[i.y].elements + extra, kValueAlign) * kValueAlign;
+    auto& group = groups[values_[i.y].offset];
+    group.size = std::max(group.size, size);
+  }
+  program_.delta_elements = place(groups);
+  for (const auto& i : instructions_) values_[i.y].delta = groups[values_[i.y].offset].place;
 }
 
 void ParsedProgram::add_input_tangent() {

@@ -24,6 +24,10 @@ class ParsedProgram {
   // memory.
   void fuse_bands();
 
+  // Lets gradients share memory that are not needed at the same time, for a backward pass that
+  // nothing follows.
+  void share_deltas();
+
   // Gives the input a tangent, behind the tangents of the values, and so every value one.
   void add_input_tangent();
 

@@ -68,11 +68,11 @@ class CpuImages {
     });
   }
 
-  // Adds lines [first, last) to the sums of the lines before them, over the whole batch.
+  // Adds lines [first, last) to the sums of the lines from `begin` on.
   template <typename F>
-  void join_sums(int64_t first, int64_t last, const F& f, value_t* sums) const {
+  void join_sums(int64_t begin, int64_t first, int64_t last, const F& f, value_t* sums) const {
     for (int64_t line = first; line < last; ++line) {
-      join_line(line, 0, images_.channels, f, line > 0, sums);
+      join_line(line, 0, images_.channels, f, line > begin, sums);
     }
   }
 
@@ -90,6 +90,16 @@ class CpuImages {
   // Merges positions [first, last) of x into the moments of the positions before them.
   void join_moments(const value_t* x, int64_t first, int64_t last, value_t* moments) const {
     join_runs(x, first, last, 0, images_.channels, moments);
+  }
+
+  // Merges the moments of n positions into the moments of `before` others.
+  void merge_moments(int64_t before, int64_t n, const value_t* other, value_t* moments) const {
+    for_channels(0, images_.channels, ImageAccessor<value_t, true>{0, 0, 0, 0, kWidth},
+                 [&](const auto& element) {
+                   const value_t* mean = other + element.channel;
+                   merge(element, before, n, element.load(mean),
+                         element.load(mean + images_.channels), moments);
+                 });
   }
 
  private:
@@ -144,18 +154,24 @@ class CpuImages {
     }
   }
 
-  // Merges the moments of `before` positions with the n of a run.
+  // Merges the n positions of a run into the moments of `before` positions.
   template <typename Accessor>
   void join_run(const Accessor& element, const value_t* run, int64_t n, int64_t before,
                 value_t* moments) const {
     const auto load = [&](int64_t i) {
       return element.load(run + i * images_.channels + element.channel);
     };
-    Vec mean = sum_of<Vec>(n, load) * Vec(value_t(1) / static_cast<value_t>(n));
-    Vec squares = sum_of<Vec>(n, [&](int64_t i) {
+    const Vec mean = sum_of<Vec>(n, load) * Vec(value_t(1) / static_cast<value_t>(n));
+    const Vec squares = sum_of<Vec>(n, [&](int64_t i) {
       const Vec distance = load(i) - mean;
       return distance * distance;
     });
+    merge(element, before, n, mean, squares, moments);
+  }
+
+  template <typename Accessor>
+  void merge(const Accessor& element, int64_t before, int64_t n, Vec mean, Vec squares,
+             value_t* moments) const {
     value_t *all_mean = moments + element.channel, *all_squares = all_mean + images_.channels;
     if (before > 0) {
       const auto share = static_cast<value_t>(n) / static_cast<value_t>(before + n);

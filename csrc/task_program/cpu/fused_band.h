@@ -2,7 +2,8 @@
 // pool behind it. Computing the convolution's outputs again beats reading them from memory. So
 // they, their gradients and tangents exist only for a band of lines at a time, in the L2 cache.
 // (First layer of Conv4-64 on 75 images of 28 x 28: 15 MB an array and 34 million multiplications.)
-// One thread; no gradient of the images.
+// No gradient of the images. Threads that share a task take ranges of its images; their sums merge
+// in the order of the ranges.
 #pragma once
 
 #include "convolution/cpu/convolution.h"
@@ -11,26 +12,55 @@
 
 namespace fastmeta {
 
-// Bands of a convolution's outputs, and memory for three arrays of one band.
+// Lines of all images, an even number except at an image's end; in a part of them that a thread
+// takes, whose first line is `first`.
+struct Band : Interval {
+  int64_t part, first;
+};
+
+// Bands of a convolution's outputs, and memory for three arrays of one band of each part.
 template <typename value_t>
 class CpuBands {
  public:
   static int64_t scratch(const ConvShape& s) {
-    return 3 * s.weight_size() + CpuConvolution<value_t>::scratch(s) + 3 * band_size(s);
+    return 3 * s.weight_size() + CpuConvolution<value_t>::scratch(s) + 3 * band_size(s) +
+           kMoments * s.outputs;
   }
 
-  CpuBands(const ConvShape& shape, int64_t examples, value_t* scratch)
-      : shape_(shape), examples_(examples), sum_(shape, examples, false), memory_(scratch) {}
+  CpuBands(const ConvShape& shape, int64_t examples, int64_t threads, value_t* scratch)
+      : shape_(shape),
+        examples_(examples),
+        parts_(std::min(threads, examples)),
+        sum_(shape, examples, false),
+        memory_(scratch) {}
 
-  // Calls body on bands: lines of all images, an even number except at an image's end.
+  int64_t parts() const { return parts_; }
+  // Images [begin, end) of a part.
+  Interval images(int64_t part) const {
+    return {examples_ * part / parts_, examples_ * (part + 1) / parts_};
+  }
+
+  // Calls body on bands, part by part in order.
   template <typename Body>
   void for_each(const Body& body) const {
     const int64_t height = shape_.out_height(), step = band_lines(shape_);
-    for (int64_t image = 0; image < examples_; ++image) {
-      for (int64_t line = 0; line < height; line += step) {
-        body(Interval{image * height + line, image * height + std::min(height, line + step)});
+    parallel_for(0, parts_, 1, [&](int64_t begin, int64_t end) {
+      const OneBlasThread one;
+      for (int64_t part = begin; part < end; ++part) {
+        const Interval of_part = images(part);
+        for (int64_t image = of_part.begin; image < of_part.end; ++image) {
+          const int64_t top = image * height, bottom = top + height;
+          for (int64_t line = top; line < bottom; line += step) {
+            body(Band{{line, std::min(bottom, line + step)}, part, of_part.begin * height});
+          }
+        }
       }
-    }
+    });
+  }
+
+  // Two sums or moments of each channel over a part: those of the first part are `all`.
+  value_t* sums(int64_t part, value_t* all) const {
+    return part == 0 ? all : bands(part) + 3 * band_size(shape_);
   }
 
   // Packs weights for outputs(), in slot `which` of two.
@@ -40,21 +70,25 @@ class CpuBands {
 
   // Array of a band, in slot `which` of three. Its pointer is shifted as if all other bands were
   // stored too.
-  Array<value_t> array(const Interval& band, int which) const {
-    return {bands() + which * band_size(shape_) - band.begin * line_size(shape_), 0};
+  Array<value_t> array(const Band& band, int which) const {
+    return {bands(band.part) + which * band_size(shape_) - band.begin * line_size(shape_), 0};
   }
-  Array<value_t> outputs(const Interval& band, const value_t* x, const value_t* packed,
+  Array<value_t> outputs(const Band& band, const value_t* x, const value_t* packed,
                          int which) const {
     const auto z = array(band, which);
-    sum_.output_rows(rows(band), x, packed, z.data, own());
+    sum_.output_rows(rows(band), x, packed, z.data, own(band.part));
     return z;
   }
 
   // Adds a band's share to the gradient of the weights.
-  void join_weights(const Interval& band, const Array<value_t>& dz, const value_t* x) const {
-    sum_.weight_rows(rows(band), dz.data, x, weights(2), band.begin > 0, own());
+  void join_weights(const Band& band, const Array<value_t>& dz, const value_t* x) const {
+    sum_.weight_rows(rows(band), dz.data, x, weights(2, band.part), band.begin > band.first,
+                     own(band.part));
   }
   void write_weights(const StoreMode<value_t>& into, value_t* dw) const {
+    for (int64_t part = 1; part < parts_; ++part) {
+      add_to(weights(2, part), shape_.weight_size(), weights(2));
+    }
     const value_t scale = into.step_size ? -into.step_size.data[0] : value_t(1);
     sum_.write_weights(weights(2), into.adds, scale, weights(0), dw);
   }
@@ -64,7 +98,7 @@ class CpuBands {
   }
 
  private:
-  static constexpr int64_t kBandBytes = 128 << 10;
+  static constexpr int64_t kBandBytes = 128 << 10, kMoments = 2;
 
   static int64_t line_size(const ConvShape& s) { return s.out_width() * s.outputs; }
   static int64_t band_lines(const ConvShape& s) {
@@ -73,12 +107,16 @@ class CpuBands {
   }
   static int64_t band_size(const ConvShape& s) { return band_lines(s) * line_size(s); }
 
-  value_t* weights(int which) const { return memory_ + which * shape_.weight_size(); }
-  value_t* own() const { return weights(3); }
-  value_t* bands() const { return own() + CpuConvolution<value_t>::scratch(shape_); }
+  value_t* weights(int which, int64_t part = 0) const {
+    return memory_ + part * scratch(shape_) + which * shape_.weight_size();
+  }
+  value_t* own(int64_t part) const { return weights(3, part); }
+  value_t* bands(int64_t part) const {
+    return own(part) + CpuConvolution<value_t>::scratch(shape_);
+  }
 
   ConvShape shape_;
-  int64_t examples_;
+  int64_t examples_, parts_;
   CpuConvolution<value_t> sum_;
   value_t* memory_;
 };
@@ -91,25 +129,34 @@ class CpuFusedBand {
   using Arena = Array<value_t>;
 
   CpuFusedBand(Executor& exec, const Network<value_t>& net, const Instruction& conv,
-               const Instruction& norm, value_t* scratch)
+               const Instruction& norm, int64_t threads, value_t* scratch)
       : exec_(exec),
         net_(net),
         conv_(conv),
         norm_{net, norm},
         x_(net.value(conv.x).data),
-        bands_(conv.conv, net.examples.count, scratch) {}
+        bands_(conv.conv, net.examples.count, threads, scratch) {}
 
   void forward() const {
     const auto l = norm_.arrays(false);
     const CpuImages<value_t> in(l.in, false), out(l.out, false);
     const value_t* w = bands_.packed(net_.parameter(conv_.weight).data, 0);
-    bands_.for_each([&](const Interval& band) {
+    bands_.for_each([&](const Band& band) {
       const auto z = bands_.outputs(band, x_, w, 0);
+      // Moments are of the positions of a part.
       const auto rows = bands_.rows(band);
-      in.join_moments(z.data, rows.begin, rows.end, l.statistics.data);
+      const int64_t first = bands_.rows({band.first, band.first}).begin;
+      in.join_moments(z.data + first * conv_.outputs, rows.begin - first, rows.end - first,
+                      bands_.sums(band.part, l.statistics.data));
     });
+    const int64_t positions = conv_.conv.out_positions();
+    for (int64_t part = 1; part < bands_.parts(); ++part) {
+      const auto images = bands_.images(part);
+      in.merge_moments(images.begin * positions, images.size() * positions,
+                       bands_.sums(part, nullptr), l.statistics.data);
+    }
     norm_.statistics(exec_, l);
-    bands_.for_each([&](const Interval& band) {
+    bands_.for_each([&](const Band& band) {
       auto part = l;
       part.x = bands_.outputs(band, x_, w, 0);
       const auto lines = pooled(band, l);
@@ -121,16 +168,20 @@ class CpuFusedBand {
     const auto l = norm_.arrays(true);
     const CpuImages<value_t> in(l.in, false), out(l.out, false);
     const auto weights = both_weights();
-    auto part = without_tangent(l);
+    const auto base = without_tangent(l);
     if (weights.w_dot != nullptr) {
-      bands_.for_each([&](const Interval& band) {
+      bands_.for_each([&](const Band& band) {
+        auto part = base;
         part.x = bands_.outputs(band, x_, weights.w, 0);
         part.x_dot = bands_.outputs(band, x_, weights.w_dot, 1);
-        in.join_sums(band.begin, band.end, NormTangentSums<value_t>{part}, l.statistics_dot.data);
+        in.join_sums(band.first, band.begin, band.end, NormTangentSums<value_t>{part},
+                     bands_.sums(band.part, l.statistics_dot.data));
       });
+      join_parts(l.statistics_dot);
       norm_.means(exec_, l, l.statistics_dot, {}, {}, {});
     }
-    bands_.for_each([&](const Interval& band) {
+    bands_.for_each([&](const Band& band) {
+      auto part = base;
       if (weights.w_dot != nullptr) part.x_dot = bands_.outputs(band, x_, weights.w_dot, 1);
       const auto lines = pooled(band, l);
       out.table_of_lines(lines.begin, lines.end, NormTangentForward<Form, value_t>{part});
@@ -144,7 +195,7 @@ class CpuFusedBand {
     norm_.means(exec_, l, l.sums, l.weight, {}, {});
     if (const auto target = grads.at(conv_.weight)) {
       const value_t* w = bands_.packed(net_.parameter(conv_.weight).data, 0);
-      make_weights({adds || conv_.adds_to_weight}, target, [&](const Interval& band, Arena dz) {
+      make_weights({adds || conv_.adds_to_weight}, target, [&](const Band& band, Arena dz) {
         auto part = l;
         part.x = bands_.outputs(band, x_, w, 0);
         part.dx = dz;
@@ -162,23 +213,26 @@ class CpuFusedBand {
     const auto l = norm_.arrays(true);
     const CpuImages<value_t> out(l.out, false);
     const auto weights = both_weights();
-    auto part = without_tangent(l);
-    bands_.for_each([&](const Interval& band) {
+    const auto base = without_tangent(l);
+    bands_.for_each([&](const Band& band) {
+      auto part = base;
       if (weights.w_dot != nullptr) part.x_dot = bands_.outputs(band, x_, weights.w_dot, 1);
       const auto lines = pooled(band, l);
-      out.join_sums(lines.begin, lines.end, NormTangentBackwardSums<Form, value_t>{part},
-                    l.sums_dot.data);
+      const int64_t first = band.first / l.in.height * l.out.height;
+      out.join_sums(first, lines.begin, lines.end, NormTangentBackwardSums<Form, value_t>{part},
+                    bands_.sums(band.part, l.sums_dot.data));
     });
+    join_parts(l.sums_dot);
     norm_.means(exec_, l, l.sums_dot, l.weight, l.sums, l.weight_dot);
     if (const auto weight = target.at(conv_.weight)) {
       const bool adapts = weights.w_dot != nullptr;
-      make_weights(into.or_adds(conv_.adds_to_weight), weight,
-                   [&](const Interval& band, Arena dz_dot) {
-                     part.x = bands_.outputs(band, x_, weights.w, 0);
-                     if (adapts) part.x_dot = bands_.outputs(band, x_, weights.w_dot, 1);
-                     part.dx_dot = dz_dot;
-                     return NormTangentBackward<Form, value_t>{part};
-                   });
+      make_weights(into.or_adds(conv_.adds_to_weight), weight, [&](const Band& band, Arena dz_dot) {
+        auto part = base;
+        part.x = bands_.outputs(band, x_, weights.w, 0);
+        if (adapts) part.x_dot = bands_.outputs(band, x_, weights.w_dot, 1);
+        part.dx_dot = dz_dot;
+        return NormTangentBackward<Form, value_t>{part};
+      });
     }
     norm_.parameter_gradients(exec_, l, l.sums_dot, target, into, NoUpdate{});
   }
@@ -202,6 +256,13 @@ class CpuFusedBand {
     return l;
   }
 
+  // Adds the sums of the other parts to the sums of the first.
+  void join_parts(Arena sums) const {
+    for (int64_t part = 1; part < bands_.parts(); ++part) {
+      add_to(bands_.sums(part, nullptr), 2 * conv_.outputs, sums.data);
+    }
+  }
+
   // Lines of the pool's outputs that come from a band.
   static Interval pooled(const Interval& band, const NormArrays<value_t>& l) {
     const int64_t image = band.begin / l.in.height, first = image * l.in.height;
@@ -215,7 +276,7 @@ class CpuFusedBand {
   // make(band, array) fills this in.
   template <typename Make>
   void make_weights(const StoreMode<value_t>& into, Arena target, const Make& make) const {
-    bands_.for_each([&](const Interval& band) {
+    bands_.for_each([&](const Band& band) {
       const auto dz = bands_.array(band, 2);
       const auto fill = make(band, dz);
       CpuImages<value_t>(fill.l.in, false).table_of_lines(band.begin, band.end, fill);

@@ -152,7 +152,7 @@ class CpuThread {
 
   CpuFusedBand<CpuThread> fused_band(const Network<value_t>& net, const Instruction& conv,
                                      const Instruction& norm) {
-    return {*this, net, conv, norm, scratch_};
+    return {*this, net, conv, norm, shares_threads_ ? thread_count() : 1, scratch_};
   }
 
   template <typename F>

@@ -58,7 +58,7 @@ void run_tasks(const EncoderArguments& args, const Run& run) {
 class EncoderCall {
  public:
   EncoderCall(const Tensor& code, const Tensor& theta, const Tensor& frozen, const Tensor& x,
-              bool input_grad, bool input_dot)
+              bool input_grad)
       : parsed_(code),
         theta_(theta.contiguous()),
         frozen_(frozen.contiguous()),
@@ -69,7 +69,6 @@ class EncoderCall {
     check_same(theta, frozen, "theta and frozen");
     check_same(theta, x, "theta and x");
     if (!input_grad) parsed_.fuse_bands();
-    if (input_dot) parsed_.add_input_tangent();
     const Program& program = args.program = parsed_.program();
     check_shape(theta, {program.parameters}, "theta");
     check_shape(frozen, {program.frozen}, "frozen");
@@ -82,6 +81,13 @@ class EncoderCall {
     args.theta = theta_.const_data_ptr();
     args.frozen = frozen_.const_data_ptr();
     args.x = x_.const_data_ptr();
+  }
+
+  // Changes where the program's values lie.
+  template <typename Change>
+  void change(const Change& change) {
+    change(parsed_);
+    args.program = parsed_.program();
   }
 
   std::vector<int64_t> outputs_shape() const {
@@ -140,7 +146,7 @@ class EncoderCall {
 std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& code, const Tensor& theta,
                                           const Tensor& frozen, const Tensor& x, bool keeps,
                                           bool input_grad) {
-  EncoderCall call(code, theta, frozen, x, input_grad, false);
+  EncoderCall call(code, theta, frozen, x, input_grad);
   EncoderArguments& args = call.args;
   auto outputs = call.result(call.outputs_shape(), args.outputs);
   auto kept = call.result_if(keeps, {args.tasks, args.kept_elements()}, args.kept);
@@ -153,9 +159,10 @@ std::tuple<Tensor, Tensor> encode_backward(const Tensor& code, const Tensor& the
                                            const Tensor& frozen, const Tensor& x,
                                            const Tensor& kept, const Tensor& grad, bool theta_grad,
                                            bool input_grad) {
-  EncoderCall call(code, theta, frozen, x, input_grad, false);
+  EncoderCall call(code, theta, frozen, x, input_grad);
   EncoderArguments& args = call.args;
   call.given(kept, grad);
+  call.change([](ParsedProgram& parsed) { parsed.share_deltas(); });
   auto grad_theta = call.result_if(theta_grad, theta.sizes(), args.grad_theta);
   auto grad_x = call.result_if(input_grad, x.sizes(), args.grad_x);
   call.run([](auto& worker, int64_t task, bool first) { worker.backward(task, !first); });
@@ -170,7 +177,8 @@ std::tuple<Tensor, Tensor, Tensor> encode_backward_backward(const Tensor& code, 
                                                             bool input_grad) {
   TORCH_CHECK(theta_dot || x_dot, "theta_dot and x_dot: expected one of them");
   TORCH_CHECK(input_grad || !x_dot, "x_dot: expected none without a gradient of x");
-  EncoderCall call(code, theta, frozen, x, input_grad, x_dot.has_value());
+  EncoderCall call(code, theta, frozen, x, input_grad);
+  if (x_dot) call.change([](ParsedProgram& parsed) { parsed.add_input_tangent(); });
   EncoderArguments& args = call.args;
   call.given(kept, grad);
   args.theta_dot = call.direction(theta_dot, theta, "theta_dot");

@@ -19,7 +19,7 @@ class EncoderWorker {
     const int64_t values = args.kept_elements();
     if (args.kept == nullptr) values_ = allocator.take(values);
     if (args.grad_outputs != nullptr) {
-      deltas_ = allocator.take(values);
+      deltas_ = allocator.take(args.examples * args.program.delta_elements);
       sum_ = allocator.take(args.program.parameters);
     }
     if (args.has_tangents()) {

@@ -63,7 +63,8 @@ struct Network {
   // Gradient of a value; empty if nobody needs it.
   FASTMETA_HOST_DEVICE Array<storage_t> delta(int v) const {
     if (v == 0) return arrays.input_delta;
-    return reaches_what_is_wanted(v) ? inside(arrays.delta, v) : Array<storage_t>{};
+    if (!reaches_what_is_wanted(v)) return {};
+    return arrays.delta.from(examples.count * info(v).delta);
   }
   // Tangent of a value; empty if it is zero.
   FASTMETA_HOST_DEVICE Array<storage_t> value_dot(int v) const {

@@ -74,6 +74,7 @@ struct Value {
   int64_t elements;  // of one example
   int64_t extra;     // statistics that its layer keeps beside them
   int64_t offset;    // in an example's numbers, of its elements and then extra; none for the input
+  int64_t delta;     // offset of its gradient
   bool adapts;       // depends on an adapted parameter: has a tangent
   bool learns;       // depends on theta: its gradient is wanted
 };
@@ -122,6 +123,7 @@ struct Program {
   int64_t parameters, adapted, frozen;  // P, A, F
   int64_t first_step;                   // theta on entry is theta after so many steps
   int64_t example_elements;             // numbers of all values of an example, without the input
+  int64_t delta_elements;               // numbers of their gradients
   const Part* unwritten;                // what the backward pass may leave out of the gradient,
   int unwritten_count;                  // in order
   bool writes_once;                     // it writes no element twice
