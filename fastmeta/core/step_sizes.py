@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -98,3 +99,17 @@ def _repeat_over_elements(values: Tensor, layout: ParameterLayout) -> Tensor:
     lead, columns = values.shape[:-1], values.split(1, dim=-1)
     pieces = [c.expand(*lead, size) for c, size in zip(columns, layout.sizes, strict=True)]
     return torch.cat(pieces, dim=-1)
+
+
+def check_step_size(lr: float | Tensor, steps: int) -> None:
+    """TypeError or ValueError unless lr is a finite number, or a tensor ``[]`` or ``[K]``."""
+    expected = f"lr: expected a finite number or a tensor [] or [K] with K = {steps}"
+    if isinstance(lr, Tensor):
+        if not lr.is_floating_point():
+            raise TypeError(f"lr: expected a floating-point tensor, got {lr.dtype}")
+        if lr.shape not in ((), (steps,)):
+            raise ValueError(f"{expected}, got {list(lr.shape)}")
+    elif not isinstance(lr, (int, float)) or isinstance(lr, bool):
+        raise TypeError(f"{expected}, got {type(lr).__name__}")
+    elif not math.isfinite(lr):
+        raise ValueError(f"{expected}, got {lr}")

@@ -58,7 +58,7 @@ class CpuBands {
     });
   }
 
-  // Two sums or moments of each channel over a part: those of the first part are `all`.
+  // Two sums or moments of each channel over a part; the first part keeps them in `all`.
   value_t* sums(int64_t part, value_t* all) const {
     return part == 0 ? all : bands(part) + 3 * band_size(shape_);
   }

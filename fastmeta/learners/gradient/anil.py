@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,16 +17,18 @@ from fastmeta.core.memory import kept_pages
 from fastmeta.core.module_inputs import check_inputs
 from fastmeta.core.parameter_layout import ParameterLayout
 from fastmeta.core.plain_module import plain_module
+from fastmeta.core.step_sizes import check_step_size
 from fastmeta.engines.autograd import entry_point, is_learned
 from fastmeta.engines.base import NORM_STATISTICS, Examples, MetaGradient, TaskBatch
 from fastmeta.engines.checks import check_examples
 from fastmeta.engines.explain import describe_tasks
-from fastmeta.engines.functional.task_module import TaskModule
-from fastmeta.engines.functional.vmap_errors import vmapped_if_possible, why_not_vmapped
+from fastmeta.engines.functional.vmap_errors import why_not_vmapped
+from fastmeta.engines.program.encoder import EncoderEngine, check_lower
 from fastmeta.engines.program.lowering import lower_loss
 from fastmeta.learners._absent import on_present_of_tasks, present_examples
 from fastmeta.learners._compile import CompilableLearner, as_single_op
 from fastmeta.learners._example_weights import check_weight, seen
+from fastmeta.learners.gradient._shared_body import body_outputs
 from fastmeta.learners.gradient._weighted_head import weighted_head_loss
 from fastmeta.ops import backend_of
 from fastmeta.ops._checks import check_floating, check_labels, check_mask, check_together
@@ -84,6 +85,8 @@ class ANIL(CompilableLearner):
         task_chunk: tasks whose examples pass the body together, None for all; 1 runs them one by
             one, for bodies that vmap cannot take.
         norm_statistics: ``"batch"`` or ``"running"``, as for ``MAML``.
+        lower: ``"auto"``: without ``task_chunk``, the body runs on fastmeta's own CPU kernels where
+            these compute what it would, see ``fastmeta.lower``. ``False``: always in PyTorch.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range, by name.
@@ -116,6 +119,7 @@ class ANIL(CompilableLearner):
         form: str = "auto",
         task_chunk: int | None = None,
         norm_statistics: str = "batch",
+        lower: str | bool = "auto",
     ) -> None:
         super().__init__()
         body = plain_module("body", body)
@@ -136,6 +140,8 @@ class ANIL(CompilableLearner):
         self.form = form
         self.task_chunk = task_chunk
         self.norm_statistics = norm_statistics
+        self.lower = check_lower(lower)
+        self._engine = EncoderEngine(norm_statistics)
         self._inner_loss = _named(loss, head.out_features)
         self._set_step_size(lr, learn_lr)
         _layout(head)
@@ -267,6 +273,7 @@ class ANIL(CompilableLearner):
         backend = backend_of("linear_head", weight.device, weight.dtype)
         together = describe_tasks(self.task_chunk, why_not_vmapped(self.body))
         trained = sum(p.numel() for p in self.body.parameters() if p.requires_grad)
+        lowered = f" {self._engine.explain(self.body)}" if self._is_lowered else ""
         order = "first order" if self.first_order else "second order, exact"
         return (
             f"ANIL. The body ({type(self.body).__name__}, {trained} trained parameters): "
@@ -275,7 +282,7 @@ class ANIL(CompilableLearner):
             f"({self.head.in_features} features, {self.head.out_features} outputs): "
             f"inner steps: {self.steps} of {self._inner_loss}, {self.form} form, {order}, all in "
             f"one linear_head by the {backend} backend on {weight.device.type} in "
-            f"{str(weight.dtype).removeprefix('torch.')}."
+            f"{str(weight.dtype).removeprefix('torch.')}.{lowered}"
         )
 
     def _weighted_loss(
@@ -331,16 +338,12 @@ class ANIL(CompilableLearner):
         ``name`` is the argument's in errors. ``present``: bool ``[T, B]``, the examples that the
         body sees; the others have features 0.
         """
-        call = TaskModule(self.body, self.norm_statistics)
+        engine = self._engine if self._is_lowered else None
 
         def features_of(x: Tensor) -> Tensor:
-            def outputs(chunk: int | None) -> Tensor:
-                # Not split if one chunk is all: the backward of a split copies the gradient.
-                if chunk is None or chunk >= len(x):
-                    return call.outputs({}, x, name)
-                return torch.cat([call.outputs({}, part, name) for part in x.split(chunk)])
-
-            features = vmapped_if_possible(self.body, self.task_chunk, outputs)
+            features = body_outputs(
+                self.body, x, name, engine, self.norm_statistics, self.task_chunk
+            )
             expected = (*x.shape[:2], self.head.in_features)
             if features.shape != expected:
                 raise ValueError(
@@ -349,13 +352,17 @@ class ANIL(CompilableLearner):
                 )
             return features.to(self.head.weight.dtype)
 
-        with call.conditions():
-            if present is None:
-                return features_of(x)
-            features = on_present_of_tasks(features_of, x, present)
+        if present is None:
+            return features_of(x)
+        features = on_present_of_tasks(features_of, x, present)
         if features is None:
             return self.head.weight.new_zeros(*present.shape, self.head.in_features)
         return features
+
+    @property
+    def _is_lowered(self) -> bool:
+        # The tasks of a program's call are all in memory.
+        return self.lower is not False and self.task_chunk is None
 
     def _targets(self, name: str, y: Tensor) -> Tensor:
         """Check labels or targets; returns them in the form of ``linear_head``."""
@@ -384,7 +391,7 @@ class ANIL(CompilableLearner):
         return lr[:steps]
 
     def _set_step_size(self, lr: float | Tensor, learn: bool) -> None:
-        _check_step_size(lr, self.steps)
+        check_step_size(lr, self.steps)
         weight = self.head.weight
         if learn and not isinstance(lr, nn.Parameter):
             value = torch.as_tensor(lr, dtype=weight.dtype, device=weight.device)
@@ -469,19 +476,6 @@ def _layout(head: nn.Linear) -> ParameterLayout:
     if frozen:
         raise ValueError(f"head: expected trainable parameters to adapt, got frozen ones, {frozen}")
     return ParameterLayout.of(head)
-
-
-def _check_step_size(lr: float | Tensor, steps: int) -> None:
-    expected = f"lr: expected a finite number or a tensor [] or [K] with K = {steps}"
-    if isinstance(lr, Tensor):
-        if not lr.is_floating_point():
-            raise TypeError(f"lr: expected a floating-point tensor, got {lr.dtype}")
-        if lr.shape not in ((), (steps,)):
-            raise ValueError(f"{expected}, got {list(lr.shape)}")
-    elif not isinstance(lr, (int, float)) or isinstance(lr, bool):
-        raise TypeError(f"{expected}, got {type(lr).__name__}")
-    elif not math.isfinite(lr):
-        raise ValueError(f"{expected}, got {lr}")
 
 
 def _present(targets: Tensor) -> Tensor | None:
