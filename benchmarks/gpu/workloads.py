@@ -228,6 +228,23 @@ def distances(sizes: Sizes) -> Iterator[Measure]:
         )
 
 
+def searches(sizes: Sizes) -> Iterator[Measure]:
+    """The distances of the nearest of the same rows."""
+    t, q, n, d = sizes.pairs
+
+    def draw(generator: torch.Generator) -> Inputs:
+        return tuple(unit_rows(generator, torch.float32, t, rows, d) for rows in (q, n))
+
+    ours = as_tuple(lambda x, y: fm.nearest(x, y)[0])
+    contenders = {OURS: ours, "torch backend": in_torch(ours)}
+    name = f"T = {t}, Q = {q}, N = {n}, D = {d}"
+    yield Measure(
+        *("nearest", name, "forward", torch.float32, contenders, draw, sizes.long_rounds),
+        calls=2,
+        flops=2 * t * q * n * d,
+    )
+
+
 def convolutions(sizes: Sizes) -> Iterator[Measure]:
     """A layer of Conv4-64, 3 x 3 with padding 1."""
     t, b, channels, size = sizes.images
@@ -398,3 +415,4 @@ def all_measures(sizes: Sizes) -> Iterator[Measure]:
     yield from networks_of_pairs(sizes)
     yield from means(sizes)
     yield from distances(sizes)
+    yield from searches(sizes)

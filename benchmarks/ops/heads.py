@@ -46,7 +46,7 @@ class Pair(NamedTuple):
     Attributes:
         tolerance: of their difference. easyfsl ends Sinkhorn's iterations of PT-MAP where they
             change sums by less than 1e-6, and the updates of LaplacianShot where they change the
-            energy by less than 1e-6 of it. Both are then farther than this from where they lead.
+            energy by less than 1e-6 of it. Without these stops the differences are 8e-7 and 2e-7.
     """
 
     head: Head
@@ -69,11 +69,11 @@ PAIRS = {
     "BDCSPN": Pair(H.BDCSPN(1.0, shift_queries=False), "BDCSPN", same),
     "LaplacianShot": Pair(
         H.LaplacianShot(scale=1.0, shift_queries=False),
-        "LaplacianShot", lambda logits: logits.softmax(-1), 1e-4,
+        "LaplacianShot", lambda logits: logits.softmax(-1), 5e-5,
     ),
     "PTMAP": Pair(
         H.PTMAP(normalize=True, unit_length=False),
-        "PTMAP", lambda logits: logits.exp(), 1e-4,
+        "PTMAP", lambda logits: logits.exp(), 5e-5,
     ),
     "TIM, Adam": Pair(
         H.TIM(50, None, 10.0, 1.0, 1.0, 0.1, "cosine", "adam"),

@@ -114,7 +114,8 @@ def ridge_head(
         >>> import torch
         >>> import fastmeta as fm
         >>> x, y = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[1.0], [3.0], [5.0]])
-        >>> fm.ridge_head(x, y, l2=0.0)
+        >>> weight, bias = fm.ridge_head(x, y, l2=0.0)
+        >>> weight.round(decimals=3), bias.round(decimals=3)
         (tensor([[2.]]), tensor([1.]))
     """
     check_floating("x", x)

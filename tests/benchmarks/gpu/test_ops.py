@@ -285,7 +285,8 @@ def test_every_op_of_the_kernel_check_runs_and_is_right():
     activations = {f"activation{suffix}" for suffix in ("", "_backward", "_backward_backward")}
     scores = {f"pair_scores{suffix}" for suffix in ("", "_backward", "_tangent", "_bend")}
     pools = {f"pair_pool{suffix}" for suffix in ("", "_backward", "_gather")}
-    others = scores | pools | {"task_program_meta_gradient"}
+    ridges = {"ridge_head", "ridge_head_backward"}
+    others = scores | pools | ridges | {"nearest", "task_program_meta_gradient"}
     assert ops == {*pairs, *convolutions, *norms, *activations, *others}
 
 
