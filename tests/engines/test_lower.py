@@ -109,6 +109,22 @@ def test_outputs_gradients_and_running_statistics(name, train, of_input):
 
 
 @encoders
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_that_share_a_batch_give_the_same_bits_again(name, threads):
+    encoder, x = made(name), images(name, 24)
+    expected = outputs_and_gradients(copy.deepcopy(encoder), x)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        runs = [outputs_and_gradients(fm.lower(copy.deepcopy(encoder)), x) for _ in range(4)]
+    finally:
+        torch.set_num_threads(before)
+    assert_same(runs[0], expected)
+    for run in runs[1:]:
+        assert all(map(torch.equal, run, runs[0]))
+
+
+@encoders
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("of_input", [True, False], ids=["input", "parameters"])
 def test_second_derivatives(name, train, of_input):
