@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fastmeta.core.absence import ABSENT, mean_over_present
-from fastmeta.core.backend import NAMES, backend_of
+from fastmeta.core.backend import backend_of
 from fastmeta.core.checks import check_choice, check_dense
 from fastmeta.core.module_errors import KINDS, described
 from fastmeta.core.norm_statistics import tracking_norms, without_running_statistics
@@ -125,7 +125,7 @@ class AdaptedEpisodes:
 
     def _logits(self, query: Tensor, present: Tensor | None) -> Tensor:
         """Logits ``[T, Q, N]`` of embedded queries."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no _logits")
 
 
 Adapted = TypeVar("Adapted", bound=AdaptedEpisodes)
@@ -326,9 +326,7 @@ class EpisodeLearner(nn.Module, Generic[Adapted]):
         """Describe how this learner computes: the encoder call, and the backend of each op."""
         weight = next(self.encoder.parameters(), torch.empty(0))
         place = weight.device, weight.dtype
-        backends = ", ".join(
-            f"{op} {backend_of(op, *place) if op in NAMES else 'torch'}" for op in self._ops
-        )
+        backends = ", ".join(f"{op} {backend_of(op, *place)}" for op in self._ops)
         return (
             f"{type(self).__name__}, {self._description()}: one encoder call for the "
             f"examples of all tasks, then on {weight.device.type} "
@@ -339,17 +337,17 @@ class EpisodeLearner(nn.Module, Generic[Adapted]):
 
     def _description(self) -> str:
         """The learner's options in words, for ``explain``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no _description")
 
     def _adapted(self, support: Support) -> Adapted:
         """What the support costs, for any number of query batches."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no _adapted")
 
     def _score(
         self, adapted: Adapted, support: Support, queries: Queries, return_logits: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The loss, and the detached logits ``[T, Q, N]``, None unless ``return_logits``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no _score")
 
     def _support(
         self,
