@@ -28,7 +28,7 @@ class LinearCall {
     p.value_count = 2;
     p.output = 1;
     p.parameters = p.adapted = 8;
-    p.example_elements = 4;
+    p.example_elements = p.delta_elements = 4;
     p.writes_once = true;
     p.loss = {LossKind::kMse, 0, 0, true, 1};
     args.kind = OpKind::kMeta;
@@ -48,7 +48,7 @@ class LinearCall {
 
  private:
   Instruction instruction_{};
-  Value values_[2] = {{3, 0, 0, false, false}, {2, 0, 0, true, true}};
+  Value values_[2] = {{3, 0, 0, 0, false, false}, {2, 0, 0, 0, true, true}};
 };
 
 using Change = std::function<void(LinearCall&)>;
