@@ -3,6 +3,7 @@
 
 #include "common/cuda/block_products.cuh"
 #include "common/cuda/launch.cuh"
+#include "common/cuda/multiprocessors.cuh"
 #include "common/cuda/workspace.h"
 #include "ridge_head/ridge_head.h"
 
@@ -143,68 +144,97 @@ __device__ void combine_examples(const Task<value_t>& task, const value_t* a, in
 
 // Adds to A along the vector sqrt(w), see ridge_head.h. Begins with a barrier.
 template <typename value_t>
-__device__ void add_along_weights(const Task<value_t>& task) {
+__device__ void add_along_weights(const Task<value_t>& task, value_t* system) {
   const int64_t n = task.s.examples;
   __syncthreads();
   value_t mean = 0;
-  for (int64_t i = 0; i < n; ++i) mean += task.factor[i * n + i] / n;
+  for (int64_t i = 0; i < n; ++i) mean += system[i * n + i] / n;
   __syncthreads();
   for_each(n * n, [&](int64_t at) {
     const value_t along = std::sqrt(task.weight[at / n] * task.weight[at % n]);
-    task.factor[at] += mean * along / task.total;
+    system[at] += mean * along / task.total;
   });
 }
 
-// Writes A of ridge_head.h to the task's factor.
+// Writes A of ridge_head.h.
 template <typename value_t>
-__device__ void write_system(const Task<value_t>& task) {
+__device__ void write_system(const Task<value_t>& task, value_t* system) {
   const auto& s = task.s;
   const int64_t n = s.unknowns();
   if (s.dual) {
     block_row_dots(n, n, s.features, task.rows, task.rows, [&](int64_t i, int64_t j, value_t dot) {
       const bool any_pivot = task.l2 == 0 && task.weight[i] == 0;
-      task.factor[i * n + j] = i != j ? dot : any_pivot ? value_t(1) : dot + task.l2;
+      system[i * n + j] = i != j ? dot : any_pivot ? value_t(1) : dot + task.l2;
     });
-    if (task.l2 == 0 && s.bias && task.total > 0) add_along_weights(task);
+    if (task.l2 == 0 && s.bias && task.total > 0) add_along_weights(task, system);
     return;
   }
   for_each(n * n, [&](int64_t at) {
     const int64_t i = at / n, j = at % n;
     value_t sum = i == j ? task.l2 : value_t(0);
     for (int64_t e = 0; e < s.examples; ++e) sum += task.rows[e * n + i] * task.rows[e * n + j];
-    task.factor[at] = sum;
+    system[at] = sum;
   });
 }
 
-// Head, intercept, factor and coefficients. A block owns a task; all of its arrays lie in global
-// memory, where the caches hold them.
+// Work arrays of a task's fit.
+template <typename value_t>
+struct FitArrays {
+  value_t* system;  // [n, n]: A, then U
+  value_t* least;   // [n]
+  value_t* solved;  // [N, S]: C
+  value_t* heads;   // [N, D]: W
+
+  __device__ FitArrays(const RidgeShape& s, value_t* scratch)
+      : system(scratch),
+        least(system + s.unknowns() * s.unknowns()),
+        solved(least + s.unknowns()),
+        heads(solved + s.ways * s.examples) {}
+
+  static FASTMETA_HOST_DEVICE int64_t size(const RidgeShape& s) {
+    return s.unknowns() * (s.unknowns() + 1) + s.ways * (s.examples + s.features);
+  }
+};
+
+// The arrays of a block, in shared memory, or in global memory if they do not fit.
+template <typename value_t>
+__device__ value_t* arrays_of_block(value_t* global, int64_t size) {
+  return global == nullptr ? dynamic_shared<value_t>() : global + blockIdx.x * size;
+}
+
+// Head, intercept, factor and coefficients. A block owns a task.
 template <typename value_t>
 __global__ void __launch_bounds__(kHeadThreads)
     ridge_kernel(RidgeShape s, RidgeOperands operands, value_t* scratch, int64_t size) {
-  value_t* own = scratch + blockIdx.x * size;
+  value_t* own = arrays_of_block(scratch, size);
   const Task<value_t> task(s, operands, own, blockIdx.x);
+  const FitArrays<value_t> fit(s, own + Task<value_t>::scratch_size(s));
+  const int64_t n = s.unknowns();
   prepare(task);
-  write_system(task);
-  factorise(task.factor, s.unknowns(), own + Task<value_t>::scratch_size(s));
-  const auto to_head = [&](int64_t n, int64_t d, value_t sum) {
-    task.head[n * s.features + d] = sum;
+  write_system(task, fit.system);
+  factorise(fit.system, n, fit.least);
+  const auto to_heads = [&](int64_t w, int64_t d, value_t sum) {
+    fit.heads[w * s.features + d] = sum;
   };
   if (s.dual) {
     for_each(s.ways * s.examples, [&](int64_t at) {
-      task.coefficients[at] = task.targets[at % s.examples * s.ways + at / s.examples];
+      fit.solved[at] = task.targets[at % s.examples * s.ways + at / s.examples];
     });
     __syncthreads();
-    solve(task.factor, s.examples, s.ways, task.coefficients);
-    combine_examples(task, task.coefficients, 1, s.examples, to_head);
+    solve(fit.system, n, s.ways, fit.solved);
+    combine_examples(task, fit.solved, 1, s.examples, to_heads);
     __syncthreads();
+    for_each(s.ways * s.examples, [&](int64_t at) { task.coefficients[at] = fit.solved[at]; });
   } else {
-    combine_examples(task, task.targets, s.ways, 1, to_head);
+    combine_examples(task, task.targets, s.ways, 1, to_heads);
     __syncthreads();
-    solve(task.factor, s.features, s.ways, task.head);
+    solve(fit.system, n, s.ways, fit.heads);
   }
-  for (int64_t n = threadIdx.x / kWarp; s.bias && n < s.ways; n += kHeadWarps) {
-    const value_t moved = warp_dot(s.features, task.head + n * s.features, task.mean_x);
-    if (threadIdx.x % kWarp == 0) task.intercept[n] = task.mean_y[n] - moved;
+  for_each(n * n, [&](int64_t at) { task.factor[at] = fit.system[at]; });
+  for_each(s.ways * s.features, [&](int64_t at) { task.head[at] = fit.heads[at]; });
+  for (int64_t w = threadIdx.x / kWarp; s.bias && w < s.ways; w += kHeadWarps) {
+    const value_t moved = warp_dot(s.features, fit.heads + w * s.features, task.mean_x);
+    if (threadIdx.x % kWarp == 0) task.intercept[w] = task.mean_y[w] - moved;
   }
 }
 
@@ -222,7 +252,9 @@ struct Shares {
         predicted(solved + s.ways * s.examples),
         shares(predicted + s.ways * s.examples) {}
 
-  static int64_t size(const RidgeShape& s) { return s.ways * (s.features + 4 * s.examples); }
+  static FASTMETA_HOST_DEVICE int64_t size(const RidgeShape& s) {
+    return s.ways * (s.features + 4 * s.examples);
+  }
 };
 
 // Solves for V and U_d, and writes the gradient of l2. Begins and ends with a barrier.
@@ -306,7 +338,7 @@ __global__ void __launch_bounds__(kHeadThreads)
                           value_t* scratch, int64_t size) {
   using OfTask = Task<value_t>;
   const int64_t t = blockIdx.x;
-  value_t* own = scratch + t * size;
+  value_t* own = arrays_of_block(scratch, size);
   const OfTask task(s, operands, own, t);
   const Shares<value_t> of(s, own + OfTask::scratch_size(s));
   const value_t* upstream = OfTask::at(gradients.upstream_head, t * s.ways * s.features);
@@ -338,15 +370,23 @@ __global__ void __launch_bounds__(kHeadThreads)
 }
 
 int64_t forward_size(const RidgeShape& s) {
-  return Task<float>::scratch_size(s) + s.unknowns();  // behind the task's arrays: least pivots
+  return Task<float>::scratch_size(s) + FitArrays<float>::size(s);
 }
 
 int64_t backward_size(const RidgeShape& s) {
   return Task<float>::scratch_size(s) + Shares<float>::size(s);
 }
 
-int64_t bytes_of(Dtype dtype, int64_t numbers) {
-  return numbers * static_cast<int64_t>(dtype == Dtype::kDouble ? sizeof(double) : sizeof(float));
+// Bytes of the arrays of a block that lie in shared memory: all or none.
+size_t shared_bytes(Dtype dtype, int64_t size) {
+  const size_t bytes = size * (dtype == Dtype::kDouble ? sizeof(double) : sizeof(float));
+  return bytes <= static_cast<size_t>(largest_shared_memory()) ? bytes : 0;
+}
+
+int64_t workspace_bytes(Dtype dtype, int64_t tasks, int64_t size) {
+  if (shared_bytes(dtype, size) > 0) return 0;
+  return tasks * size *
+         static_cast<int64_t>(dtype == Dtype::kDouble ? sizeof(double) : sizeof(float));
 }
 
 // Calls run(value_t()) for the element type.
@@ -358,30 +398,34 @@ int with_wide(Dtype dtype, const Run& run) {
 }  // namespace
 
 int64_t ridge_head_workspace(Dtype dtype, const RidgeShape& shape) {
-  return bytes_of(dtype, shape.tasks * forward_size(shape));
+  return workspace_bytes(dtype, shape.tasks, forward_size(shape));
 }
 
 int launch_ridge_head(Dtype dtype, const RidgeShape& shape, const RidgeOperands& operands,
                       void* workspace, void* stream) {
   return with_wide(dtype, [&](auto zero) -> int {
     using value_t = decltype(zero);
-    return launch(ridge_kernel<value_t>, shape.tasks, kHeadThreads, 0,
+    const int64_t size = forward_size(shape);
+    const size_t shared = shared_bytes(dtype, size);
+    return launch(ridge_kernel<value_t>, shape.tasks, kHeadThreads, shared,
                   static_cast<cudaStream_t>(stream), shape, operands,
-                  static_cast<value_t*>(workspace), forward_size(shape));
+                  shared > 0 ? nullptr : static_cast<value_t*>(workspace), size);
   });
 }
 
 int64_t ridge_head_backward_workspace(Dtype dtype, const RidgeShape& shape) {
-  return bytes_of(dtype, shape.tasks * backward_size(shape));
+  return workspace_bytes(dtype, shape.tasks, backward_size(shape));
 }
 
 int launch_ridge_head_backward(Dtype dtype, const RidgeShape& shape, const RidgeOperands& operands,
                                const RidgeGradients& gradients, void* workspace, void* stream) {
   return with_wide(dtype, [&](auto zero) -> int {
     using value_t = decltype(zero);
-    return launch(ridge_backward_kernel<value_t>, shape.tasks, kHeadThreads, 0,
+    const int64_t size = backward_size(shape);
+    const size_t shared = shared_bytes(dtype, size);
+    return launch(ridge_backward_kernel<value_t>, shape.tasks, kHeadThreads, shared,
                   static_cast<cudaStream_t>(stream), shape, operands, gradients,
-                  static_cast<value_t*>(workspace), backward_size(shape));
+                  shared > 0 ? nullptr : static_cast<value_t*>(workspace), size);
   });
 }
 
