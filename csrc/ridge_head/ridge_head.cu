@@ -101,28 +101,28 @@ __device__ void factorise(value_t* a, int64_t n, value_t* least) {
   __syncthreads();
 }
 
-// Replaces each of `count` rows b [n] by the solution z of U' U z = b; a warp owns a row. Ends with
-// a barrier.
+// Replaces each of `count` rows b [n] by the solution z of U' U z = b; a thread owns a number of a
+// row in each step. Begins and ends with a barrier.
 template <typename value_t>
 __device__ void solve(const value_t* factor, int64_t n, int64_t count, value_t* rows) {
-  const int lane = threadIdx.x % kWarp;
-  for (int64_t r = threadIdx.x / kWarp; r < count; r += kHeadWarps) {
-    value_t* b = rows + r * n;
-    for (int64_t i = 0; i < n; ++i) {
-      __syncwarp();
-      const value_t z = b[i] / factor[i * n + i];
-      __syncwarp();
-      if (lane == 0) b[i] = z;
-      for (int64_t j = i + 1 + lane; j < n; j += kWarp) b[j] -= z * factor[i * n + j];
-    }
-    for (int64_t i = n - 1; i >= 0; --i) {
-      __syncwarp();
-      const value_t known = warp_dot(n - i - 1, factor + i * n + i + 1, b + i + 1);
-      const value_t z = (b[i] - known) / factor[i * n + i];
-      __syncwarp();
-      if (lane == 0) b[i] = z;
-    }
-  }
+  // Subtracts the part of unknown i, still times its pivot, from `others` numbers from `first` on.
+  const auto eliminate = [&](int64_t i, int64_t first, int64_t others, int64_t row, int64_t step) {
+    __syncthreads();
+    const value_t pivot = factor[i * n + i];
+    for_each(count * others, [&](int64_t at) {
+      value_t* b = rows + at / others * n;
+      const int64_t j = first + at % others;
+      b[j] -= b[i] / pivot * factor[row + j * step];
+    });
+  };
+  const auto divide = [&] {
+    __syncthreads();
+    for_each(count * n, [&](int64_t at) { rows[at] /= factor[at % n * (n + 1)]; });
+  };
+  for (int64_t i = 0; i + 1 < n; ++i) eliminate(i, i + 1, n - i - 1, i * n, 1);
+  divide();
+  for (int64_t i = n - 1; i > 0; --i) eliminate(i, 0, i, i, n);
+  divide();
   __syncthreads();
 }
 
