@@ -75,7 +75,7 @@ __device__ void prepare(const Task<value_t>& task) {
 }
 
 // Turns the upper triangle of a [n, n] into U with a = U' U, the rest into zeros; NaN if a is
-// singular. Begins and ends with a barrier. A step divides a row, then subtracts its products.
+// singular. Begins with a barrier. A step divides a row, then subtracts its products.
 template <typename value_t>
 __device__ void factorise(value_t* a, int64_t n, value_t* least) {
   __syncthreads();
@@ -98,7 +98,6 @@ __device__ void factorise(value_t* a, int64_t n, value_t* least) {
       if (j >= i) a[i * n + j] -= row[i] * row[j];
     });
   }
-  __syncthreads();
 }
 
 // Replaces each of `count` rows b [n] by the solution z of U' U z = b; a thread owns a number of a
@@ -220,14 +219,12 @@ __global__ void __launch_bounds__(kHeadThreads)
     for_each(s.ways * s.examples, [&](int64_t at) {
       fit.solved[at] = task.targets[at % s.examples * s.ways + at / s.examples];
     });
-    __syncthreads();
     solve(fit.system, n, s.ways, fit.solved);
     combine_examples(task, fit.solved, 1, s.examples, to_heads);
     __syncthreads();
     for_each(s.ways * s.examples, [&](int64_t at) { task.coefficients[at] = fit.solved[at]; });
   } else {
     combine_examples(task, task.targets, s.ways, 1, to_heads);
-    __syncthreads();
     solve(fit.system, n, s.ways, fit.heads);
   }
   for_each(n * n, [&](int64_t at) { task.factor[at] = fit.system[at]; });
@@ -269,7 +266,6 @@ __device__ void solve_gradient(const Task<value_t>& task, const Shares<value_t>&
   __syncthreads();
   if (s.dual) {
     dots(of.v, of.solved);
-    __syncthreads();
     solve(task.factor, s.examples, s.ways, of.solved);
     combine_examples(task, of.solved, 1, s.examples,
                      [&](int64_t n, int64_t d, value_t sum) { of.v[n * s.features + d] -= sum; });
