@@ -203,7 +203,7 @@ __device__ value_t* arrays_of_block(value_t* global, int64_t size) {
 
 // Head, intercept, factor and coefficients. A block owns a task.
 template <typename value_t>
-__global__ void __launch_bounds__(kHeadThreads)
+__global__ void __launch_bounds__(kHeadThreads, 1)
     ridge_kernel(RidgeShape s, RidgeOperands operands, value_t* scratch, int64_t size) {
   value_t* own = arrays_of_block(scratch, size);
   const Task<value_t> task(s, operands, own, blockIdx.x);
@@ -329,7 +329,7 @@ __device__ value_t write_shares(const Task<value_t>& task, const Shares<value_t>
 
 // The gradients. A block owns a task, a thread an example's shares or a feature of some examples.
 template <typename value_t>
-__global__ void __launch_bounds__(kHeadThreads)
+__global__ void __launch_bounds__(kHeadThreads, 1)
     ridge_backward_kernel(RidgeShape s, RidgeOperands operands, RidgeGradients gradients,
                           value_t* scratch, int64_t size) {
   using OfTask = Task<value_t>;
