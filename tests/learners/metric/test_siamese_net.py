@@ -39,7 +39,7 @@ def pair_loss(net: fm.SiameseNet, s: Tensor, same: bool) -> Tensor:
 
 
 def enumerated(net: fm.SiameseNet, task: tuple[Tensor, ...], weights=None) -> Tensor:
-    """Half the mean loss of the pairs of one class, and half that of the others."""
+    """Half the mean loss of the pairs of one class, plus half the mean loss of the others."""
     support_x, support_y, query_x, query_y = task
     support, query = net(support_x), net(query_x)
     w, v = weights or (torch.ones(len(support)), torch.ones(len(query)))
